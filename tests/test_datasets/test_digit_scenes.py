@@ -1,0 +1,311 @@
+"""The digit-scenes writer: deterministic, exact, split cleanly, and careful with other files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from idlevit_mm.datasets import digit_scenes
+from idlevit_mm.datasets.digit_scenes import (
+    CLASSES,
+    MARKER,
+    MIN_VISIBLE,
+    DigitScenesParams,
+    digit_pool,
+    photo_columns,
+    render_scene,
+    write_digit_scenes,
+)
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'digit_scenes.py'
+SMALL = dict(size=(96, 80), num_train=6, num_val=4, num_digits=(1, 4), digit_scale=(12, 30))
+
+
+def write(out_dir: Path, **options: object) -> bool:
+    return write_digit_scenes(out_dir, **{**SMALL, 'progress': False, **options})
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('scenes') / 'set'
+    assert write(root)
+    return root
+
+
+def test_same_parameters_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    assert write(tmp_path / 'again')
+    assert contents(written) == contents(tmp_path / 'again')
+
+
+def test_seed_changes_the_images(written: Path, tmp_path: Path) -> None:
+    write(tmp_path / 'other', seed=1)
+    name = 'coco/train/000000.jpg'
+    assert (written / name).read_bytes() != (tmp_path / 'other' / name).read_bytes()
+
+
+def test_counts_and_layouts_leave_earlier_images_alone(written: Path, tmp_path: Path) -> None:
+    write(tmp_path / 'more', num_train=9, num_val=5, layouts=('ade',))
+    more = contents(tmp_path / 'more')
+    assert not any(name.startswith('coco') for name in more)
+    before = {name: data for name, data in contents(written).items() if name.startswith('ade')}
+    assert before.items() <= more.items()
+    assert len(more) == 2 * (9 + 5) + 1
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_coco_annotations_are_exact(written: Path, split: str) -> None:
+    params = DigitScenesParams(**SMALL)
+    coco = COCO(str(written / f'coco/annotations/instances_{split}.json'))
+    assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    assert sorted(coco.getImgIds()) == list(range(params.count(split)))
+    assert min(coco.getAnnIds()) >= 1
+    for image_id in coco.getImgIds():
+        info = coco.imgs[image_id]
+        scene = render_scene(params, split, image_id)
+        image = cv2.imread(str(written / f'coco/{split}' / info['file_name']))
+        assert image.shape == (info['height'], info['width'], 3) == (96, 80, 3)
+        assert np.abs(image.astype(int) - scene.image).mean() < 8
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
+        assert len(annotations) == len(scene.labels)
+        for k, ann in enumerate(annotations):
+            mask = coco.annToMask(ann)
+            assert np.array_equal(mask, scene.mask(k))
+            ys, xs = np.nonzero(mask)
+            tight = [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1]
+            assert ann['bbox'] == tight
+            assert ann['area'] == mask.sum() > 0
+            assert ann['category_id'] == scene.labels[k] + 1
+            assert isinstance(ann['segmentation']['counts'], str)
+
+
+@pytest.mark.parametrize(('split', 'folder'), [('train', 'training'), ('val', 'validation')])
+def test_layouts_agree(written: Path, split: str, folder: str) -> None:
+    coco = COCO(str(written / f'coco/annotations/instances_{split}.json'))
+    for image_id, info in coco.imgs.items():
+        name = f'{image_id:06d}'
+        assert (written / f'coco/{split}/{info["file_name"]}').read_bytes() == (
+            written / f'ade/images/{folder}/{name}.jpg'
+        ).read_bytes()
+        semantic = cv2.imread(
+            str(written / f'ade/annotations/{folder}/{name}.png'), cv2.IMREAD_UNCHANGED
+        )
+        expected = np.ones_like(semantic)
+        for ann in coco.loadAnns(coco.getAnnIds(imgIds=image_id)):
+            expected[mask_utils.decode(ann['segmentation']).astype(bool)] = ann['category_id'] + 1
+        assert semantic.ndim == 2
+        assert np.array_equal(semantic, expected)
+
+
+def test_masks_lie_on_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a flat background, exactly the pixels that a digit covers by half or more are its own."""
+    flat = np.full((64, 64, 3), 127, np.uint8)
+    monkeypatch.setattr(digit_scenes, '_background', lambda *_: (flat.copy(), (0, 0, 0, 64, 64)))
+    params = DigitScenesParams(size=(64, 64), num_digits=(1, 1), digit_scale=(40, 40))
+    for index in range(5):
+        scene = render_scene(params, 'train', index)
+        change = np.abs(scene.image.astype(int) - 127).sum(2)
+        inside = scene.owner == 1
+        assert change[inside].min() >= 0.49 * change.max()
+        assert change[~inside].max() <= 0.51 * change.max()
+
+
+def test_every_digit_of_the_source_has_pixels() -> None:
+    for digit_id in range(1797):
+        assert (digit_scenes._upscaled(digit_id, 8) >= 0.5).sum() > 8
+
+
+def test_digits_may_overlap_but_stay_visible() -> None:
+    params = DigitScenesParams(size=(96, 96), num_digits=(6, 6), digit_scale=(16, 40))
+    touching = 0
+    for index in range(20):
+        scene = render_scene(params, 'train', index)
+        assert len(scene.labels) == 6
+        for k, digit_id in enumerate(scene.digit_ids):
+            x, y, w, h = scene.box(k)
+            assert 0 <= x < x + w <= 96
+            assert 0 <= y < y + h <= 96
+            # The box of a wholly visible digit is at least as large, so this bounds its scale.
+            full = (digit_scenes._upscaled(digit_id, 16) >= 0.5).sum()
+            assert scene.mask(k).sum() >= 0.5 * MIN_VISIBLE * full
+        boxes = np.array([scene.box(k) for k in range(6)], dtype=float)
+        iou = mask_utils.iou(boxes, boxes, [0] * 6)
+        touching += int((iou - np.eye(6) > 0).any())
+    assert touching > 0
+
+
+def test_splits_share_no_digit_and_no_photo_pixel() -> None:
+    train, val = set(digit_pool('train')), set(digit_pool('val'))
+    assert not train & val
+    assert len(train | val) == 1797
+    assert photo_columns('train', 640)[1] <= photo_columns('val', 640)[0]
+    params = DigitScenesParams(size=(40, 70), digit_scale=(8, 16))
+    for split, pool in (('train', train), ('val', val)):
+        first, past = photo_columns(split, 640)
+        for index in range(60):
+            scene = render_scene(params, split, index)
+            assert set(scene.digit_ids) <= pool
+            _, top, left, height, width = scene.photo_crop
+            assert first <= left < left + width <= past
+            assert 0 <= top < top + height <= 427
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 57), (131, 97), (64, 320), (300, 40), (480, 640)])
+def test_any_size(size: tuple[int, int]) -> None:
+    params = DigitScenesParams(size=size, num_digits=(0, 3), digit_scale=(8, 16))
+    for split in ('train', 'val'):
+        scene = render_scene(params, split, 3)
+        assert scene.image.shape == (*size, 3)
+        assert scene.owner.shape == scene.semantic_map().shape == size
+        assert scene.owner.max() == len(scene.labels) <= 3
+
+
+def test_number_and_scale_of_digits_are_followed() -> None:
+    params = DigitScenesParams(size=(128, 128), num_digits=(2, 4), digit_scale=(20, 28))
+    scenes = [render_scene(params, 'train', index) for index in range(40)]
+    assert {len(scene.labels) for scene in scenes} == {2, 3, 4}
+    heights = [scene.box(k)[3] for scene in scenes for k in range(len(scene.labels))]
+    # A stroke may end a little outside the 8x8 frame, or inside it when partly hidden.
+    assert max(heights) <= 28 * 1.2
+    assert np.median(heights) >= 18
+
+
+def test_the_most_crowded_allowed_scenes_find_room() -> None:
+    params = DigitScenesParams(size=(64, 64), num_digits=(22, 22), digit_scale=(8, 40))
+    for index in range(5):
+        assert len(render_scene(params, 'val', index).labels) == 22
+
+
+def test_written_set_is_left_alone(tmp_path: Path) -> None:
+    assert write(tmp_path)
+    (tmp_path / 'notes.txt').write_text('mine')
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    assert not write(tmp_path, layouts=('ade', 'coco'))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == times
+
+
+def test_other_parameters_need_force(tmp_path: Path, written: Path) -> None:
+    write(tmp_path, seed=7, num_train=8)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match='seed 7 instead of 0'):
+        write(tmp_path)
+    assert contents(tmp_path) == before
+    assert write(tmp_path, force=True)
+    assert contents(tmp_path) == contents(written)
+
+
+@pytest.mark.parametrize('force', [False, True])
+@pytest.mark.parametrize('with_set', [False, True])
+def test_foreign_files_are_never_touched(tmp_path: Path, force: bool, with_set: bool) -> None:
+    if with_set:
+        write(tmp_path, seed=3)
+    (tmp_path / 'coco' / 'train').mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'coco' / 'train' / 'holiday.jpg').write_text('mine')
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match='holiday'):
+        write(tmp_path, force=force)
+    assert contents(tmp_path) == before
+
+
+def test_images_without_a_marker_are_foreign(tmp_path: Path) -> None:
+    (tmp_path / 'coco' / 'train').mkdir(parents=True)
+    (tmp_path / 'coco' / 'train' / '000000.jpg').write_text('mine')
+    with pytest.raises(FileExistsError, match='000000.jpg'):
+        write(tmp_path, force=True)
+    with pytest.raises(FileExistsError, match='not a folder'):
+        write(tmp_path / 'coco' / 'train' / '000000.jpg')
+
+
+def test_interrupted_writing_is_done_again(
+    tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = digit_scenes.render_scene
+
+    def interrupted(params: DigitScenesParams, split: str, index: int) -> digit_scenes.Scene:
+        if split == 'val' and index == 2:
+            raise KeyboardInterrupt
+        return real(params, split, index)
+
+    monkeypatch.setattr(digit_scenes, 'render_scene', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path)
+    assert json.loads((tmp_path / MARKER).read_text())['complete'] is False
+    monkeypatch.undo()
+    assert write(tmp_path)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_a_lost_file_is_written_again(tmp_path: Path, written: Path) -> None:
+    write(tmp_path)
+    (tmp_path / 'ade/images/training/000003.jpg').unlink()
+    assert write(tmp_path)
+    assert contents(tmp_path) == contents(written)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(layouts=('voc',)), 'layouts'),
+        (dict(layouts=()), 'layouts'),
+        (dict(size=(31, 64)), 'size'),
+        (dict(size=(64,)), 'size'),
+        (dict(size=(64.0, 64)), 'size'),
+        (dict(num_train=0), 'num_train'),
+        (dict(num_val=-1), 'num_val'),
+        (dict(seed=-1), 'seed'),
+        (dict(num_digits=(3, 2)), 'num_digits'),
+        (dict(num_digits=(0, 0)), 'num_digits'),
+        (dict(digit_scale=(4, 30)), 'digit_scale'),
+        (dict(digit_scale=(30, 90)), 'digit_scale'),
+        (dict(num_digits=(1, 100)), 'num_digits'),
+    ],
+)
+def test_bad_values(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / 'new', **options)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_bad_split_or_index() -> None:
+    with pytest.raises(ValueError, match='split'):
+        render_scene(DigitScenesParams(), 'test', 0)
+    with pytest.raises(ValueError, match='index'):
+        render_scene(DigitScenesParams(), 'val', -1)
+
+
+def test_tool(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), str(tmp_path / 'set')]
+    options = ['--layout', 'coco', '--size', '48', '64', '--num-train', '2', '--num-val', '1']
+    options += ['--seed', '5', '--num-digits', '1', '2', '--digit-scale', '10', '20']
+
+    def run(*extra: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *options, *extra], capture_output=True, text=True)
+
+    first, again = run(), run()
+    assert first.returncode == again.returncode == 0
+    assert 'wrote 3' in first.stdout
+    assert 'already there' in again.stdout
+    image = cv2.imread(str(tmp_path / 'set/coco/train/000001.jpg'))
+    assert image.shape == (48, 64, 3)
+
+    other = run('--seed', '6')
+    assert other.returncode == 2
+    assert 'Traceback' not in other.stderr
+    assert '--force' in other.stderr.splitlines()[-1]
+    assert run('--seed', '6', '--force').returncode == 0
+    bad = run('--size', '1', '2', '3')
+    assert bad.returncode == 2
+    assert '--size' in bad.stderr.splitlines()[-1]
