@@ -1,0 +1,326 @@
+"""Pyramid Vision Transformer v1 and v2 with idle tokens (arXiv 2102.12122, 2106.13797, 2310.05654).
+
+Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C channels, A heads.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import PatchEmbed
+from mmengine.model import ModuleList
+from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..blocks import IdleBlock
+from ..converters import is_official_pvt, pvt_from_official
+from ..layers import (
+    AbsolutePositionEmbedding,
+    MixFFN,
+    SpatialReductionAttention,
+    pad_to,
+    resize_position_table,
+    to_map,
+)
+from ..ops import Selection, take_tokens
+from ..policies import KeepRatios
+from .base import GELU, IdleBackbone, StageRecord, StateDict
+
+LAYER_NORM = dict(type='LN', eps=1e-6)
+
+
+class IdlePVTBlock(IdleBlock):
+    """One PVT block on the active tokens of a map; all tokens serve as keys and values.
+
+    Args:
+        embed_dims: Channels of the tokens.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the feed-forward network.
+        drop_rate: Dropout of both branches.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of both branches.
+        qkv_bias: Whether query, key, value and output have a bias.
+        act_cfg: Activation of the feed-forward network.
+        norm_cfg: Norm layers.
+        sr_ratio: Side of the cells, in tokens, that give one key each.
+        use_conv_ffn: Whether the feed-forward network has a depth-wise convolution.
+        with_cp: Whether to recompute the block in the backward pass.
+        policy: Config of the idling policy.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        qkv_bias: bool,
+        act_cfg: dict,
+        norm_cfg: dict,
+        sr_ratio: int,
+        use_conv_ffn: bool,
+        with_cp: bool,
+        policy: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(embed_dims, policy, with_cp)
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = SpatialReductionAttention(
+            embed_dims,
+            num_heads,
+            attn_drop=attn_drop_rate,
+            proj_drop=drop_rate,
+            drop_path_rate=drop_path_rate,
+            qkv_bias=qkv_bias,
+            norm_cfg=norm_cfg,
+            sr_ratio=sr_ratio,
+        )
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = MixFFN(
+            embed_dims, feedforward_channels, act_cfg, drop_rate, drop_path_rate, use_conv_ffn
+        )
+
+    def compute(
+        self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
+    ) -> Tensor:
+        context = self.norm1(x)
+        queries = context if selection is None else take_tokens(context, selection)
+        active = active + self.attn(queries, context, hw_shape)
+        return active + self.ffn(self.norm2(active), hw_shape, selection)
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        return self.attn.mean_query_attention(self.norm1(x))
+
+
+@MODELS.register_module()
+class IdlePyramidVisionTransformer(IdleBackbone):
+    """Pyramid Vision Transformer that computes only active tokens.
+
+    Parameter names and shapes are those of mmdet's ``PyramidVisionTransformer``; at
+    ``keep_ratios=1.0`` so are outputs and gradients. A map smaller than a patch or a cell of the
+    spatial reduction, which mmdet's class refuses, is padded with zeros.
+
+    Args:
+        pretrain_img_size: Image size in pixels of the position tables.
+        in_channels: Channels of the image.
+        embed_dims: Channels per attention head; a stage has ``embed_dims * num_heads`` channels.
+        num_stages: Number of stages.
+        num_layers: Number of blocks of each stage.
+        num_heads: Attention heads of each stage.
+        patch_sizes: Kernel size of the patch embedding of each stage.
+        strides: Stride of the patch embedding of each stage.
+        paddings: Padding of the patch embedding of each stage.
+        sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
+        out_indices: Stages whose maps are returned.
+        mlp_ratios: Hidden channels of the feed-forward networks, relative to the tokens'.
+        qkv_bias: Whether query, key, value and output have a bias.
+        drop_rate: Dropout.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
+        use_abs_pos_embed: Whether stages have a position table, resized to each image.
+        norm_after_stage: Whether a norm follows each stage.
+        use_conv_ffn: Whether feed-forward networks have a depth-wise convolution.
+        act_cfg: Activation of the feed-forward networks.
+        norm_cfg: Norm layers.
+        pretrained: Deprecated; see ``init_cfg``.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be an official PVT release.
+        with_cp: Whether to recompute blocks in the backward pass to save memory.
+        frozen_stages: Number of frozen stages; 0 for the first patch embedding alone, -1 for none.
+        keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
+            stage with one per block. 1.0 is the dense backbone.
+        policy: Which tokens are active, such as ``dict(scorer='mean_distance')``.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
+
+    Raises:
+        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
+        ValueError: A value is not allowed, or lists have different lengths.
+    """
+
+    def __init__(
+        self,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        embed_dims: int = 64,
+        num_stages: int = 4,
+        num_layers: Sequence[int] = (3, 4, 6, 3),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        patch_sizes: Sequence[int] = (4, 2, 2, 2),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        paddings: Sequence[int] = (0, 0, 0, 0),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_abs_pos_embed: bool = True,
+        norm_after_stage: bool = False,
+        use_conv_ffn: bool = False,
+        act_cfg: dict = GELU,
+        norm_cfg: dict = LAYER_NORM,
+        pretrained: str | None = None,
+        convert_weights: bool = True,
+        with_cp: bool = False,
+        frozen_stages: int = -1,
+        keep_ratios: KeepRatios = 1.0,
+        policy: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            num_layers, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg
+        )
+        per_stage = dict(
+            num_layers=num_layers,
+            num_heads=num_heads,
+            patch_sizes=patch_sizes,
+            strides=strides,
+            paddings=paddings,
+            sr_ratios=sr_ratios,
+            mlp_ratios=mlp_ratios,
+        )
+        for name, values in per_stage.items():
+            if len(values) != num_stages:
+                raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
+        if max(out_indices) >= num_stages:
+            raise ValueError(f'out_indices={out_indices} must be below num_stages={num_stages}')
+        self.out_indices = out_indices
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist())
+        self.layers = ModuleList()
+        for index in range(num_stages):
+            channels = embed_dims * num_heads[index]
+            patch_embed = PatchEmbed(
+                in_channels,
+                channels,
+                kernel_size=patch_sizes[index],
+                stride=strides[index],
+                padding=paddings[index],
+                norm_cfg=norm_cfg,
+            )
+            blocks = ModuleList()
+            if use_abs_pos_embed:
+                scale = math.prod(patch_sizes[: index + 1])
+                height, width = _pair(pretrain_img_size)
+                shape = height // scale, width // scale
+                blocks.append(AbsolutePositionEmbedding(shape, channels, drop_rate))
+            for _ in range(num_layers[index]):
+                block = IdlePVTBlock(
+                    channels,
+                    num_heads[index],
+                    feedforward_channels=mlp_ratios[index] * channels,
+                    drop_rate=drop_rate,
+                    attn_drop_rate=attn_drop_rate,
+                    drop_path_rate=next(rates),
+                    qkv_bias=qkv_bias,
+                    act_cfg=act_cfg,
+                    norm_cfg=norm_cfg,
+                    sr_ratio=sr_ratios[index],
+                    use_conv_ffn=use_conv_ffn,
+                    with_cp=with_cp,
+                    policy=policy,
+                )
+                blocks.append(block)
+            norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
+            # A plain list of parts gives the parameter names of mmdet: layers.<stage>.<part>.
+            self.layers.append(ModuleList([patch_embed, blocks, norm]))
+            in_channels = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Compute feature maps of an image batch (B, 3, height, width).
+
+        Returns:
+            One (B, C, H, W) for each of ``out_indices``.
+        """
+        outs, records = [], []
+        for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
+            tokens, record = self._run_stage(stage, x, ratios)
+            records.append(record)
+            x = to_map(tokens, record.hw_shape)
+            if index in self.out_indices:
+                outs.append(x.contiguous())
+        self.records = records
+        return outs
+
+    def _run_stage(
+        self, stage: ModuleList, x: Tensor, keep_ratios: Sequence[float]
+    ) -> tuple[Tensor, StageRecord]:
+        """Run one stage on a map (B, C, H, W) of the stage before."""
+        patch_embed, blocks, norm = stage
+        x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
+        ratios, selections = iter(keep_ratios), []
+        for block in blocks:
+            if isinstance(block, AbsolutePositionEmbedding):
+                x = block(x, hw_shape)
+            else:
+                x, selection = block(x, hw_shape, next(ratios))
+                selections.append(selection)
+        return norm(x), StageRecord(x.shape[0], hw_shape, selections)
+
+    def _init_from_scratch(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02, bias=0.0)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1.0)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                normal_init(module, 0, math.sqrt(2.0 / fan_out))
+            elif isinstance(module, AbsolutePositionEmbedding):
+                module.init_weights()
+
+    def _frozen_modules(self) -> Iterable[nn.Module]:
+        if self.frozen_stages == 0:
+            yield self.layers[0][0]
+        yield from self.layers[: max(self.frozen_stages, 0)]
+
+    def _from_official(self, state: StateDict) -> StateDict:
+        return pvt_from_official(state) if is_official_pvt(state) else state
+
+    def _fit_tables(self, state: StateDict) -> StateDict:
+        fitted = dict(state)
+        for index, (_, blocks, _) in enumerate(self.layers):
+            key = f'layers.{index}.1.0.pos_embed'
+            if key in fitted and isinstance(blocks[0], AbsolutePositionEmbedding):
+                places = fitted[key].shape[1]
+                side = round(places**0.5)
+                if places != math.prod(blocks[0].pos_shape) and side * side == places:
+                    fitted[key] = resize_position_table(
+                        fitted[key], (side, side), blocks[0].pos_shape, mode='bilinear'
+                    )
+        return fitted
+
+
+@MODELS.register_module()
+class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
+    """PVTv2 that computes only active tokens (arXiv 2106.13797).
+
+    Args:
+        **kwargs: Arguments of ``IdlePyramidVisionTransformer`` except ``patch_sizes``,
+            ``paddings``, ``use_abs_pos_embed``, ``norm_after_stage`` and ``use_conv_ffn``, which
+            make the version.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(
+            patch_sizes=(7, 3, 3, 3),
+            paddings=(3, 1, 1, 1),
+            use_abs_pos_embed=False,
+            norm_after_stage=True,
+            use_conv_ffn=True,
+            **kwargs,
+        )
+
+
+def _fit_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
+    """Pad a map that is smaller than one patch to the size of one."""
+    height, width = (
+        kernel - 2 * padding
+        for kernel, padding in zip(projection.kernel_size, projection.padding, strict=True)
+    )
+    return pad_to(x, height, width)

@@ -1,0 +1,341 @@
+"""Swin Transformer with idle tokens (arXiv 2103.14030, arXiv 2310.05654).
+
+Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C channels, A heads.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging
+from mmengine.model import BaseModule, ModuleList
+from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..blocks import IdleBlock
+from ..converters import is_official_swin, swin_from_official
+from ..layers import (
+    ShiftWindowMSA,
+    resize_position_table,
+    resize_relative_position_table,
+    to_map,
+)
+from ..ops import Selection, UnitLayout, map_units, window_units
+from ..policies import KeepRatios
+from .base import GELU, IdleBackbone, StageRecord, StateDict
+
+LAYER_NORM = dict(type='LN')
+
+
+class IdleSwinBlock(IdleBlock):
+    """One Swin block on the active tokens of a map.
+
+    Args:
+        embed_dims: Channels of the tokens.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the feed-forward network.
+        window_size: Side of a window in tokens.
+        shift: Whether windows are shifted by half their size.
+        qkv_bias: Whether query, key and value have a bias.
+        qk_scale: Factor of the logits; None means ``head channels ** -0.5``.
+        drop_rate: Dropout of both branches.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of both branches.
+        act_cfg: Activation of the feed-forward network.
+        norm_cfg: Norm before both branches.
+        with_cp: Whether to recompute the block in the backward pass.
+        policy: Config of the idling policy; scopes ``map``, ``window_tokens`` and ``windows``.
+    """
+
+    SCOPES = ('map', 'window_tokens', 'windows')
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        window_size: int,
+        shift: bool,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        act_cfg: dict,
+        norm_cfg: dict,
+        with_cp: bool,
+        policy: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(embed_dims, policy, with_cp)
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = ShiftWindowMSA(
+            embed_dims,
+            num_heads,
+            window_size,
+            shift_size=window_size // 2 if shift else 0,
+            drop_path_rate=drop_path_rate,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=drop_rate,
+        )
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims,
+            feedforward_channels,
+            ffn_drop=drop_rate,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+            act_cfg=act_cfg,
+        )
+
+    def compute(
+        self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
+    ) -> Tensor:
+        whole = self.policy.scope == 'windows'
+        active = active + self.attn(self.norm1(active), hw_shape, selection, whole)
+        return self.ffn(self.norm2(active), identity=active)
+
+    def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
+        scope = self.policy.scope
+        if scope == 'map':
+            return map_units(*hw_shape, device)
+        windows = self.attn.window_size, self.attn.shift_size
+        return window_units(*hw_shape, *windows, scope == 'windows', device)
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        return self.attn.mean_query_attention(self.norm1(x))
+
+
+class IdleSwinStage(BaseModule):
+    """Blocks of one resolution, then the merge to the next.
+
+    Args:
+        depth: Number of blocks.
+        drop_path_rates: Stochastic depth of each block.
+        downsample: Merge to the next stage; None in the last.
+        **kwargs: Further arguments of ``IdleSwinBlock``.
+    """
+
+    def __init__(
+        self, depth: int, drop_path_rates: Sequence[float], downsample: nn.Module | None, **kwargs
+    ) -> None:
+        super().__init__()
+        self.blocks = ModuleList(
+            IdleSwinBlock(shift=index % 2 == 1, drop_path_rate=drop_path_rates[index], **kwargs)
+            for index in range(depth)
+        )
+        self.downsample = downsample
+
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], keep_ratios: Sequence[float]
+    ) -> tuple[Tensor, StageRecord]:
+        """Run the blocks on the map x (B, N, C)."""
+        selections = []
+        for block, keep_ratio in zip(self.blocks, keep_ratios, strict=True):
+            x, selection = block(x, hw_shape, keep_ratio)
+            selections.append(selection)
+        return x, StageRecord(x.shape[0], hw_shape, selections)
+
+
+@MODELS.register_module()
+class IdleSwinTransformer(IdleBackbone):
+    """Swin Transformer that computes only active tokens.
+
+    Parameter names and shapes are those of mmdet's and mmseg's ``SwinTransformer``; at
+    ``keep_ratios=1.0`` so are outputs and gradients.
+
+    Args:
+        pretrain_img_size: Image size in pixels of the absolute position table.
+        in_channels: Channels of the image.
+        embed_dims: Channels of the first stage; they double with each stage.
+        patch_size: Side of a token of the first stage in pixels.
+        window_size: Side of a window in tokens.
+        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
+        depths: Number of blocks of each stage.
+        num_heads: Attention heads of each stage.
+        strides: Stride of the patch embedding and of each merge.
+        out_indices: Stages whose maps are returned.
+        qkv_bias: Whether query, key and value have a bias.
+        qk_scale: Factor of the attention logits; None means ``head channels ** -0.5``.
+        patch_norm: Whether patch embedding and merges have a norm.
+        drop_rate: Dropout.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
+        use_abs_pos_embed: Whether tokens get an absolute position table, resized to each image.
+        act_cfg: Activation of the feed-forward networks.
+        norm_cfg: Norm layers.
+        with_cp: Whether to recompute blocks in the backward pass to save memory.
+        pretrained: Deprecated; see ``init_cfg``.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be an official Swin release.
+        frozen_stages: Number of frozen stages; 0 for the patch embedding alone, -1 for none.
+        keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
+            stage with one per block. 1.0 is the dense backbone.
+        policy: Which tokens are active, such as ``dict(scorer='mean_distance', scope='map')``.
+            Scopes: ``map`` (best tokens of the whole map), ``window_tokens`` (best tokens of each
+            window), ``windows`` (best windows).
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
+
+    Raises:
+        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
+        ValueError: A value is not allowed, or lists have different lengths.
+    """
+
+    def __init__(
+        self,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        embed_dims: int = 96,
+        patch_size: int = 4,
+        window_size: int = 7,
+        mlp_ratio: float = 4,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_abs_pos_embed: bool = False,
+        act_cfg: dict = GELU,
+        norm_cfg: dict = LAYER_NORM,
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        frozen_stages: int = -1,
+        keep_ratios: KeepRatios = 1.0,
+        policy: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(depths, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg)
+        if not len(depths) == len(num_heads) == len(strides):
+            raise ValueError(
+                f'depths={depths}, num_heads={num_heads} and strides={strides} '
+                'must have one entry per stage'
+            )
+        if strides[0] != patch_size:
+            raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
+        self.out_indices = out_indices
+        self.use_abs_pos_embed = use_abs_pos_embed
+        patch_norm_cfg = norm_cfg if patch_norm else None
+        self.patch_embed = PatchEmbed(
+            in_channels,
+            embed_dims,
+            kernel_size=patch_size,
+            stride=patch_size,
+            norm_cfg=patch_norm_cfg,
+        )
+        if use_abs_pos_embed:
+            height, width = _pair(pretrain_img_size)
+            self.pos_shape = height // patch_size, width // patch_size
+            places = self.pos_shape[0] * self.pos_shape[1]
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, places, embed_dims))
+        self.drop_after_pos = nn.Dropout(p=drop_rate)
+
+        self.num_features = [embed_dims * 2**index for index in range(len(depths))]
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = ModuleList()
+        for index, (channels, depth) in enumerate(zip(self.num_features, depths, strict=True)):
+            last = index == len(depths) - 1
+            stage = IdleSwinStage(
+                depth,
+                [next(rates) for _ in range(depth)],
+                None if last else _merge(channels, strides[index + 1], patch_norm_cfg),
+                embed_dims=channels,
+                num_heads=num_heads[index],
+                feedforward_channels=int(mlp_ratio * channels),
+                window_size=window_size,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg,
+                with_cp=with_cp,
+                policy=policy,
+            )
+            self.stages.append(stage)
+        for index in out_indices:
+            norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
+            self.add_module(f'norm{index}', norm)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Compute feature maps of an image batch (B, 3, height, width).
+
+        Returns:
+            One (B, C, H, W) for each of ``out_indices``.
+        """
+        x, hw_shape = self.patch_embed(x)
+        x = self.drop_after_pos(self._add_position(x, hw_shape))
+        outs, records = [], []
+        for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
+            x, record = stage(x, hw_shape, ratios)
+            records.append(record)
+            if index in self.out_indices:
+                norm = getattr(self, f'norm{index}')
+                outs.append(to_map(norm(x), hw_shape).contiguous())
+            if stage.downsample is not None:
+                x, hw_shape = stage.downsample(x, hw_shape)
+        self.records = records
+        return outs
+
+    def _add_position(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        if not self.use_abs_pos_embed:
+            return x
+        table = self.absolute_pos_embed
+        return x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
+
+    def _init_from_scratch(self) -> None:
+        if self.use_abs_pos_embed:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02, bias=0.0)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1.0)
+
+    def _frozen_modules(self) -> Iterable[nn.Module]:
+        if self.frozen_stages >= 0:
+            yield from (self.patch_embed, self.drop_after_pos)
+        for index in range(self.frozen_stages):
+            yield self.stages[index]
+            if index in self.out_indices:
+                yield getattr(self, f'norm{index}')
+
+    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
+        yield from super()._frozen_parameters()
+        if self.frozen_stages >= 0 and self.use_abs_pos_embed:
+            yield self.absolute_pos_embed
+
+    def _from_official(self, state: StateDict) -> StateDict:
+        return swin_from_official(state) if is_official_swin(state) else state
+
+    def _fit_tables(self, state: StateDict) -> StateDict:
+        own = self.state_dict()
+        fitted = {}
+        for key, value in state.items():
+            if key == 'absolute_pos_embed' and key in own and value.dim() == 3:
+                value = _square_to(value, self.pos_shape)
+            elif key.endswith('relative_position_bias_table') and key in own:
+                value = resize_relative_position_table(value, own[key].shape[0])
+            elif key.endswith('relative_position_index'):
+                continue
+            fitted[key] = value
+        return fitted
+
+
+def _merge(channels: int, stride: int, norm_cfg: dict | None) -> PatchMerging:
+    return PatchMerging(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)
+
+
+def _square_to(table: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Resize the table of a square image unless it has the right number of places already."""
+    if table.shape[1] == shape[0] * shape[1]:
+        return table
+    side = round(table.shape[1] ** 0.5)
+    return resize_position_table(table, (side, side), shape, mode='bicubic')

@@ -1,0 +1,5 @@
+"""What every block with idle tokens does, once."""
+
+from .idle_block import IdleBlock
+
+__all__ = ['IdleBlock']

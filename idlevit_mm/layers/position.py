@@ -1,0 +1,52 @@
+"""Position tables and their resizing.
+
+Shape letters: N places of a table (H * W), C channels, A heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+from .shape import to_map, to_tokens
+
+
+def resize_position_table(
+    table: Tensor, old_shape: tuple[int, int], new_shape: tuple[int, int], mode: str
+) -> Tensor:
+    """Interpolate an absolute position table of shape (1, N, C) to (1, H' * W', C)."""
+    if old_shape == new_shape:
+        return table
+    return to_tokens(F.interpolate(to_map(table, old_shape), size=new_shape, mode=mode))
+
+
+def resize_relative_position_table(table: Tensor, num_places: int) -> Tensor:
+    """Interpolate Swin's bias table of shape ((2 * window - 1) ** 2, A) to (num_places, A)."""
+    old, new = round(table.shape[0] ** 0.5), round(num_places**0.5)
+    return resize_position_table(table[None], (old, old), (new, new), mode='bicubic')[0]
+
+
+class AbsolutePositionEmbedding(BaseModule):
+    """PVT's learned position table, resized to each map (arXiv 2102.12122).
+
+    Args:
+        pos_shape: Height and width of the table.
+        pos_dim: Channels.
+        drop_rate: Dropout of the sum.
+    """
+
+    def __init__(self, pos_shape: tuple[int, int], pos_dim: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.pos_shape = pos_shape
+        self.pos_embed = nn.Parameter(torch.zeros(1, pos_shape[0] * pos_shape[1], pos_dim))
+        self.drop = nn.Dropout(p=drop_rate)
+
+    def init_weights(self) -> None:
+        """Draw the table from a truncated normal distribution."""
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Add the table, resized to ``hw_shape``, to tokens of shape (B, N, C)."""
+        table = resize_position_table(self.pos_embed, self.pos_shape, hw_shape, mode='bilinear')
+        return self.drop(x + table)

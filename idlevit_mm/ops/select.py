@@ -1,0 +1,183 @@
+"""Choose the best units and move their tokens out of the flat map and back.
+
+Shape letters: B images, N tokens of the map, C channels, G groups, U units of a group, S tokens of
+a unit, T active tokens (or slots, where a unit holds padding).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import UnitLayout
+
+
+class Selection(NamedTuple):
+    """The units of one block that are active.
+
+    Attributes:
+        token_ids: (B, T), ids of the active tokens in the flat map; within a group ascending. The
+            sentinel N marks a padding slot of an active window.
+        unit_ids: (B, K), numbers of the active units.
+        has_padding: Whether token_ids may hold the sentinel.
+    """
+
+    token_ids: Tensor
+    unit_ids: Tensor
+    has_padding: bool
+
+
+def num_active(keep_ratio: float, num_units: int) -> int:
+    """Number of active units: max(1, round(keep_ratio * num_units))."""
+    return max(1, round(keep_ratio * num_units))
+
+
+def unit_scores(scores: Tensor, layout: UnitLayout) -> Tensor:
+    """Score of a unit: the mean over its tokens.
+
+    Args:
+        scores: (B, N).
+        layout: Units of the map.
+
+    Returns:
+        (B, G, U); minus infinity for units that are all padding.
+    """
+    if layout.in_order:
+        return scores[:, None, :]
+    slots = F.pad(scores, (0, 1), value=float('-inf'))[:, layout.token_ids]
+    if layout.token_ids.shape[2] == 1:
+        return slots.squeeze(-1)
+    valid = layout.token_ids < layout.num_tokens
+    total = torch.where(valid, slots, 0.0).sum(-1)
+    count = valid.sum(-1)
+    return torch.where(count > 0, total / count.clamp(min=1), float('-inf'))
+
+
+def select_units(scores: Tensor, layout: UnitLayout, keep_ratio: float) -> Selection:
+    """Take the best ``num_active`` units of every group.
+
+    Args:
+        scores: (B, G, U), minus infinity for units that are all padding.
+        layout: Units of the map.
+        keep_ratio: Share of the valid units that is active, in (0, 1].
+    """
+    counts = tuple(num_active(keep_ratio, valid) for valid in layout.valid_units)
+    unit_ids = _top_units(scores, counts)
+    tokens = layout.token_ids.flatten(0, 1)[unit_ids].flatten(1)
+    return Selection(tokens, unit_ids, layout.has_padding and layout.token_ids.shape[2] > 1)
+
+
+def keep_mask(selection: Selection, num_tokens: int) -> Tensor:
+    """Which tokens are active: (B, N), bool."""
+    token_ids = selection.token_ids
+    mask = token_ids.new_zeros(token_ids.shape[0], num_tokens + 1, dtype=torch.bool)
+    return mask.scatter_(1, token_ids, True)[:, :num_tokens]
+
+
+def take_tokens(x: Tensor, selection: Selection) -> Tensor:
+    """Gather the active tokens.
+
+    Args:
+        x: (B, N, C).
+        selection: Active units of each image.
+
+    Returns:
+        (B, T, C); rows of padding slots hold values of some token and must not be used.
+    """
+    batch, num_tokens, channels = x.shape
+    rows = _rows(selection, batch, num_tokens)
+    taken = _TakeRows.apply(x.reshape(batch * num_tokens, channels), rows, selection.has_padding)
+    return taken.view(batch, -1, channels)
+
+
+def put_tokens(x: Tensor, selection: Selection, values: Tensor) -> Tensor:
+    """Copy the map with the active tokens replaced; the inverse of ``take_tokens``.
+
+    Args:
+        x: (B, N, C).
+        selection: Active units of each image.
+        values: (B, T, C), new values of the active tokens; those of padding slots are dropped.
+
+    Returns:
+        (B, N, C), whose idle rows are bit-identical to those of ``x``.
+    """
+    batch, num_tokens, channels = x.shape
+    rows = _rows(selection, batch, num_tokens)
+    flat = x.reshape(batch * num_tokens, channels)
+    if selection.has_padding:
+        flat = F.pad(flat, (0, 0, 0, 1))
+    values = values.reshape(-1, channels).to(x.dtype)
+    return flat.index_copy(0, rows, values)[: batch * num_tokens].view(batch, num_tokens, channels)
+
+
+class _TakeRows(torch.autograd.Function):
+    """index_select over distinct rows, whose backward copies rows instead of adding them.
+
+    Autograd's own backward is an index_add, several times slower on the CPU and not deterministic
+    on a GPU. The row after the last stands for padding: it reads any row and gives back no gradient.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, index: Tensor, has_padding: bool) -> Tensor:
+        return rows.index_select(0, index.clamp(max=rows.shape[0] - 1) if has_padding else index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        rows, index, has_padding = inputs
+        ctx.save_for_backward(index)
+        ctx.num_rows = rows.shape[0]
+        ctx.has_padding = has_padding
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        full = grad.new_zeros(ctx.num_rows + int(ctx.has_padding), grad.shape[1])
+        return full.index_copy(0, index, grad)[: ctx.num_rows], None, None
+
+
+def _rows(selection: Selection, batch: int, num_tokens: int) -> Tensor:
+    """Rows of the active tokens in the flattened (B * N) map; B * N for padding slots."""
+    token_ids = selection.token_ids
+    offset = torch.arange(batch, device=token_ids.device)[:, None] * num_tokens
+    rows = token_ids + offset
+    if selection.has_padding:
+        rows = torch.where(token_ids == num_tokens, batch * num_tokens, rows)
+    return rows.flatten()
+
+
+def _top_units(scores: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Numbers g * U + u of the best ``counts[g]`` units of each group: (B, sum(counts))."""
+    _, groups, units = scores.shape
+    most = max(counts)
+    top = scores.topk(most, dim=-1, sorted=min(counts) < most).indices
+    if min(counts) < most:
+        # Groups at the border of the map hold fewer units: what they have too many sorts last.
+        ranks = torch.arange(most, device=scores.device)
+        limits = _limits(counts, scores.device)
+        top = torch.where(ranks < limits[:, None], top, units)
+    first = torch.arange(groups, device=scores.device) * units
+    top = (top.sort(dim=-1).values + first[:, None]).flatten(1)
+    return top[:, _leading_places(counts, scores.device)] if min(counts) < most else top
+
+
+@torch.compiler.assume_constant_result
+def _limits(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return _count_tables(counts, device)[0]
+
+
+@torch.compiler.assume_constant_result
+def _leading_places(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return _count_tables(counts, device)[1]
+
+
+@lru_cache(64)
+def _count_tables(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The counts, and the places of the first counts[g] entries of row g in a (G, max) table."""
+    limits = np.array(counts, dtype=np.int64)
+    (places,) = np.nonzero((np.arange(limits.max()) < limits[:, None]).reshape(-1))
+    # Built outside inference mode, so that a later training step can use them too.
+    with torch.inference_mode(False):
+        return torch.from_numpy(limits).to(device), torch.from_numpy(places).to(device)
