@@ -1,0 +1,17 @@
+"""The errors that a person, not a programmer, has to act on."""
+
+
+class UsageError(RuntimeError):
+    """Something outside the program is wrong: a path, a file, an option.
+
+    The command line tools print its message as one ``error: ...`` line and exit with code 2,
+    so the message must name the offending value and say what to do.
+    """
+
+
+class UnsafeCheckpointError(UsageError):
+    """A checkpoint holds more than tensors and mmengine's own records."""
+
+
+class BrokenCheckpointError(UsageError):
+    """A checkpoint cannot be read: cut off, damaged, or another kind of file."""

@@ -1,0 +1,513 @@
+"""Train and test from a config file: what ``tools/train.py`` and ``tools/test.py`` call.
+
+One path for detection (mmdet) and segmentation (mmseg). Everything that can be known to be wrong
+is checked before any work and reported as :class:`UsageError`; with :func:`run_tool` that is one
+line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .checks import (
+    check_datasets,
+    check_pretrained,
+    check_weights,
+    find_resumable,
+    is_local,
+    leaf_datasets,
+)
+from .errors import UnsafeCheckpointError, UsageError
+from .runner import ResumableRunner
+from .safe_load import allow_mmengine_globals, load_checkpoint
+
+TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
+_PICKLES = ('.pkl', '.pickle')
+_FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
+
+
+def _rank() -> int:
+    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
+
+
+def _say(message: str) -> None:
+    if _rank() == 0:
+        print(message, flush=True)
+
+
+def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
+    """Call a function for the command line: user errors become one line and exit code 2.
+
+    Setting the environment variable ``IDLEVIT_MM_TRACEBACK=1`` shows the traceback instead.
+    """
+    try:
+        function(**arguments)
+    except UsageError as error:
+        if os.environ.get(TRACEBACK_VARIABLE, '0') not in ('', '0'):
+            raise
+        if _rank() == 0:
+            print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config file and apply ``--cfg-options``.
+
+    Args:
+        path: Config file.
+        options: Dotted names and values.
+
+    Raises:
+        UsageError: If the file is missing or cannot be read, or an option does not apply.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        raise UsageError(f'config {path} cannot be read: {_reason(error)}') from error
+    if options:
+        try:
+            cfg.merge_from_dict(options)
+        except Exception as error:
+            raise UsageError(f'--cfg-options does not fit {path}: {_reason(error)}') from error
+    return cfg
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an exception on one line, KeyError's quotes removed."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return ' '.join(text.split()) or type(error).__name__
+
+
+def task_of(cfg: Config) -> str:
+    """Tell ``'detection'`` from ``'segmentation'`` by the scope, else by the model's heads.
+
+    Raises:
+        UsageError: If neither tells.
+    """
+    scope = cfg.get('default_scope')
+    if scope in ('mmdet', 'mmseg'):
+        return {'mmdet': 'detection', 'mmseg': 'segmentation'}[scope]
+    model = cfg.get('model') or {}
+    if 'decode_head' in model:
+        return 'segmentation'
+    if any(key in model for key in ('bbox_head', 'roi_head', 'rpn_head', 'mask_head')):
+        return 'detection'
+    raise UsageError(
+        f"default_scope is {scope!r}: set it to 'mmdet' for a detector or 'mmseg' for a segmentor"
+    )
+
+
+def _set_work_dir(cfg: Config, config: str, work_dir: str | None) -> None:
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(config).stem)
+    if os.path.exists(cfg.work_dir) and not os.path.isdir(cfg.work_dir):
+        raise UsageError(f'work dir {cfg.work_dir} is a file')
+
+
+def _use_amp(cfg: Config) -> None:
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    kind = kind if isinstance(kind, str) else kind.__name__
+    if 'Amp' in kind:
+        raise UsageError(f'--amp: the config trains in mixed precision already ({kind})')
+    if kind.rsplit('.', 1)[-1] != 'OptimWrapper':
+        raise UsageError(f'--amp replaces OptimWrapper, but optim_wrapper.type is {kind}')
+    if get_device() == 'cpu':
+        raise UsageError('--amp needs an accelerator; mixed precision does not train on the CPU')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _scale_lr(cfg: Config) -> None:
+    settings = cfg.get('auto_scale_lr') or {}
+    if not isinstance(settings.get('base_batch_size'), int):
+        raise UsageError(
+            '--auto-scale-lr needs the batch size that the learning rate was chosen for: '
+            '--cfg-options auto_scale_lr.base_batch_size=16'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def _missing_start(config: str, path: str) -> str:
+    """Message for a load_from that is not there, naming the config that trains it if known."""
+    message = f'load_from {path} does not exist.'
+    parent = Path(config).with_name(f'{Path(path).parent.name}.py')
+    if parent.is_file():
+        return f'{message} Train it first: python tools/train.py {parent}'
+    return f'{message} Name another checkpoint with --cfg-options load_from=PATH'
+
+
+def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any] | None:
+    """Decide what training starts from; sets ``cfg.resume`` and ``cfg.load_from``.
+
+    Returns:
+        The checkpoint, for checking it against the model; None to start from scratch or from an
+        address.
+    """
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    cfg.resume = False
+    if resume == 'auto':
+        found, passed_over = find_resumable(cfg.work_dir)
+        if found is None and passed_over:
+            raise UsageError(
+                f'--resume: no checkpoint in {cfg.work_dir} can be resumed from: '
+                f'{"; ".join(passed_over)}. Delete them to start anew'
+            )
+        if found is None:
+            _say(f'Nothing to resume in {cfg.work_dir}; training starts at the beginning.')
+        for reason in passed_over:
+            _say(f'Passed over: {reason}.')
+        resume = found
+    elif resume is not None and is_local(resume) and not os.path.isfile(resume):
+        raise UsageError(f'--resume {resume} does not exist')
+
+    if resume is not None:
+        cfg.resume, cfg.load_from = True, resume
+        if not is_local(resume):
+            return None
+        checkpoint = load_checkpoint(resume)
+        meta = checkpoint.get('meta') or {}
+        if 'optimizer' not in checkpoint or 'iter' not in meta:
+            raise UsageError(
+                f'--resume {resume} holds weights only, not the state of a training. To start '
+                f'from its weights: --cfg-options load_from={resume}'
+            )
+        _take_seed(cfg, meta.get('seed'))
+        _say(f'Resuming from {resume}.')
+        return checkpoint
+
+    start = cfg.get('load_from')
+    if not start or not is_local(start):
+        return None
+    if not os.path.isfile(start):
+        raise UsageError(_missing_start(config, start))
+    return load_checkpoint(start)
+
+
+def _take_seed(cfg: Config, seed: int | None) -> None:
+    """Go on with the seed of the run, also where the config leaves the choice to chance."""
+    if seed is None:
+        return
+    randomness = cfg.setdefault('randomness', ConfigDict())
+    asked = randomness.get('seed')
+    if asked is not None and asked != seed:
+        _say(f'The run being resumed has seed {seed}; randomness.seed={asked} is not used.')
+    randomness.seed = seed
+
+
+def _sync_batch_norms(config: Any) -> Iterator[dict]:
+    if isinstance(config, dict):
+        if config.get('type') in ('SyncBN', 'MMSyncBN'):
+            yield config
+        for value in config.values():
+            yield from _sync_batch_norms(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from _sync_batch_norms(value)
+
+
+def _prepare_launcher(cfg: Config, launcher: str) -> None:
+    """Open the process group on machines without CUDA; mmengine only knows how to with it."""
+    cfg.launcher = launcher
+    if launcher == 'none' or get_device() != 'cpu':
+        return
+    if launcher != 'pytorch':
+        raise UsageError(
+            f'--launcher {launcher} needs CUDA, which is not available here. On CPUs, use '
+            'tools/dist_train.sh or tools/dist_test.sh'
+        )
+    absent = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR') if name not in os.environ]
+    if absent:
+        raise UsageError(
+            f'--launcher pytorch without {absent[0]} in the environment: start it by '
+            'tools/dist_train.sh, tools/dist_test.sh or torchrun'
+        )
+    _say('CUDA is not available: distributed on CPUs with the gloo backend.')
+    env = cfg.setdefault('env_cfg', ConfigDict())
+    dist = env.setdefault('dist_cfg', ConfigDict())
+    dist.backend = 'gloo'
+    wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    wrapper.setdefault('broadcast_buffers', False)
+    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+    wrapper.device_ids = None
+    layers = list(_sync_batch_norms(cfg.get('model')))
+    for layer in layers:
+        layer['type'] = 'BN'
+    if layers:
+        _say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
+    if not torch.distributed.is_initialized():
+        timeout = dist.get('timeout')
+        torch.distributed.init_process_group(
+            'gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout)
+        )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a config: its own ``runner_type``, or :class:`ResumableRunner`.
+
+    Raises:
+        UsageError: If a part rejects its arguments, with that part's message.
+    """
+    try:
+        if cfg.get('runner_type'):
+            return RUNNERS.build(cfg)
+        return ResumableRunner.from_cfg(cfg)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UsageError(
+            f'the config does not build: {_reason(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
+        ) from error
+
+
+def _refusing(call: Callable[[], Any]) -> Any:
+    """Call, and name the remedy if a checkpoint from an address turns out to be unsafe."""
+    try:
+        return call()
+    except pickle.UnpicklingError as error:
+        raise UnsafeCheckpointError(
+            f'a checkpoint is refused: {_reason(error)[:300]}. Download it, drop everything but '
+            'its weights (python tools/model_converters/strip_checkpoint.py FILE stripped.pth), '
+            'and name that file in the config'
+        ) from error
+
+
+def train_from_config(
+    config: str,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    cfg_options: dict[str, Any] | None = None,
+    launcher: str = 'none',
+) -> Runner:
+    """Train a detector or a segmentor.
+
+    Args:
+        config: Config file.
+        work_dir: Folder for checkpoints and logs; else the config's, else
+            ``work_dirs/<name of the config>``.
+        resume: ``'auto'`` for the newest whole checkpoint in the work dir (or a fresh start if
+            there is none), or the path of a checkpoint.
+        amp: Train in mixed precision.
+        auto_scale_lr: Scale the learning rate with the batch size.
+        cfg_options: Overrides by dotted name.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+
+    Returns:
+        The runner, after training.
+
+    Raises:
+        UsageError: If anything is missing or does not fit.
+    """
+    allow_mmengine_globals()
+    cfg = load_config(config, cfg_options)
+    for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if cfg.get(key) is None:
+            raise UsageError(f'config {config} cannot be trained: it has no {key}')
+    _set_work_dir(cfg, config, work_dir)
+    if amp:
+        _use_amp(cfg)
+    if auto_scale_lr:
+        _scale_lr(cfg)
+    checkpoint = _choose_start(cfg, config, resume)
+    if checkpoint is None or not cfg.resume:
+        check_pretrained(cfg)
+    check_datasets(cfg, ('train', 'val') if cfg.get('val_cfg') is not None else ('train',))
+    _prepare_launcher(cfg, launcher)
+
+    runner = build_runner(cfg)
+    if checkpoint is not None:
+        purpose = 'resume' if cfg.resume else 'load_from'
+        for warning in check_weights(runner.model, checkpoint, cfg.load_from, purpose):
+            runner.logger.warning(warning)
+        del checkpoint
+    _refusing(runner.train)
+    return runner
+
+
+def test_from_config(
+    config: str,
+    checkpoint: str,
+    work_dir: str | None = None,
+    out: str | None = None,
+    show_dir: str | None = None,
+    tta: bool = False,
+    cfg_options: dict[str, Any] | None = None,
+    launcher: str = 'none',
+) -> dict[str, float]:
+    """Test a detector or a segmentor.
+
+    Args:
+        config: Config file.
+        checkpoint: Weights; every parameter of the model must be there with its shape.
+        work_dir: Folder for logs and metrics; as in :func:`train_from_config`.
+        out: Where to write predictions. Detection: a ``.pkl`` file. Segmentation: a folder, for
+            one PNG of class labels per image, or a ``.pkl`` file.
+        show_dir: Folder for one painted picture per image.
+        tta: Test time augmentation by the config's ``tta_model`` and ``tta_pipeline``, or by
+            horizontal flips if it has none.
+        cfg_options: Overrides by dotted name.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+
+    Returns:
+        Metrics by name.
+
+    Raises:
+        UsageError: If anything is missing or does not fit.
+    """
+    allow_mmengine_globals()
+    cfg = load_config(config, cfg_options)
+    for key in ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'):
+        if cfg.get(key) is None:
+            raise UsageError(f'config {config} cannot be tested: it has no {key}')
+    task = task_of(cfg)
+    _set_work_dir(cfg, config, work_dir)
+    weights = load_checkpoint(checkpoint) if is_local(checkpoint) else None
+    cfg.resume, cfg.load_from = False, checkpoint
+    if out is not None:
+        _write_predictions(cfg, task, out)
+    if show_dir is not None:
+        _paint(cfg, task, show_dir)
+    if tta:
+        _augment(cfg, task)
+    check_datasets(cfg, ('test',))
+    _prepare_launcher(cfg, launcher)
+
+    # Hooks ask the runner for its iteration, and mmengine then builds the training data as well.
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
+        cfg[key] = None
+    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg[key] = None
+    runner = build_runner(cfg)
+    if weights is not None:
+        check_weights(runner.model, weights, checkpoint, 'test')
+        del weights
+    return _refusing(runner.test)
+
+
+def _evaluators(cfg: Config) -> list[dict]:
+    found = cfg.test_evaluator
+    return [found] if isinstance(found, dict) else list(found)
+
+
+def _write_predictions(cfg: Config, task: str, out: str) -> None:
+    """Make the evaluator write what ``--out`` asks for; see :func:`test_from_config`."""
+    is_pickle = out.endswith(_PICKLES)
+    if task == 'detection' and not is_pickle:
+        raise UsageError(f'--out {out}: for detection this is a file that ends in .pkl')
+    if os.path.isdir(out) if is_pickle else os.path.isfile(out):
+        kind = 'folder' if is_pickle else 'file'
+        raise UsageError(f'--out {out} exists already and is a {kind}')
+    if task == 'segmentation' and not is_pickle and out.lower().endswith(_FILE_SUFFIXES):
+        raise UsageError(
+            f'--out {out}: for segmentation this is a folder for PNGs, or a file that ends in .pkl'
+        )
+    evaluators = _evaluators(cfg)
+    if is_pickle:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        kind = 'mmdet.DumpDetResults' if task == 'detection' else 'mmengine.DumpResults'
+        cfg.test_evaluator = [*evaluators, ConfigDict(type=kind, out_file_path=out)]
+        return
+    for evaluator in evaluators:
+        if str(evaluator.get('type')).rsplit('.', 1)[-1] in ('IoUMetric', 'CityscapesMetric'):
+            evaluator['output_dir'] = out
+            return
+    raise UsageError(
+        f'--out {out}: no metric of test_evaluator writes label maps (IoUMetric does); use a .pkl'
+    )
+
+
+def _paint(cfg: Config, task: str, show_dir: str) -> None:
+    """Make the visualisation hook paint every test image into one folder."""
+    if os.path.isfile(show_dir):
+        raise UsageError(f'--show-dir {show_dir} is a file')
+    folder = os.path.abspath(show_dir)
+    prefix = 'Det' if task == 'detection' else 'Seg'
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    hook = hooks.get('visualization')
+    if hook is None:
+        hook = hooks['visualization'] = ConfigDict(type=f'{prefix}VisualizationHook')
+    visualizer = cfg.get('visualizer')
+    if visualizer is None:
+        visualizer = cfg.visualizer = ConfigDict(type=f'{prefix}LocalVisualizer', name='visualizer')
+    hook['draw'] = True
+    if task == 'detection':
+        hook['test_out_dir'] = folder
+    else:
+        # This hook has no folder of its own: it paints where the visualiser stores images, and
+        # only every interval-th batch.
+        hook['interval'] = 1
+        visualizer['vis_backends'] = [ConfigDict(type='LocalVisBackend', img_save_dir=folder)]
+
+
+def _augment(cfg: Config, task: str) -> None:
+    """Wrap the model and the pipeline for test time augmentation."""
+    metrics = {
+        str(name)
+        for evaluator in _evaluators(cfg)
+        for name in (
+            [evaluator.get('metric')]
+            if isinstance(evaluator.get('metric'), str)
+            else evaluator.get('metric') or []
+        )
+    }
+    if task == 'detection' and 'segm' in metrics:
+        raise UsageError(
+            '--tta merges boxes only, but test_evaluator measures masks: add --cfg-options '
+            'test_evaluator.metric=bbox'
+        )
+    sets = [dataset for _, dataset in leaf_datasets(cfg.test_dataloader.dataset, 'test')]
+    if cfg.get('tta_model') is None:
+        cfg.tta_model = (
+            ConfigDict(
+                type='DetTTAModel',
+                tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+            )
+            if task == 'detection'
+            else ConfigDict(type='SegTTAModel')
+        )
+        _say('The config has no tta_model: using the default.')
+    if cfg.get('tta_pipeline') is None:
+        if not sets or not sets[0].get('pipeline'):
+            raise UsageError('--tta: test_dataloader.dataset has no pipeline to augment')
+        cfg.tta_pipeline = _flip_pipeline(copy.deepcopy(sets[0]['pipeline']), task)
+        _say('The config has no tta_pipeline: averaging over horizontal flips.')
+    for dataset in sets:
+        dataset['pipeline'] = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def _flip_pipeline(pipeline: list[dict], task: str) -> list[dict]:
+    """Turn a test pipeline into one that yields an image and its mirror image."""
+    pack = pipeline.pop()
+    # The unflipped image comes first: its annotations are the ones that are compared.
+    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+    stages: list[list[dict]] = [flips]
+    if task == 'segmentation':
+        # Annotations are loaded after the flip, so that both copies hold the true ones.
+        loads = [step for step in pipeline if step['type'] == 'LoadAnnotations']
+        pipeline = [step for step in pipeline if step['type'] != 'LoadAnnotations']
+        stages += [[step] for step in loads]
+    else:
+        # Boxes are flipped back, so the flip has to be on record.
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        keys = tuple(pack.get('meta_keys', keys))
+        pack['meta_keys'] = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
+    stages.append([pack])
+    return [*pipeline, dict(type='TestTimeAug', transforms=stages)]

@@ -1,0 +1,102 @@
+"""A resumed run ends with the same numbers as one that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
+
+from .replay import MODEL_STREAM, ReplayDataLoader, mixed_seed, seed_generators
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Ties every random number of the training to the iteration it is drawn in.
+
+    mmengine restores weights, optimiser and schedules, but neither random states nor the place in
+    the data. This hook seeds Python, numpy and torch before every iteration from (seed,
+    iteration), tells a :class:`ReplayDataLoader` where in the data the run is, and makes up for a
+    validation that was due when the run was killed. :class:`idlevit_mm.engine.ResumableRunner`
+    adds it and builds the loader; with another runner it still seeds the model's numbers.
+
+    Exact are runs on the CPU, and on accelerators as far as their kernels are deterministic
+    (``randomness=dict(seed=..., deterministic=True)``). Not covered: transforms that keep a state
+    between samples (cached mosaics) or own a generator (albumentations), and gradient
+    accumulation that is under way when a checkpoint is written (a warning says so).
+    """
+
+    # After CheckpointHook (VERY_LOW too, registered earlier), which must be ready for validation.
+    priority = 'VERY_LOW'
+    RECORD = 'last_validation'
+
+    def before_train(self, runner: Any) -> None:
+        """Find the place in the data, and validate if the killed run did not get to it."""
+        loop, loader = runner.train_loop, runner.train_loop.dataloader
+        if isinstance(loop, IterBasedTrainLoop) and isinstance(loader, ReplayDataLoader):
+            loader.to_skip = loop.iter
+        self._warn_of_accumulation(runner)
+        if loop.iter == 0:
+            if is_main_process():  # the note of another run in the same folder
+                Path(runner.work_dir, self.RECORD).unlink(missing_ok=True)
+        elif self._validation_due(runner):
+            runner.logger.info(
+                'The validation that was due at this checkpoint was not finished; running it now.'
+            )
+            runner.val_loop.run()
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Number the batches of an epoch on from those of the epochs before."""
+        loop, loader = runner.train_loop, runner.train_loop.dataloader
+        if isinstance(loop, EpochBasedTrainLoop) and isinstance(loader, ReplayDataLoader):
+            loader.batch_sampler.position = loop.iter
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed what the model and its losses draw in this iteration."""
+        # runner.seed already holds the rank where randomness.diff_rank_seed asks for that.
+        seed_generators(mixed_seed(runner.seed, MODEL_STREAM, runner.iter), accelerator=True)
+
+    def after_val_epoch(self, runner: Any, metrics: dict | None = None) -> None:
+        """Note for a later resume that this validation is done."""
+        # The property train_loop would build the loop, and load its data, if there is none yet.
+        if not isinstance(runner._train_loop, BaseLoop) or not is_main_process():
+            return
+        record = Path(runner.work_dir, self.RECORD)
+        part = record.with_name(f'.{record.name}.part')
+        part.write_text(str(runner.iter))
+        os.replace(part, record)
+
+    def _validation_due(self, runner: Any) -> bool:
+        loop = runner.train_loop
+        if runner.val_loop is None:
+            return False
+        if isinstance(loop, EpochBasedTrainLoop):
+            now, last = loop.epoch, loop.max_epochs
+        elif isinstance(loop, IterBasedTrainLoop):
+            now, last = loop.iter, loop.max_iters
+        else:
+            return False
+        loop._decide_current_val_interval()
+        if now < loop.val_begin or (now % loop.val_interval and now != last):
+            return False
+        record = Path(runner.work_dir, self.RECORD)
+        return not (record.is_file() and record.read_text().strip() == str(loop.iter))
+
+    def _warn_of_accumulation(self, runner: Any) -> None:
+        wrapper, loop = runner.optim_wrapper, runner.train_loop
+        counts = getattr(wrapper, '_accumulative_counts', 1)
+        if counts == 1:
+            return
+        hooks = [h for h in runner.hooks if hasattr(h, 'save_last') and hasattr(h, 'by_epoch')]
+        for hook in hooks:
+            span = hook.interval * (len(loop.dataloader) if hook.by_epoch else 1)
+            if hook.interval > 0 and span % counts:
+                runner.logger.warning(
+                    f'Checkpoints are written every {span} iterations, which is no multiple of '
+                    f'accumulative_counts={counts}: a resumed run loses the gradients that were '
+                    'accumulated and will not repeat an uninterrupted one exactly.'
+                )
