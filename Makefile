@@ -1,0 +1,53 @@
+# Everything starts from a bare machine: Python 3.10-3.12 with venv, gcc, g++, git and make.
+# The targets do their own set-up, which takes no time when nothing has changed.
+
+# Interpreter for .venv; empty: the first of python3.11, 3.12, 3.10 that is complete.
+PYTHON ?=
+# More arguments for pytest, as in: make test PYTEST_ARGS='-k swin -x'
+PYTEST_ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+# Any Python from 3.8 on can run the set-up, which then looks for one that fits.
+BOOT = $(shell for p in $(PYTHON) python3 python3.11 python3.12 python3.10 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1 && echo "$$p" && break; \
+	done)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint format doctor clean distclean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make .venv with everything in it (first time: minutes; afterwards: nothing to do)
+	@boot="$(BOOT)"; \
+	if [ -z "$$boot" ]; then \
+		echo 'No Python was found. Install Python 3.10, 3.11 or 3.12, or name it: make PYTHON=...' >&2; \
+		exit 1; \
+	fi; \
+	"$$boot" tools/setup_env.py --python '$(PYTHON)'
+
+demo: setup ## Write data, train a detector and a segmentor, test both, show table and pictures
+	@$(VENV_PYTHON) tools/demo.py
+
+test: lint ## Lint, type check and all tests
+	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Lint, formatting and types only
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+format: setup ## Put the code into the project's format
+	@$(VENV_PYTHON) -m ruff check --fix .
+	@$(VENV_PYTHON) -m ruff format .
+
+doctor: setup ## Tell what is installed, what works and what is wrong
+	@$(VENV_PYTHON) tools/doctor.py
+
+clean: ## Remove build output and caches; keep .venv, data and runs
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too; compiled wheels outside the checkout stay
+	@rm -rf .venv
