@@ -38,7 +38,8 @@ def swin_from_official(state: StateDict) -> StateDict:
     """Rename an official Swin state dict and reorder its patch merging.
 
     The release concatenates the four patches of a merge as (top left, bottom left, top right,
-    bottom right) with channels fastest; mmcv's ``PatchMerging`` unfolds row by row with channels slowest.
+    bottom right) with channels fastest; mmcv's ``PatchMerging`` unfolds row by row with channels
+    slowest.
     """
     converted = {}
     for key, value in state.items():

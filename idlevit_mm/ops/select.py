@@ -117,7 +117,7 @@ class _TakeRows(torch.autograd.Function):
     """index_select over distinct rows, whose backward copies rows instead of adding them.
 
     Autograd's own backward is an index_add, several times slower on the CPU and not deterministic
-    on a GPU. The row after the last stands for padding: it reads any row and gives back no gradient.
+    on a GPU. The row after the last stands for padding: it reads any row and gives no gradient.
     """
 
     @staticmethod

@@ -3,6 +3,7 @@
 Shape letters: B images, N tokens of the map (H * W), C channels.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -106,7 +107,11 @@ def _build(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
     if cls is None:
         allowed = ', '.join(sorted(registry.module_dict))
         raise ValueError(f'{argument}={name!r} is unknown; allowed: {allowed}')
-    try:
-        return cls(**kwargs, **options)
-    except TypeError as error:
-        raise TypeError(f'{argument}={dict(cfg)!r}: {error}') from error
+    accepted = [key for key in inspect.signature(cls).parameters if key not in kwargs]
+    for key in options:
+        if key not in accepted:
+            allowed = ', '.join(['type', *accepted])
+            raise TypeError(
+                f'{argument}={dict(cfg)!r} has an unknown key {key!r}; allowed: {allowed}'
+            )
+    return cls(**kwargs, **options)
