@@ -1,0 +1,290 @@
+"""One table of small variants of every registered idle backbone.
+
+All backbone tests are parametrised over it; a new backbone is tested by adding it here.
+Shape letters: B images, C channels, H and W rows and columns of tokens, N = H * W.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+import idlevit_mm  # noqa: F401  (registers the backbones)
+
+SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
+DETERMINISTIC_SCORERS = tuple(s for s in SCORERS if s != 'random')
+
+_SWIN = dict(embed_dims=8, depths=(2, 2), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1))
+_PVT = dict(
+    embed_dims=8,
+    num_stages=2,
+    num_layers=[2, 2],
+    num_heads=[1, 2],
+    strides=[4, 2],
+    sr_ratios=[2, 1],
+    mlp_ratios=[2, 3],
+    out_indices=(0, 1),
+)
+_PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A small model of one backbone class.
+
+    Args:
+        name: Test id.
+        type: Registered name of the idle backbone.
+        kwargs: Constructor arguments of the small model, valid for the dense twin too.
+        twins: Import paths ``module:class`` of the dense twins, by library.
+        scopes: Selection scopes the class allows.
+        sizes: Image sizes (B, 3, height, width) the dense twin accepts.
+    """
+
+    name: str
+    type: str
+    kwargs: dict[str, Any]
+    twins: dict[str, str]
+    scopes: tuple[str, ...]
+    sizes: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def is_swin(self) -> bool:
+        return 'Swin' in self.type
+
+    def config(self, **overrides: Any) -> dict[str, Any]:
+        return dict(type=self.type, **{**self.kwargs, **overrides})
+
+    def build(self, **overrides: Any) -> nn.Module:
+        return MODELS.build(self.config(**overrides))
+
+    def build_twin(self, library: str = 'mmdet', **overrides: Any) -> nn.Module:
+        """The dense model of ``library``; skips the test when that is not installed."""
+        pytest.importorskip(library)
+        if library not in self.twins:
+            pytest.skip(f'{library} has no {self.type.removeprefix("Idle")}')
+        module, name = self.twins[library].split(':')
+        return getattr(importlib.import_module(module), name)(**{**self.kwargs, **overrides})
+
+
+_SWIN_TWINS = {
+    'mmdet': 'mmdet.models.backbones.swin:SwinTransformer',
+    'mmseg': 'mmseg.models.backbones.swin:SwinTransformer',
+}
+_PVT_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformer'}
+_PVT2_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformerV2'}
+_SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
+_V2_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (2, 3, 40, 17), (1, 3, 17, 17))
+_PVT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 8, 8))
+
+
+def _swin(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleSwinTransformer',
+        kwargs={**_SWIN, **kwargs},
+        twins=_SWIN_TWINS,
+        scopes=('map', 'window_tokens', 'windows'),
+        sizes=_SWIN_SIZES,
+    )
+
+
+def _pvt(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdlePyramidVisionTransformer',
+        kwargs={**_PVT1, **kwargs},
+        twins=_PVT_TWINS,
+        scopes=('map',),
+        sizes=_PVT_SIZES,
+    )
+
+
+def _pvt2(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdlePyramidVisionTransformerV2',
+        kwargs={**_PVT, **kwargs},
+        twins=_PVT2_TWINS,
+        scopes=('map',),
+        sizes=_V2_SIZES,
+    )
+
+
+# PyramidVisionTransformerV2 fixes four patch sizes, so its small model has four stages.
+_FOUR_STAGES = dict(
+    num_stages=4,
+    num_layers=[1, 2, 1, 1],
+    num_heads=[1, 2, 2, 4],
+    strides=[4, 2, 2, 2],
+    sr_ratios=[2, 1, 2, 1],
+    mlp_ratios=[2, 3, 2, 2],
+    out_indices=(0, 1, 2, 3),
+)
+
+FAMILIES = (
+    _swin('swin', window_size=4),
+    _pvt('pvt'),
+    _pvt2('pvtv2', **_FOUR_STAGES),
+)
+_OTHERS = (
+    _swin('swin-w7', window_size=7, depths=(2, 3)),
+    _swin('swin-plain', window_size=4, patch_norm=False, qkv_bias=False, qk_scale=0.3),
+    _swin('swin-mlp-drop-path', window_size=5, mlp_ratio=2, drop_path_rate=0.4),
+    _swin('swin-patch2', window_size=3, patch_size=2, strides=(2, 2)),
+    _pvt('pvt-no-abs', use_abs_pos_embed=False, qkv_bias=False, drop_path_rate=0.4),
+    _pvt('pvt-conv-norm', use_conv_ffn=True, norm_after_stage=True),
+    _pvt2('pvtv2-plain', **{**_FOUR_STAGES, 'qkv_bias': False, 'norm_cfg': dict(type='LN')}),
+)
+VARIANTS = FAMILIES + _OTHERS
+BY_NAME = {v.name: v for v in VARIANTS}
+
+
+def parametrize(variants: tuple[Variant, ...] = FAMILIES):
+    """``pytest.mark.parametrize`` over variants, with readable ids."""
+    return pytest.mark.parametrize('variant', variants, ids=[v.name for v in variants])
+
+
+def variant_scopes(variants: tuple[Variant, ...] = FAMILIES) -> list:
+    """pytest parameters (variant, scope) of every scope each variant allows."""
+    return [pytest.param(v, scope, id=f'{v.name}-{scope}') for v in variants for scope in v.scopes]
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter, biases and tables included, a random value of sensible size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if p.ndim == 1:
+                value = 0.2 * noise + (1.0 if _is_norm_weight(model, name) else 0.0)
+            elif 'pos_embed' in name or 'bias_table' in name:
+                value = 0.5 * noise
+            else:
+                value = noise * p[0].numel() ** -0.5
+            p.copy_(value.to(p))
+    return model
+
+
+def _is_norm_weight(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition('.')
+    return leaf == 'weight' and isinstance(model.get_submodule(owner), nn.LayerNorm)
+
+
+def image(size: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Reproducible noise image (B, 3, height, width) with smooth and busy regions."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, generator=generator, dtype=torch.float64)
+    x[..., : size[-1] // 2] *= 0.3
+    return x.to(dtype)
+
+
+def stage_blocks(model: nn.Module) -> list[list[nn.Module]]:
+    """Blocks of each stage. State-dict compatibility with mmdet fixes where they sit."""
+    if hasattr(model, 'stages'):
+        return [list(stage.blocks) for stage in model.stages]
+    return [[b for b in layer[1] if hasattr(b, 'ffn')] for layer in model.layers]
+
+
+class BlockTrace:
+    """Records input and output (B, N, C) and size (H, W) of every block of a model's forwards.
+
+    Attributes:
+        calls: ``calls[stage][block]`` = (input, output, (H, W)) of the last forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[list[Any]] = [[None] * len(blocks) for blocks in stage_blocks(model)]
+        self._handles = []
+        for s, blocks in enumerate(stage_blocks(model)):
+            for b, block in enumerate(blocks):
+                self._handles += self._watch(block, s, b)
+
+    def _watch(self, block: nn.Module, s: int, b: int) -> list:
+        before: list[Tensor] = []
+
+        def pre(_module, args, kwargs):
+            x = args[0] if args else kwargs['x']
+            # A copy, so that a block that writes into its input is found out.
+            before[:] = [x.detach().clone()]
+
+        def post(_module, args, kwargs, output):
+            out = output[0] if isinstance(output, (tuple, list)) else output
+            hw = args[1] if len(args) > 1 else kwargs['hw_shape']
+            self.calls[s][b] = (before[0], out.detach().clone(), (int(hw[0]), int(hw[1])))
+
+        return [
+            block.register_forward_pre_hook(pre, with_kwargs=True),
+            block.register_forward_hook(post, with_kwargs=True),
+        ]
+
+    def __enter__(self) -> BlockTrace:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def window_ids(hw: tuple[int, int], window: int, shift: int) -> Tensor:
+    """Window number (H, W) of every token, by padding and rolling as the dense block does."""
+    h, w = hw
+    hp, wp = -(-h // window) * window, -(-w // window) * window
+    rows = torch.arange(hp)[:, None].expand(hp, wp) // window
+    cols = torch.arange(wp)[None, :].expand(hp, wp) // window
+    rolled = rows * (wp // window) + cols
+    return torch.roll(rolled, (shift, shift), (0, 1))[:h, :w]
+
+
+def kept(keep: float, units: int) -> int:
+    """K of ``units`` units."""
+    return max(1, round(keep * units))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tol: float, what: str = '') -> None:
+    """Largest difference is at most ``tol`` times the larger of 1 and the largest value."""
+    assert actual.shape == expected.shape, f'{what}: {actual.shape} != {expected.shape}'
+    if actual.numel() == 0:
+        return
+    diff = (actual - expected).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    assert diff <= tol * scale, f'{what}: differs by {diff:.3g} at scale {scale:.3g}'
+
+
+def weighted_sum(outputs, seed: int = 7) -> Tensor:
+    """Scalar that depends on every element of the outputs, each by its own random weight."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for out in outputs:
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        total = total + (out * weight.to(out)).sum()
+    return total
+
+
+def gradients(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Outputs, and gradients of the weighted sum for the input and every parameter."""
+    x = x.clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    outputs = model(x)
+    weighted_sum(outputs).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads['input'] = x.grad
+    return [out.detach() for out in outputs], grads
+
+
+def assert_same_gradients(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], tol: float
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        if want is None:
+            assert actual[name] is None, f'{name} has a gradient'
+        else:
+            assert actual[name] is not None, f'{name} has no gradient'
+            assert_close(actual[name], want, tol, f'gradient of {name}')
