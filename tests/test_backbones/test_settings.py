@@ -1,0 +1,275 @@
+"""keep_ratios and policy: every way of setting them, and the errors for wrong values."""
+
+import math
+import re
+
+import pytest
+import torch
+from backbone_zoo import FAMILIES, SCORERS, VARIANTS, image, kept, parametrize, randomize
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+
+def depths(model):
+    return [len(stage) for stage in model.keep_ratios]
+
+
+def test_every_registered_backbone_is_in_the_table():
+    registered = {name for name in MODELS.module_dict if name.startswith('Idle')}
+    assert {v.type for v in VARIANTS} == registered
+    assert {v.type for v in FAMILIES} == registered
+
+
+# --- right values ----------------------------------------------------------------------------
+
+
+@parametrize()
+def test_default_is_dense(variant):
+    model = variant.build()
+    assert model.keep_ratios == [[1.0] * d for d in depths(model)]
+    assert depths(model) == list(variant.kwargs.get('depths', variant.kwargs.get('num_layers')))
+
+
+@parametrize()
+@pytest.mark.parametrize('container', [list, tuple])
+def test_three_ways_to_write_ratios(variant, container):
+    model = variant.build()
+    d = depths(model)
+    per_stage = [0.9, 0.5, 0.7, 1.0][: len(d)]
+    per_block = [[0.1 + 0.1 * (s + b) for b in range(n)] for s, n in enumerate(d)]
+    for given, want in (
+        (0.7, [[0.7] * n for n in d]),
+        (container(per_stage), [[r] * n for r, n in zip(per_stage, d, strict=True)]),
+        (container(container(stage) for stage in per_block), per_block),
+    ):
+        model.set_keep_ratios(given)
+        assert model.keep_ratios == want
+        assert variant.build(keep_ratios=given).keep_ratios == want
+
+
+@parametrize()
+def test_setting_acts_on_the_next_forward(variant):
+    model = randomize(variant.build(keep_ratios=0.5)).eval()
+    x = image((2, 3, 48, 64))
+    with torch.no_grad():
+        before = model(x)
+        assert int(model.keep_masks[0][0].sum()) == 2 * kept(0.5, 192)
+        model.set_keep_ratios(0.25)
+        model(x)
+        assert int(model.keep_masks[0][0].sum()) == 2 * kept(0.25, 192)
+        model.set_keep_ratios(1.0)
+        dense = model(x)
+        assert all(mask.all() for stage in model.keep_masks for mask in stage)
+        model.set_keep_ratios(0.5)
+        after = model(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(before[-1], dense[-1])
+
+
+@parametrize()
+def test_the_callers_list_is_not_shared(variant):
+    given = [[0.5] * n for n in depths(variant.build())]
+    model = variant.build(keep_ratios=given)
+    given[0][0] = 0.9
+    assert model.keep_ratios[0][0] == 0.5
+
+
+@parametrize()
+def test_whole_numbers_of_one_are_allowed(variant):
+    assert variant.build(keep_ratios=1).keep_ratios == variant.build().keep_ratios
+
+
+# --- wrong values ----------------------------------------------------------------------------
+
+WRONG = {
+    'zero': 0,
+    'negative': -0.1,
+    'above one': 1.2,
+    'nan': math.nan,
+    'infinite': math.inf,
+    'text': 'a',
+    'number as text': '0.5',
+    'none': None,
+    'bool': True,
+    'dict': {0: 0.5},
+    'empty': [],
+    'too few stages': [0.5],
+    'too many stages': [0.5] * 9,
+    'wrong value in a stage': 'replace last stage with 0',
+    'nan in a stage': 'replace last stage with nan',
+    'bool in a stage': 'replace last stage with True',
+    'text in a stage': 'replace last stage with text',
+    'none in a stage': 'replace last stage with None',
+    'empty stage': 'replace last stage with []',
+    'too many blocks': 'replace last stage with nine',
+    'wrong value in a block': 'replace last block with 1.5',
+    'none in a block': 'replace last block with None',
+    'list in a block': 'replace last block with list',
+}
+
+
+def wrong_value(name, d):
+    value = WRONG[name]
+    if not (isinstance(value, str) and value.startswith('replace')):
+        return value
+    bad = {
+        '0': 0, 'nan': math.nan, 'True': True, 'text': 'half', 'None': None, '[]': [],
+        'nine': [0.5] * 9, '1.5': 1.5, 'list': [0.5],
+    }[value.split()[-1]]  # fmt: skip
+    if 'block' in value:
+        ratios = [[0.5] * n for n in d]
+        ratios[-1][-1] = bad
+        return ratios
+    if isinstance(bad, list):
+        return [*([0.5] * n for n in d[:-1]), bad]
+    return [*[0.5] * (len(d) - 1), bad]
+
+
+def shown(value):
+    """The part of a wrong value that a message must show."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[-1]
+    return repr(value)
+
+
+@parametrize()
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong_ratios_are_refused(variant, name):
+    model = variant.build(keep_ratios=0.5)
+    wrong = wrong_value(name, depths(model))
+    messages = []
+    with pytest.raises((ValueError, TypeError), match='keep_ratios') as error:
+        variant.build(keep_ratios=wrong)
+    messages.append(str(error.value))
+    with pytest.raises((ValueError, TypeError), match='keep_ratios') as error:
+        model.set_keep_ratios(wrong)
+    messages.append(str(error.value))
+    for message in messages:
+        assert shown(wrong) in message, f'{message!r} does not show {shown(wrong)}'
+        assert re.search(r'\(0, ?1\]', message), f'{message!r} does not say what is allowed'
+        assert 'stage' in message
+        assert '\n' not in message
+    # A failed call changes nothing.
+    assert model.keep_ratios == [[0.5] * n for n in depths(model)]
+
+
+@parametrize()
+def test_wrong_length_says_the_right_one(variant):
+    model = variant.build()
+    count = len(depths(model))
+    with pytest.raises((ValueError, TypeError), match=rf'keep_ratios.*\b{count}\b'):
+        model.set_keep_ratios([0.5] * (count + 1))
+    blocks = depths(model)[-1]
+    ratios = [*([0.5] * n for n in depths(model)[:-1]), [0.5] * (blocks + 1)]
+    with pytest.raises((ValueError, TypeError), match=rf'keep_ratios.*\b{blocks}\b'):
+        model.set_keep_ratios(ratios)
+
+
+@parametrize()
+@pytest.mark.parametrize('policy', [None, {}, dict(scorer='random'), dict(scope='map')])
+def test_missing_policy_keys_take_defaults(variant, policy):
+    model = randomize(variant.build(keep_ratios=0.5, policy=policy))
+    assert model(image((1, 3, 48, 64)))[0].isfinite().all()
+
+
+@parametrize()
+@pytest.mark.parametrize('scorer', SCORERS)
+def test_scorer_as_text_and_as_dict(variant, scorer):
+    masks = []
+    for value in (scorer, dict(type=scorer)):
+        model = randomize(variant.build(keep_ratios=0.5, policy=dict(scorer=value)))
+        torch.manual_seed(2)
+        model(image((1, 3, 48, 64)))
+        masks.append(model.keep_masks[0][0])
+    assert torch.equal(*masks)
+
+
+@parametrize()
+def test_policy_of_the_config_is_left_alone(variant):
+    policy = dict(scorer=dict(type='random'))
+    variant.build(keep_ratios=0.5, policy=policy)
+    assert policy == dict(scorer=dict(type='random'))
+
+
+WRONG_POLICIES = {
+    'unknown scorer': (dict(scorer='best'), ['best', *SCORERS]),
+    'unknown scorer in dict': (dict(scorer=dict(type='best')), ['best', *SCORERS]),
+    'scorer without type': (dict(scorer=dict(power=2)), ['type']),
+    'scorer of wrong kind': (dict(scorer=3), ['scorer', '3']),
+    'unknown argument': (dict(scorer=dict(type='random', power=2)), ['power', 'random']),
+    'unknown scope': (dict(scope='rows'), ['rows', 'map']),
+    'scope of wrong kind': (dict(scope=None), ['scope', 'map']),
+    'unknown key': (dict(score='random'), ['score', 'scorer', 'scope']),
+    'not a dict': ('random', ['policy', 'random']),
+}
+
+
+@parametrize()
+@pytest.mark.parametrize('name', WRONG_POLICIES)
+def test_wrong_policies_are_refused(variant, name):
+    policy, words = WRONG_POLICIES[name]
+    with pytest.raises((ValueError, TypeError, KeyError)) as error:
+        variant.build(keep_ratios=0.5, policy=policy)
+    message = str(error.value)
+    for word in words:
+        assert word in message, f'{message!r} does not mention {word!r}'
+
+
+@parametrize()
+@pytest.mark.parametrize('scope', ['window_tokens', 'windows'])
+def test_scopes_of_windows_are_refused_without_windows(variant, scope):
+    if scope in variant.scopes:
+        variant.build(keep_ratios=0.5, policy=dict(scope=scope))
+        return
+    with pytest.raises((ValueError, TypeError)) as error:
+        variant.build(keep_ratios=0.5, policy=dict(scope=scope))
+    assert scope in str(error.value)
+    assert 'map' in str(error.value)
+
+
+# --- from configs ----------------------------------------------------------------------------
+
+
+@parametrize()
+@pytest.mark.parametrize('scope', [None, 'mmengine', 'mmdet', 'mmseg'])
+def test_builds_from_every_scope(variant, scope):
+    config = variant.config(keep_ratios=0.5)
+    if scope in ('mmdet', 'mmseg'):
+        models = pytest.importorskip(f'{scope}.registry').MODELS
+        assert type(models.build(dict(config))).__name__ == variant.type
+    if scope is None:
+        model = MODELS.build(config)
+    else:
+        with DefaultScope.overwrite_default_scope(scope):
+            model = MODELS.build(config)
+    assert type(model).__name__ == variant.type
+    assert model.keep_ratios[0][0] == 0.5
+
+
+@parametrize()
+def test_ratios_from_the_command_line(variant):
+    config = Config(dict(model=dict(backbone=variant.config())))
+    for given in (0.5, [0.5] * len(depths(variant.build()))):
+        config.merge_from_dict({'model.backbone.keep_ratios': given})
+        model = MODELS.build(config.model.backbone)
+        assert {r for stage in model.keep_ratios for r in stage} == {0.5}
+    config.merge_from_dict({'model.backbone.policy': dict(scorer='random')})
+    model = randomize(MODELS.build(config.model.backbone))
+    model(image((1, 3, 48, 64)))
+
+
+@parametrize()
+def test_config_file_with_custom_imports(variant, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(
+        "custom_imports = dict(imports=['idlevit_mm'], allow_failed_imports=False)\n"
+        f'model = {variant.config(keep_ratios=[0.5] * len(depths(variant.build())))!r}\n'
+    )
+    model = MODELS.build(Config.fromfile(path).model)
+    assert model.keep_ratios[-1][-1] == 0.5
+
+
+@parametrize()
+def test_unknown_constructor_argument_is_refused(variant):
+    with pytest.raises(TypeError, match='keep_ratio'):
+        variant.build(keep_ratio=0.5)
