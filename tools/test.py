@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from idlevit_mm.engine.launch import run_tool, test_from_config
+from idlevit_mm.engine.launch import evaluate_from_config, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def main() -> None:
     """Test."""
     args = vars(parse_args())
     os.environ.setdefault('LOCAL_RANK', str(args.pop('local_rank')))
-    run_tool(test_from_config, **args)
+    run_tool(evaluate_from_config, **args)
 
 
 if __name__ == '__main__':

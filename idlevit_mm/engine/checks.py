@@ -240,8 +240,8 @@ def check_weights(
             (resume, test), or if shapes differ. For ``'load_from'`` a head may differ in the
             first dimension, which counts classes.
     """
-    while isinstance(getattr(model, 'module', None), torch.nn.Module):
-        model = model.module
+    while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
+        model = inner
     wanted = model.state_dict()
     given = state_dict_of(checkpoint)
     if not given:

@@ -341,7 +341,7 @@ def train_from_config(
     return runner
 
 
-def test_from_config(
+def evaluate_from_config(
     config: str,
     checkpoint: str,
     work_dir: str | None = None,
@@ -407,7 +407,7 @@ def _evaluators(cfg: Config) -> list[dict]:
 
 
 def _write_predictions(cfg: Config, task: str, out: str) -> None:
-    """Make the evaluator write what ``--out`` asks for; see :func:`test_from_config`."""
+    """Make the evaluator write what ``--out`` asks for; see :func:`evaluate_from_config`."""
     is_pickle = out.endswith(_PICKLES)
     if task == 'detection' and not is_pickle:
         raise UsageError(f'--out {out}: for detection this is a file that ends in .pkl')

@@ -33,6 +33,8 @@ class ResumableRunner(Runner):
     Arguments are those of :class:`mmengine.runner.Runner`.
     """
 
+    _train_dataloader: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         allow_mmengine_globals()
         super().__init__(*args, **kwargs)
@@ -56,7 +58,7 @@ class ResumableRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
-        config = self._train_dataloader
+        config: Any = self._train_dataloader
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
             return super().build_train_loop(loop)
         loader = self.build_dataloader(

@@ -70,7 +70,7 @@ def mmengine_globals() -> list[Any]:
         Entries for :func:`torch.serialization.add_safe_globals`: classes, or pairs of an object
         and the full name under which a checkpoint refers to it.
     """
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    multiarray = importlib.import_module(_NUMPY_MODULES[hasattr(np, '_core')])
     entries: list[Any] = [
         HistoryBuffer,
         OneCycleParamScheduler,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
@@ -20,8 +17,9 @@ class ExactResumeHook(Hook):
 
     mmengine restores weights, optimiser and schedules, but neither random states nor the place in
     the data. This hook seeds Python, numpy and torch before every iteration from (seed,
-    iteration), tells a :class:`ReplayDataLoader` where in the data the run is, and makes up for a
-    validation that was due when the run was killed. :class:`idlevit_mm.engine.ResumableRunner`
+    iteration), tells a :class:`ReplayDataLoader` where in the data the run is, and repeats the
+    validation that came after the checkpoint, whose results (best score, schedules that follow a
+    metric, the log) the checkpoint cannot hold. :class:`idlevit_mm.engine.ResumableRunner`
     adds it and builds the loader; with another runner it still seeds the model's numbers.
 
     Exact are runs on the CPU, and on accelerators as far as their kernels are deterministic
@@ -32,21 +30,16 @@ class ExactResumeHook(Hook):
 
     # After CheckpointHook (VERY_LOW too, registered earlier), which must be ready for validation.
     priority = 'VERY_LOW'
-    RECORD = 'last_validation'
+    RECORD = 'last_validation'  # name in the message hub, of the iteration
 
     def before_train(self, runner: Any) -> None:
-        """Find the place in the data, and validate if the killed run did not get to it."""
+        """Find the place in the data, and repeat a validation that the checkpoint precedes."""
         loop, loader = runner.train_loop, runner.train_loop.dataloader
         if isinstance(loop, IterBasedTrainLoop) and isinstance(loader, ReplayDataLoader):
             loader.to_skip = loop.iter
         self._warn_of_accumulation(runner)
-        if loop.iter == 0:
-            if is_main_process():  # the note of another run in the same folder
-                Path(runner.work_dir, self.RECORD).unlink(missing_ok=True)
-        elif self._validation_due(runner):
-            runner.logger.info(
-                'The validation that was due at this checkpoint was not finished; running it now.'
-            )
+        if loop.iter > 0 and self._validation_due(runner):
+            runner.logger.info('Validating, as was due after this checkpoint was written.')
             runner.val_loop.run()
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -60,15 +53,11 @@ class ExactResumeHook(Hook):
         # runner.seed already holds the rank where randomness.diff_rank_seed asks for that.
         seed_generators(mixed_seed(runner.seed, MODEL_STREAM, runner.iter), accelerator=True)
 
-    def after_val_epoch(self, runner: Any, metrics: dict | None = None) -> None:
-        """Note for a later resume that this validation is done."""
+    def before_val_epoch(self, runner: Any) -> None:
+        """Put on record, in every later checkpoint, that this validation is done."""
         # The property train_loop would build the loop, and load its data, if there is none yet.
-        if not isinstance(runner._train_loop, BaseLoop) or not is_main_process():
-            return
-        record = Path(runner.work_dir, self.RECORD)
-        part = record.with_name(f'.{record.name}.part')
-        part.write_text(str(runner.iter))
-        os.replace(part, record)
+        if isinstance(runner._train_loop, BaseLoop):
+            runner.message_hub.update_info(self.RECORD, runner.iter)
 
     def _validation_due(self, runner: Any) -> bool:
         loop = runner.train_loop
@@ -83,8 +72,7 @@ class ExactResumeHook(Hook):
         loop._decide_current_val_interval()
         if now < loop.val_begin or (now % loop.val_interval and now != last):
             return False
-        record = Path(runner.work_dir, self.RECORD)
-        return not (record.is_file() and record.read_text().strip() == str(loop.iter))
+        return runner.message_hub.runtime_info.get(self.RECORD) != loop.iter
 
     def _warn_of_accumulation(self, runner: Any) -> None:
         wrapper, loop = runner.optim_wrapper, runner.train_loop

@@ -155,6 +155,7 @@ class ReplayDataLoader(DataLoader):
     """
 
     to_skip = 0
+    batch_sampler: SeededBatchSampler
 
     @classmethod
     def from_loader(cls, loader: DataLoader, seed: int, rank: int) -> ReplayDataLoader:
@@ -183,7 +184,7 @@ class ReplayDataLoader(DataLoader):
             **settings,
         )
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:
         while self.to_skip > 0:
             if not self.batch_sampler.skip_batch():
                 return  # the loop opens the next pass and goes on skipping
