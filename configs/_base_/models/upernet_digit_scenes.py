@@ -1,0 +1,20 @@
+_base_ = './upernet.py'
+
+# Sized for two cores; the config names the backbone, whose stages have 32 to 256 channels.
+model = dict(
+    data_preprocessor=dict(size=None, size_divisor=32, test_cfg=dict(size_divisor=32)),
+    decode_head=dict(
+        in_channels=[32, 64, 128, 256],
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=dict(type='BN'),
+    ),
+    auxiliary_head=dict(
+        in_channels=128,
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=dict(type='BN'),
+    ),
+)
