@@ -826,6 +826,14 @@ class Setup:
         'package': ('setup.py', 'pyproject.toml', 'idlevit_mm/version.py'),
         'check': (),
     }
+    # What a finished step has left in site-packages; without it, it was removed by hand.
+    TRACES: Mapping[str, tuple[str, ...]] = {
+        'torch': ('torch/version.py', 'torchvision/version.py'),
+        'libraries': ('mmengine/version.py', 'mmdet/version.py', 'mmseg/version.py'),
+        'opencv': ('cv2/__init__.py',),
+        'mmcv': ('mmcv/_ext.*.so',),
+        'package': ('idlevit_mm-*.dist-info',),
+    }
 
     def __init__(self, root: Path, python: str = '', progress: Progress | None = None) -> None:
         self.root = root
@@ -882,11 +890,8 @@ class Setup:
         if self.state.running or not self.state.steps or not Path(self.python).exists():
             return False
         self.choose_python()
-        inside = describe_python(self.python)
-        return (
-            inside is not None
-            and inside['version'][:2] == self.base['version'][:2]
-            and self.state.steps == self.keys(self.base['version'])
+        return self.state.steps == self.keys(self.base['version']) and all(
+            map(self._still_there, self.FILES)
         )
 
     def run(self, force: bool = False) -> bool:
@@ -933,7 +938,7 @@ class Setup:
 
     def _still_there(self, name: str) -> bool:
         if name != 'venv':
-            return True
+            return all(map(self._site, self.TRACES.get(name, ())))
         inside = describe_python(self.python)
         return inside is not None and inside['version'][:2] == self.base['version'][:2]
 
@@ -948,7 +953,7 @@ class Setup:
                     f'{BYTES_NEEDED / 1024**3:.0f} GiB are needed',
                     'make room.',
                 )
-        if 'mmcv' in self.state.steps or self._site('mmcv/ops'):
+        if 'mmcv' in self.state.steps or self._site('mmcv/_ext.*.so'):
             return
         tag = 'cp{}{}'.format(*self.base['version'][:2])
         pattern = f'wheels/mmcv-{self.pins["mmcv"]}-torch-{self.pins["torch"]}*-{tag}-*/*.whl'
@@ -1103,7 +1108,11 @@ class Setup:
         info = json.loads(output.splitlines()[-1])
         choice = os.environ.get('IDLEVIT_MM_OPS') or 'auto'
         variant = cuda_variant(info, choice, toolkit_version)
-        if not self.interrupted and self._site('mmcv/ops') and not self._mmcv_problem(variant):
+        if (
+            not self.interrupted
+            and self._site('mmcv/_ext.*.so')
+            and not self._mmcv_problem(variant)
+        ):
             return 'kept'
         try:
             return self._provide_mmcv(info, variant)
