@@ -1,0 +1,203 @@
+"""Built models for the analyses: load one, change what it keeps, put the dense class in.
+
+Only functions that need mmdet or mmseg import them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from idlevit_mm.engine.safe_load import load_checkpoint
+
+KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
+
+IDLE_PREFIX = 'Idle'
+
+
+def load_config(config: str | Path | Config, cfg_options: dict[str, Any] | None = None) -> Config:
+    """Read a config (its custom imports included), merge options and set its default scope."""
+    cfg = Config.fromfile(config) if not isinstance(config, Config) else copy.deepcopy(config)
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return cfg
+
+
+def load_model(
+    config: str | Path | Config,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = 'cpu',
+    cfg_options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build the model of a config in eval mode and load a checkpoint into it, strictly.
+
+    Args:
+        config: a config file or a read config.
+        checkpoint: weights of exactly this model; None leaves it at its random start.
+        device: where the model shall lie.
+        cfg_options: overrides, as ``--cfg-options``.
+
+    Returns:
+        The model, with the config as ``model.cfg``.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        UsageError: the checkpoint does not exist, is damaged, or holds more than weights and
+            mmengine's records.
+        RuntimeError: the weights are not those of this model.
+    """
+    cfg = load_config(config, cfg_options)
+    model_cfg = copy.deepcopy(cfg.model)
+    if checkpoint is not None and model_cfg.get('backbone', {}).get('init_cfg') is not None:
+        # The checkpoint overwrites them: do not fetch ImageNet weights first.
+        model_cfg.backbone.init_cfg = None
+    model = MODELS.build(model_cfg)
+    if checkpoint is not None:
+        weights = load_checkpoint(checkpoint)
+        weights = weights.get('state_dict', weights)
+        model.load_state_dict(weights, strict=True)
+    elif hasattr(model, 'init_weights'):
+        with _quiet():
+            model.init_weights()
+    model.cfg = cfg
+    return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mmengine from logging how every single parameter was initialised."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
+    """A copy of a detector, segmentor or backbone with other keep ratios, weights shared.
+
+    Raises:
+        TypeError: the model has no idle backbone.
+    """
+    clone = copy.deepcopy(model, _shared_tensors(model))
+    idle_backbone(clone).set_keep_ratios(keep_ratios)
+    return clone
+
+
+def idle_backbone(model: nn.Module) -> Any:
+    """The idle backbone of a model (or the model itself, if it is one).
+
+    Raises:
+        TypeError: there is none.
+    """
+    backbone = getattr(model, 'backbone', model)
+    if not hasattr(backbone, 'set_keep_ratios'):
+        raise TypeError(
+            f'{type(backbone).__name__} is not an idle backbone: it has no set_keep_ratios()'
+        )
+    return backbone
+
+
+def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
+    """Mmdet's own dense class with the weights of an idle backbone.
+
+    Args:
+        backbone: a built idle backbone.
+        backbone_cfg: the config it was built from.
+
+    Returns:
+        A module of mmdet's class, loaded strictly, in the same mode and on the same device.
+
+    Raises:
+        ValueError: mmdet has no class of that name.
+    """
+    from mmdet.models import backbones
+
+    name = type(backbone).__name__.removeprefix(IDLE_PREFIX)
+    dense_class = getattr(backbones, name, None)
+    if dense_class is None or dense_class is type(backbone):
+        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in mmdet')
+    # PVTv2's own signature is `**kwargs`: its parents say what is accepted.
+    accepted = {
+        name
+        for ancestor in dense_class.__mro__
+        for name in inspect.signature(ancestor.__init__).parameters
+    } - {'self', 'args', 'kwargs', 'init_cfg'}
+    arguments = {
+        name: copy.deepcopy(value) for name, value in backbone_cfg.items() if name in accepted
+    }
+    dense = dense_class(**arguments)
+    dense.load_state_dict(backbone.state_dict(), strict=True)
+    dense.to(next(backbone.parameters()).device)
+    dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
+    return dense
+
+
+def with_host_backbone(model: nn.Module) -> nn.Module:
+    """A copy of a loaded model in which mmdet's own dense class is the backbone."""
+    dense = host_backbone(model.backbone, model.cfg.model.backbone)
+    clone = copy.deepcopy(model, _shared_tensors(model))
+    clone.backbone = dense
+    return clone
+
+
+def share_kept(backbone: nn.Module) -> float:
+    """Share of tokens that were active in the last forward, each block counted alike."""
+    shares = [mask.float().mean().item() for stage in backbone.keep_masks for mask in stage]
+    return sum(shares) / len(shares)
+
+
+def checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Bring (H, W), (C, H, W) or (B, C, H, W) to four positive numbers."""
+    shape = tuple(int(size) for size in input_shape)
+    defaults = {2: (1, 3), 3: (1,), 4: ()}
+    if len(shape) not in defaults or min(shape) < 1:
+        raise ValueError(
+            f'input_shape={input_shape!r} must be (H, W), (C, H, W) or (B, C, H, W) '
+            'with positive sizes'
+        )
+    return (*defaults[len(shape)], *shape)
+
+
+def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
+    """Data samples without annotations for one batch of full-size images.
+
+    Args:
+        model: a built detector or segmentor.
+        shape: (B, C, H, W) of the batch.
+
+    Returns:
+        One sample per image for a detector; None for a segmentor, which makes its own.
+    """
+    if hasattr(model, 'decode_head'):
+        return None
+    from mmdet.structures import DetDataSample
+
+    size = tuple(shape[2:])
+    meta = {
+        'img_shape': size,
+        'ori_shape': size,
+        'pad_shape': size,
+        'batch_input_shape': size,
+        'scale_factor': (1.0, 1.0),
+    }
+    return [DetDataSample(metainfo=meta) for _ in range(shape[0])]
+
+
+def _shared_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo that makes ``deepcopy`` keep parameters and buffers instead of doubling them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {id(tensor): tensor for tensor in tensors}

@@ -1,0 +1,621 @@
+"""Pictures of what a model saw, found and left idle: one sheet per image.
+
+A sheet shows the image, its ground truth and the prediction, a legend, and for every stage of
+the backbone the tokens that were active, drawn over the image. Images are enlarged without
+smoothing, so that a pixel of a small image stays a visible square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+# Okabe and Ito's seven colours and three of Paul Tol's: distinct for colour-blind readers too.
+COLOURS: tuple[tuple[int, int, int], ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+    (136, 34, 85),
+    (51, 34, 136),
+    (221, 221, 221),
+)
+IGNORED = 255
+_MIN_SIDE = 512
+_MAX_SIDE = 1024
+_TITLE = 40
+_GAP = 12
+_IDLE_LIGHT = 0.30
+_MIN_CELL = 6
+
+
+@dataclass(frozen=True)
+class Box:
+    """One labelled box: corners (x1, y1, x2, y2) in pixels of the image, class, score or None."""
+
+    corners: tuple[float, float, float, float]
+    label: int
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Boxes of one image and, for instance segmentation, their masks (N, H, W)."""
+
+    boxes: tuple[Box, ...]
+    masks: np.ndarray | None = None
+
+
+@dataclass
+class Panel:
+    """One field of a sheet.
+
+    Attributes:
+        title: the line above the picture.
+        pixels: (H, W, 3) uint8, already in display size.
+        boxes: drawn over the picture, corners in display pixels.
+        tags: (x, y, text) of small labels in display pixels.
+        legend: (colour, text) lines, drawn in place of a picture.
+    """
+
+    title: str
+    pixels: np.ndarray
+    boxes: Sequence[Box] = ()
+    tags: Sequence[tuple[float, float, str]] = ()
+    legend: Sequence[tuple[tuple[int, int, int] | None, str]] = ()
+
+
+@dataclass
+class Sample:
+    """What a sheet shows.
+
+    Attributes:
+        name: the file name of the picture, without a suffix.
+        image: (H, W, 3) uint8, RGB.
+        classes: class names by number.
+        shares: per stage (Ht, Wt), the share of the stage's blocks in which a token was active.
+        input_size: height and width of the network's input, padding included.
+        content_size: height and width of the image within that input.
+        truth: boxes, or a class map (H, W) with 255 for ignored pixels; None if unknown.
+        prediction: as ``truth``.
+    """
+
+    name: str
+    image: np.ndarray
+    classes: Sequence[str]
+    shares: Sequence[np.ndarray]
+    input_size: tuple[int, int]
+    content_size: tuple[int, int]
+    truth: Objects | np.ndarray | None = None
+    prediction: Objects | np.ndarray | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+# --- What was active --------------------------------------------------------------------------
+
+
+def stage_shares(keep_masks: Sequence[Sequence[Tensor]], index: int = 0) -> list[np.ndarray]:
+    """Share of each stage's blocks in which a token was active.
+
+    Args:
+        keep_masks: a backbone's ``keep_masks``: stages, blocks, (B, Ht, Wt) bool.
+        index: which image of the batch.
+
+    Returns:
+        One (Ht, Wt) float array in [0, 1] per stage.
+    """
+    return [
+        torch.stack([mask[index].float() for mask in blocks]).mean(0).cpu().numpy()
+        for blocks in keep_masks
+    ]
+
+
+def cell_index(
+    display: int, content: int, padded: int, tokens: int, stride: int | None = None
+) -> np.ndarray:
+    """Which token each display pixel of one axis belongs to.
+
+    Args:
+        display: pixels shown along the axis; they show the ``content`` pixels of the input.
+        content: input pixels that the image covers.
+        padded: input pixels with padding.
+        tokens: tokens along the axis; each covers ``stride`` input pixels.
+        stride: taken as the nearest power of two when None.
+
+    Returns:
+        (display,) integers in [0, tokens).
+    """
+    stride = stride or 2 ** round(math.log2(padded / tokens))
+    centres = (np.arange(display) + 0.5) * (content / display)
+    return np.minimum((centres / stride).astype(int), tokens - 1)
+
+
+def paint_active(
+    image: np.ndarray, share: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Image in clear where tokens were active, grey and dark where they idled, with the grid.
+
+    Args:
+        image: (H, W, 3) uint8 in display size.
+        share: (Ht, Wt) in [0, 1].
+        rows: (H,) token row of each display row.
+        columns: (W,) token column of each display column.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    clear = image.astype(np.float32)
+    grey = clear @ np.array([0.299, 0.587, 0.114], np.float32)
+    idle = np.repeat((grey * _IDLE_LIGHT + 12)[..., None], 3, axis=-1)
+    weight = share[rows][:, columns][..., None].astype(np.float32)
+    painted = weight * clear + (1 - weight) * idle
+    smallest = min(np.bincount(rows).max(), np.bincount(columns).max())
+    if smallest >= _MIN_CELL:
+        # One line width, lighter for small cells, so that the grid never hides the picture.
+        strength = 0.35 if smallest >= 24 else 0.22
+        lines = np.zeros(image.shape[:2], bool)
+        lines[1:][np.diff(rows) > 0] = True
+        lines[:, 1:][:, np.diff(columns) > 0] = True
+        painted[lines] = (1 - strength) * painted[lines] + strength * 255
+    return painted.round().clip(0, 255).astype(np.uint8)
+
+
+# --- Panels -----------------------------------------------------------------------------------
+
+
+def enlarge(image: np.ndarray, nearest: bool = True) -> np.ndarray:
+    """Bring the longer side to at least 512 pixels by a whole factor, or down to 1024."""
+    height, width = image.shape[:2]
+    longer = max(height, width)
+    if longer > _MAX_SIDE:
+        size = (
+            max(1, round(width * _MAX_SIDE / longer)),
+            max(1, round(height * _MAX_SIDE / longer)),
+        )
+        filter_ = Image.Resampling.NEAREST if image.ndim == 2 else Image.Resampling.BOX
+        return np.asarray(Image.fromarray(image).resize(size, filter_))
+    factor = -(-_MIN_SIDE // longer)
+    return image.repeat(factor, axis=0).repeat(factor, axis=1) if nearest else image
+
+
+def colour_of(label: int, classes: Sequence[str]) -> tuple[int, int, int]:
+    """The colour of a class; a leading background class takes none of the palette."""
+    offset = 1 if classes and classes[0].lower() == 'background' else 0
+    return COLOURS[(label - offset) % len(COLOURS)]
+
+
+def object_panel(title: str, image: np.ndarray, objects: Objects, classes: Sequence[str]) -> Panel:
+    """Boxes (and masks) over the image, corners brought to display size."""
+    shown = enlarge(image)
+    scale_x = shown.shape[1] / image.shape[1]
+    scale_y = shown.shape[0] / image.shape[0]
+    if objects.masks is not None:
+        blend = shown.astype(np.float32)
+        for box, mask in zip(objects.boxes, objects.masks, strict=True):
+            inside = enlarge(mask.astype(np.uint8)).astype(bool)
+            blend[inside] = 0.45 * blend[inside] + 0.55 * np.array(colour_of(box.label, classes))
+        shown = blend.round().astype(np.uint8)
+    boxes = [
+        Box(
+            (
+                box.corners[0] * scale_x,
+                box.corners[1] * scale_y,
+                box.corners[2] * scale_x,
+                box.corners[3] * scale_y,
+            ),
+            box.label,
+            box.score,
+        )
+        for box in objects.boxes
+    ]
+    return Panel(title, shown, boxes)
+
+
+def class_map_panel(
+    title: str, image: np.ndarray, class_map: np.ndarray, classes: Sequence[str]
+) -> Panel:
+    """Classes as colours over the greyed image, larger regions tagged with their names."""
+    import cv2
+
+    shown = enlarge(image).astype(np.float32)
+    labels = enlarge(class_map.astype(np.uint8))
+    grey = (shown @ np.array([0.299, 0.587, 0.114], np.float32))[..., None] * 0.6 + 70
+    painted = np.repeat(grey, 3, axis=-1)
+    tags = []
+    for label in np.unique(labels):
+        if label == IGNORED or label >= len(classes):
+            continue
+        inside = labels == label
+        if classes[label].lower() == 'background':
+            continue
+        painted[inside] = 0.3 * painted[inside] + 0.7 * np.array(colour_of(int(label), classes))
+        count, regions, stats, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8))
+        for region in range(1, count):
+            if stats[region, cv2.CC_STAT_AREA] < 0.004 * inside.size:
+                continue
+            distance = cv2.distanceTransform((regions == region).astype(np.uint8), cv2.DIST_L2, 3)
+            y, x = np.unravel_index(distance.argmax(), distance.shape)
+            tags.append((float(x), float(y), classes[label]))
+    painted[labels == IGNORED] *= 0.4
+    return Panel(title, painted.round().clip(0, 255).astype(np.uint8), tags=tags)
+
+
+def stage_panel(sample: Sample, stage: int) -> Panel:
+    """The active tokens of one stage (counted from 0) over the image."""
+    share = sample.shares[stage]
+    shown = enlarge(sample.image)
+    # The longer axis tells the stride best: rounding up a short map distorts the quotient.
+    axis = int(sample.input_size[1] > sample.input_size[0])
+    stride = 2 ** round(math.log2(sample.input_size[axis] / share.shape[axis]))
+    rows, columns = (
+        cell_index(
+            shown.shape[i], sample.content_size[i], sample.input_size[i], share.shape[i], stride
+        )
+        for i in (0, 1)
+    )
+    title = (
+        f'Stage {stage + 1}: {share.shape[1]}×{share.shape[0]} tokens, '
+        f'{100 * share.mean():.0f} % kept'
+    )
+    return Panel(title, paint_active(shown, share, rows, columns))
+
+
+def legend_panel(sample: Sample, shape: tuple[int, int]) -> Panel:
+    """How to read the sheet: active and idle tokens, and the colours of a class map."""
+    lines: list[tuple[tuple[int, int, int] | None, str]] = [(None, note) for note in sample.notes]
+    lines += [
+        (None, 'Tokens of each stage:'),
+        (None, '    in colour: active in every block'),
+        (None, '    dark grey: idle in every block'),
+        (None, '    between: active in some blocks'),
+    ]
+    present: set[int] = set()
+    for content in (sample.truth, sample.prediction):
+        if isinstance(content, np.ndarray):
+            present |= {int(label) for label in np.unique(content)}
+        elif content is not None:
+            present |= {box.label for box in content.boxes}
+    present = {label for label in present if 0 <= label < len(sample.classes)}
+    if present:
+        lines.append((None, 'Classes in this image:'))
+        lines += [
+            ((150, 150, 150), sample.classes[label])
+            if sample.classes[label].lower() == 'background'
+            else (colour_of(label, sample.classes), sample.classes[label])
+            for label in sorted(present)
+        ]
+    return Panel('', np.full((*shape, 3), 255, np.uint8), legend=lines)
+
+
+# --- Sheets -----------------------------------------------------------------------------------
+
+
+def sheet_panels(sample: Sample) -> list[list[Panel]]:
+    """The rows of a sheet: image, ground truth, prediction and legend, then the stages."""
+    picture = enlarge(sample.image)
+    height, width = sample.image.shape[:2]
+    first = [Panel(f'Image: {width}×{height} pixels', picture)]
+    for title, content in (('Ground truth', sample.truth), ('Prediction', sample.prediction)):
+        if content is None:
+            continue
+        painter = class_map_panel if isinstance(content, np.ndarray) else object_panel
+        first.append(painter(title, sample.image, content, sample.classes))
+    first.append(legend_panel(sample, (picture.shape[0], picture.shape[1])))
+    stages = [stage_panel(sample, stage) for stage in range(len(sample.shares))]
+    per_row = max(4, len(first))
+    return [first, *[stages[i : i + per_row] for i in range(0, len(stages), per_row)]]
+
+
+def sheet_size(rows: Sequence[Sequence[Panel]]) -> tuple[int, int]:
+    """Width and height in pixels of a sheet with these panels, which are all of one size."""
+    height, width = rows[0][0].pixels.shape[:2]
+    columns = max(len(row) for row in rows)
+    return columns * (width + _GAP) + _GAP, len(rows) * (height + _TITLE) + _GAP
+
+
+def save_sheet(sample: Sample, out_dir: str | Path) -> Path:
+    """Draw the sheet of one sample and save it as PNG.
+
+    Args:
+        sample: what to show.
+        out_dir: folder for the picture, made if needed.
+
+    Returns:
+        The path of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = sheet_panels(sample)
+    width, height = sheet_size(rows)
+    dpi = 100
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor='white')
+    FigureCanvasAgg(figure)
+    panel_height, panel_width = rows[0][0].pixels.shape[:2]
+    for row, panels in enumerate(rows):
+        for column, panel in enumerate(panels):
+            left = _GAP + column * (panel_width + _GAP)
+            top = row * (panel_height + _TITLE) + _TITLE
+            axes = figure.add_axes(
+                (
+                    left / width,
+                    1 - (top + panel_height) / height,
+                    panel_width / width,
+                    panel_height / height,
+                )
+            )
+            _draw_panel(axes, panel, sample.classes, (panel_width / 512) ** 0.5)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f'{sample.name}.png'
+    figure.savefig(path, dpi=dpi)
+    return path
+
+
+def _draw_panel(axes: Any, panel: Panel, classes: Sequence[str], scale: float) -> None:
+    """Draw one panel into axes that have exactly its size in pixels."""
+    from matplotlib.patches import Rectangle
+
+    height, width = panel.pixels.shape[:2]
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.imshow(panel.pixels, extent=(0, width, height, 0), interpolation='none', aspect='auto')
+    axes.set_title(panel.title, fontsize=14 * scale, pad=6, color='black')
+    for box in sorted(panel.boxes, key=lambda box: box.score or 0):
+        x1, y1, x2, y2 = box.corners
+        colour = [value / 255 for value in colour_of(box.label, classes)]
+        for edge, line in (('black', 4.0), (colour, 2.2)):
+            axes.add_patch(
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line)
+            )
+    for box in sorted(panel.boxes, key=lambda box: box.score or 0):
+        text = classes[box.label] if box.label < len(classes) else str(box.label)
+        if box.score is not None:
+            text += f' {box.score:.2f}'
+        x1, y1, _, y2 = box.corners
+        above = y1 >= 20 * scale
+        _tag(axes, x1, y1 if above else y2, text, above, colour_of(box.label, classes), scale)
+    for x, y, text in panel.tags:
+        axes.text(
+            x,
+            y,
+            text,
+            ha='center',
+            va='center',
+            fontsize=11 * scale,
+            color='black',
+            clip_on=True,
+            bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 1.5},
+        )
+    step = min(30 * scale, height / (len(panel.legend) + 1))
+    for number, (colour, text) in enumerate(panel.legend):
+        y = (number + 0.8) * step
+        if colour is not None:
+            axes.add_patch(
+                Rectangle(
+                    (10, y - 0.35 * step),
+                    1.2 * step,
+                    0.7 * step,
+                    facecolor=[value / 255 for value in colour],
+                    edgecolor='black',
+                    linewidth=0.8,
+                )
+            )
+        axes.text(
+            10 if colour is None else 20 + 1.2 * step,
+            y,
+            text,
+            va='center',
+            fontsize=min(13 * scale, 0.43 * step),
+            color='black',
+        )
+
+
+def _tag(
+    axes: Any,
+    x: float,
+    y: float,
+    text: str,
+    above: bool,
+    colour: tuple[int, int, int],
+    scale: float,
+) -> None:
+    """A box's label: on its upper edge, or on the lower one where there is no room above."""
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    axes.annotate(
+        text,
+        (max(x, 1), y),
+        xytext=(1, 2 if above else -2),
+        textcoords='offset points',
+        ha='left',
+        va='bottom' if above else 'top',
+        fontsize=10 * scale,
+        color='black' if luminance > 120 else 'white',
+        annotation_clip=True,
+        bbox={
+            'facecolor': [value / 255 for value in colour],
+            'edgecolor': 'black',
+            'linewidth': 0.6,
+            'pad': 1.2,
+        },
+    )
+
+
+# --- From a model -----------------------------------------------------------------------------
+
+
+def draw_dataset(
+    model: nn.Module,
+    out_dir: str | Path,
+    indices: Iterable[int] | None = None,
+    count: int = 4,
+    score_threshold: float = 0.3,
+) -> list[Path]:
+    """Draw sheets for images of the model's test data set, with their ground truth.
+
+    Args:
+        model: a detector or segmentor with an idle backbone, from ``models.load_model``.
+        out_dir: folder for the pictures.
+        indices: which images; evenly spread over the data set when None.
+        count: how many, when ``indices`` is None.
+        score_threshold: boxes with a lower score are left out.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        ValueError: an index lies outside the data set.
+    """
+    from mmengine.registry import DATASETS
+
+    dataset = DATASETS.build(model.cfg.test_dataloader.dataset)
+    if indices is None:
+        indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    paths = []
+    for index in (int(i) for i in indices):
+        if not 0 <= index < len(dataset):
+            raise ValueError(f'image index {index} must lie in [0, {len(dataset)})')
+        sample = sample_of(model, dataset[index], score_threshold)
+        sample.truth = _truth_of(dataset, index, sample.image.shape[:2])
+        paths.append(save_sheet(sample, out_dir))
+    return paths
+
+
+def draw_files(
+    model: nn.Module,
+    images: Sequence[str | Path],
+    out_dir: str | Path,
+    score_threshold: float = 0.3,
+) -> list[Path]:
+    """Draw sheets for image files, without ground truth.
+
+    Args:
+        model: a detector or segmentor with an idle backbone, from ``models.load_model``.
+        images: the files.
+        out_dir: folder for the pictures.
+        score_threshold: boxes with a lower score are left out.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        FileNotFoundError: one of the files does not exist.
+    """
+    from mmengine.dataset import Compose
+    from mmengine.registry import TRANSFORMS
+
+    missing = [str(path) for path in images if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f'images={missing} are not files')
+    steps = model.cfg.test_dataloader.dataset.pipeline
+    pipeline = Compose(
+        [TRANSFORMS.build(step) for step in steps if 'LoadAnnotations' not in str(step['type'])]
+    )
+    paths = []
+    for number, path in enumerate(images):
+        data = pipeline({'img_path': str(path), 'img_id': number, 'seg_fields': []})
+        sample = sample_of(model, data, score_threshold)
+        sample.name = f'{number:03d}_{Path(path).stem}'
+        paths.append(save_sheet(sample, out_dir))
+    return paths
+
+
+def sample_of(model: nn.Module, data: dict[str, Any], score_threshold: float = 0.3) -> Sample:
+    """Run the model on one item of a data set and collect what a sheet shows, but the truth."""
+    import mmcv
+    from mmengine.dataset import pseudo_collate
+
+    from idlevit_mm.analysis.models import idle_backbone
+
+    backbone = idle_backbone(model)
+    with torch.no_grad():
+        batch = model.data_preprocessor(pseudo_collate([data]), False)
+        input_size = tuple(batch['inputs'].shape[-2:])
+        result = model(**batch, mode='predict')[0]
+    image = mmcv.imread(result.img_path, channel_order='rgb')
+    classes = _classes_of(model)
+    if 'pred_sem_seg' in result:
+        prediction: Objects | np.ndarray = result.pred_sem_seg.data[0].cpu().numpy()
+    else:
+        prediction = _objects_of(result.pred_instances, score_threshold)
+    return Sample(
+        name=Path(result.img_path).stem,
+        image=image,
+        classes=classes,
+        shares=stage_shares(backbone.keep_masks),
+        input_size=input_size,
+        content_size=tuple(result.img_shape[:2]),
+        prediction=prediction,
+    )
+
+
+def _classes_of(model: nn.Module) -> Sequence[str]:
+    """Class names from the test data set's metainfo, which needs no data on disk."""
+    from mmengine.registry import DATASETS
+
+    if getattr(model, 'dataset_meta', None):
+        return model.dataset_meta['classes']
+    cfg = dict(model.cfg.test_dataloader.dataset, lazy_init=True)
+    model.dataset_meta = DATASETS.build(cfg).metainfo
+    return model.dataset_meta['classes']
+
+
+def _objects_of(instances: Any, score_threshold: float) -> Objects:
+    """Predicted instances above a score."""
+    instances = instances[instances.scores >= score_threshold].cpu()
+    boxes = tuple(
+        Box(tuple(corners.tolist()), int(label), float(score))
+        for corners, label, score in zip(
+            instances.bboxes, instances.labels, instances.scores, strict=True
+        )
+    )
+    return Objects(boxes, instances.masks.numpy() if 'masks' in instances else None)
+
+
+def _truth_of(dataset: Any, index: int, size: tuple[int, int]) -> Objects | np.ndarray | None:
+    """Ground truth of one image in the image's own pixels."""
+    info = dataset.get_data_info(index)
+    if info.get('seg_map_path') and 'instances' not in info:
+        return _truth_map(info['seg_map_path'], dataset)
+    if 'instances' not in info:
+        return None
+    instances = [item for item in info['instances'] if not item.get('ignore_flag')]
+    boxes = tuple(Box(tuple(item['bbox']), int(item['bbox_label'])) for item in instances)
+    masks = None
+    if instances and all(item.get('mask') for item in instances):
+        masks = np.stack([_decoded(item['mask'], size) for item in instances])
+    return Objects(boxes, masks)
+
+
+def _truth_map(path: str, dataset: Any) -> np.ndarray:
+    """A class map from a PNG, with label 0 ignored where the data set says so."""
+    labels = np.asarray(Image.open(path)).astype(np.int64)
+    if getattr(dataset, 'reduce_zero_label', False):
+        labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
+    return labels.astype(np.uint8)
+
+
+def _decoded(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """A mask (H, W) from polygons or a run-length code."""
+    from pycocotools import mask as coco_mask
+
+    height, width = size
+    if isinstance(mask, list):
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(mask, height, width))).astype(
+            bool
+        )
+    if isinstance(mask['counts'], list):
+        mask = coco_mask.frPyObjects(mask, height, width)
+    return coco_mask.decode(mask).astype(bool)
