@@ -28,11 +28,13 @@ class StageRecord(NamedTuple):
     Attributes:
         batch: Number of images.
         hw_shape: Height and width of the map in tokens.
+        device: Where the map lies.
         selections: For each block the active units; None where the block was dense.
     """
 
     batch: int
     hw_shape: tuple[int, int]
+    device: torch.device
     selections: list[Selection | None]
 
 
@@ -190,8 +192,17 @@ class IdleBackbone(BaseModule, ABC):
     def _mask(record: StageRecord, selection: Selection | None) -> Tensor:
         height, width = record.hw_shape
         if selection is None:
-            return torch.ones(record.batch, height, width, dtype=torch.bool)
+            shape = record.batch, height, width
+            return torch.ones(shape, dtype=torch.bool, device=record.device)
         return keep_mask(selection, height * width).view(record.batch, height, width)
+
+
+def image_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from one number or a sequence of one or two."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if len(sizes) not in (1, 2):
+        raise ValueError(f'pretrain_img_size={size} must be one number or two')
+    return sizes[0], sizes[-1]
 
 
 def _pretrained_cfg(pretrained: Any, init_cfg: dict[str, Any] | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from ..blocks import IdleBlock
 from ..converters import is_official_pvt, pvt_from_official
@@ -28,7 +27,7 @@ from ..layers import (
 )
 from ..ops import Selection, take_tokens
 from ..policies import KeepRatios
-from .base import GELU, IdleBackbone, StageRecord, StateDict
+from .base import GELU, IdleBackbone, StageRecord, StateDict, image_size
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 
@@ -206,7 +205,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             blocks = ModuleList()
             if use_abs_pos_embed:
                 scale = math.prod(patch_sizes[: index + 1])
-                height, width = _pair(pretrain_img_size)
+                height, width = image_size(pretrain_img_size)
                 shape = height // scale, width // scale
                 blocks.append(AbsolutePositionEmbedding(shape, channels, drop_rate))
             for _ in range(num_layers[index]):
@@ -260,7 +259,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             else:
                 x, selection = block(x, hw_shape, next(ratios))
                 selections.append(selection)
-        return norm(x), StageRecord(x.shape[0], hw_shape, selections)
+        return norm(x), StageRecord(x.shape[0], hw_shape, x.device, selections)
 
     def _init_from_scratch(self) -> None:
         for module in self.modules():

@@ -13,7 +13,6 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from ..blocks import IdleBlock
 from ..converters import is_official_swin, swin_from_official
@@ -25,7 +24,7 @@ from ..layers import (
 )
 from ..ops import Selection, UnitLayout, map_units, window_units
 from ..policies import KeepRatios
-from .base import GELU, IdleBackbone, StageRecord, StateDict
+from .base import GELU, IdleBackbone, StageRecord, StateDict, image_size
 
 LAYER_NORM = dict(type='LN')
 
@@ -137,7 +136,7 @@ class IdleSwinStage(BaseModule):
         for block, keep_ratio in zip(self.blocks, keep_ratios, strict=True):
             x, selection = block(x, hw_shape, keep_ratio)
             selections.append(selection)
-        return x, StageRecord(x.shape[0], hw_shape, selections)
+        return x, StageRecord(x.shape[0], hw_shape, x.device, selections)
 
 
 @MODELS.register_module()
@@ -231,7 +230,7 @@ class IdleSwinTransformer(IdleBackbone):
             norm_cfg=patch_norm_cfg,
         )
         if use_abs_pos_embed:
-            height, width = _pair(pretrain_img_size)
+            height, width = image_size(pretrain_img_size)
             self.pos_shape = height // patch_size, width // patch_size
             places = self.pos_shape[0] * self.pos_shape[1]
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, places, embed_dims))

@@ -46,17 +46,14 @@ class UnitLayout(NamedTuple):
         valid_units: For each of the G groups the number of units that hold at least one token.
         num_tokens: N.
         in_order: Whether there is one group whose unit u is token u.
+        has_padding: Whether an active unit may hold padding.
     """
 
     token_ids: Tensor
     valid_units: tuple[int, ...]
     num_tokens: int
     in_order: bool
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether any slot of a unit is padding."""
-        return self.token_ids.numel() != self.num_tokens
+    has_padding: bool
 
 
 @torch.compiler.assume_constant_result
@@ -134,7 +131,7 @@ def _window_layout(
 def _map_units(height: int, width: int, device: torch.device) -> UnitLayout:
     num_tokens = height * width
     token_ids = np.arange(num_tokens).reshape(1, num_tokens, 1)
-    return UnitLayout(_table(token_ids, device), (num_tokens,), num_tokens, in_order=True)
+    return UnitLayout(_table(token_ids, device), (num_tokens,), num_tokens, True, False)
 
 
 @lru_cache(_CACHED_LAYOUTS)
@@ -151,7 +148,9 @@ def _window_units(
     num_tokens = height * width
     token_ids = token_ids[None] if whole else token_ids[:, :, None]
     valid = (token_ids < num_tokens).any(axis=2).sum(axis=1)
-    return UnitLayout(_table(token_ids, device), tuple(valid.tolist()), num_tokens, in_order=False)
+    has_padding = whole and windows.has_padding
+    table = _table(token_ids, device)
+    return UnitLayout(table, tuple(valid.tolist()), num_tokens, False, has_padding)
 
 
 def _window_slots(

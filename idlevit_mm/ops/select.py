@@ -67,7 +67,7 @@ def select_units(scores: Tensor, layout: UnitLayout, keep_ratio: float) -> Selec
     counts = tuple(num_active(keep_ratio, valid) for valid in layout.valid_units)
     unit_ids = _top_units(scores, counts)
     tokens = layout.token_ids.flatten(0, 1)[unit_ids].flatten(1)
-    return Selection(tokens, unit_ids, layout.has_padding and layout.token_ids.shape[2] > 1)
+    return Selection(tokens, unit_ids, layout.has_padding)
 
 
 def keep_mask(selection: Selection, num_tokens: int) -> Tensor:
@@ -152,32 +152,39 @@ def _top_units(scores: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Numbers g * U + u of the best ``counts[g]`` units of each group: (B, sum(counts))."""
     _, groups, units = scores.shape
     most = max(counts)
-    top = scores.topk(most, dim=-1, sorted=min(counts) < most).indices
-    if min(counts) < most:
+    uneven = min(counts) < most
+    top = scores.topk(most, dim=-1, sorted=uneven).indices
+    if uneven:
         # Groups at the border of the map hold fewer units: what they have too many sorts last.
+        tables = _count_tables(counts, scores.device)
         ranks = torch.arange(most, device=scores.device)
-        limits = _limits(counts, scores.device)
-        top = torch.where(ranks < limits[:, None], top, units)
+        top = torch.where(ranks < tables.limits[:, None], top, units)
     first = torch.arange(groups, device=scores.device) * units
     top = (top.sort(dim=-1).values + first[:, None]).flatten(1)
-    return top[:, _leading_places(counts, scores.device)] if min(counts) < most else top
+    return top[:, tables.places] if uneven else top
+
+
+class _CountTables(NamedTuple):
+    """How many units each group keeps.
+
+    Attributes:
+        limits: (G,), the counts.
+        places: Places of the first ``limits[g]`` entries of row g in a flattened (G, max) table.
+    """
+
+    limits: Tensor
+    places: Tensor
 
 
 @torch.compiler.assume_constant_result
-def _limits(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return _count_tables(counts, device)[0]
-
-
-@torch.compiler.assume_constant_result
-def _leading_places(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return _count_tables(counts, device)[1]
+def _count_tables(counts: tuple[int, ...], device: torch.device) -> _CountTables:
+    return _cached_count_tables(counts, device)
 
 
 @lru_cache(64)
-def _count_tables(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The counts, and the places of the first counts[g] entries of row g in a (G, max) table."""
+def _cached_count_tables(counts: tuple[int, ...], device: torch.device) -> _CountTables:
     limits = np.array(counts, dtype=np.int64)
     (places,) = np.nonzero((np.arange(limits.max()) < limits[:, None]).reshape(-1))
     # Built outside inference mode, so that a later training step can use them too.
     with torch.inference_mode(False):
-        return torch.from_numpy(limits).to(device), torch.from_numpy(places).to(device)
+        return _CountTables(*(torch.from_numpy(table).to(device) for table in (limits, places)))
