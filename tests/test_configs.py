@@ -1,0 +1,318 @@
+"""Every config loads and builds; full-size ones are the reference recipes but for idling."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip('mmcv.ops')
+mmdet = pytest.importorskip('mmdet')
+mmseg = pytest.importorskip('mmseg')
+
+import torch  # noqa: E402
+from mmengine.config import Config, DictAction  # noqa: E402
+from mmengine.dataset import pseudo_collate  # noqa: E402
+from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope  # noqa: E402
+
+from idlevit_mm.datasets.digit_scenes import (  # noqa: E402
+    CLASSES,
+    PALETTE,
+    SEMANTIC_CLASSES,
+    SEMANTIC_PALETTE,
+    write_digit_scenes,
+)
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+ALL = sorted(
+    path.relative_to(CONFIGS).as_posix()
+    for path in CONFIGS.rglob('*.py')
+    if '_base_' not in path.parts
+)
+DIGITS = [name for name in ALL if name.startswith('digit_scenes/')]
+SCRATCH = [
+    name for name in DIGITS if not name.endswith(('_dense_digits.py', '_finetune_digits.py'))
+]
+MODEL_NAMES = {
+    'retinanet_idle-swin',
+    'retinanet_idle-pvtv2',
+    'mask-rcnn_idle-swin',
+    'upernet_idle-swin',
+    'fpn_idle-pvt',
+    'fpn_idle-pvtv2',
+}
+ABSENT = '<absent>'
+
+# What a full-size config changes in its reference: value there, value here.
+IDLING = {
+    'model.backbone.keep_ratios': (ABSENT, 0.7),
+    'model.backbone.policy.scorer': (ABSENT, 'mean_distance'),
+    'model.backbone.policy.scope': (ABSENT, 'map'),
+}
+REFERENCES = {
+    'coco/mask-rcnn_idle-swin-t_fpn_1x_coco.py': (
+        mmdet,
+        'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+        {**IDLING, 'model.backbone.type': ('SwinTransformer', 'IdleSwinTransformer')},
+    ),
+    'coco/retinanet_idle-pvtv2-b2_fpn_1x_coco.py': (
+        mmdet,
+        'pvt/retinanet_pvtv2-b2_fpn_1x_coco.py',
+        {
+            **IDLING,
+            'model.backbone.type': ('PyramidVisionTransformerV2', 'IdlePyramidVisionTransformerV2'),
+            'model.backbone.convert_weights': (ABSENT, True),
+            'model.backbone.init_cfg.type': (ABSENT, 'Pretrained'),
+        },
+    ),
+    'ade20k/idle-swin-t_upernet_8xb2-160k_ade20k-512x512.py': (
+        mmseg,
+        'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+        {
+            **IDLING,
+            'model.backbone.type': ('SwinTransformer', 'IdleSwinTransformer'),
+            'model.backbone.convert_weights': (ABSENT, False),
+            'auto_scale_lr.enable': (ABSENT, False),
+            'auto_scale_lr.base_batch_size': (ABSENT, 16),
+        },
+    ),
+    # mmseg has no PVT; its PoolFormer repeats the recipe of Semantic FPN PVT.
+    'ade20k/fpn_idle-pvt-s_8xb4-40k_ade20k-512x512.py': (
+        mmseg,
+        'poolformer/fpn_poolformer_s12_8xb4-40k_ade20k-512x512.py',
+        {
+            'optim_wrapper.type': ('AmpOptimWrapper', 'OptimWrapper'),
+            'auto_scale_lr.enable': (ABSENT, False),
+            'auto_scale_lr.base_batch_size': (ABSENT, 32),
+        },
+    ),
+}
+COMPARED = (
+    'default_scope',
+    'model',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+    'val_cfg',
+    'test_cfg',
+    'train_dataloader',
+    'val_dataloader',
+    'test_dataloader',
+    'val_evaluator',
+    'test_evaluator',
+    'default_hooks',
+    'env_cfg',
+    'log_processor',
+    'visualizer',
+    'tta_pipeline',
+    'tta_model',
+    'auto_scale_lr',
+    'randomness',
+)
+
+
+def load(name: str) -> Config:
+    return Config.fromfile(CONFIGS / name)
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    if cfg.default_scope == 'mmdet':
+        from mmdet.utils import register_all_modules
+    else:
+        from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model)
+
+
+def flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Leaves of nested settings by dotted key; None counts as not set."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flat(item, f'{prefix}.{key}' if prefix else str(key))
+    elif isinstance(value, (list, tuple)) and any(
+        isinstance(item, (Mapping, list)) for item in value
+    ):
+        yield f'{prefix}.length', len(value)
+        for index, item in enumerate(value):
+            yield from flat(item, f'{prefix}.{index}')
+    elif value is not None:
+        yield prefix, tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def differences(
+    old: Config, new: Config, keys: tuple[str, ...] = COMPARED
+) -> dict[str, tuple[Any, Any]]:
+    before = dict(flat({key: old.get(key) for key in keys}))
+    after = dict(flat({key: new.get(key) for key in keys}))
+    return {
+        key: (before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in before.keys() | after.keys()
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    }
+
+
+def test_all_configs_are_there() -> None:
+    expected = {
+        f'digit_scenes/{model}{kind}_digits.py'
+        for model in MODEL_NAMES
+        for kind in ('', '_dense', '_finetune')
+    }
+    assert set(ALL) == expected | set(REFERENCES)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_config_builds(name: str) -> None:
+    cfg = load(name)
+    assert cfg.custom_imports == dict(imports=['idlevit_mm'], allow_failed_imports=False)
+    assert not cfg.auto_scale_lr.enable
+    model = build(cfg)
+    assert type(model.backbone).__name__ == cfg.model.backbone.type
+    assert type(model.backbone).__name__.startswith('Idle')
+    keep = {ratio for stage in model.backbone.keep_ratios for ratio in stage}
+    assert keep == ({1.0} if '_dense_' in name else {0.7})
+    single = cfg.train_dataloader.batch_size
+    assert cfg.auto_scale_lr.base_batch_size == (single if name in DIGITS else 8 * single)
+
+
+@pytest.mark.parametrize('name', REFERENCES)
+def test_full_size_recipes_are_the_references(name: str) -> None:
+    package, reference, expected = REFERENCES[name]
+    path = Path(package.__file__).parent / '.mim' / 'configs' / reference
+    if not path.exists():
+        pytest.skip(f'{package.__name__} was installed without its configs')
+    # The reference may import packages that only its own backbone needs.
+    theirs, ours = Config.fromfile(path, import_custom_modules=False), load(name)
+    if 'poolformer' in reference:
+        # Another backbone, no test-time augmentation, and repetitions of the data set, which an
+        # infinite sampler has no use for.
+        ours.pop('tta_pipeline')
+        ours.pop('tta_model')
+        theirs.pop('tta_model')
+        theirs.model.pop('backbone')
+        ours.model.pop('backbone')
+        theirs.train_dataloader.dataset = theirs.train_dataloader.dataset.dataset
+    assert differences(theirs, ours) == expected
+
+
+def test_pvt_small_backbone_is_the_reference() -> None:
+    path = Path(mmdet.__file__).parent / '.mim/configs/pvt/retinanet_pvt-s_fpn_1x_coco.py'
+    if not path.exists():
+        pytest.skip('mmdet was installed without its configs')
+    theirs = Config.fromfile(path)
+    ours = load('ade20k/fpn_idle-pvt-s_8xb4-40k_ade20k-512x512.py')
+    assert differences(theirs.model, ours.model, ('backbone',)) == {
+        'backbone.type': ('PyramidVisionTransformer', 'IdlePyramidVisionTransformer'),
+        'backbone.keep_ratios': (ABSENT, 0.7),
+        'backbone.policy.scorer': (ABSENT, 'mean_distance'),
+        'backbone.policy.scope': (ABSENT, 'map'),
+        'backbone.convert_weights': (ABSENT, True),
+        'backbone.init_cfg.type': (ABSENT, 'Pretrained'),
+    }
+
+
+@pytest.mark.parametrize('name', SCRATCH)
+def test_twins(name: str) -> None:
+    """The dense twin differs in keep_ratios alone; the fine-tune starts from the twin's end."""
+    stem = Path(name).stem.removesuffix('_digits')
+    sparse = load(name)
+    dense = load(f'digit_scenes/{stem}_dense_digits.py')
+    finetune = load(f'digit_scenes/{stem}_finetune_digits.py')
+    assert differences(sparse, dense) == {'model.backbone.keep_ratios': (0.7, 1.0)}
+    changed = {key.split('.')[0] for key in differences(sparse, finetune)}
+    assert changed == {'train_cfg', 'optim_wrapper', 'param_scheduler'}
+    assert finetune.load_from == (
+        f'work_dirs/{stem}_dense_digits/epoch_{dense.train_cfg.max_epochs}.pth'
+    )
+    assert finetune.train_cfg.max_epochs < dense.train_cfg.max_epochs
+    assert finetune.optim_wrapper.optimizer.lr < dense.optim_wrapper.optimizer.lr
+    for cfg in (sparse, dense, finetune):
+        # A run that ends between two validations would never test its last weights.
+        assert cfg.train_cfg.max_epochs % cfg.train_cfg.val_interval == 0
+        assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs
+
+
+@pytest.mark.parametrize('name', SCRATCH)
+@pytest.mark.parametrize(
+    ('option', 'expected'),
+    [('0.5', [0.5] * 4), ('[0.9,0.8,0.6,1.0]', [0.9, 0.8, 0.6, 1.0])],
+)
+def test_keep_ratios_from_the_command_line(name: str, option: str, expected: list[float]) -> None:
+    cfg = load(name)
+    cfg.merge_from_dict({'model.backbone.keep_ratios': DictAction._parse_iterable(option)})
+    model = build(cfg)
+    assert [set(stage) for stage in model.backbone.keep_ratios] == [{r} for r in expected]
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'digit_scenes'
+    write_digit_scenes(
+        root,
+        size=(70, 90),
+        num_train=4,
+        num_val=3,
+        num_digits=(1, 3),
+        digit_scale=(16, 40),
+        progress=False,
+    )
+    return root
+
+
+@pytest.mark.parametrize('name', SCRATCH)
+def test_digit_config_trains_and_tests(name: str, scenes: Path) -> None:
+    """One step of training and one of testing on scenes of an odd size."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  mmcv's transforms draw from the global state
+    cfg = load(name)
+    if cfg.model.type == 'RetinaNet':
+        # An untrained focal loss head is sure of nothing.
+        cfg.model.test_cfg.score_thr = 0.0
+    model = build(cfg)
+    model.init_weights()
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        sets = {}
+        for split in ('train', 'val'):
+            loader = cfg[f'{split}_dataloader']
+            folder = Path(loader.dataset.data_root).name
+            loader.dataset.data_root = str(scenes / folder)
+            sets[split] = DATASETS.build(loader.dataset)
+        evaluator = cfg.val_evaluator
+        if 'ann_file' in evaluator:
+            evaluator.ann_file = str(scenes / 'coco' / 'annotations' / 'instances_val.json')
+        metric = METRICS.build(evaluator)
+        assert (len(sets['train']), len(sets['val'])) == (4, 3)
+
+        model.train()
+        batch = pseudo_collate([sets['train'][0], sets['train'][1]])
+        data = model.data_preprocessor(batch, True)
+        total, logged = model.parse_losses(model(**data, mode='loss'))
+        assert torch.isfinite(total)
+        assert any('loss' in key and value > 0 for key, value in logged.items())
+        total.backward()
+        untrained = [
+            key
+            for key, value in model.backbone.named_parameters()
+            if value.grad is None or not torch.isfinite(value.grad).all()
+        ]
+        assert untrained == []
+
+        model.eval()
+        batch = pseudo_collate([sets['val'][0], sets['val'][1], sets['val'][2]])
+        with torch.no_grad():
+            results = model.test_step(batch)
+        assert len(results) == 3
+        metric.dataset_meta = sets['val'].metainfo
+        metric.process(data_batch=batch, data_samples=[result.to_dict() for result in results])
+        assert metric.evaluate(3)
+
+
+def test_data_configs_name_the_written_classes() -> None:
+    for kind in ('detection', 'instance'):
+        cfg = Config.fromfile(CONFIGS / f'_base_/datasets/digit_scenes_{kind}.py')
+        assert tuple(cfg.metainfo.classes) == CLASSES
+        assert [tuple(colour) for colour in cfg.metainfo.palette] == list(PALETTE)
+    cfg = Config.fromfile(CONFIGS / '_base_/datasets/digit_scenes_semantic.py')
+    assert tuple(cfg.metainfo.classes) == SEMANTIC_CLASSES
+    assert [tuple(colour) for colour in cfg.metainfo.palette] == list(SEMANTIC_PALETTE)
