@@ -294,6 +294,8 @@ class CompileProgress:
             self.done, self.total = int(match.group(1)), int(match.group(2))
             if self.since is None:
                 self.since, self.first = time.monotonic(), self.done
+        elif "building 'mmcv._ext' extension" in line:
+            self.activity = 'compiling the first files'
         elif 'creating build/bdist' in line or 'running install' in line:
             self.activity = 'packing the wheel'
 
