@@ -1,10 +1,12 @@
-"""Pyramid backbones for mmdet and mmseg that compute only the tokens that matter."""
+"""Pyramid backbones for mmdet and mmseg that compute only the tokens that matter.
 
-from . import backbones, hooks, policies
-from .engine import allow_mmengine_globals
+Importing the package registers its backbones and hooks with mmengine, and lets torch's safe loading
+accept the checkpoints that mmengine itself writes.
+"""
+
+from . import backbones, engine, hooks, policies
 from .version import __version__
 
-__all__ = ['__version__', 'backbones', 'hooks', 'policies']
+__all__ = ['__version__', 'backbones', 'engine', 'hooks', 'policies']
 
-# A script of one's own that imports the package can resume and test mmengine's checkpoints too.
-allow_mmengine_globals()
+engine.allow_mmengine_globals()
