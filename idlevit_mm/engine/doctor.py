@@ -124,7 +124,7 @@ def probe_registry() -> list[str]:
     """Returns the backbones that importing the package registers."""
     from mmengine.registry import MODELS
 
-    import idlevit_mm  # noqa: F401
+    importlib.import_module('idlevit_mm')
 
     return sorted(name for name in MODELS.module_dict if name.startswith('Idle'))
 
