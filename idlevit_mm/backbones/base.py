@@ -117,13 +117,10 @@ class IdleBackbone(BaseModule, ABC):
         Raises:
             ValueError: ``init_cfg`` names no checkpoint, or its weights do not fit this backbone.
         """
-        if self.is_init:
-            return
         if self.init_cfg is None:
             self._init_from_scratch()
         else:
             self._init_from_checkpoint()
-        self.is_init = True
 
     @abstractmethod
     def _init_from_scratch(self) -> None:

@@ -305,7 +305,7 @@ class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
             make the version.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(
             patch_sizes=(7, 3, 3, 3),
             paddings=(3, 1, 1, 1),

@@ -119,7 +119,11 @@ class IdleSwinStage(BaseModule):
     """
 
     def __init__(
-        self, depth: int, drop_path_rates: Sequence[float], downsample: nn.Module | None, **kwargs
+        self,
+        depth: int,
+        drop_path_rates: Sequence[float],
+        downsample: nn.Module | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.blocks = ModuleList(

@@ -4,6 +4,8 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, C channel
 channels of a head, M windows, L slots of a window (window_size ** 2), E border windows.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -72,10 +74,16 @@ class WindowMSA(BaseModule):
             (windows, L, C).
         """
         windows, slots, _ = qkv.shape
-        qkv = qkv.view(windows, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(windows, slots, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(
-            *qkv, attn_mask=mask.to(qkv.dtype), dropout_p=dropout, scale=self.scale
+            query,
+            key,
+            value,
+            attn_mask=mask.to(qkv.dtype),
+            dropout_p=dropout,
+            scale=self.scale,
         )
         return out.transpose(1, 2).reshape(windows, slots, -1)
 
@@ -106,7 +114,7 @@ class ShiftWindowMSA(BaseModule):
         window_size: int,
         shift_size: int = 0,
         drop_path_rate: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.window_size = window_size

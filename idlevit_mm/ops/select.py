@@ -5,7 +5,7 @@ a unit, T active tokens (or slots, where a unit holds padding).
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,14 +125,14 @@ class _TakeRows(torch.autograd.Function):
         return rows.index_select(0, index.clamp(max=rows.shape[0] - 1) if has_padding else index)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         rows, index, has_padding = inputs
         ctx.save_for_backward(index)
         ctx.num_rows = rows.shape[0]
         ctx.has_padding = has_padding
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         full = grad.new_zeros(ctx.num_rows + int(ctx.has_padding), grad.shape[1])
         return full.index_copy(0, index, grad)[: ctx.num_rows], None, None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 KeepRatios = float | Sequence[float | Sequence[float]]
 
@@ -28,8 +28,9 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
         TypeError: An entry is neither a number nor a list.
         ValueError: A ratio lies outside (0, 1] or is not finite, or a list has the wrong length.
     """
+    stages: list[Any]
     if _is_list(keep_ratios):
-        stages = list(keep_ratios)
+        stages = list(cast(Sequence[Any], keep_ratios))
         if len(stages) != len(depths):
             raise ValueError(
                 _message(keep_ratios, depths, f'has {len(stages)} entries for {len(depths)} stages')

@@ -57,7 +57,11 @@ class MeanDistance(Scorer):
 
 @SCORERS.register_module('activation_norm')
 class ActivationNorm(Scorer):
-    """Mean absolute activation of a token over its channels (SparseViT, arXiv 2303.17605)."""
+    """Mean absolute activation of a token over its channels.
+
+    SparseViT (arXiv 2303.17605) ranks windows by the L2 norm of this over their tokens; here, as
+    for every scorer, a window has the mean.
+    """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
         return torch.linalg.vector_norm(x, ord=1, dim=-1) / x.shape[-1]
