@@ -1137,8 +1137,8 @@ class Setup:
                 problem = wheel_problem(wheel) or self._try_wheel(wheel, variant)
                 if not problem:
                     return 'done, from the cache'
-                self.progress.note(f'the cached wheel is of no use ({problem}): {wheel}')
-                self.progress.note('it is removed and compiled again')
+                self.progress.note(f'the cached wheel is of no use: {problem}')
+                self.progress.note(f'it is removed and compiled again: {wheel}')
                 wheel.unlink()
             wheel = self._build_mmcv(folder, self._cache() / 'build' / key, variant)
             problem = self._try_wheel(wheel, variant)
