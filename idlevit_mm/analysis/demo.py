@@ -11,8 +11,11 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ from idlevit_mm.analysis.latency import Spread
 
 EXPECTED = 0.60
 _BATCH = 8
+_LARGE = 512
 _ROUNDS = 40
-_MAX_SECONDS = 25.0
+_MAX_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ TASKS = (
 
 
 @dataclass(frozen=True)
-class PartFigures:
-    """Cost of one part of a model (its backbone, or all of it) against its dense versions.
+class Cost:
+    """Cost of one part of a model against its dense versions.
 
     Attributes:
+        part: what was measured, on what.
         milliseconds: per image, as trained.
         against_dense: time divided by that of the same model at keep 1.
         against_host: time divided by that of the model with mmdet's own dense backbone.
@@ -66,20 +71,12 @@ class PartFigures:
         operation_ratio: multiply-adds divided by those at keep 1.
     """
 
+    part: str
     milliseconds: Spread
     against_dense: Spread
     against_host: Spread
     multiply_adds: int
     operation_ratio: float
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PartFigures:
-        """Inverse of ``dataclasses.asdict``."""
-        spreads = {
-            name: Spread(**values[name])
-            for name in ('milliseconds', 'against_dense', 'against_host')
-        }
-        return cls(**{**values, **spreads})
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,7 @@ class Outcome:
     task: Task
     quality: float
     share_kept: float
-    backbone: PartFigures
-    model: PartFigures
+    costs: tuple[Cost, ...]
     train_seconds: float
 
     @property
@@ -130,7 +126,11 @@ class Memory:
 
 
 def run_demo(
-    work_dir: Path, data_root: Path, fresh: bool = False, console: Console | None = None
+    work_dir: Path,
+    data_root: Path,
+    fresh: bool = False,
+    console: Console | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> bool:
     """Write the data, train, test and measure both models, and show what came out.
 
@@ -139,6 +139,7 @@ def run_demo(
         data_root: folder of the digit scenes, written if they are not there.
         fresh: forget earlier runs of the demo in ``work_dir``.
         console: where to print.
+        options: overrides of both configs, as ``--cfg-options``.
 
     Returns:
         Whether both models are as good as they should be.
@@ -155,7 +156,7 @@ def run_demo(
     write_data(data_root, console)
     outcomes, pictures = [], []
     for task in TASKS:
-        outcome, paths = run_task(task, work_dir, data_root, console)
+        outcome, paths = run_task(task, work_dir, data_root, console, options)
         outcomes.append(outcome)
         pictures += paths
     console.print()
@@ -193,15 +194,19 @@ def write_data(data_root: Path, console: Console) -> None:
 
 
 def run_task(
-    task: Task, work_dir: Path, data_root: Path, console: Console
+    task: Task,
+    work_dir: Path,
+    data_root: Path,
+    console: Console,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[Outcome, list[Path]]:
     """Train, test and measure one model and draw its pictures."""
     from idlevit_mm.analysis.models import load_config
     from idlevit_mm.analysis.pictures import draw_dataset
 
     config = runs.REPOSITORY / 'configs' / 'digit_scenes' / f'{task.config}.py'
-    cfg = load_config(config)
-    options = data_options(cfg, data_root)
+    cfg = load_config(config, dict(extra or {}))
+    options = {**data_options(cfg, data_root), **(extra or {})}
     folder = work_dir / task.config
     settings = {
         'config_sha256': hashlib.sha256(cfg.dump().encode()).hexdigest()[:12],
@@ -216,11 +221,20 @@ def run_task(
     console.print(f'[bold]{task.name}[/bold] ({runs.shown(config)})')
     checkpoint = train(task, cfg, config, folder, options, memory, console)
     metrics = test(task, config, checkpoint, folder, options, memory, console)
-    model = load_trained(config, checkpoint, options)
-    console.print('  measuring')
-    outcome = measure(task, model, metrics, memory.get('train')['seconds'])
-    console.print('  drawing')
-    return outcome, draw_dataset(model, work_dir / 'pictures' / task.config, count=4)
+    with console.status('  measuring and drawing'), _hushed():
+        model = load_trained(config, checkpoint, options)
+        outcome = measure(task, model, metrics, memory.get('train')['seconds'])
+        paths = draw_dataset(model, work_dir / 'pictures' / task.config, count=4)
+    console.print('  measured and drawn')
+    return outcome, paths
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Swallow what pycocotools prints and the libraries' warnings about themselves."""
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter('ignore')
+        yield
 
 
 def data_options(cfg: Any, data_root: Path) -> dict[str, str]:
@@ -236,7 +250,7 @@ def train(
     cfg: Any,
     config: Path,
     folder: Path,
-    options: dict[str, str],
+    options: Mapping[str, Any],
     memory: Memory,
     console: Console,
 ) -> Path:
@@ -246,9 +260,10 @@ def train(
     if done and checkpoint is not None:
         console.print('  training: done before')
         return checkpoint
-    resume = ['--resume'] if checkpoint is not None else []
-    if resume:
+    resume = []
+    if checkpoint is not None:
         console.print(f'  training: going on from {checkpoint.name}')
+        resume = ['--resume']
     start = time.monotonic()
     with Progress(
         TextColumn('  training'),
@@ -262,15 +277,17 @@ def train(
 
         def show(line: str) -> None:
             progress = runs.Progress.of(line)
-            if progress is not None:
-                done_epochs = (progress.epoch or 1) - 1 + progress.step / progress.steps
-                bar.update(
-                    line_number,
-                    completed=done_epochs / epochs,
-                    description=f'epoch {progress.epoch or 1}/{epochs}  '
-                    f'{progress.step}/{progress.steps}  loss {progress.loss:.3f}  '
-                    f'eta {progress.eta}',
-                )
+            if progress is None:
+                return
+            epoch = progress.epoch or 1
+            text = (
+                f'epoch {epoch}/{epochs}  {progress.step}/{progress.steps}  '
+                f'loss {progress.loss:.3f}  eta {progress.eta}'
+            )
+            share = (epoch - 1 + progress.step / progress.steps) / epochs
+            bar.update(line_number, completed=share, description=text)
+            if not console.is_terminal:  # a live line cannot be drawn: print some
+                console.print(f'  {text}')
 
         runs.run_tool(
             [
@@ -297,7 +314,7 @@ def test(
     config: Path,
     checkpoint: Path,
     folder: Path,
-    options: dict[str, str],
+    options: Mapping[str, Any],
     memory: Memory,
     console: Console,
 ) -> dict[str, float]:
@@ -331,14 +348,14 @@ def quality_of(task: Task, metrics: dict[str, float]) -> float:
     return metrics[task.metric] / (100 if task.percent else 1)
 
 
-def load_trained(config: Path, checkpoint: Path, options: dict[str, str]) -> Any:
+def load_trained(config: Path, checkpoint: Path, options: Mapping[str, Any]) -> Any:
     """The trained model with a config whose data paths hold from any folder."""
     from idlevit_mm.analysis.models import load_config, load_model
 
-    options = options or runs.data_root_options(
+    default = runs.data_root_options(
         load_config(config), 'data/digit_scenes', runs.REPOSITORY / 'data' / 'digit_scenes'
     )
-    return load_model(config, checkpoint, cfg_options=options)
+    return load_model(config, checkpoint, cfg_options={**default, **options})
 
 
 def measure(task: Task, model: Any, metrics: dict[str, float], train_seconds: float) -> Outcome:
@@ -366,11 +383,17 @@ def measure(task: Task, model: Any, metrics: dict[str, float], train_seconds: fl
         'dense': with_keep_ratios(model, 1.0),
         'host': with_host_backbone(model),
     }
-    figures = {}
-    for part in ('backbone', 'model'):
+    large = torch.nn.functional.interpolate(inputs[:2], size=(_LARGE, _LARGE), mode='bilinear')
+    height, width = inputs.shape[-2:]
+    costs = []
+    for part, images, title in (
+        ('backbone', inputs, f'backbone, {height}×{width}'),
+        ('backbone', large, f'backbone, {_LARGE}×{_LARGE}'),
+        ('model', inputs, f'whole model, {height}×{width}'),
+    ):
         rows, timing = benchmark(
             candidates,
-            inputs,
+            images,
             part,
             reference='dense',
             data_samples=samples,
@@ -378,70 +401,75 @@ def measure(task: Task, model: Any, metrics: dict[str, float], train_seconds: fl
             max_seconds=_MAX_SECONDS,
         )
         idle = rows[0]
-        figures[part] = PartFigures(
-            milliseconds=idle.milliseconds,
-            against_dense=idle.time_ratio,
-            against_host=timing.ratio('idle', 'host'),
-            multiply_adds=idle.multiply_adds,
-            operation_ratio=idle.operation_ratio,
+        costs.append(
+            Cost(
+                title,
+                idle.milliseconds,
+                idle.time_ratio,
+                timing.ratio('idle', 'host'),
+                idle.multiply_adds,
+                idle.operation_ratio,
+            )
         )
-    return Outcome(
-        task, quality_of(task, metrics), kept, figures['backbone'], figures['model'], train_seconds
-    )
+    return Outcome(task, quality_of(task, metrics), kept, tuple(costs), train_seconds)
 
 
 # --- The table --------------------------------------------------------------------------------
 
-HEADER = (
-    'model',
-    'quality',
-    'tokens kept',
-    'backbone multiply-adds',
-    'backbone, ms per image',
-    'whole model, ms per image',
-)
 _NOTE = (
-    f'Times: batch of {_BATCH} validation images, all candidates in turns in one process, median; '
-    '"keep 1" is the same model with all tokens active, "mmdet" the same with mmdet\'s own dense '
-    'backbone. Multiply-adds are per image.'
+    f'Times are medians (with quartiles) of up to {_ROUNDS} rounds in which all candidates take '
+    f'turns, per image of a batch of {_BATCH} validation images (2, enlarged, for '
+    f'{_LARGE}×{_LARGE}). "Keep 1" is the same model with all tokens active; "mmdet" is the same '
+    "model with mmdet's own dense backbone. Below 1 is faster."
 )
 
 
-def table_cells(outcome: Outcome) -> list[str]:
-    """The cells of one model, in the order of ``HEADER``."""
+def table_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """One row per figure: its name, then the text for each model."""
     from idlevit_mm.analysis.flops import pretty
 
-    def timing(figures: PartFigures) -> str:
-        return (
-            f'{figures.milliseconds.median:.2f} = {figures.against_dense.median:.2f} × keep 1, '
-            f'{figures.against_host.median:.2f} × mmdet'
-        )
+    def ratio(spread: Spread) -> str:
+        return f'{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})'
 
-    backbone = outcome.backbone
-    return [
-        outcome.task.name,
-        f'{outcome.task.metric_name} {outcome.quality:.3f}',
-        f'{100 * outcome.share_kept:.0f} %',
-        f'{pretty(backbone.multiply_adds)} = {backbone.operation_ratio:.2f} × dense',
-        timing(backbone),
-        timing(outcome.model),
+    rows = [
+        ['quality', *(f'{o.task.metric_name} {o.quality:.3f}' for o in outcomes)],
+        ['tokens kept', *(f'{100 * o.share_kept:.0f} %' for o in outcomes)],
     ]
+    for same_part in zip(*(outcome.costs for outcome in outcomes), strict=True):
+        rows += [
+            [same_part[0].part, *('' for _ in same_part)],
+            [
+                '  multiply-adds',
+                *(f'{pretty(c.multiply_adds)}, {c.operation_ratio:.2f} × dense' for c in same_part),
+            ],
+            ['  time per image', *(f'{c.milliseconds.median:.1f} ms' for c in same_part)],
+            ['  time / keep 1', *(ratio(c.against_dense) for c in same_part)],
+            ['  time / mmdet', *(ratio(c.against_host) for c in same_part)],
+        ]
+    rows.append(['training', *(f'{o.train_seconds / 60:.1f} min' for o in outcomes)])
+    return rows
 
 
 def rich_table(outcomes: Sequence[Outcome]) -> Table:
     """The table for a terminal."""
-    table = Table(title='Token idling on digit scenes', caption=_NOTE, show_lines=True)
-    for name in HEADER:
-        table.add_column(name)
+    table = Table(title='Token idling on digit scenes', caption=_NOTE)
+    table.add_column('')
     for outcome in outcomes:
-        table.add_row(*table_cells(outcome))
+        table.add_column(outcome.task.name)
+    for cells in table_rows(outcomes):
+        table.add_row(*cells)
     return table
 
 
 def markdown_table(outcomes: Sequence[Outcome]) -> str:
     """The same table in Markdown."""
-    lines = ['| ' + ' | '.join(HEADER) + ' |', '|' + '---|' * len(HEADER)]
-    lines += ['| ' + ' | '.join(table_cells(outcome)) + ' |' for outcome in outcomes]
+    lines = [
+        '| | ' + ' | '.join(outcome.task.name for outcome in outcomes) + ' |',
+        '|' + '---|' * (1 + len(outcomes)),
+    ]
+    for cells in table_rows(outcomes):
+        name = cells[0].replace('  ', '– ', 1)
+        lines.append('| ' + ' | '.join([name, *cells[1:]]) + ' |')
     return '\n'.join(lines)
 
 

@@ -8,7 +8,7 @@ here runs under the plain ("math") attention path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from idlevit_mm.analysis.models import blank_data_samples, checked_shape
 
 
 @contextmanager
-def _evaluating(module: nn.Module):
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """Put every submodule in eval mode and give each its own mode back afterwards."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()

@@ -163,13 +163,13 @@ def share_kept(backbone: nn.Module) -> float:
 def checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Bring (H, W), (C, H, W) or (B, C, H, W) to four positive numbers."""
     shape = tuple(int(size) for size in input_shape)
-    defaults = {2: (1, 3), 3: (1,), 4: ()}
-    if len(shape) not in defaults or min(shape) < 1:
+    if not 2 <= len(shape) <= 4 or min(shape) < 1:
         raise ValueError(
             f'input_shape={input_shape!r} must be (H, W), (C, H, W) or (B, C, H, W) '
             'with positive sizes'
         )
-    return (*defaults[len(shape)], *shape)
+    batch, channels, height, width = ((1, 3)[: 4 - len(shape)] + shape)[-4:]
+    return batch, channels, height, width
 
 
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:

@@ -34,9 +34,12 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
 IGNORED = 255
 _MIN_SIDE = 512
 _MAX_SIDE = 1024
-_TITLE = 40
+_TITLE = 44
 _GAP = 12
-_IDLE_LIGHT = 0.30
+# Idle tokens: little contrast around a bluish middle grey, which neither a dark nor a light part
+# of a photograph looks like.
+_IDLE_CONTRAST = 0.25
+_IDLE_TONE = (84, 90, 104)
 _MIN_CELL = 6
 
 
@@ -144,7 +147,7 @@ def cell_index(
 def paint_active(
     image: np.ndarray, share: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
-    """Image in clear where tokens were active, grey and dark where they idled, with the grid.
+    """Image in clear where tokens were active, greyed where they idled, with the token grid.
 
     Args:
         image: (H, W, 3) uint8 in display size.
@@ -157,7 +160,7 @@ def paint_active(
     """
     clear = image.astype(np.float32)
     grey = clear @ np.array([0.299, 0.587, 0.114], np.float32)
-    idle = np.repeat((grey * _IDLE_LIGHT + 12)[..., None], 3, axis=-1)
+    idle = grey[..., None] * _IDLE_CONTRAST + np.array(_IDLE_TONE, np.float32)
     weight = share[rows][:, columns][..., None].astype(np.float32)
     painted = weight * clear + (1 - weight) * idle
     smallest = min(np.bincount(rows).max(), np.bincount(columns).max())
@@ -230,7 +233,7 @@ def class_map_panel(
 
     shown = enlarge(image).astype(np.float32)
     labels = enlarge(class_map.astype(np.uint8))
-    grey = (shown @ np.array([0.299, 0.587, 0.114], np.float32))[..., None] * 0.6 + 70
+    grey = (shown @ np.array([0.299, 0.587, 0.114], np.float32))[..., None] * 0.6 + 50
     painted = np.repeat(grey, 3, axis=-1)
     tags = []
     for label in np.unique(labels):
@@ -248,6 +251,11 @@ def class_map_panel(
             y, x = np.unravel_index(distance.argmax(), distance.shape)
             tags.append((float(x), float(y), classes[label]))
     painted[labels == IGNORED] *= 0.4
+    # A thin outline keeps colours apart that are alike in lightness.
+    edges = np.zeros(labels.shape, bool)
+    edges[1:] |= labels[1:] != labels[:-1]
+    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    painted[edges] = 255
     return Panel(title, painted.round().clip(0, 255).astype(np.uint8), tags=tags)
 
 
@@ -275,10 +283,10 @@ def legend_panel(sample: Sample, shape: tuple[int, int]) -> Panel:
     """How to read the sheet: active and idle tokens, and the colours of a class map."""
     lines: list[tuple[tuple[int, int, int] | None, str]] = [(None, note) for note in sample.notes]
     lines += [
-        (None, 'Tokens of each stage:'),
+        (None, 'Stages, in the lower row:'),
         (None, '    in colour: active in every block'),
-        (None, '    dark grey: idle in every block'),
-        (None, '    between: active in some blocks'),
+        (None, '    greyed: idle in every block'),
+        (None, '    between: active in some of the blocks'),
     ]
     present: set[int] = set()
     for content in (sample.truth, sample.prediction):
@@ -288,7 +296,7 @@ def legend_panel(sample: Sample, shape: tuple[int, int]) -> Panel:
             present |= {box.label for box in content.boxes}
     present = {label for label in present if 0 <= label < len(sample.classes)}
     if present:
-        lines.append((None, 'Classes in this image:'))
+        lines.append((None, 'Classes:'))
         lines += [
             ((150, 150, 150), sample.classes[label])
             if sample.classes[label].lower() == 'background'
@@ -306,11 +314,17 @@ def sheet_panels(sample: Sample) -> list[list[Panel]]:
     picture = enlarge(sample.image)
     height, width = sample.image.shape[:2]
     first = [Panel(f'Image: {width}×{height} pixels', picture)]
-    for title, content in (('Ground truth', sample.truth), ('Prediction', sample.prediction)):
+    truth = sample.truth
+    if isinstance(sample.prediction, Objects) and sample.prediction.masks is None:
+        # A detector without masks is not compared with masks.
+        truth = Objects(truth.boxes) if isinstance(truth, Objects) else truth
+    for title, content in (('Ground truth', truth), ('Prediction', sample.prediction)):
         if content is None:
             continue
-        painter = class_map_panel if isinstance(content, np.ndarray) else object_panel
-        first.append(painter(title, sample.image, content, sample.classes))
+        if isinstance(content, Objects):
+            first.append(object_panel(title, sample.image, content, sample.classes))
+        else:
+            first.append(class_map_panel(title, sample.image, content, sample.classes))
     first.append(legend_panel(sample, (picture.shape[0], picture.shape[1])))
     stages = [stage_panel(sample, stage) for stage in range(len(sample.shares))]
     per_row = max(4, len(first))
@@ -372,20 +386,26 @@ def _draw_panel(axes: Any, panel: Panel, classes: Sequence[str], scale: float) -
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.imshow(panel.pixels, extent=(0, width, height, 0), interpolation='none', aspect='auto')
-    axes.set_title(panel.title, fontsize=14 * scale, pad=6, color='black')
+    axes.set_title(panel.title, fontsize=16 * scale, pad=6, color='black')
     for box in sorted(panel.boxes, key=lambda box: box.score or 0):
         x1, y1, x2, y2 = box.corners
-        colour = [value / 255 for value in colour_of(box.label, classes)]
-        for edge, line in (('black', 4.0), (colour, 2.2)):
+        for edge, line in (((0, 0, 0), 4.0), (colour_of(box.label, classes), 2.2)):
             axes.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line)
+                Rectangle(
+                    (x1, y1),
+                    x2 - x1,
+                    y2 - y1,
+                    fill=False,
+                    edgecolor=[value / 255 for value in edge],
+                    linewidth=line,
+                )
             )
     for box in sorted(panel.boxes, key=lambda box: box.score or 0):
         text = classes[box.label] if box.label < len(classes) else str(box.label)
         if box.score is not None:
             text += f' {box.score:.2f}'
         x1, y1, _, y2 = box.corners
-        above = y1 >= 20 * scale
+        above = y1 >= 28 * scale
         _tag(axes, x1, y1 if above else y2, text, above, colour_of(box.label, classes), scale)
     for x, y, text in panel.tags:
         axes.text(
@@ -394,12 +414,12 @@ def _draw_panel(axes: Any, panel: Panel, classes: Sequence[str], scale: float) -
             text,
             ha='center',
             va='center',
-            fontsize=11 * scale,
+            fontsize=13 * scale,
             color='black',
             clip_on=True,
             bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 1.5},
         )
-    step = min(30 * scale, height / (len(panel.legend) + 1))
+    step = min(34 * scale, height / (len(panel.legend) + 1))
     for number, (colour, text) in enumerate(panel.legend):
         y = (number + 0.8) * step
         if colour is not None:
@@ -418,7 +438,7 @@ def _draw_panel(axes: Any, panel: Panel, classes: Sequence[str], scale: float) -
             y,
             text,
             va='center',
-            fontsize=min(13 * scale, 0.43 * step),
+            fontsize=min(15 * scale, 0.5 * step),
             color='black',
         )
 
@@ -441,7 +461,7 @@ def _tag(
         textcoords='offset points',
         ha='left',
         va='bottom' if above else 'top',
-        fontsize=10 * scale,
+        fontsize=13 * scale,
         color='black' if luminance > 120 else 'white',
         annotation_clip=True,
         bbox={

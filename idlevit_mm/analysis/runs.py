@@ -6,6 +6,7 @@ processes of their own, so that what they show is what the tools do.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -26,6 +27,9 @@ _PROGRESS = re.compile(
     r'.*?eta: (?P<eta>.*?)\s\s.*?\bloss: (?P<loss>[\d.naif]+)'
 )
 
+_PR_SET_PDEATHSIG = 1
+# Loaded here because little is safe between fork and exec.
+_LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 _active: set[subprocess.Popen] = set()
 
 
@@ -116,6 +120,7 @@ def run_tool(
             text=True,
             errors='replace',
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         _active.add(process)
         try:
@@ -138,6 +143,15 @@ def run_tool(
             + '\n  '.join(tail)
             + f'\nThe whole log: {log}'
         )
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end a tool when the process that reads its output is killed.
+
+    Otherwise it would go on unseen, in the folder in which the next start works.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -562,10 +563,8 @@ def run_study(
         results = ledger.read()
     results = {run: result for run, result in results.items() if run in set(plan)}
     variants = sorted({run.variant for run in results}, key=lambda variant: variant.name)
-    if count_operations is None:
-        operations = multiply_add_ratios(config, variants, input_shape)
-    else:
-        operations = count_operations(variants)
+    count = count_operations or partial(multiply_add_ratios, config, input_shape=input_shape)
+    operations = count(variants)
     text = report_text(
         results,
         operations,
