@@ -127,6 +127,20 @@ def test_ratio_per_block(variant, scope):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+def test_idle_path_with_every_token_active_equals_the_dense_path(variant, scope):
+    """So that a ratio just below 1 is no jump, padded borders included."""
+    model = build(variant, scope, keep=0.9999).double()
+    x = image((2, 3, 45, 58), dtype=torch.float64)
+    outs, grads = gradients(model, x)
+    assert all(mask.all() for stage in model.keep_masks for mask in stage)
+    model.set_keep_ratios(1.0)
+    dense_outs, dense_grads = gradients(model, x)
+    for a, b in zip(outs, dense_outs, strict=True):
+        assert_close(a, b, 1e-10)
+    assert_same_gradients(grads, dense_grads, 1e-10)
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
 def test_idle_token_may_wake_in_the_next_block(variant, scope):
     model = build(variant, scope, keep=0.5)
     with torch.no_grad():
@@ -427,6 +441,18 @@ def test_core_of_swin_by_windows_shrinks_too():
     assert core[1] <= 0.55 * core[0]
 
 
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+def test_scoring_is_cheap(variant, scope):
+    """No scorer spends on the whole map what idling saves."""
+    x = image((1, 3, 128, 128))
+    counts = {
+        scorer: sum(block_flops(build(variant, scope, scorer), x, False).values())
+        for scorer in SCORERS
+    }
+    for scorer, count in counts.items():
+        assert count <= 1.1 * counts['random'], f'{scorer}: {count}, random: {counts["random"]}'
+
+
 # --- batches, determinism, gradients ---------------------------------------------------------
 
 
@@ -465,7 +491,7 @@ def test_same_input_same_output(variant, scope, scorer):
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
 @pytest.mark.parametrize('scorer', SCORERS)
 def test_every_parameter_gets_a_gradient(variant, scope, scorer):
-    model = build(variant, scope, scorer).train()
+    model = build(variant, scope, scorer, drop_path_rate=0.0).train()
     _, grads = gradients(model, image((2, 3, 64, 80)))
     for name, grad in grads.items():
         assert grad is not None, f'{name} has no gradient'

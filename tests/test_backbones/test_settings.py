@@ -154,6 +154,14 @@ def test_wrong_ratios_are_refused(variant, name):
 
 
 @parametrize()
+def test_stage_that_does_not_exist_is_named(variant):
+    with pytest.raises((ValueError, AssertionError), match='out_indices'):
+        variant.build(out_indices=(0, 4))
+    with pytest.raises((ValueError, AssertionError), match='frozen_stages'):
+        variant.build(frozen_stages=5)
+
+
+@parametrize()
 def test_wrong_length_says_the_right_one(variant):
     model = variant.build()
     count = len(depths(model))
@@ -253,9 +261,11 @@ def test_ratios_from_the_command_line(variant):
         config.merge_from_dict({'model.backbone.keep_ratios': given})
         model = MODELS.build(config.model.backbone)
         assert {r for stage in model.keep_ratios for r in stage} == {0.5}
-    config.merge_from_dict({'model.backbone.policy': dict(scorer='random')})
-    model = randomize(MODELS.build(config.model.backbone))
-    model(image((1, 3, 48, 64)))
+    for scorer in ('random', dict(type='random')):
+        config = Config(dict(model=dict(backbone=variant.config(keep_ratios=0.5))))
+        config.merge_from_dict({'model.backbone.policy': dict(scorer=scorer)})
+        model = randomize(MODELS.build(config.model.backbone))
+        model(image((1, 3, 48, 64)))
 
 
 @parametrize()
