@@ -12,6 +12,7 @@ import datetime
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .runner import ResumableRunner
 from .safe_load import allow_mmengine_globals, load_checkpoint
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
+_WAIT_FOR_RANK_0 = 10  # seconds
 _PICKLES = ('.pkl', '.pickle')
 _FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
 
@@ -58,8 +60,11 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     except UsageError as error:
         if os.environ.get(TRACEBACK_VARIABLE, '0') not in ('', '0'):
             raise
-        if _rank() == 0:
-            print(f'error: {error}', file=sys.stderr, flush=True)
+        if _rank() > 0:
+            # Rank 0 most likely fails on the same thing, and the launcher then ends this process
+            # before it repeats the message. What is wrong on this machine alone still gets said.
+            time.sleep(_WAIT_FOR_RANK_0)
+        print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -389,12 +394,9 @@ def evaluate_from_config(
     check_datasets(cfg, ('test',))
     _prepare_launcher(cfg, launcher)
 
-    # Hooks ask the runner for its iteration, and mmengine then builds the training data as well.
-    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
-        cfg[key] = None
-    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
-        cfg[key] = None
     runner = build_runner(cfg)
+    # Hooks ask the runner for its iteration, and it would build the training data to answer.
+    runner._train_loop = runner._val_loop = None
     if weights is not None:
         check_weights(runner.model, weights, checkpoint, 'test')
         del weights

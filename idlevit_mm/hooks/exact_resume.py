@@ -8,7 +8,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 
-from .replay import MODEL_STREAM, ReplayDataLoader, mixed_seed, seed_generators
+from .replay import (
+    MODEL_STREAM,
+    VALIDATION_STREAM,
+    ReplayDataLoader,
+    mixed_seed,
+    seed_generators,
+)
 
 
 @HOOKS.register_module()
@@ -54,9 +60,11 @@ class ExactResumeHook(Hook):
         seed_generators(mixed_seed(runner.seed, MODEL_STREAM, runner.iter), accelerator=True)
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Put on record, in every later checkpoint, that this validation is done."""
+        """Seed what is drawn in validating, and put it on record for every later checkpoint."""
         # The property train_loop would build the loop, and load its data, if there is none yet.
         if isinstance(runner._train_loop, BaseLoop):
+            seed = mixed_seed(runner.seed, VALIDATION_STREAM, runner.iter)
+            seed_generators(seed, accelerator=True)
             runner.message_hub.update_info(self.RECORD, runner.iter)
 
     def _validation_due(self, runner: Any) -> bool:

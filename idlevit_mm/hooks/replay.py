@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# Two streams: the numbers of an iteration of the model must not repeat those of a sample.
+# Streams: the numbers of an iteration of the model must not repeat those of a sample.
 MODEL_STREAM = 0
 DATA_STREAM = 1
+VALIDATION_STREAM = 2
 
 
 def mixed_seed(*entropy: int) -> int:

@@ -1,0 +1,210 @@
+"""What is wrong with paths and checkpoints is said before any work."""
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from idlevit_mm.engine import UsageError
+from idlevit_mm.engine.checks import (
+    check_datasets,
+    check_pretrained,
+    check_weights,
+    find_resumable,
+    leaf_datasets,
+)
+
+
+def coco(root):
+    return dict(
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='images/'),
+    )
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / 'set'
+    (root / 'annotations').mkdir(parents=True)
+    (root / 'images').mkdir()
+    (root / 'annotations' / 'train.json').write_text('{}')
+    return root
+
+
+def config(dataset, **more):
+    return Config(dict(train_dataloader=dict(dataset=dataset), **more))
+
+
+WRAPPERS = [
+    (lambda d: d, ''),
+    (lambda d: dict(type='RepeatDataset', times=2, dataset=d), '.dataset'),
+    (lambda d: dict(type='ConcatDataset', datasets=[d, d]), '.datasets.0'),
+    (
+        lambda d: dict(
+            type='MultiImageMixDataset', dataset=dict(type='ConcatDataset', datasets=[d])
+        ),
+        '.dataset.datasets.0',
+    ),
+]
+
+
+@pytest.mark.parametrize(('wrap', 'key'), WRAPPERS)
+def test_wrapped_data_sets_are_found(data, wrap, key):
+    check_datasets(config(wrap(coco(data))), ('train',))
+    assert next(leaf_datasets(wrap(coco(data)), 'x'))[0] == f'x{key}'
+    (data / 'annotations' / 'train.json').unlink()
+    with pytest.raises(UsageError) as error:
+        check_datasets(config(wrap(coco(data))), ('train',))
+    assert f'train_dataloader.dataset{key}.ann_file {data}/annotations/train.json' in str(
+        error.value
+    )
+
+
+def test_missing_folders(data):
+    (data / 'images').rmdir()
+    with pytest.raises(UsageError, match=r'dataset\.data_prefix\.img .*images/ does not exist'):
+        check_datasets(config(coco(data)), ('train',))
+    with pytest.raises(UsageError, match=r'dataset\.data_root .*nowhere does not exist'):
+        check_datasets(config(coco(data / 'nowhere')), ('train',))
+
+
+def test_only_what_the_run_reads_is_checked(data):
+    cfg = config(coco(data), val_dataloader=dict(dataset=coco(data / 'nowhere')))
+    check_datasets(cfg, ('train',))
+    with pytest.raises(UsageError, match='val_dataloader'):
+        check_datasets(cfg, ('train', 'val'))
+
+
+def test_evaluators_annotations(data):
+    cfg = config(coco(data), train_evaluator=[dict(type='CocoMetric', ann_file='nowhere.json')])
+    with pytest.raises(UsageError, match=r'train_evaluator\.ann_file nowhere\.json'):
+        check_datasets(cfg, ('train',))
+
+
+def test_remote_data_is_not_looked_for():
+    check_datasets(config(dict(coco('s3://bucket/coco'))), ('train',))
+    check_datasets(config(dict(coco('nowhere'), backend_args=dict(backend='petrel'))), ('train',))
+
+
+@pytest.mark.parametrize(
+    ('root', 'hint'),
+    [
+        (
+            'data/digit_scenes/coco/',
+            'tools/dataset_converters/digit_scenes.py data/digit_scenes --layout coco ade',
+        ),
+        ('data/coco/', 'https://cocodataset.org'),
+        ('data/ade/ADEChallengeData2016', 'sceneparsing.csail.mit.edu'),
+        ('data/mine', '--cfg-options train_dataloader.dataset.data_root=PATH'),
+    ],
+)
+def test_the_message_says_where_data_comes_from(root, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        check_datasets(config(coco(root)), ('train',))
+    assert hint in str(error.value)
+
+
+def test_pretrained_files(tmp_path):
+    def cfg(path):
+        init = dict(type='Pretrained', checkpoint=path)
+        return Config(dict(model=dict(neck=[dict()], backbone=dict(init_cfg=init))))
+
+    with pytest.raises(UsageError, match=r'model\.backbone\.init_cfg\.checkpoint nowhere\.pth'):
+        check_pretrained(cfg('nowhere.pth'))
+    check_pretrained(cfg('https://host/weights.pth'))
+    torch.save({'w': torch.ones(1)}, tmp_path / 'w.pth')
+    check_pretrained(cfg(str(tmp_path / 'w.pth')))
+
+
+def save(path, **more):
+    state = dict(state_dict={'w': torch.ones(1)}, meta=dict(iter=1, epoch=1), optimizer={})
+    torch.save({**state, **more}, path)
+    return path
+
+
+def test_newest_whole_checkpoint(tmp_path):
+    assert find_resumable(tmp_path / 'nowhere') == (None, [])
+    assert find_resumable(tmp_path) == (None, [])
+    first, second = save(tmp_path / 'epoch_2.pth'), save(tmp_path / 'epoch_10.pth')
+    assert find_resumable(tmp_path) == (str(second), [])
+    (tmp_path / 'last_checkpoint').write_text(str(first))
+    assert find_resumable(tmp_path) == (str(first), [])
+    (tmp_path / 'last_checkpoint').write_text('')
+    assert find_resumable(tmp_path) == (str(second), [])
+
+
+def test_damaged_and_moved_checkpoints(tmp_path):
+    older, newer = save(tmp_path / 'iter_100.pth'), save(tmp_path / 'iter_200.pth')
+    (tmp_path / 'last_checkpoint').write_text(f'/another/place/{newer.name}')
+    assert find_resumable(tmp_path) == (str(newer), [])
+    newer.write_bytes(newer.read_bytes()[:500])
+    path, passed_over = find_resumable(tmp_path)
+    assert path == str(older)
+    assert len(passed_over) == 1
+    assert 'iter_200.pth cannot be read' in passed_over[0]
+    older.unlink()
+    assert find_resumable(tmp_path)[0] is None
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width=4, classes=3, deep=False):
+        super().__init__()
+        self.backbone = torch.nn.Linear(2, width)
+        self.bbox_head = torch.nn.Conv2d(width, classes, 1)
+        if deep:
+            self.neck = torch.nn.Linear(width, width)
+
+
+def checkpoint_of(model, prefix=''):
+    return dict(state_dict={prefix + k: v for k, v in model.state_dict().items()})
+
+
+@pytest.mark.parametrize('purpose', ['resume', 'test', 'load_from'])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_fitting_weights(purpose, prefix):
+    assert check_weights(Net(), checkpoint_of(Net(), prefix), 'x.pth', purpose) == []
+
+
+@pytest.mark.parametrize('purpose', ['resume', 'test', 'load_from'])
+def test_other_shapes(purpose):
+    with pytest.raises(
+        UsageError,
+        match=r'x\.pth has other shapes.*backbone\.weight \(5, 2\) but the model has \(4, 2\)',
+    ):
+        check_weights(Net(), checkpoint_of(Net(width=5)), 'x.pth', purpose)
+
+
+def test_other_number_of_classes():
+    given = checkpoint_of(Net(classes=80))
+    (warning,) = check_weights(Net(), given, 'x.pth', 'load_from')
+    assert 'bbox_head.weight (80, 4, 1, 1) to (3, 4, 1, 1)' in warning
+    for purpose in ('resume', 'test'):
+        with pytest.raises(UsageError, match='other shapes'):
+            check_weights(Net(), given, 'x.pth', purpose)
+
+
+def test_missing_weights():
+    given = checkpoint_of(Net())
+    assert check_weights(Net(deep=True), given, 'x.pth', 'load_from') == []
+    for purpose in ('resume', 'test'):
+        with pytest.raises(UsageError, match=r'lacks weights of the model: neck\.weight'):
+            check_weights(Net(deep=True), given, 'x.pth', purpose)
+
+
+def test_foreign_weights():
+    bare = {k.removeprefix('backbone.'): v for k, v in Net().state_dict().items() if 'back' in k}
+    with pytest.raises(UsageError, match=r'shares no backbone.*init_cfg\.checkpoint=x\.pth'):
+        check_weights(Net(), dict(state_dict=bare), 'x.pth', 'load_from')
+    with pytest.raises(UsageError, match='belongs to another model'):
+        check_weights(Net(), {'blocks.0': torch.ones(1)}, 'x.pth', 'test')
+    with pytest.raises(UsageError, match='holds no weights'):
+        check_weights(Net(), {}, 'x.pth', 'test')
+
+
+def test_long_lists_are_capped():
+    given = {'state_dict': {f'k{i}': torch.ones(1) for i in range(50)}}
+    with pytest.raises(UsageError, match='and 45 more') as error:
+        check_weights(Net(), given, 'x.pth', 'test')
+    assert len(str(error.value)) < 600
