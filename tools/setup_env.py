@@ -250,7 +250,7 @@ class Progress:
             self._write(f'\r\x1b[2K{line}')
         elif now - self.last >= self.beat:
             short = text if len(text) <= 90 else text[:87] + '...'
-            self.note(f'{duration(now - self.started)}: {short}')
+            self.note(duration(now - self.started) + (f': {short}' if short else ''))
             self.last = now
 
     def note(self, text: str) -> None:
