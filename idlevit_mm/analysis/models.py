@@ -18,6 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from idlevit_mm.engine.errors import UsageError
 from idlevit_mm.engine.safe_load import load_checkpoint
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
@@ -53,9 +54,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such config.
-        UsageError: the checkpoint does not exist, is damaged, or holds more than weights and
-            mmengine's records.
-        RuntimeError: the weights are not those of this model.
+        UsageError: the checkpoint does not exist, is damaged, holds more than weights and
+            mmengine's records, or its weights are not those of this model.
     """
     cfg = load_config(config, cfg_options)
     model_cfg = copy.deepcopy(cfg.model)
@@ -64,14 +64,36 @@ def load_model(
         model_cfg.backbone.init_cfg = None
     model = MODELS.build(model_cfg)
     if checkpoint is not None:
-        weights = load_checkpoint(checkpoint)
-        weights = weights.get('state_dict', weights)
-        model.load_state_dict(weights, strict=True)
+        _load_weights(model, checkpoint)
     elif hasattr(model, 'init_weights'):
         with _quiet():
             model.init_weights()
     model.cfg = cfg
     return model.to(device).eval()
+
+
+def _load_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """Load all weights of a model, or say in one line why these are others."""
+    weights = load_checkpoint(checkpoint)
+    weights = weights.get('state_dict', weights)
+    own = model.state_dict()
+    reasons = [
+        f'{len(names)} {what} (such as {names[0]})'
+        for what, names in (
+            ('weights are missing', [name for name in own if name not in weights]),
+            ('are unknown to the model', [name for name in weights if name not in own]),
+            (
+                'have another shape',
+                [n for n in own if n in weights and own[n].shape != weights[n].shape],
+            ),
+        )
+        if names
+    ]
+    if reasons:
+        raise UsageError(
+            f'checkpoint {checkpoint} does not fit {type(model).__name__}: {"; ".join(reasons)}'
+        )
+    model.load_state_dict(weights, strict=True)
 
 
 @contextmanager
