@@ -4,6 +4,7 @@ Shape letters: B images, N tokens of the map (H * W), C channels.
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,10 +69,17 @@ class IdleViT(nn.Module):
             block: The block that asks.
         """
         # Half precision cannot tell close scores apart, and would rank differently under autocast.
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x.device.type):
             exact = x if x.dtype == torch.float64 else x.float()
             scores = self.scorer(exact, hw_shape, block)
         return select_units(unit_scores(scores, layout), layout, keep_ratio)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """Switch autocast off; devices without it, such as meta, have nothing to switch."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def build_policy(
