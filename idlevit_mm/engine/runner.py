@@ -28,8 +28,9 @@ class ResumableRunner(Runner):
       deleted only then.
     - Checkpoints are read by torch's safe reader.
 
-    ``tools/train.py`` uses it for every config that names no runner of its own; elsewhere, set
-    ``runner_type='mmengine.ResumableRunner'`` in the config and import ``idlevit_mm.engine``.
+    ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
+    mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
+    ``idlevit_mm`` by ``custom_imports``.
     Arguments are those of :class:`mmengine.runner.Runner`.
     """
 

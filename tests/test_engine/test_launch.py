@@ -6,8 +6,9 @@ import uuid
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 
-from idlevit_mm.engine import UsageError, launch
+from idlevit_mm.engine import ResumableRunner, UsageError, launch
 from idlevit_mm.engine.launch import (
     build_runner,
     evaluate_from_config,
@@ -175,6 +176,16 @@ def test_errors_without_accelerator(config, monkeypatch):
         train_from_config(config, launcher='pytorch')
 
 
+def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    cfg = load_config(config)
+    launch._use_amp(cfg)
+    launch._scale_lr(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    assert cfg.auto_scale_lr.enable
+
+
 def test_nothing_to_resume_starts_from_load_from(config, capsys):
     cfg = load_config(config, {'load_from': 'weights.pth', 'work_dir': 'new'})
     assert launch._choose_start(cfg, config, 'auto') is not None
@@ -275,10 +286,9 @@ def test_tta_of_the_config_is_taken():
 
 
 def test_a_config_may_name_its_runner(config):
-    from mmengine.runner import Runner
-
     cfg = load_config(config, {'work_dir': 'run'})
-    assert type(build_runner(cfg)) is launch.ResumableRunner
-    cfg.runner_type = 'Runner'
-    cfg.experiment_name = 'own'
-    assert type(build_runner(cfg)) is Runner
+    kinds = {None: launch.ResumableRunner, 'Runner': Runner, 'ResumableRunner': ResumableRunner}
+    for name, kind in kinds.items():
+        cfg.runner_type = name
+        cfg.experiment_name = uuid.uuid4().hex
+        assert type(build_runner(cfg)) is kind

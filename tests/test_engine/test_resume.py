@@ -89,6 +89,17 @@ def test_resumed_run_equals_uninterrupted(tmp_path, by_epoch, workers, iteration
             assert torch.equal(value, parts['optimizer']['state'][index][name])
 
 
+def test_iterations_over_a_finite_sampler(tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    losses, settings = Losses(), dict(by_epoch=False, sampler='DefaultSampler')
+    toy_runner(tmp_path / 'whole', hooks=[losses], **settings).train()
+    _, before, after = interrupted_then_resumed(
+        tmp_path / 'parts', Interrupt(iteration=9), **settings
+    )
+    assert min(after) == 8
+    assert {**before, **after} == losses.values
+
+
 def test_numbers_do_not_depend_on_workers(tmp_path):
     losses = []
     for workers in (0, 1, 2):

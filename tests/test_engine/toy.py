@@ -59,13 +59,14 @@ def toy_runner(
     loop = dict(by_epoch=True, max_epochs=4) if by_epoch else dict(by_epoch=False, max_iters=10)
     checkpoint = dict(type='CheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 4)
     checkpoint.update(changes.pop('checkpoint', {}))
+    sampler = changes.pop('sampler', 'DefaultSampler' if by_epoch else 'InfiniteSampler')
     torch.manual_seed(0)  # the runner takes the model built, so it cannot seed its weights
     settings = dict(
         model=ToyModel(),
         work_dir=str(work_dir),
         train_dataloader=dict(
             dataset=ToyData(),
-            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+            sampler=dict(type=sampler, shuffle=True),
             batch_size=3,
             num_workers=workers,
         ),
