@@ -53,6 +53,10 @@ def test_strict_loading_both_ways(variant):
     model = randomize(variant.build(keep_ratios=0.5), 2)
     assert list(model.state_dict()) == list(twin.state_dict())
     assert shapes(model) == shapes(twin)
+    for (name, buffer), (_, theirs) in zip(
+        model.named_buffers(), twin.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, theirs), f'{name} is wrong before loading'
     model.load_state_dict(twin.state_dict(), strict=True)
     randomize(model, 3)
     twin.load_state_dict(model.state_dict(), strict=True)

@@ -199,6 +199,26 @@ def test_uniform_grid_covers_the_map_evenly(variant):
     assert quarters.min() >= 14, quarters
 
 
+@pytest.mark.parametrize('precision', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('scorer', ['mean_distance', 'activation_norm'])
+@parametrize()
+def test_highest_scores_are_active(variant, scorer, precision):
+    """Scores of the map as it enters the block, in single precision under autocast too."""
+    model = build(variant, scorer=scorer, keep=0.4)
+    autocast = torch.autocast('cpu', precision, enabled=precision != torch.float32)
+    with BlockTrace(model) as trace, torch.no_grad(), autocast:
+        model(image((1, 3, 160, 160)))
+    for s, stage in enumerate(model.keep_masks):
+        for b, mask in enumerate(stage):
+            x = trace.calls[s][b][0].double()
+            scores = x.abs().mean(-1)
+            if scorer == 'mean_distance':
+                scores = (x - x.mean(1, keepdim=True)).norm(dim=-1)
+            mask = mask.flatten(1)
+            # Single precision errs by about 1e-7, half precision by 1e-3.
+            assert scores[mask].min() >= scores[~mask].max() * (1 - 1e-5)
+
+
 @parametrize()
 def test_mean_distance_finds_the_odd_patch(variant):
     """One patch unlike the rest of an even image is active."""
