@@ -1,6 +1,7 @@
 """The options of the tools, and the errors they give."""
 
 import os
+import pickle
 import uuid
 
 import pytest
@@ -184,6 +185,14 @@ def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
     assert cfg.auto_scale_lr.enable
+
+
+def test_unsafe_weights_from_an_address_are_named_with_the_remedy():
+    def load():
+        raise pickle.UnpicklingError('Unsupported global: GLOBAL evil.run')
+
+    with pytest.raises(UsageError, match=r'GLOBAL evil\.run.*strip_checkpoint'):
+        launch._refusing(load)
 
 
 def test_nothing_to_resume_starts_from_load_from(config, capsys):
