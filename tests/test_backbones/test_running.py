@@ -22,6 +22,8 @@ from backbone_zoo import (
     randomize,
     variant_scopes,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SCOPES = variant_scopes(FAMILIES)
 
@@ -158,12 +160,33 @@ def test_masks_do_not_hold_the_graph(variant):
     assert all(m.grad_fn is None for stage in model.keep_masks for m in stage)
 
 
-@parametrize()
-def test_masks_lie_on_the_device_of_the_model(variant):
-    model = build(variant, keep=1.0).to('meta')
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+@pytest.mark.parametrize('keep', [1.0, 0.5])
+def test_masks_lie_on_the_device_of_the_model(variant, scope, keep):
+    model = build(variant, scope, keep=keep).to('meta')
     outs = model(torch.empty(1, 3, 45, 58, device='meta'))
     assert {out.device.type for out in outs} == {'meta'}
     assert {m.device.type for stage in model.keep_masks for m in stage} == {'meta'}
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+@given(height=st.integers(1, 70), width=st.integers(1, 70), keep=st.sampled_from([1.0, 0.6, 1e-4]))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_image_size(variant, scope, height, width, keep):
+    """Images smaller than a patch included, which mmdet's PVT refuses."""
+    model = build(variant, scope, keep=keep)
+    with torch.no_grad():
+        outs = model(image((2, 3, height, width)))
+    assert outs[0].shape[-2:] == model.keep_masks[0][0].shape[-2:]
+    assert outs[0].shape[-2:] == (tokens_along(height, variant), tokens_along(width, variant))
+    assert all(out.isfinite().all() for out in outs)
+
+
+def tokens_along(pixels, variant):
+    """Tokens of the first stage along an axis; PVT drops pixels that fill no patch."""
+    return (
+        max(1, pixels // 4) if variant.type == 'IdlePyramidVisionTransformer' else -(-pixels // 4)
+    )
 
 
 @parametrize()
