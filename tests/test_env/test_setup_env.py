@@ -545,6 +545,7 @@ class Rehearsal:
         for path in {path for paths in env.Setup.FILES.values() for path in paths}:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text((ROOT / path).read_text(encoding='utf-8'))
+        monkeypatch.setenv('IDLEVIT_MM_CACHE', str(root / 'cache'))
         monkeypatch.setattr(env, 'BYTES_NEEDED', 0)
         monkeypatch.setattr(env, 'find_compiler', lambda names: 'c++')
         info = env.describe_python(sys.executable) | {'headers': True, 'venv': True}
@@ -642,7 +643,6 @@ def test_leaves_an_environment_alone_that_somebody_else_made(rehearsal):
 
 
 def test_missing_compiler_is_noticed_before_anything_is_downloaded(rehearsal, monkeypatch):
-    monkeypatch.setenv('IDLEVIT_MM_CACHE', str(rehearsal.root / 'cache'))
     monkeypatch.setattr(rehearsal.env, 'find_compiler', lambda names: None)
     with pytest.raises(rehearsal.env.SetupError, match='no C\\+\\+ compiler'):
         rehearsal.set_up()
