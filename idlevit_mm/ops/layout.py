@@ -169,7 +169,7 @@ def _axis(length: int, window_size: int, shift_size: int) -> tuple[np.ndarray, n
     """Map coordinate and region number of each coordinate of the padded, shifted axis."""
     padded = -(-length // window_size) * window_size
     shifted = np.arange(padded)
-    region = np.zeros(padded, dtype=np.int64)
+    region: np.ndarray = np.zeros(padded, dtype=np.int64)
     if shift_size > 0:
         region = (shifted >= padded - window_size).astype(np.int64) + (
             shifted >= padded - shift_size
