@@ -43,6 +43,7 @@ class IdleBackbone(BaseModule, ABC):
 
     Args:
         depths: Number of blocks of each stage.
+        out_indices: Stages whose maps are returned.
         keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
             stage with one per block.
         frozen_stages: Number of stages without gradients and in eval mode, the patch embedding
@@ -54,12 +55,14 @@ class IdleBackbone(BaseModule, ABC):
 
     Raises:
         TypeError: ``pretrained`` is no string, or a keep ratio no number.
-        ValueError: A keep ratio is not allowed, or both ``pretrained`` and ``init_cfg`` are given.
+        ValueError: A keep ratio is not allowed, ``out_indices`` or ``frozen_stages`` names a stage
+            that is not there, or both ``pretrained`` and ``init_cfg`` are given.
     """
 
     def __init__(
         self,
         depths: Sequence[int],
+        out_indices: Sequence[int],
         keep_ratios: KeepRatios = 1.0,
         frozen_stages: int = -1,
         convert_weights: bool = False,
@@ -69,6 +72,12 @@ class IdleBackbone(BaseModule, ABC):
         if pretrained is not None:
             init_cfg = _pretrained_cfg(pretrained, init_cfg)
         super().__init__(init_cfg=init_cfg)
+        stages = len(depths)
+        if not all(0 <= index < stages for index in out_indices):
+            raise ValueError(f'out_indices={tuple(out_indices)} must lie in 0 to {stages - 1}')
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(f'frozen_stages={frozen_stages} must lie in -1 to {stages}')
+        self.out_indices = tuple(out_indices)
         self.depths = tuple(depths)
         self.frozen_stages = frozen_stages
         self.convert_weights = convert_weights

@@ -172,7 +172,13 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            num_layers, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg
+            num_layers,
+            out_indices,
+            keep_ratios,
+            frozen_stages,
+            convert_weights,
+            pretrained,
+            init_cfg,
         )
         per_stage = dict(
             num_layers=num_layers,
@@ -186,9 +192,6 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         for name, values in per_stage.items():
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
-        if max(out_indices) >= num_stages:
-            raise ValueError(f'out_indices={out_indices} must be below num_stages={num_stages}')
-        self.out_indices = out_indices
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist())
         self.layers = ModuleList()

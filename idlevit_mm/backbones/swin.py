@@ -215,7 +215,9 @@ class IdleSwinTransformer(IdleBackbone):
         policy: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(depths, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(
+            depths, out_indices, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg
+        )
         if not len(depths) == len(num_heads) == len(strides):
             raise ValueError(
                 f'depths={depths}, num_heads={num_heads} and strides={strides} '
@@ -223,7 +225,6 @@ class IdleSwinTransformer(IdleBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
-        self.out_indices = out_indices
         self.use_abs_pos_embed = use_abs_pos_embed
         patch_norm_cfg = norm_cfg if patch_norm else None
         self.patch_embed = PatchEmbed(

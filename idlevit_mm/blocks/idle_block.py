@@ -51,6 +51,8 @@ class IdleBlock(BaseModule, ABC):
             The map (B, N, C), idle rows bit-identical, and which units were active; None where all
             of them were.
         """
+        # torch.compile traces a second image size with symbolic sides; index tables need numbers.
+        hw_shape = len(range(hw_shape[0])), len(range(hw_shape[1]))
         # Selected outside the checkpoint: a recomputation must not choose other tokens.
         selection = self.select(x, hw_shape, keep_ratio) if keep_ratio < 1.0 else None
         if self.with_cp and x.requires_grad:
