@@ -346,7 +346,7 @@ def _photos() -> tuple[np.ndarray, ...]:
     # Read from the package's files: scikit-learn's own loader would need Pillow.
     folder = files('sklearn.datasets.images')
     raw = [np.frombuffer((folder / name).read_bytes(), np.uint8) for name in _PHOTOS]
-    return tuple(cv2.imdecode(data, cv2.IMREAD_COLOR) for data in raw)
+    return tuple(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)) for data in raw)
 
 
 def _background(
@@ -460,8 +460,8 @@ def _contrasting_colour(
 
 def _write_scenes(root: Path, params: DigitScenesParams) -> Iterator[None]:
     """Write all images, then the COCO annotations of their split; yields after each image."""
-    for folder in {(root / name).parent for name in _expected_files(params)}:
-        folder.mkdir(parents=True, exist_ok=True)
+    for parent in {(root / name).parent for name in _expected_files(params)}:
+        parent.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         images: list[dict[str, object]] = []
         annotations: list[dict[str, object]] = []
