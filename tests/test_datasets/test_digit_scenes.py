@@ -1,7 +1,7 @@
 """The digit-scenes writer: deterministic, exact, split cleanly, and careful with other files."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -286,26 +286,35 @@ def test_bad_split_or_index() -> None:
         render_scene(DigitScenesParams(), 'val', -1)
 
 
-def test_tool(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), str(tmp_path / 'set')]
-    options = ['--layout', 'coco', '--size', '48', '64', '--num-train', '2', '--num-val', '1']
-    options += ['--seed', '5', '--num-digits', '1', '2', '--digit-scale', '10', '20']
+def test_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(tmp_path / 'set'), '--layout', 'coco', '--size', '48', '64']
+    options += ['--num-train', '2', '--num-val', '1', '--seed', '5']
+    options += ['--num-digits', '1', '2', '--digit-scale', '10', '20']
 
-    def run(*extra: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *options, *extra], capture_output=True, text=True)
+    def run(*extra: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', [TOOL.name, *options, *extra])
+        code = 0
+        try:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
 
-    first, again = run(), run()
-    assert first.returncode == again.returncode == 0
-    assert 'wrote 3' in first.stdout
-    assert 'already there' in again.stdout
+    code, out, _ = run()
+    assert code == 0
+    assert 'wrote 3' in out
+    code, out, _ = run()
+    assert code == 0
+    assert 'already there' in out
     image = cv2.imread(str(tmp_path / 'set/coco/train/000001.jpg'))
     assert image.shape == (48, 64, 3)
 
-    other = run('--seed', '6')
-    assert other.returncode == 2
-    assert 'Traceback' not in other.stderr
-    assert '--force' in other.stderr.splitlines()[-1]
-    assert run('--seed', '6', '--force').returncode == 0
-    bad = run('--size', '1', '2', '3')
-    assert bad.returncode == 2
-    assert '--size' in bad.stderr.splitlines()[-1]
+    code, _, err = run('--seed', '6')
+    assert code == 2
+    assert '--force' in err.splitlines()[-1]
+    assert run('--seed', '6', '--force')[0] == 0
+    code, _, err = run('--size', '1', '2', '3')
+    assert code == 2
+    assert '--size' in err.splitlines()[-1]
