@@ -1,9 +1,9 @@
 _base_ = './upernet_idle-swin_digits.py'
 
-load_from = 'work_dirs/upernet_idle-swin_dense_digits/epoch_12.pth'
+load_from = 'work_dirs/upernet_idle-swin_dense_digits/epoch_6.pth'
 
-max_epochs = 4
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 2
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=0.0003))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

@@ -85,11 +85,11 @@ class DigitScenesParams:
 
     layouts: tuple[str, ...] = LAYOUTS
     size: tuple[int, int] = (128, 128)
-    num_train: int = 1000
+    num_train: int = 2000
     num_val: int = 400
     seed: int = 0
-    num_digits: tuple[int, int] = (1, 6)
-    digit_scale: tuple[int, int] = (16, 48)
+    num_digits: tuple[int, int] = (1, 5)
+    digit_scale: tuple[int, int] = (20, 56)
 
     def __post_init__(self) -> None:
         if isinstance(self.layouts, str):
@@ -184,11 +184,11 @@ def write_digit_scenes(
     *,
     layouts: Sequence[str] = LAYOUTS,
     size: Sequence[int] = (128, 128),
-    num_train: int = 1000,
+    num_train: int = 2000,
     num_val: int = 400,
     seed: int = 0,
-    num_digits: Sequence[int] = (1, 6),
-    digit_scale: Sequence[int] = (16, 48),
+    num_digits: Sequence[int] = (1, 5),
+    digit_scale: Sequence[int] = (20, 56),
     force: bool = False,
     progress: bool = True,
 ) -> bool:

@@ -24,14 +24,14 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         metavar='PIXELS',
         help='image side, or height and width',
     )
-    parser.add_argument('--num-train', type=int, default=1000, help='number of training images')
+    parser.add_argument('--num-train', type=int, default=2000, help='number of training images')
     parser.add_argument('--num-val', type=int, default=400, help='number of validation images')
     parser.add_argument('--seed', type=int, default=0, help='seed')
     parser.add_argument(
         '--num-digits',
         nargs=2,
         type=int,
-        default=[1, 6],
+        default=[1, 5],
         metavar=('MIN', 'MAX'),
         help='number of digits in an image',
     )
@@ -39,7 +39,7 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         '--digit-scale',
         nargs=2,
         type=int,
-        default=[16, 48],
+        default=[20, 56],
         metavar=('MIN', 'MAX'),
         help='height of a digit in pixels',
     )
