@@ -43,6 +43,7 @@ class WindowMSA(BaseModule):
         proj_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.window_size = window_size
         self.num_heads = num_heads
         self.scale = qk_scale or (embed_dims // num_heads) ** -0.5
         places = (2 * window_size - 1) ** 2
@@ -59,9 +60,12 @@ class WindowMSA(BaseModule):
 
     def position_bias(self) -> Tensor:
         """Relative position bias of all slot pairs: (1, A, L, L)."""
-        slots = self.relative_position_index.shape[0]
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias.view(slots, slots, -1).permute(2, 0, 1)[None].contiguous()
+        # The same as indexing the table by relative_position_index, whose rows are sliding windows
+        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
+        side = self.window_size
+        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
+        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
+        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
 
     def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
         """Attention within windows.
