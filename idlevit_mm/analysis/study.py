@@ -437,9 +437,10 @@ def report_text(
     if not complete:
         lines += ['**Unfinished: run the same command again to go on.**', '']
     lines += [markdown_table(results, operations, seeds), '']
+    epochs = settings['epochs']
     lines.append(
         'Box AP (0.50:0.95) on the whole validation set, mean over the seeds. Every row, the dense '
-        f'one too, was fine-tuned for {settings["epochs"]} epochs from the same dense checkpoint. '
+        f'one too, was fine-tuned for {epochs} epoch{"s" if epochs > 1 else ""} from the same dense checkpoint. '
         'Multiply-adds are those of the backbone, scoring included, divided by those of the dense '
         'backbone.'
     )
