@@ -440,8 +440,8 @@ def report_text(
     epochs = settings['epochs']
     lines.append(
         'Box AP (0.50:0.95) on the whole validation set, mean over the seeds. Every row, the dense '
-        f'one too, was fine-tuned for {epochs} epoch{"s" if epochs > 1 else ""} from the same dense checkpoint. '
-        'Multiply-adds are those of the backbone, scoring included, divided by those of the dense '
+        f'one too, was fine-tuned for {epochs} epoch{"s" if epochs > 1 else ""} from the same dense '
+        'checkpoint. Multiply-adds are those of the backbone, scoring included, divided by those of the dense '
         'backbone.'
     )
     if deviation is not None:
