@@ -438,11 +438,11 @@ def report_text(
         lines += ['**Unfinished: run the same command again to go on.**', '']
     lines += [markdown_table(results, operations, seeds), '']
     epochs = settings['epochs']
+    budget = f'{epochs} epoch{"s" if epochs > 1 else ""}'
     lines.append(
         'Box AP (0.50:0.95) on the whole validation set, mean over the seeds. Every row, the dense '
-        f'one too, was fine-tuned for {epochs} epoch{"s" if epochs > 1 else ""} from the same dense '
-        'checkpoint. Multiply-adds are those of the backbone, scoring included, divided by those of the dense '
-        'backbone.'
+        f'one too, was fine-tuned for {budget} from the same dense checkpoint. Multiply-adds are '
+        'those of the backbone, scoring included, divided by those of the dense backbone.'
     )
     if deviation is not None:
         lines.append(
