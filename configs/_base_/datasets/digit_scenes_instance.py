@@ -16,8 +16,7 @@ metainfo = dict(
     ],
 )
 
-# No flips: a mirrored digit is another sign. No other random change either, so that a resumed run
-# sees the same images as one that was never stopped.
+# No flips: a mirrored digit is another sign. The writer has varied colours, crops and sizes.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),

@@ -29,8 +29,7 @@ metainfo = dict(
     ],
 )
 
-# No flips: a mirrored digit is another sign. No other random change either, so that a resumed run
-# sees the same images as one that was never stopped.
+# No flips: a mirrored digit is another sign. The writer has varied colours, crops and sizes.
 pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
