@@ -1,6 +1,6 @@
 _base_ = './fpn_idle-pvt_digits.py'
 
-load_from = 'work_dirs/fpn_idle-pvt_dense_digits/epoch_8.pth'
+load_from = 'work_dirs/fpn_idle-pvt_dense_digits/epoch_6.pth'
 
 max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)

@@ -1,6 +1,6 @@
 _base_ = './upernet_idle-swin_digits.py'
 
-load_from = 'work_dirs/upernet_idle-swin_dense_digits/epoch_8.pth'
+load_from = 'work_dirs/upernet_idle-swin_dense_digits/epoch_6.pth'
 
 max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
