@@ -6,15 +6,14 @@ Shape letters: B images, H and W of a stage's map in tokens, N = H * W.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from ..ops import Selection, keep_mask
+from ..blocks import IdleBlock, StageRecord
 from ..policies import KeepRatios, normalize_keep_ratios
 
 StateDict = dict[str, Tensor]
@@ -22,30 +21,12 @@ StateDict = dict[str, Tensor]
 GELU = dict(type='GELU')
 
 
-class StageRecord(NamedTuple):
-    """What a stage did in a forward pass.
-
-    Attributes:
-        batch: Number of images.
-        hw_shape: Height and width of the map in tokens.
-        device: Where the map lies.
-        selections: For each block the active units; None where the block was dense.
-    """
-
-    batch: int
-    hw_shape: tuple[int, int]
-    device: torch.device
-    selections: list[Selection | None]
-
-
 class IdleBackbone(BaseModule, ABC):
     """Base of backbones whose blocks compute only active tokens.
 
     Args:
         depths: Number of blocks of each stage.
-        out_indices: Stages whose maps are returned.
-        keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
-            stage with one per block.
+        out_indices: Stages whose maps are returned; blocks where there is one stage.
         frozen_stages: Number of stages without gradients and in eval mode, the patch embedding
             included; 0 freezes the patch embedding alone, -1 nothing.
         convert_weights: Whether a checkpoint named in ``init_cfg`` may have the keys of the
@@ -54,16 +35,21 @@ class IdleBackbone(BaseModule, ABC):
         init_cfg: Where the weights come from.
 
     Raises:
-        TypeError: ``pretrained`` is no string, or a keep ratio no number.
-        ValueError: A keep ratio is not allowed, ``out_indices`` or ``frozen_stages`` names a stage
-            that is not there, or both ``pretrained`` and ``init_cfg`` are given.
+        TypeError: ``pretrained`` is no string.
+        ValueError: ``out_indices`` or ``frozen_stages`` names a stage that is not there, or both
+            ``pretrained`` and ``init_cfg`` are given.
+
+    Attributes:
+        keep_ratios: One list per stage with one ratio per block; a family sets them at the end of
+            its constructor by ``set_keep_ratios``.
+        records: What each stage did in the last forward pass.
+        record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
 
     def __init__(
         self,
         depths: Sequence[int],
         out_indices: Sequence[int],
-        keep_ratios: KeepRatios = 1.0,
         frozen_stages: int = -1,
         convert_weights: bool = False,
         pretrained: str | None = None,
@@ -73,8 +59,9 @@ class IdleBackbone(BaseModule, ABC):
             init_cfg = _pretrained_cfg(pretrained, init_cfg)
         super().__init__(init_cfg=init_cfg)
         stages = len(depths)
-        if not all(0 <= index < stages for index in out_indices):
-            raise ValueError(f'out_indices={tuple(out_indices)} must lie in 0 to {stages - 1}')
+        outputs = stages if stages > 1 else depths[0]
+        if not all(0 <= index < outputs for index in out_indices):
+            raise ValueError(f'out_indices={tuple(out_indices)} must lie in 0 to {outputs - 1}')
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f'frozen_stages={frozen_stages} must lie in -1 to {stages}')
         self.out_indices = tuple(out_indices)
@@ -82,7 +69,16 @@ class IdleBackbone(BaseModule, ABC):
         self.frozen_stages = frozen_stages
         self.convert_weights = convert_weights
         self.records: list[StageRecord] = []
-        self.set_keep_ratios(keep_ratios)
+        self.record_inputs = False
+        self.keep_ratios: list[list[float]] = []
+
+    @property
+    def idle_blocks(self) -> list[list[IdleBlock]]:
+        """The blocks of each stage."""
+        return [
+            [module for module in stage.modules() if isinstance(module, IdleBlock)]
+            for stage in self._stages()
+        ]
 
     def set_keep_ratios(self, keep_ratios: KeepRatios) -> None:
         """Change the share of active tokens from the next forward pass on.
@@ -93,10 +89,12 @@ class IdleBackbone(BaseModule, ABC):
 
         Raises:
             TypeError: An entry is no number.
-            ValueError: A ratio lies outside (0, 1] or a list has the wrong length; the old ratios
-                then stay in place.
+            ValueError: A ratio lies outside (0, 1], a list has the wrong length, or the policy
+                cannot follow; the old ratios then stay in place.
         """
-        self.keep_ratios = normalize_keep_ratios(keep_ratios, self.depths)
+        ratios = normalize_keep_ratios(keep_ratios, self.depths)
+        self.idle_blocks[0][0].policy.check_keep_ratios(ratios)
+        self.keep_ratios = ratios
 
     @property
     def keep_masks(self) -> list[list[Tensor]]:
@@ -108,7 +106,8 @@ class IdleBackbone(BaseModule, ABC):
         if not self.records:
             raise RuntimeError('keep_masks are known only after a forward pass')
         return [
-            [self._mask(record, block) for block in record.selections] for record in self.records
+            [record.keep_mask(block) for block in range(len(record.selections))]
+            for record in self.records
         ]
 
     def train(self, mode: bool = True) -> 'IdleBackbone':
@@ -130,6 +129,10 @@ class IdleBackbone(BaseModule, ABC):
             self._init_from_scratch()
         else:
             self._init_from_checkpoint()
+
+    @abstractmethod
+    def _stages(self) -> Iterable[nn.Module]:
+        """Modules that hold the blocks of each stage."""
 
     @abstractmethod
     def _init_from_scratch(self) -> None:
@@ -193,14 +196,6 @@ class IdleBackbone(BaseModule, ABC):
                 f'checkpoint {path!r} has another shape than {type(self).__name__}: '
                 f'{"; ".join(wrong[:3])}{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}'
             )
-
-    @staticmethod
-    def _mask(record: StageRecord, selection: Selection | None) -> Tensor:
-        height, width = record.hw_shape
-        if selection is None:
-            shape = record.batch, height, width
-            return torch.ones(shape, dtype=torch.bool, device=record.device)
-        return keep_mask(selection, height * width).view(record.batch, height, width)
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:

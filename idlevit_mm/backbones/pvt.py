@@ -15,7 +15,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock
+from ..blocks import IdleBlock, StageRecord, run_blocks
 from ..converters import is_official_pvt, pvt_from_official
 from ..layers import (
     AbsolutePositionEmbedding,
@@ -25,9 +25,9 @@ from ..layers import (
     resize_position_table,
     to_map,
 )
-from ..ops import Selection, take_tokens
-from ..policies import KeepRatios
-from .base import GELU, IdleBackbone, StageRecord, StateDict, image_size
+from ..ops import take_tokens
+from ..policies import KeepRatios, Plan
+from .base import GELU, IdleBackbone, StateDict, image_size
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 
@@ -84,13 +84,19 @@ class IdlePVTBlock(IdleBlock):
             embed_dims, feedforward_channels, act_cfg, drop_rate, drop_path_rate, use_conv_ffn
         )
 
-    def compute(
-        self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
-    ) -> Tensor:
+    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         context = self.norm1(x)
-        queries = context if selection is None else take_tokens(context, selection)
+        queries = self._queries(active, context, plan)
         active = active + self.attn(queries, context, hw_shape)
-        return active + self.ffn(self.norm2(active), hw_shape, selection)
+        return active + self.ffn(self.norm2(active), hw_shape, plan.selection)
+
+    def _queries(self, active: Tensor, context: Tensor, plan: Plan) -> Tensor:
+        """Normalised active tokens and summaries, of which the first are in the context already."""
+        if plan.selection is None:
+            return context
+        queries = take_tokens(context, plan.selection)
+        summaries = active[:, queries.shape[1] :]
+        return torch.cat([queries, self.norm1(summaries)], dim=1) if summaries.shape[1] else queries
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.norm1(x))
@@ -174,7 +180,6 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         super().__init__(
             num_layers,
             out_indices,
-            keep_ratios,
             frozen_stages,
             convert_weights,
             pretrained,
@@ -232,6 +237,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             # A plain list of parts gives the parameter names of mmdet: layers.<stage>.<part>.
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
             in_channels = channels
+        self.set_keep_ratios(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps of an image batch (B, 3, height, width).
@@ -255,14 +261,13 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         """Run one stage on a map (B, C, H, W) of the stage before."""
         patch_embed, blocks, norm = stage
         x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
-        ratios, selections = iter(keep_ratios), []
-        for block in blocks:
-            if isinstance(block, AbsolutePositionEmbedding):
-                x = block(x, hw_shape)
-            else:
-                x, selection = block(x, hw_shape, next(ratios))
-                selections.append(selection)
-        return norm(x), StageRecord(x.shape[0], hw_shape, x.device, selections)
+        if isinstance(blocks[0], AbsolutePositionEmbedding):
+            x, blocks = blocks[0](x, hw_shape), blocks[1:]
+        x, record = run_blocks(blocks, x, hw_shape, keep_ratios, record_inputs=self.record_inputs)
+        return norm(x), record
+
+    def _stages(self) -> Iterable[nn.Module]:
+        return self.layers
 
     def _init_from_scratch(self) -> None:
         for module in self.modules():

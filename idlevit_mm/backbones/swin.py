@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging
 from mmengine.model import BaseModule, ModuleList
@@ -14,7 +15,7 @@ from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_norma
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock
+from ..blocks import IdleBlock, StageRecord, run_blocks, weighted_mean
 from ..converters import is_official_swin, swin_from_official
 from ..layers import (
     ShiftWindowMSA,
@@ -22,9 +23,17 @@ from ..layers import (
     resize_relative_position_table,
     to_map,
 )
-from ..ops import Selection, UnitLayout, map_units, window_units
-from ..policies import KeepRatios
-from .base import GELU, IdleBackbone, StageRecord, StateDict, image_size
+from ..ops import (
+    Selection,
+    UnitLayout,
+    WindowLayout,
+    map_units,
+    take_tokens,
+    window_layout,
+    window_units,
+)
+from ..policies import KeepRatios, Plan
+from .base import GELU, IdleBackbone, StateDict, image_size
 
 LAYER_NORM = dict(type='LN')
 
@@ -90,11 +99,9 @@ class IdleSwinBlock(IdleBlock):
             act_cfg=act_cfg,
         )
 
-    def compute(
-        self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
-    ) -> Tensor:
+    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         whole = self.policy.scope == 'windows'
-        active = active + self.attn(self.norm1(active), hw_shape, selection, whole)
+        active = active + self.attn(self.norm1(active), hw_shape, plan.selection, whole)
         return self.ffn(self.norm2(active), identity=active)
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
@@ -106,6 +113,22 @@ class IdleSwinBlock(IdleBlock):
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.norm1(x))
+
+    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Weighted mean of the idle tokens of each window: (B, M, C)."""
+        layout = self._windows(hw_shape, x.device)
+        slots = layout.token_ids.flatten().expand(x.shape[0], -1)
+        tokens = take_tokens(x, Selection(slots, slots, layout.has_padding))
+        windows = layout.token_ids.shape
+        weights = F.pad(weights, (0, 1))[:, layout.token_ids]
+        return weighted_mean(tokens.unflatten(1, windows), weights)
+
+    def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        layout = self._windows(hw_shape, summaries.device)
+        return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
+
+    def _windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
+        return window_layout(*hw_shape, self.attn.window_size, self.attn.shift_size, device)
 
 
 class IdleSwinStage(BaseModule):
@@ -133,14 +156,14 @@ class IdleSwinStage(BaseModule):
         self.downsample = downsample
 
     def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratios: Sequence[float]
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        keep_ratios: Sequence[float],
+        record_inputs: bool = False,
     ) -> tuple[Tensor, StageRecord]:
         """Run the blocks on the map x (B, N, C)."""
-        selections = []
-        for block, keep_ratio in zip(self.blocks, keep_ratios, strict=True):
-            x, selection = block(x, hw_shape, keep_ratio)
-            selections.append(selection)
-        return x, StageRecord(x.shape[0], hw_shape, x.device, selections)
+        return run_blocks(self.blocks, x, hw_shape, keep_ratios, record_inputs=record_inputs)
 
 
 @MODELS.register_module()
@@ -215,9 +238,7 @@ class IdleSwinTransformer(IdleBackbone):
         policy: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            depths, out_indices, keep_ratios, frozen_stages, convert_weights, pretrained, init_cfg
-        )
+        super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
         if not len(depths) == len(num_heads) == len(strides):
             raise ValueError(
                 f'depths={depths}, num_heads={num_heads} and strides={strides} '
@@ -267,6 +288,7 @@ class IdleSwinTransformer(IdleBackbone):
         for index in out_indices:
             norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
             self.add_module(f'norm{index}', norm)
+        self.set_keep_ratios(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps of an image batch (B, 3, height, width).
@@ -278,7 +300,7 @@ class IdleSwinTransformer(IdleBackbone):
         x = self.drop_after_pos(self._add_position(x, hw_shape))
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            x, record = stage(x, hw_shape, ratios)
+            x, record = stage(x, hw_shape, ratios, self.record_inputs)
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')
@@ -293,6 +315,9 @@ class IdleSwinTransformer(IdleBackbone):
             return x
         table = self.absolute_pos_embed
         return x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
+
+    def _stages(self) -> Iterable[nn.Module]:
+        return self.stages
 
     def _init_from_scratch(self) -> None:
         if self.use_abs_pos_embed:

@@ -1,5 +1,6 @@
 """What every block with idle tokens does, once."""
 
-from .idle_block import IdleBlock
+from .idle_block import IdleBlock, weighted_mean
+from .stage import StageRecord, run_blocks
 
-__all__ = ['IdleBlock']
+__all__ = ['IdleBlock', 'StageRecord', 'run_blocks', 'weighted_mean']

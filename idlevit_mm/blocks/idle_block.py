@@ -1,9 +1,11 @@
 """The sequence of an idle block: score, select, gather, compute, scatter.
 
-Shape letters: B images, N tokens of the map (H * W), T active tokens, C channels, A heads.
+Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), T
+active tokens, R summaries of idle tokens, C channels, A heads.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +13,15 @@ from mmengine.model import BaseModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import Selection, UnitLayout, map_units, put_tokens, take_tokens
-from ..policies import build_policy
+from ..ops import Selection, UnitLayout, keep_mask, map_units, put_tokens, take_tokens
+from ..policies import Plan, build_policy
 
 
 class IdleBlock(BaseModule, ABC):
     """A transformer block that computes only the active tokens of a map.
 
-    A family implements ``compute`` and ``mean_query_attention``, and extends ``SCOPES`` and
-    ``unit_layout`` where it knows more than whole-map selection.
+    A family implements ``compute`` and ``mean_query_attention``, and extends ``SCOPES``,
+    ``unit_layout``, ``summarize`` and ``spread`` where it knows more than the whole map.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -28,70 +30,155 @@ class IdleBlock(BaseModule, ABC):
     """
 
     SCOPES: tuple[str, ...] = ('map',)
+    CLASS_TOKEN = False
 
     def __init__(
         self, embed_dims: int, policy: dict[str, Any] | None = None, with_cp: bool = False
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.policy = build_policy(policy, embed_dims, self.SCOPES)
+        self.policy = build_policy(policy, embed_dims, self.SCOPES, self.CLASS_TOKEN)
 
     def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float = 1.0
-    ) -> tuple[Tensor, Selection | None]:
+        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float = 1.0, memory: Any = None
+    ) -> tuple[Tensor, Selection | None, Any]:
         """Run the block.
 
         Args:
-            x: (B, N, C), the map.
+            x: (B, P + N, C), the tokens.
             hw_shape: Height and width of the map in tokens.
             keep_ratio: Share of the units that is active; 1.0 is the dense block, without scoring
-                and gathering.
+                and gathering (unless the policy has taken tokens out of play before).
+            memory: What the block before returned; None at the start of a stage.
 
         Returns:
-            The map (B, N, C), idle rows bit-identical, and which units were active; None where all
-            of them were.
+            The tokens (B, P + N, C), idle rows bit-identical unless the policy says otherwise;
+            which units were active, None where all of them were; and the policy's memory.
         """
         # torch.compile traces a second image size with symbolic sides; index tables need numbers.
         hw_shape = len(range(hw_shape[0])), len(range(hw_shape[1]))
-        # Selected outside the checkpoint: a recomputation must not choose other tokens.
-        selection = self.select(x, hw_shape, keep_ratio) if keep_ratio < 1.0 else None
-        if self.with_cp and x.requires_grad:
-            x = checkpoint(self._run, x, hw_shape, selection, use_reentrant=False)
-        else:
-            x = self._run(x, hw_shape, selection)
-        return x, selection
+        # Planned outside the checkpoint: a recomputation must not choose other tokens.
+        plan, memory = self.plan(x, hw_shape, keep_ratio, memory)
+        x = self.checkpointed(self._run, x, hw_shape, plan)
+        return x, plan.selection, memory
 
-    def select(self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float) -> Selection:
-        """Choose the active units of the map x (B, N, C)."""
-        layout = self.unit_layout(hw_shape, x.device)
-        return self.policy.select(x, hw_shape, layout, keep_ratio, self)
+    def plan(
+        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
+    ) -> tuple[Plan, Any]:
+        """Ask the policy which tokens of x (B, P + N, C) are active."""
+        return self.policy.plan(x, hw_shape, keep_ratio, self, memory)
+
+    def checkpointed(self, function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        """Call a function of x, to be recomputed in the backward pass if the block is set so."""
+        if self.with_cp and x.requires_grad:
+            return checkpoint(function, x, *args, use_reentrant=False)
+        return function(x, *args)
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
         """Units among which the policy chooses."""
         return map_units(*hw_shape, device)
 
+    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The tokens of the map: (B, N, C) of x (B, P + N, C)."""
+        return x
+
+    def with_prefix(self, selection: Selection) -> Selection:
+        """A selection among the map's tokens as one among all tokens, class token included."""
+        return selection
+
     @abstractmethod
-    def compute(
-        self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
-    ) -> Tensor:
+    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         """Dense maths of the block on packed tokens.
 
         Args:
-            active: (B, T, C), the active tokens; the whole map where ``selection`` is None.
-            x: (B, N, C), the whole map, for blocks whose idle tokens serve as context.
+            active: (B, T + R, C), the active tokens, then the summaries; x itself where all tokens
+                are active.
+            x: (B, P + N, C), all tokens, for blocks whose idle tokens serve as context.
             hw_shape: Height and width of the map in tokens.
-            selection: Which units are active.
+            plan: What to do.
 
         Returns:
-            (B, T, C), the new active tokens.
+            (B, T + R, C), the new active tokens and summaries.
         """
 
     @abstractmethod
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
-    def _run(self, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None) -> Tensor:
-        if selection is None:
-            return self.compute(x, x, hw_shape, None)
-        active = self.compute(take_tokens(x, selection), x, hw_shape, selection)
-        return put_tokens(x, selection, active)
+    def class_query_scores(self, x: Tensor) -> Tensor:
+        """Scores by the class token's query, in blocks that have one."""
+        raise NotImplementedError(f'{type(self).__name__} has no class token')
+
+    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Weighted mean of the idle tokens of each group: (B, R, C); here of the whole map.
+
+        Args:
+            x: (B, P + N, C), all tokens.
+            weights: (B, N), 0 for active tokens.
+            hw_shape: Height and width of the map in tokens.
+        """
+        return weighted_mean(self.map_tokens(x, hw_shape)[:, None], weights[:, None])
+
+    def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Give the summary of a group to all its tokens: (B, R, C) to (B, P + N, C) or alike."""
+        return summaries
+
+    def gather(self, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        """The active tokens of x (B, P + N, C), then the summaries: (B, T + R, C)."""
+        if plan.selection is None:
+            return x
+        active = take_tokens(x, plan.selection)
+        if plan.idle_weights is None:
+            return active
+        return torch.cat([active, self.summarize(x, plan.idle_weights, hw_shape)], dim=1)
+
+    def scatter(
+        self, x: Tensor, before: Tensor, after: Tensor, hw_shape: tuple[int, int], plan: Plan
+    ) -> Tensor:
+        """All tokens after the block.
+
+        Args:
+            x: (B, P + N, C), all tokens before the block.
+            before: (B, T + R, C), the active tokens and summaries as they were gathered.
+            after: (B, T + R, C), the same after the block.
+            hw_shape: Height and width of the map in tokens.
+            plan: What was done.
+        """
+        if plan.selection is None:
+            return after if plan.gate is None else gated(before, after, plan.gate)
+        count = plan.selection.token_ids.shape[1]
+        active = after[:, :count]
+        if plan.gate is not None:
+            active = gated(before[:, :count], active, plan.gate)
+        out = put_tokens(x, plan.selection, active)
+        if plan.spreads:
+            added = self.spread(after[:, count:] - before[:, count:], hw_shape)
+            idle = ~keep_mask(plan.selection, x.shape[1])[..., None]
+            out = out + torch.where(idle, added, 0.0).to(out.dtype)
+        return out
+
+    def _run(self, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        before = self.gather(x, hw_shape, plan)
+        after = self.compute(before, x, hw_shape, plan)
+        return self.scatter(x, before, after, hw_shape, plan)
+
+
+def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Mean over tokens of (B, R, S, C) by weights (B, R, S): (B, R, C); zero without weight."""
+    total = weights.sum(dim=-1, keepdim=True)
+    share = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+    return (share.to(tokens.dtype)[..., None, :] @ tokens).squeeze(-2)
+
+
+def gated(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
+    """Give the gate (B, K), whose value is 0, the gradient of scaling what the block has added.
+
+    Args:
+        before: (B, T, C), tokens before the block; K <= T, the gate is for the last ones.
+        after: (B, T, C), tokens after the block, whose values are returned.
+        gate: (B, K).
+    """
+    first = after.shape[1] - gate.shape[1]
+    added = (after - before).detach()[:, first:]
+    scaled = after[:, first:] + gate.to(after.dtype)[..., None] * added
+    return scaled if first == 0 else torch.cat([after[:, :first], scaled], dim=1)

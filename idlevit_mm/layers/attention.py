@@ -1,7 +1,8 @@
 """Window attention and spatial-reduction attention on packed tokens.
 
-Shape letters: B images, N tokens of the map (H * W), T active tokens, C channels, A heads, D
-channels of a head, M windows, L slots of a window (window_size ** 2), E border windows.
+Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
+C channels, A heads, D channels of a head, M windows, L slots of a window (window_size ** 2), E
+border windows.
 """
 
 from typing import Any
@@ -133,6 +134,8 @@ class ShiftWindowMSA(BaseModule):
 
         Args:
             x: (B, T, C), the normalised active tokens; all N of them where ``selection`` is None.
+                (B, T + M, C) with a summary of its idle tokens for each window of the layout: a
+                slot more without position bias, hidden as a key where no token is idle.
             hw_shape: Height and width of the map in tokens.
             selection: Which tokens of the map are active.
             whole: Whether the units of the selection are whole windows.
@@ -151,22 +154,30 @@ class ShiftWindowMSA(BaseModule):
         return mean_query_attention(x, weight, bias, self.w_msa.num_heads, self.w_msa.scale)
 
     def _attend_map(self, qkv: Tensor, layout: WindowLayout, selection: Selection | None) -> Tensor:
-        """Write packed tokens to all windows of the map, attend, read them back: (B, T, C)."""
-        batch, num_tokens, _ = qkv.shape
+        """Write packed tokens to all windows of the map, attend, read them back: (B, T + R, C)."""
+        batch, _, channels = qkv.shape
         windows, slots = layout.token_ids.shape
         places = layout.slot_ids if selection is None else layout.slot_ids[selection.token_ids]
         # Images vary fastest among windows, so that the border windows of a batch are one slice.
         image = torch.arange(batch, device=qkv.device)[:, None]
         rows = ((places // slots * batch + image) * slots + places % slots).flatten()
+        tokens, summaries = qkv.split_with_sizes(
+            [places.shape[-1], qkv.shape[1] - places.shape[-1]], dim=1
+        )
         blank = self._blank(qkv) if layout.has_padding else qkv.new_zeros(())
-        filled = blank.expand(batch * windows * slots, qkv.shape[-1])
-        filled = filled.index_copy(0, rows, qkv.flatten(0, 1)).view(batch * windows, slots, -1)
+        filled = blank.expand(batch * windows * slots, channels)
+        filled = filled.index_copy(0, rows, tokens.flatten(0, 1)).view(batch * windows, slots, -1)
         if selection is None:
             out = self._attend_dense(filled, layout, batch)
-        else:
-            mask = self._active_mask(layout, rows, batch, qkv.dtype)
-            out = self.w_msa.attend(filled, mask)
-        return out.flatten(0, 1).index_select(0, rows).view(batch, num_tokens, -1)
+            return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
+        mask = self._active_mask(layout, rows, batch, qkv.dtype, summaries.shape[1] > 0)
+        if summaries.shape[1]:
+            extra = summaries.transpose(0, 1).reshape(batch * windows, 1, channels)
+            filled = torch.cat([filled, extra], dim=1)
+        out = self.w_msa.attend(filled, mask)
+        tokens = out[:, :slots].flatten(0, 1).index_select(0, rows)
+        summaries = out[:, slots:].reshape(-1, batch, channels // 3).transpose(0, 1)
+        return torch.cat([tokens.view(batch, -1, channels // 3), summaries], dim=1)
 
     def _attend_windows(self, qkv: Tensor, layout: WindowLayout, selection: Selection) -> Tensor:
         """Attend within the active windows only, which are packed already: (B, T, C)."""
@@ -194,17 +205,24 @@ class ShiftWindowMSA(BaseModule):
         return torch.cat(parts)
 
     def _active_mask(
-        self, layout: WindowLayout, rows: Tensor, batch: int, dtype: torch.dtype
+        self, layout: WindowLayout, rows: Tensor, batch: int, dtype: torch.dtype, summarised: bool
     ) -> Tensor:
-        """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L)."""
+        """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L).
+
+        With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
+        """
         windows, slots = layout.token_ids.shape
         inside = (layout.token_ids < len(layout.slot_ids)).repeat_interleave(batch, dim=0)
-        keys = hide(inside.flatten(), dtype).index_fill(0, rows, 0.0)
-        mask = self.w_msa.position_bias().to(dtype) + keys.view(windows * batch, 1, 1, slots)
+        keys = hide(inside.flatten(), dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
+        mask = self.w_msa.position_bias().to(dtype) + keys[:, None, None]
         borders = len(layout.regions) * batch
         if borders:
             regions = region_mask(layout, dtype).repeat_interleave(batch, dim=0)
             mask[-borders:] += regions
+        if summarised:
+            mask = F.pad(mask, (0, 1, 0, 1))
+            nothing_idle = (keys == 0.0).all(dim=1)
+            mask[..., -1] += hide(nothing_idle, dtype)[:, None, None]
         return mask
 
     def _regions_of(self, layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -264,7 +282,7 @@ class SpatialReductionAttention(MultiheadAttention):
         """Compute the branch, without the identity.
 
         Args:
-            queries: (B, T, C), the normalised active tokens.
+            queries: (B, T + R, C), the normalised active tokens and summaries.
             x: (B, N, C), the normalised map.
             hw_shape: Height and width of the map in tokens.
         """

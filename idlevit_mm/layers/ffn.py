@@ -1,5 +1,6 @@
 """The feed-forward network of PVT and PVTv2 on packed tokens."""
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import build_dropout
@@ -14,7 +15,8 @@ class MixFFN(BaseModule):
     """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (arXiv 2106.13797).
 
     With idle tokens the convolution sees zeros in their places: their hidden features are not
-    computed.
+    computed. A summary of idle tokens has no place in the map; it is convolved as if all its
+    neighbours were like it, which is what it stands for.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -54,7 +56,8 @@ class MixFFN(BaseModule):
         """Compute the branch, without the identity.
 
         Args:
-            x: (B, T, C), the active tokens; all N of them where ``selection`` is None.
+            x: (B, T, C), the active tokens; all N of them where ``selection`` is None;
+                (B, T + R, C) with R summaries of idle tokens.
             hw_shape: Height and width of the map in tokens.
             selection: Which tokens of the map are active.
         """
@@ -71,9 +74,15 @@ class MixFFN(BaseModule):
     ) -> Tensor:
         if selection is None:
             return to_tokens(conv(to_map(x, hw_shape)))
+        num_active = selection.token_ids.shape[1]
+        x, summaries = x[:, :num_active], x[:, num_active:]
         canvas = x.new_zeros(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
         canvas = put_tokens(canvas, selection, x)
-        return take_tokens(to_tokens(conv(to_map(canvas, hw_shape))), selection)
+        out = take_tokens(to_tokens(conv(to_map(canvas, hw_shape))), selection)
+        if summaries.shape[1]:
+            alike = summaries * conv.weight.sum(dim=(1, 2, 3)) + conv.bias
+            out = torch.cat([out, alike.to(out.dtype)], dim=1)
+        return out
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:

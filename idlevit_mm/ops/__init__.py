@@ -2,7 +2,9 @@
 
 from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
 from .select import (
+    ROUNDINGS,
     Selection,
+    best_places,
     keep_mask,
     num_active,
     put_tokens,
@@ -12,9 +14,11 @@ from .select import (
 )
 
 __all__ = [
+    'ROUNDINGS',
     'Selection',
     'UnitLayout',
     'WindowLayout',
+    'best_places',
     'keep_mask',
     'map_units',
     'num_active',

@@ -4,6 +4,8 @@ Shape letters: B images, N tokens of the map, C channels, G groups, U units of a
 a unit, T active tokens (or slots, where a unit holds padding).
 """
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,17 +32,25 @@ class Selection(NamedTuple):
     has_padding: bool
 
 
-def num_active(keep_ratio: float, num_units: int) -> int:
-    """Number of active units: max(1, round(keep_ratio * num_units))."""
-    return max(1, round(keep_ratio * num_units))
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    'nearest': round,
+    'floor': math.floor,
+    'ceil': math.ceil,
+}
 
 
-def unit_scores(scores: Tensor, layout: UnitLayout) -> Tensor:
-    """Score of a unit: the mean over its tokens.
+def num_active(keep_ratio: float, num_units: int, rounding: str = 'nearest') -> int:
+    """Number of active units: max(1, rounded keep_ratio * num_units)."""
+    return max(1, ROUNDINGS[rounding](keep_ratio * num_units))
+
+
+def unit_scores(scores: Tensor, layout: UnitLayout, reduction: str = 'mean') -> Tensor:
+    """Score of a unit: the mean over its tokens, or their L2 norm.
 
     Args:
         scores: (B, N).
         layout: Units of the map.
+        reduction: ``mean`` or ``l2``; padding counts for neither.
 
     Returns:
         (B, G, U); minus infinity for units that are all padding.
@@ -51,23 +61,35 @@ def unit_scores(scores: Tensor, layout: UnitLayout) -> Tensor:
     if layout.token_ids.shape[2] == 1:
         return slots.squeeze(-1)
     valid = layout.token_ids < layout.num_tokens
-    total = torch.where(valid, slots, 0.0).sum(-1)
+    slots = torch.where(valid, slots, 0.0)
     count = valid.sum(-1)
-    return torch.where(count > 0, total / count.clamp(min=1), float('-inf'))
+    if reduction == 'l2':
+        total = torch.linalg.vector_norm(slots, dim=-1)
+    else:
+        total = slots.sum(-1) / count.clamp(min=1)
+    return torch.where(count > 0, total, float('-inf'))
 
 
-def select_units(scores: Tensor, layout: UnitLayout, keep_ratio: float) -> Selection:
+def select_units(
+    scores: Tensor, layout: UnitLayout, keep_ratio: float, rounding: str = 'nearest'
+) -> Selection:
     """Take the best ``num_active`` units of every group.
 
     Args:
         scores: (B, G, U), minus infinity for units that are all padding.
         layout: Units of the map.
         keep_ratio: Share of the valid units that is active, in (0, 1].
+        rounding: How the number of active units is rounded; one of ``ROUNDINGS``.
     """
-    counts = tuple(num_active(keep_ratio, valid) for valid in layout.valid_units)
+    counts = tuple(num_active(keep_ratio, valid, rounding) for valid in layout.valid_units)
     unit_ids = _top_units(scores, counts)
     tokens = layout.token_ids.flatten(0, 1)[unit_ids].flatten(1)
     return Selection(tokens, unit_ids, layout.has_padding)
+
+
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` highest of (B, N) scores in each row, ascending: (B, count)."""
+    return scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def keep_mask(selection: Selection, num_tokens: int) -> Tensor:

@@ -1,9 +1,18 @@
-"""Policies decide which units of a block are active; scorers rank the tokens for them."""
+"""Policies decide which units of a block are active and what the idle ones receive.
 
-from .policy import IdleViT, build_policy
+Scorers rank the tokens for them.
+"""
+
+from .evit import EViT
+from .evovit import EvoViT
+from .idlevit import IdleViT
+from .policy import EVERYTHING, Plan, Policy, build_policy
 from .schedule import KeepRatios, normalize_keep_ratios
 from .scorers import (
     ActivationNorm,
+    ClassAttention,
+    ClassQuery,
+    Learned,
     MeanDistance,
     MeanQuery,
     Random,
@@ -11,16 +20,26 @@ from .scorers import (
     Scorer,
     UniformGrid,
 )
+from .sparsevit import SparseViT
 
 __all__ = [
+    'EVERYTHING',
     'ActivationNorm',
+    'ClassAttention',
+    'ClassQuery',
+    'EViT',
+    'EvoViT',
     'IdleViT',
     'KeepRatios',
+    'Learned',
     'MeanDistance',
     'MeanQuery',
+    'Plan',
+    'Policy',
     'Random',
     'ScorableBlock',
     'Scorer',
+    'SparseViT',
     'UniformGrid',
     'build_policy',
     'normalize_keep_ratios',

@@ -1,17 +1,23 @@
-"""Policies: which units of a block are active, and what the idle ones receive.
+"""What all policies share: which tokens of a block are active, and what the idle ones receive.
 
-Shape letters: B images, N tokens of the map (H * W), C channels.
+Shape letters: B images, N tokens of the map (H * W), T active tokens, P tokens before the map
+(class token), R summaries of idle tokens, C channels.
+
+A policy keeps nothing between forward passes: what it must remember from block to block of a stage
+is its *memory*, which the stage hands on.
 """
 
 import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import Selection, UnitLayout, select_units, unit_scores
+from ..ops import ROUNDINGS, Selection
 from ..registry import POLICIES, SCORERS
 from .scorers import ScorableBlock, Scorer
 
@@ -19,60 +25,195 @@ DEFAULT_POLICY = 'IdleViT'
 DEFAULT_SCORER = 'mean_distance'
 
 
-@POLICIES.register_module()
-class IdleViT(nn.Module):
-    """The best units are active, idle ones pass through unchanged (IdleViT, arXiv 2310.05654).
+class Plan(NamedTuple):
+    """What a block is to do.
+
+    Attributes:
+        selection: The active tokens, with the class token where there is one; None for all.
+        gate: (B, K), zeros that carry the gradient of the scores of the last K tokens before the
+            summaries; None if no score learns.
+        idle_weights: (B, N), weight of each idle token in the summary of its group, 0 for active
+            tokens; None for no summaries.
+        spreads: Whether idle tokens receive what the block adds to their summary.
+        keys: (B, T, C), keys of the active tokens where scoring has computed them already.
+    """
+
+    selection: Selection | None = None
+    gate: Tensor | None = None
+    idle_weights: Tensor | None = None
+    spreads: bool = False
+    keys: Tensor | None = None
+
+
+EVERYTHING = Plan()
+
+
+class Policy(nn.Module, ABC):
+    """Base of all policies; built once for each block.
 
     Args:
         embed_dims: Channels of the tokens.
-        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments.
-        scope: What is a unit and among which units the best are chosen; one of the names in
-            ``scopes``.
         scopes: Scopes that the block can compute.
+        class_token: Whether the block has a class token.
+        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments; None for
+            the default of the policy.
+        scope: What is a unit and among which units the best are chosen; None for the default.
+        rounding: How the number of active units is rounded: ``nearest``, ``floor`` or ``ceil``.
 
     Raises:
-        ValueError: Unknown scope or scorer.
+        ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use.
         TypeError: The scorer does not take an argument given to it.
     """
+
+    # Scopes that the policy can rank in, the default first.
+    SCOPES: ClassVar[tuple[str, ...]] = ('map',)
+    # Scorer with a class token; without one it is DEFAULT_SCORER.
+    CLASS_TOKEN_SCORER: ClassVar[str] = DEFAULT_SCORER
+    # Whether each block ranks by its own scores, so that every scorer learns.
+    TRAINS_SCORER: ClassVar[bool] = False
+    # Whether the policy can rank by the attention that its own block has just computed.
+    REORGANISES: ClassVar[bool] = False
 
     def __init__(
         self,
         embed_dims: int,
-        scorer: str | dict[str, Any] = DEFAULT_SCORER,
-        scope: str = 'map',
         scopes: tuple[str, ...] = ('map',),
+        class_token: bool = False,
+        scorer: str | dict[str, Any] | None = None,
+        scope: str | None = None,
+        rounding: str = 'nearest',
     ) -> None:
         super().__init__()
-        if scope not in scopes:
+        name = type(self).__name__
+        allowed = [known for known in self.SCOPES if known in scopes]
+        if not allowed:
             raise ValueError(
-                f'policy.scope={scope!r} is unknown here; allowed: {", ".join(scopes)}'
+                f'policy={name!r} ranks in scope {" or ".join(self.SCOPES)}, which this backbone '
+                f'has not; allowed scopes here: {", ".join(scopes)}'
             )
-        self.scope = scope
-        self.scorer: Scorer = _build(SCORERS, 'policy.scorer', scorer, embed_dims=embed_dims)
+        self.scope = allowed[0] if scope is None else scope
+        if self.scope not in allowed:
+            raise ValueError(
+                f'policy.scope={scope!r} is unknown here; allowed: {", ".join(allowed)}'
+            )
+        if rounding not in ROUNDINGS:
+            raise ValueError(
+                f'policy.rounding={rounding!r} is unknown; allowed: {", ".join(ROUNDINGS)}'
+            )
+        self.rounding = rounding
+        if scorer is None:
+            scorer = self.CLASS_TOKEN_SCORER if class_token else DEFAULT_SCORER
+        self.scorer: Scorer = build_from(SCORERS, 'policy.scorer', scorer, embed_dims=embed_dims)
+        if self.scorer.needs_class_token and not class_token:
+            raise ValueError(
+                f'policy.scorer={scorer!r} needs a class token, which this backbone has not'
+            )
+        if self.scorer.learns and not self.TRAINS_SCORER:
+            raise ValueError(
+                f'policy.scorer={scorer!r} learns, which {name} has no gradient for; allowed with '
+                'policy IdleViT'
+            )
+        if self.scorer.ranks_after_attention and not self.REORGANISES:
+            raise ValueError(
+                f'policy.scorer={scorer!r} is known only after the attention of a block, and '
+                f'{name} chooses before it; allowed with policies EViT and EvoViT'
+            )
 
-    @torch.no_grad()
-    def select(
+    @abstractmethod
+    def plan(
         self,
         x: Tensor,
         hw_shape: tuple[int, int],
-        layout: UnitLayout,
         keep_ratio: float,
         block: ScorableBlock,
-    ) -> Selection:
-        """Choose the active units of each image.
+        memory: Any = None,
+    ) -> tuple[Plan, Any]:
+        """Decide what a block does, before its attention.
 
         Args:
-            x: (B, N, C), the map as it enters the block.
+            x: (B, P + N, C), the tokens as they enter the block.
             hw_shape: Height and width of the map in tokens.
-            layout: Units of the map.
-            keep_ratio: Share of the valid units that is active, in (0, 1].
+            keep_ratio: Share of the units that is active, in (0, 1].
             block: The block that asks.
+            memory: What the policy returned at the block before; None at the start of a stage.
+
+        Returns:
+            The plan and what to remember until the next block.
         """
+
+    def reorganise(
+        self,
+        x: Tensor,
+        active: Tensor,
+        attention: Tensor,
+        plan: Plan,
+        keep_ratio: float,
+        num_prefix: int,
+        memory: Any,
+    ) -> tuple[Tensor, Tensor, Plan, Any]:
+        """Use the attention of the class token, after the attention of a block and before its MLP.
+
+        Called only where ``scorer.ranks_after_attention``.
+
+        Args:
+            x: (B, P + N, C), the tokens as they entered the block.
+            active: (B, T, C), the active tokens after attention.
+            attention: (B, T), attention of the class token to each, mean over heads.
+            plan: What the block did so far.
+            keep_ratio: Share of the units that is active, in (0, 1].
+            num_prefix: P.
+            memory: What ``plan`` returned.
+
+        Returns:
+            x, the active tokens that go on, what to do with them, and the memory.
+        """
+        raise NotImplementedError(f'{type(self).__name__} chooses before attention')
+
+    def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
+        """Refuse ratios that this policy cannot follow.
+
+        Args:
+            keep_ratios: One list per stage with one ratio per block.
+
+        Raises:
+            ValueError: The ratios of a stage do not fit the policy.
+        """
+
+    def scores(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+        """Score of each token of the map: (B, N), with gradient only if the scorer learns."""
+        if not self.scorer.needs_class_token:
+            x = block.map_tokens(x, hw_shape)
+        tracked = self.scorer.learns or self.scorer.shares_keys
         # Half precision cannot tell close scores apart, and would rank differently under autocast.
-        with _full_precision(x.device.type):
+        with nullcontext() if tracked else torch.no_grad(), _full_precision(x.device.type):
             exact = x if x.dtype == torch.float64 else x.float()
             scores = self.scorer(exact, hw_shape, block)
-        return select_units(unit_scores(scores, layout), layout, keep_ratio)
+        return scores if self.scorer.learns else scores.detach()
+
+
+def chosen(token_ids: Tensor) -> Selection:
+    """Selection of single tokens: token_ids (B, T), ascending."""
+    return Selection(token_ids, token_ids, False)
+
+
+def leading(token_ids: Tensor, count: int) -> Tensor:
+    """Ids 0 to count - 1 for each row of token_ids (B, T): (B, count)."""
+    return torch.arange(count, device=token_ids.device).expand(token_ids.shape[0], -1)
+
+
+def positive(scores: Tensor) -> Tensor:
+    """Scores as weights of a mean: negative ones, and exact zeros, count next to nothing."""
+    return scores.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def refuse_rising(policy: str, keep_ratios: Sequence[Sequence[float]]) -> None:
+    """Raise a ValueError if a ratio rises from one block of a stage to the next."""
+    for stage, ratios in enumerate(keep_ratios):
+        if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
+            raise ValueError(
+                f'keep_ratios={list(ratios)} of stage {stage} rise, which policy {policy} does not '
+                'allow: within a stage each must be at most the one before'
+            )
 
 
 def _full_precision(device_type: str) -> AbstractContextManager:
@@ -83,8 +224,11 @@ def _full_precision(device_type: str) -> AbstractContextManager:
 
 
 def build_policy(
-    policy: str | dict[str, Any] | None, embed_dims: int, scopes: tuple[str, ...]
-) -> nn.Module:
+    policy: str | dict[str, Any] | None,
+    embed_dims: int,
+    scopes: tuple[str, ...],
+    class_token: bool = False,
+) -> Policy:
     """Build the policy of one block from a config.
 
     Args:
@@ -92,6 +236,7 @@ def build_policy(
             and optionally its ``type``.
         embed_dims: Channels of the tokens.
         scopes: Scopes that the block can compute.
+        class_token: Whether the block has a class token.
 
     Raises:
         TypeError: The policy or its scorer does not take an argument given to it.
@@ -101,10 +246,11 @@ def build_policy(
         policy = {}
     if isinstance(policy, dict):
         policy = {'type': DEFAULT_POLICY, **policy}
-    return _build(POLICIES, 'policy', policy, embed_dims=embed_dims, scopes=scopes)
+    given = dict(embed_dims=embed_dims, scopes=scopes, class_token=class_token)
+    return build_from(POLICIES, 'policy', policy, **given)
 
 
-def _build(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
+def build_from(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
     """Build from a name or dict; unlike Registry.build the error names the argument."""
     cfg = {'type': cfg} if isinstance(cfg, str) else cfg
     if not isinstance(cfg, dict) or not isinstance(cfg.get('type'), str):
@@ -115,7 +261,7 @@ def _build(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
     if cls is None:
         allowed = ', '.join(sorted(registry.module_dict))
         raise ValueError(f'{argument}={name!r} is unknown; allowed: {allowed}')
-    accepted = [key for key in inspect.signature(cls).parameters if key not in kwargs]
+    accepted = [key for key in _arguments(cls) if key not in kwargs]
     for key in options:
         if key not in accepted:
             allowed = ', '.join(['type', *accepted])
@@ -123,3 +269,16 @@ def _build(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
                 f'{argument}={dict(cfg)!r} has an unknown key {key!r}; allowed: {allowed}'
             )
     return cls(**kwargs, **options)
+
+
+def _arguments(cls: type) -> list[str]:
+    """Names of the arguments of a class, those that it passes on to its bases included."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in dict.fromkeys(names) if name != 'self']

@@ -1,24 +1,43 @@
 """Scorers rank the tokens of a map: the higher the score, the sooner a token is active.
 
-Shape letters: B images, N tokens of the map (H * W), C channels, A heads.
+Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), C
+channels, A heads.
 
 A scorer is a module, so that one with weights fits the same place, and is built for each block.
+Scores must not be negative where a policy makes summaries of idle tokens (EViT, Evo-ViT).
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import Selection, UnitLayout
 from ..registry import SCORERS
 
 
 class ScorableBlock(Protocol):
-    """What a scorer may ask of the block whose tokens it ranks."""
+    """What a scorer or a policy may ask of the block whose tokens are ranked."""
+
+    def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
+        """Units among which the best are chosen."""
+        ...
+
+    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """The tokens of the map (B, N, C) among all tokens x (B, P + N, C)."""
+        ...
+
+    def with_prefix(self, selection: Selection) -> Selection:
+        """A selection among the map's tokens as one among all tokens, class token included."""
+        ...
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean token's query to every token: (B, A, N), rows sum to 1."""
+        ...
+
+    def class_query_scores(self, x: Tensor) -> Tensor:
+        """Mean over heads of the class token's query times every key, of all tokens x: (B, N)."""
         ...
 
 
@@ -28,6 +47,15 @@ class Scorer(nn.Module, ABC):
     Args:
         embed_dims: Channels of the tokens it will rank.
     """
+
+    # Whether it has weights that are to be trained.
+    learns: ClassVar[bool] = False
+    # Whether it sees the class token, too, before the tokens of the map.
+    needs_class_token: ClassVar[bool] = False
+    # Whether it computes keys that the block then uses, so that they need a gradient.
+    shares_keys: ClassVar[bool] = False
+    # Whether the ranks are the attention that the block itself computes.
+    ranks_after_attention: ClassVar[bool] = False
 
     def __init__(self, embed_dims: int) -> None:
         super().__init__()
@@ -59,8 +87,8 @@ class MeanDistance(Scorer):
 class ActivationNorm(Scorer):
     """Mean absolute activation of a token over its channels.
 
-    SparseViT (arXiv 2303.17605) ranks windows by the L2 norm of this over their tokens; here, as
-    for every scorer, a window has the mean.
+    The policy SparseViT (arXiv 2303.17605) ranks windows by the L2 norm of this over their tokens;
+    in the other policies a window has the mean, as with every scorer.
     """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
@@ -102,3 +130,58 @@ class UniformGrid(Scorer):
         cols = torch.arange(width, device=x.device, dtype=torch.float64) * self.STEPS[1]
         order = (rows[:, None] + cols[None, :]).frac().flatten().to(torch.float32)
         return order.expand(x.shape[0], -1)
+
+
+@SCORERS.register_module('learned')
+class Learned(Scorer):
+    """A prediction head: LayerNorm, a small MLP, and a sigmoid.
+
+    The head has its gradient from a straight-through gate at the active tokens: the product of what
+    the block adds to a token with the gradient there. Its input is detached, so that the gate does
+    not train the features.
+
+    Args:
+        embed_dims: Channels of the tokens it will rank.
+        hidden_dims: Channels of the hidden layer; None for a quarter of ``embed_dims``.
+    """
+
+    learns = True
+
+    def __init__(self, embed_dims: int, hidden_dims: int | None = None) -> None:
+        super().__init__(embed_dims)
+        if hidden_dims is not None and hidden_dims < 1:
+            raise ValueError(f'policy.scorer.hidden_dims={hidden_dims} must be at least 1')
+        hidden = hidden_dims or max(embed_dims // 4, 1)
+        self.norm = nn.LayerNorm(embed_dims)
+        self.hidden = nn.Linear(embed_dims, hidden)
+        self.act = nn.GELU()
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+        hidden = self.act(self.hidden(self.norm(x.detach())))
+        return self.score(hidden).squeeze(-1).sigmoid()
+
+
+@SCORERS.register_module('class_query')
+class ClassQuery(Scorer):
+    """Mean over heads of the class token's query times the token's key (IdleViT, arXiv 2310.05654).
+
+    The keys of all tokens are computed, and those of the active ones used by the attention.
+    """
+
+    needs_class_token = True
+    shares_keys = True
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+        return block.class_query_scores(x)
+
+
+@SCORERS.register_module('class_attention')
+class ClassAttention(Scorer):
+    """Attention of the class token, mean over heads, as the block computes it (EViT, Evo-ViT)."""
+
+    needs_class_token = True
+    ranks_after_attention = True
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+        raise NotImplementedError('class_attention is read from the attention of the block')

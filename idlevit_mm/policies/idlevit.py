@@ -1,0 +1,57 @@
+"""IdleViT: the best units are active, idle ones pass through unchanged (arXiv 2310.05654).
+
+Shape letters: B images, N tokens of the map (H * W), K chosen tokens, C channels.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import Selection, select_units, unit_scores
+from ..registry import POLICIES
+from .policy import EVERYTHING, Plan, Policy
+from .scorers import ScorableBlock
+
+
+@POLICIES.register_module()
+class IdleViT(Policy):
+    """Every block ranks all units anew; the best are active, the others pass through unchanged.
+
+    Queries and keys are the active tokens and the class token (in spatial-reduction attention the
+    keys are the reduced whole map). With the scorer ``class_query``, the default where there is a
+    class token, this is the published algorithm.
+    """
+
+    SCOPES = ('map', 'window_tokens', 'windows')
+    CLASS_TOKEN_SCORER = 'class_query'
+    TRAINS_SCORER = True
+
+    def plan(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        keep_ratio: float,
+        block: ScorableBlock,
+        memory: Any = None,
+    ) -> tuple[Plan, None]:
+        learns = self.scorer.learns and self.training
+        if keep_ratio == 1.0 and not learns:
+            return EVERYTHING, None
+        scores = self.scores(x, hw_shape, block)
+        if keep_ratio == 1.0:
+            return Plan(gate=straight_through(scores)), None
+        layout = block.unit_layout(hw_shape, x.device)
+        ranked = unit_scores(scores.detach(), layout)
+        selection = select_units(ranked, layout, keep_ratio, self.rounding)
+        gate = straight_through(_scores_of(scores, selection)) if learns else None
+        return Plan(block.with_prefix(selection), gate), None
+
+
+def straight_through(scores: Tensor) -> Tensor:
+    """Zeros whose gradient is that of the scores."""
+    return scores - scores.detach()
+
+
+def _scores_of(scores: Tensor, selection: Selection) -> Tensor:
+    """Scores of the selected tokens: (B, K); of padding slots any."""
+    return scores.gather(1, selection.token_ids.clamp(max=scores.shape[1] - 1))

@@ -1,0 +1,53 @@
+"""SparseViT: the windows with the strongest activations are active (arXiv 2303.17605).
+
+Shape letters: B images, N tokens of the map (H * W), C channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import select_units, unit_scores
+from ..registry import POLICIES
+from .policy import EVERYTHING, Plan, Policy, refuse_rising
+from .scorers import ScorableBlock
+
+
+@POLICIES.register_module()
+class SparseViT(Policy):
+    """Whole windows are active or idle, ranked once per stage.
+
+    The score of a window is the L2 norm over its tokens of their scores, by default the mean
+    absolute activation. Tokens are scored at the first idle block of a stage, once for the plain
+    and the shifted windows of all its blocks; the keep ratio must not rise within a stage.
+
+    Args:
+        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments.
+        **kwargs: Further arguments of ``Policy``.
+    """
+
+    SCOPES = ('windows',)
+
+    def __init__(
+        self, embed_dims: int, scorer: str | dict[str, Any] = 'activation_norm', **kwargs: Any
+    ) -> None:
+        super().__init__(embed_dims, scorer=scorer, **kwargs)
+
+    def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
+        refuse_rising(type(self).__name__, keep_ratios)
+
+    def plan(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        keep_ratio: float,
+        block: ScorableBlock,
+        memory: Tensor | None = None,
+    ) -> tuple[Plan, Tensor | None]:
+        if keep_ratio == 1.0:
+            return EVERYTHING, memory
+        scores = self.scores(x, hw_shape, block) if memory is None else memory
+        layout = block.unit_layout(hw_shape, x.device)
+        ranked = unit_scores(scores, layout, 'l2')
+        return Plan(select_units(ranked, layout, keep_ratio, self.rounding)), scores
