@@ -3,10 +3,12 @@
 from .base import IdleBackbone
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
 from .swin import IdleSwinTransformer
+from .vit import IdleVisionTransformer
 
 __all__ = [
     'IdleBackbone',
     'IdlePyramidVisionTransformer',
     'IdlePyramidVisionTransformerV2',
     'IdleSwinTransformer',
+    'IdleVisionTransformer',
 ]

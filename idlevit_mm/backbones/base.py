@@ -62,8 +62,8 @@ class IdleBackbone(BaseModule, ABC):
         outputs = stages if stages > 1 else depths[0]
         if not all(0 <= index < outputs for index in out_indices):
             raise ValueError(f'out_indices={tuple(out_indices)} must lie in 0 to {outputs - 1}')
-        if not -1 <= frozen_stages <= stages:
-            raise ValueError(f'frozen_stages={frozen_stages} must lie in -1 to {stages}')
+        if not -1 <= frozen_stages <= outputs:
+            raise ValueError(f'frozen_stages={frozen_stages} must lie in -1 to {outputs}')
         self.out_indices = tuple(out_indices)
         self.depths = tuple(depths)
         self.frozen_stages = frozen_stages

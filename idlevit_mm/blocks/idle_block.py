@@ -27,17 +27,21 @@ class IdleBlock(BaseModule, ABC):
         embed_dims: Channels of the tokens.
         policy: Config of the idling policy; None for the default.
         with_cp: Whether to recompute the block in the backward pass instead of storing it.
+        class_token: Whether the first token is a class token.
     """
 
     SCOPES: tuple[str, ...] = ('map',)
-    CLASS_TOKEN = False
 
     def __init__(
-        self, embed_dims: int, policy: dict[str, Any] | None = None, with_cp: bool = False
+        self,
+        embed_dims: int,
+        policy: dict[str, Any] | None = None,
+        with_cp: bool = False,
+        class_token: bool = False,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.policy = build_policy(policy, embed_dims, self.SCOPES, self.CLASS_TOKEN)
+        self.policy = build_policy(policy, embed_dims, self.SCOPES, class_token)
 
     def forward(
         self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float = 1.0, memory: Any = None
@@ -56,17 +60,16 @@ class IdleBlock(BaseModule, ABC):
             which units were active, None where all of them were; and the policy's memory.
         """
         # torch.compile traces a second image size with symbolic sides; index tables need numbers.
-        hw_shape = len(range(hw_shape[0])), len(range(hw_shape[1]))
+        return self.run(x, (len(range(hw_shape[0])), len(range(hw_shape[1]))), keep_ratio, memory)
+
+    def run(
+        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
+    ) -> tuple[Tensor, Selection | None, Any]:
+        """Plan, gather, compute, scatter; arguments and results are those of ``forward``."""
         # Planned outside the checkpoint: a recomputation must not choose other tokens.
-        plan, memory = self.plan(x, hw_shape, keep_ratio, memory)
+        plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
         x = self.checkpointed(self._run, x, hw_shape, plan)
         return x, plan.selection, memory
-
-    def plan(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
-    ) -> tuple[Plan, Any]:
-        """Ask the policy which tokens of x (B, P + N, C) are active."""
-        return self.policy.plan(x, hw_shape, keep_ratio, self, memory)
 
     def checkpointed(self, function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         """Call a function of x, to be recomputed in the backward pass if the block is set so."""
@@ -105,8 +108,13 @@ class IdleBlock(BaseModule, ABC):
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
-    def class_query_scores(self, x: Tensor) -> Tensor:
-        """Scores by the class token's query, in blocks that have one."""
+    @property
+    def num_heads(self) -> int:
+        """A."""
+        return self.attn.num_heads
+
+    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token's query (B, C) and all keys (B, P + N, C), in blocks that have one."""
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ Shape letters: B images, N tokens of the map (H * W), P tokens before the map (c
 channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ def run_blocks(
     keep_ratios: Sequence[float],
     num_prefix: int = 0,
     record_inputs: bool = False,
+    after_block: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, StageRecord]:
     """Run the blocks of a stage on the tokens x (B, P + N, C).
 
@@ -65,15 +66,18 @@ def run_blocks(
         keep_ratios: One for each block.
         num_prefix: P.
         record_inputs: Whether the record holds the inputs of the blocks that idle.
+        after_block: Called with the number of each block and the tokens after it.
     """
     memory: Any = None
     selections: list[Selection | None] = []
     inputs: list[Tensor | None] = []
-    for block, keep_ratio in zip(blocks, keep_ratios, strict=True):
+    for index, (block, keep_ratio) in enumerate(zip(blocks, keep_ratios, strict=True)):
         before = x
         x, selection, memory = block(x, hw_shape, keep_ratio, memory)
         selections.append(selection)
         if record_inputs:
             inputs.append(None if selection is None else before)
+        if after_block is not None:
+            after_block(index, x)
     record = StageRecord(x.shape[0], hw_shape, x.device, selections, num_prefix, inputs)
     return x, record

@@ -1,7 +1,8 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
-from .attention import ShiftWindowMSA, SpatialReductionAttention
+from .attention import SelfAttention, ShiftWindowMSA, SpatialReductionAttention
 from .ffn import MixFFN
+from .patch import ConvStemEmbed
 from .position import (
     AbsolutePositionEmbedding,
     resize_position_table,
@@ -11,7 +12,9 @@ from .shape import pad_to, to_map, to_tokens
 
 __all__ = [
     'AbsolutePositionEmbedding',
+    'ConvStemEmbed',
     'MixFFN',
+    'SelfAttention',
     'ShiftWindowMSA',
     'SpatialReductionAttention',
     'pad_to',

@@ -1,4 +1,4 @@
-"""Window attention and spatial-reduction attention on packed tokens.
+"""Window, spatial-reduction and plain attention on packed tokens.
 
 Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
 C channels, A heads, D channels of a head, M windows, L slots of a window (window_size ** 2), E
@@ -124,6 +124,7 @@ class ShiftWindowMSA(BaseModule):
         super().__init__()
         self.window_size = window_size
         self.shift_size = shift_size
+        self.num_heads = num_heads
         self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
@@ -293,8 +294,8 @@ class SpatialReductionAttention(MultiheadAttention):
         )
         query = F.linear(queries, weight[:channels], query_bias)
         key_value = F.linear(self.reduce(x, hw_shape), weight[channels:], key_bias)
-        query = self._heads(query)
-        key, value = (self._heads(part) for part in key_value.chunk(2, dim=-1))
+        key, value = key_value.chunk(2, dim=-1)
+        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
         dropout = self.attn.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         out = self.attn.out_proj(out.transpose(1, 2).flatten(2))
@@ -316,8 +317,90 @@ class SpatialReductionAttention(MultiheadAttention):
         scale = (self.embed_dims // self.num_heads) ** -0.5
         return mean_query_attention(x, weight, bias, self.num_heads, scale)
 
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+class SelfAttention(MultiheadAttention):
+    """Attention of a plain ViT among the active tokens.
+
+    Args:
+        embed_dims: Channels of the tokens.
+        num_heads: Attention heads.
+        attn_drop: Dropout of the attention weights.
+        proj_drop: Dropout of the output.
+        drop_path_rate: Stochastic depth of the branch.
+        qkv_bias: Whether query, key, value and output have a bias.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path_rate: float = 0.0,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__(
+            embed_dims,
+            num_heads,
+            attn_drop,
+            proj_drop,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+            batch_first=True,
+            bias=qkv_bias,
+        )
+
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, first_row: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the branch, without the identity.
+
+        Args:
+            x: (B, T, C), the normalised active tokens.
+            keys: (B, T, C), their keys if they are known already.
+            first_row: Whether to return the attention of the first token.
+
+        Returns:
+            (B, T, C), and if asked for the attention of the first token to all, mean over heads:
+            (B, T), float32 also under autocast.
+        """
+        if keys is None:
+            query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
+        else:
+            query, value = self.project(x, 0, 1), self.project(x, 2, 3)
+            key = keys.to(query.dtype)
+        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+        dropout = self.attn.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        out = self.attn.out_proj(out.transpose(1, 2).flatten(2))
+        row = _first_row(query, key) if first_row else None
+        return self.dropout_layer(self.proj_drop(out)), row
+
+    def project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
+        channels = self.embed_dims
+        part = slice(first * channels, last * channels)
+        bias = self.attn.in_proj_bias
+        return F.linear(x, self.attn.in_proj_weight[part], None if bias is None else bias[part])
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        scale = (self.embed_dims // self.num_heads) ** -0.5
+        return mean_query_attention(x, weight, bias, self.num_heads, scale)
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) to (B, A, T, D)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _first_row(query: Tensor, key: Tensor) -> Tensor:
+    """Attention of the first of queries and keys (B, A, T, D), mean over heads: (B, T)."""
+    with torch.autocast(query.device.type, enabled=False):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key = query[:, :, :1].to(exact), key.to(exact)
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 
 def relative_position_index(window_size: int) -> Tensor:

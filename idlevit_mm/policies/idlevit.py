@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import Selection, select_units, unit_scores
+from ..ops import Selection, select_units, take_tokens, unit_scores
 from ..registry import POLICIES
 from .policy import EVERYTHING, Plan, Policy
 from .scorers import ScorableBlock
@@ -37,14 +37,16 @@ class IdleViT(Policy):
         learns = self.scorer.learns and self.training
         if keep_ratio == 1.0 and not learns:
             return EVERYTHING, None
-        scores = self.scores(x, hw_shape, block)
+        scores, keys = self.score(x, hw_shape, block)
         if keep_ratio == 1.0:
             return Plan(gate=straight_through(scores)), None
         layout = block.unit_layout(hw_shape, x.device)
         ranked = unit_scores(scores.detach(), layout)
         selection = select_units(ranked, layout, keep_ratio, self.rounding)
         gate = straight_through(_scores_of(scores, selection)) if learns else None
-        return Plan(block.with_prefix(selection), gate), None
+        complete = block.with_prefix(selection)
+        kept_keys = None if keys is None else take_tokens(keys, complete)
+        return Plan(complete, gate, keys=kept_keys), None
 
 
 def straight_through(scores: Tensor) -> Tensor:

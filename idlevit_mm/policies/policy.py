@@ -181,14 +181,18 @@ class Policy(nn.Module, ABC):
 
     def scores(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
         """Score of each token of the map: (B, N), with gradient only if the scorer learns."""
+        return self.score(x, hw_shape, block)[0]
+
+    def score(
+        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores as ``scores`` returns them, and keys that the scorer computed on the way."""
         if not self.scorer.needs_class_token:
             x = block.map_tokens(x, hw_shape)
-        tracked = self.scorer.learns or self.scorer.shares_keys
         # Half precision cannot tell close scores apart, and would rank differently under autocast.
-        with nullcontext() if tracked else torch.no_grad(), _full_precision(x.device.type):
+        with _full_precision(x.device.type):
             exact = x if x.dtype == torch.float64 else x.float()
-            scores = self.scorer(exact, hw_shape, block)
-        return scores if self.scorer.learns else scores.detach()
+            return self.scorer.score(exact, hw_shape, block)
 
 
 def chosen(token_ids: Tensor) -> Selection:
@@ -277,7 +281,7 @@ def _arguments(cls: type) -> list[str]:
     for base in cls.__mro__:
         if '__init__' not in vars(base):
             continue
-        parameters = inspect.signature(base.__init__).parameters.values()
+        parameters = inspect.signature(vars(base)['__init__']).parameters.values()
         names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

@@ -36,8 +36,13 @@ class ScorableBlock(Protocol):
         """Attention of the mean token's query to every token: (B, A, N), rows sum to 1."""
         ...
 
-    def class_query_scores(self, x: Tensor) -> Tensor:
-        """Mean over heads of the class token's query times every key, of all tokens x: (B, N)."""
+    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token's query (B, C) and the keys of all tokens (B, P + N, C), x normalised."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """A."""
         ...
 
 
@@ -52,8 +57,6 @@ class Scorer(nn.Module, ABC):
     learns: ClassVar[bool] = False
     # Whether it sees the class token, too, before the tokens of the map.
     needs_class_token: ClassVar[bool] = False
-    # Whether it computes keys that the block then uses, so that they need a gradient.
-    shares_keys: ClassVar[bool] = False
     # Whether the ranks are the attention that the block itself computes.
     ranks_after_attention: ClassVar[bool] = False
 
@@ -73,6 +76,18 @@ class Scorer(nn.Module, ABC):
         Returns:
             (B, N), higher is kept first.
         """
+
+    def score(
+        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rank tokens.
+
+        Returns:
+            The scores, with gradient only if the scorer learns, and the keys of all tokens (B, P +
+            N, C) if they were computed on the way, with gradient.
+        """
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return self(x, hw_shape, block), None
 
 
 @SCORERS.register_module('mean_distance')
@@ -155,11 +170,11 @@ class Learned(Scorer):
         self.norm = nn.LayerNorm(embed_dims)
         self.hidden = nn.Linear(embed_dims, hidden)
         self.act = nn.GELU()
-        self.score = nn.Linear(hidden, 1)
+        self.out = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
         hidden = self.act(self.hidden(self.norm(x.detach())))
-        return self.score(hidden).squeeze(-1).sigmoid()
+        return self.out(hidden).squeeze(-1).sigmoid()
 
 
 @SCORERS.register_module('class_query')
@@ -170,10 +185,19 @@ class ClassQuery(Scorer):
     """
 
     needs_class_token = True
-    shares_keys = True
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return block.class_query_scores(x)
+        return self.score(x, hw_shape, block)[0]
+
+    def score(
+        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
+    ) -> tuple[Tensor, Tensor]:
+        query, keys = block.class_query(x)
+        num_tokens = hw_shape[0] * hw_shape[1]
+        first = x.shape[1] - num_tokens
+        with torch.no_grad():
+            scores = (keys[:, first:] @ query[..., None]).squeeze(-1) / block.num_heads
+        return scores, keys
 
 
 @SCORERS.register_module('class_attention')

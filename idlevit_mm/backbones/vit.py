@@ -1,0 +1,382 @@
+"""Plain Vision Transformer with idle tokens (arXiv 2010.11929, 2012.12877, 2310.05654).
+
+Shape letters: B images, N tokens of the map (H * W), P tokens before the map (1 with class token, 0
+without), T active tokens, R summaries of idle tokens, C channels, A heads.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN, PatchEmbed
+from mmengine.model import ModuleList
+from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..blocks import IdleBlock, run_blocks
+from ..converters import is_lvvit, is_timm_vit, lvvit_from_official, vit_from_timm
+from ..layers import ConvStemEmbed, SelfAttention, resize_position_table, to_map
+from ..ops import Selection
+from ..policies import KeepRatios, Plan
+from .base import GELU, IdleBackbone, StateDict, image_size
+
+_PLAIN = dict(
+    mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6)
+)
+_LVVIT = dict(mlp_ratio=3, stem='conv', residual_scale=0.5, norm_cfg=dict(type='LN', eps=1e-5))
+ARCHS: dict[str, dict[str, Any]] = {
+    'deit-tiny': dict(_PLAIN, embed_dims=192, num_layers=12, num_heads=3),
+    'deit-small': dict(_PLAIN, embed_dims=384, num_layers=12, num_heads=6),
+    'deit-base': dict(_PLAIN, embed_dims=768, num_layers=12, num_heads=12),
+    'lvvit-small': dict(_LVVIT, embed_dims=384, num_layers=16, num_heads=6),
+    'lvvit-medium': dict(_LVVIT, embed_dims=512, num_layers=20, num_heads=8),
+}
+
+
+class IdleViTBlock(IdleBlock):
+    """One block of a plain ViT on the active tokens of a map and the class token.
+
+    Args:
+        embed_dims: Channels of the tokens.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the feed-forward network.
+        qkv_bias: Whether query, key, value and output have a bias.
+        drop_rate: Dropout of both branches.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of both branches.
+        residual_scale: Factor of both branches (LV-ViT, arXiv 2104.10858: 1 / 2).
+        class_token: Whether the first token is a class token.
+        act_cfg: Activation of the feed-forward network.
+        norm_cfg: Norm before both branches.
+        with_cp: Whether to recompute the block in the backward pass.
+        policy: Config of the idling policy.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        qkv_bias: bool,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        residual_scale: float,
+        class_token: bool,
+        act_cfg: dict,
+        norm_cfg: dict,
+        with_cp: bool,
+        policy: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(embed_dims, policy, with_cp, class_token)
+        self.num_prefix = int(class_token)
+        self.residual_scale = residual_scale
+        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = SelfAttention(
+            embed_dims, num_heads, attn_drop_rate, drop_rate, drop_path_rate, qkv_bias
+        )
+        self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims,
+            feedforward_channels,
+            ffn_drop=drop_rate,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+            act_cfg=act_cfg,
+            add_identity=False,
+        )
+
+    def run(
+        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
+    ) -> tuple[Tensor, Selection | None, Any]:
+        if not self.policy.scorer.ranks_after_attention:
+            return super().run(x, hw_shape, keep_ratio, memory)
+        plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
+        before = self.gather(x, hw_shape, plan)
+        # Two checkpoints, so that a recomputation cannot choose other tokens in between.
+        active, attention = self.checkpointed(self._attend, before, None, True)
+        x, active, plan, memory = self.policy.reorganise(
+            x, active, attention, plan, keep_ratio, self.num_prefix, memory
+        )
+        active = self.checkpointed(self._transform, active)
+        return self.scatter(x, before, active, hw_shape, plan), plan.selection, memory
+
+    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        active, _ = self._attend(active, plan.keys)
+        return self._transform(active)
+
+    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        return x[:, self.num_prefix : self.num_prefix + hw_shape[0] * hw_shape[1]]
+
+    def with_prefix(self, selection: Selection) -> Selection:
+        if self.num_prefix == 0:
+            return selection
+        ids = selection.token_ids + self.num_prefix
+        first = torch.arange(self.num_prefix, device=ids.device).expand(ids.shape[0], -1)
+        return selection._replace(token_ids=torch.cat([first, ids], dim=1))
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        return self.attn.mean_query_attention(self.ln1(x))
+
+    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.ln1(x)
+        return self.attn.project(x[:, 0], 0, 1), self.attn.project(x, 1, 2)
+
+    def _attend(
+        self, active: Tensor, keys: Tensor | None = None, first_row: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        branch, row = self.attn(self.ln1(active), keys, first_row)
+        return active + self.residual_scale * branch, row
+
+    def _transform(self, active: Tensor) -> Tensor:
+        return active + self.residual_scale * self.ffn(self.ln2(active))
+
+
+@MODELS.register_module()
+class IdleVisionTransformer(IdleBackbone):
+    """Plain Vision Transformer that computes only active tokens: DeiT and LV-ViT shapes.
+
+    Parameter names are those of mmseg's ``VisionTransformer``; at ``keep_ratios=1.0`` so are
+    outputs and gradients. It is one stage of ``num_layers`` blocks.
+
+    Args:
+        arch: Shape, one of ``deit-tiny``, ``deit-small``, ``deit-base``, ``lvvit-small`` and
+            ``lvvit-medium``: what ``embed_dims``, ``num_layers``, ``num_heads``, ``mlp_ratio``,
+            ``stem``, ``residual_scale`` and ``norm_cfg`` are where they are None.
+        img_size: Image size in pixels of the position table, which is resized to each image.
+        patch_size: Side of a token in pixels.
+        in_channels: Channels of the image.
+        embed_dims: Channels of the tokens.
+        num_layers: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
+        stem: ``patch`` (one convolution) or ``conv`` (LV-ViT's three before it).
+        residual_scale: Factor of both branches of a block.
+        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
+        qkv_bias: Whether query, key, value and output have a bias.
+        drop_rate: Dropout.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
+        with_cls_token: Whether there is a class token.
+        output_cls_token: Whether each output is a list of the map and the class token (B, C).
+        act_cfg: Activation of the feed-forward networks.
+        norm_cfg: Norm layers.
+        patch_norm: Whether the patch embedding has a norm.
+        patch_bias: Whether the patch embedding has a bias.
+        final_norm: Whether a norm follows the last block.
+        interpolate_mode: How the position table is resized.
+        with_cp: Whether to recompute blocks in the backward pass to save memory.
+        pretrained: Deprecated; see ``init_cfg``.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be one of timm, DeiT or LV-ViT.
+        frozen_stages: Number of frozen blocks, the embedding included; 0 for the embedding alone,
+            -1 for none.
+        keep_ratios: Share of active tokens: one for all blocks, or a list with one per block. 1.0
+            is the dense backbone.
+        policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='class_query')``.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
+
+    Raises:
+        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
+        ValueError: A value is not allowed, or lists have different lengths.
+    """
+
+    def __init__(
+        self,
+        arch: str = 'deit-small',
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        embed_dims: int | None = None,
+        num_layers: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float | None = None,
+        stem: str | None = None,
+        residual_scale: float | None = None,
+        out_indices: int | Sequence[int] = -1,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        with_cls_token: bool = True,
+        output_cls_token: bool = False,
+        act_cfg: dict = GELU,
+        norm_cfg: dict | None = None,
+        patch_norm: bool = False,
+        patch_bias: bool = True,
+        final_norm: bool = True,
+        interpolate_mode: str = 'bicubic',
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        frozen_stages: int = -1,
+        keep_ratios: KeepRatios = 1.0,
+        policy: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        shape = _shape(
+            arch,
+            embed_dims=embed_dims,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            stem=stem,
+            residual_scale=residual_scale,
+            norm_cfg=norm_cfg,
+        )
+        norm_cfg = shape['norm_cfg']
+        channels, depth = shape['embed_dims'], shape['num_layers']
+        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        indices = tuple(depth - 1 if index == -1 else index for index in indices)
+        super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        if output_cls_token and not with_cls_token:
+            raise ValueError('output_cls_token=True needs with_cls_token=True')
+        self.num_prefix = int(with_cls_token)
+        self.output_cls_token = output_cls_token
+        self.interpolate_mode = interpolate_mode
+        if shape['stem'] == 'conv':
+            self.patch_embed = ConvStemEmbed(in_channels, channels, patch_size)
+        else:
+            self.patch_embed = PatchEmbed(
+                in_channels,
+                channels,
+                kernel_size=patch_size,
+                stride=patch_size,
+                bias=patch_bias,
+                norm_cfg=norm_cfg if patch_norm else None,
+            )
+        height, width = image_size(img_size)
+        self.pos_shape = height // patch_size, width // patch_size
+        places = self.num_prefix + self.pos_shape[0] * self.pos_shape[1]
+        if with_cls_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, channels))
+        self.drop_after_pos = nn.Dropout(p=drop_rate)
+        self.layers = ModuleList(
+            IdleViTBlock(
+                channels,
+                shape['num_heads'],
+                feedforward_channels=int(shape['mlp_ratio'] * channels),
+                qkv_bias=qkv_bias,
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                drop_path_rate=rate,
+                residual_scale=shape['residual_scale'],
+                class_token=with_cls_token,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg,
+                with_cp=with_cp,
+                policy=policy,
+            )
+            for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+        )
+        self.final_norm = final_norm
+        if final_norm:
+            self.ln1 = build_norm_layer(norm_cfg, channels)[1]
+        self.set_keep_ratios(keep_ratios)
+
+    def forward(self, x: Tensor) -> list[Any]:
+        """Compute feature maps of an image batch (B, 3, height, width).
+
+        Returns:
+            One (B, C, H, W) for each of ``out_indices``, or with ``output_cls_token`` one list of
+            it and the class token (B, C).
+        """
+        x, hw_shape = self.patch_embed(x)
+        x = self.drop_after_pos(self._with_class_token(x, hw_shape))
+        outs: dict[int, Any] = {}
+
+        def keep(index: int, tokens: Tensor) -> None:
+            if index in self.out_indices:
+                outs[index] = self._output(index, tokens, hw_shape)
+
+        _, record = run_blocks(
+            self.layers,
+            x,
+            hw_shape,
+            self.keep_ratios[0],
+            self.num_prefix,
+            self.record_inputs,
+            keep,
+        )
+        self.records = [record]
+        return [outs[index] for index in self.out_indices]
+
+    def _with_class_token(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Tokens (B, P + N, C) with class token and positions."""
+        first, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
+        x = x + resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
+        if self.num_prefix == 0:
+            return x
+        return torch.cat([(self.cls_token + first).expand(x.shape[0], -1, -1), x], dim=1)
+
+    def _output(self, index: int, x: Tensor, hw_shape: tuple[int, int]) -> Any:
+        # Tokens behind the map are fused ones.
+        x = x[:, : self.num_prefix + hw_shape[0] * hw_shape[1]]
+        if self.final_norm and index == len(self.layers) - 1:
+            x = self.ln1(x)
+        out = to_map(x[:, self.num_prefix :], hw_shape).contiguous()
+        return [out, x[:, 0]] if self.output_cls_token else out
+
+    def _stages(self) -> Iterable[nn.Module]:
+        return [self.layers]
+
+    def _init_from_scratch(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.num_prefix:
+            trunc_normal_(self.cls_token, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=1e-6 if 'ffn' in name else 0.0)
+            elif isinstance(module, nn.Conv2d):
+                kaiming_init(module, mode='fan_in', bias=0.0)
+            elif isinstance(module, (_BatchNorm, nn.LayerNorm)):
+                constant_init(module, val=1.0, bias=0.0)
+
+    def _frozen_modules(self) -> Iterable[nn.Module]:
+        if self.frozen_stages >= 0:
+            yield from (self.patch_embed, self.drop_after_pos)
+        yield from self.layers[: max(self.frozen_stages, 0)]
+
+    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
+        yield from super()._frozen_parameters()
+        if self.frozen_stages >= 0:
+            yield self.pos_embed
+            if self.num_prefix:
+                yield self.cls_token
+
+    def _from_official(self, state: StateDict) -> StateDict:
+        if is_timm_vit(state):
+            return vit_from_timm(state)
+        return lvvit_from_official(state) if is_lvvit(state) else state
+
+    def _fit_tables(self, state: StateDict) -> StateDict:
+        table = state.get('pos_embed')
+        if table is None or table.dim() != 3 or table.shape[1] == self.pos_embed.shape[1]:
+            return state
+        side = math.isqrt(table.shape[1])
+        first = table.shape[1] - side * side
+        if first > 1 or first < self.num_prefix:
+            return state  # not the table of a square image, or one without class token
+        places = table[:, first:]
+        places = resize_position_table(places, (side, side), self.pos_shape, self.interpolate_mode)
+        fitted = torch.cat([table[:, : self.num_prefix], places], dim=1)
+        return {**state, 'pos_embed': fitted}
+
+
+def _shape(arch: str, **given: Any) -> dict[str, Any]:
+    """Shape of an architecture, with the given values in place of its own."""
+    if arch not in ARCHS:
+        raise ValueError(f'arch={arch!r} is unknown; allowed: {", ".join(ARCHS)}')
+    shape = ARCHS[arch] | {key: value for key, value in given.items() if value is not None}
+    if shape['stem'] not in ('patch', 'conv'):
+        raise ValueError(f'stem={shape["stem"]!r} is unknown; allowed: patch, conv')
+    if shape['embed_dims'] % shape['num_heads']:
+        raise ValueError(
+            f'embed_dims={shape["embed_dims"]} must be a multiple of num_heads={shape["num_heads"]}'
+        )
+    return shape
