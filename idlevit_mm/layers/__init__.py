@@ -2,6 +2,7 @@
 
 from .attention import ShiftWindowMSA, SpatialReductionAttention
 from .ffn import MixFFN
+from .norm import LayerNorm2d
 from .position import (
     AbsolutePositionEmbedding,
     resize_position_table,
@@ -11,6 +12,7 @@ from .shape import pad_to, to_map, to_tokens
 
 __all__ = [
     'AbsolutePositionEmbedding',
+    'LayerNorm2d',
     'MixFFN',
     'ShiftWindowMSA',
     'SpatialReductionAttention',
