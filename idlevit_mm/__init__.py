@@ -1,12 +1,12 @@
 """Pyramid backbones for mmdet and mmseg that compute only the tokens that matter.
 
-Importing the package registers its backbones and hooks with mmengine, and lets torch's safe loading
-accept the checkpoints that mmengine itself writes.
+Importing the package registers its backbones, necks and hooks with mmengine, and lets torch's safe
+loading accept the checkpoints that mmengine itself writes.
 """
 
-from . import backbones, engine, hooks, policies
+from . import backbones, engine, hooks, necks, policies
 from .version import __version__
 
-__all__ = ['__version__', 'backbones', 'engine', 'hooks', 'policies']
+__all__ = ['__version__', 'backbones', 'engine', 'hooks', 'necks', 'policies']
 
 engine.allow_mmengine_globals()

@@ -22,17 +22,18 @@ ALLOWED = {
     'blocks': {'policies', 'layers', 'ops', 'registry'},
     'converters': set(),
     'backbones': {'blocks', 'policies', 'layers', 'ops', 'converters', 'registry'},
+    'necks': {'layers', 'registry'},
     'losses': {'policies', 'layers', 'ops', 'registry'},
     'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones'},
     'datasets': {'registry'},
     'engine': {'hooks', 'losses', 'datasets', 'registry', 'backbones', 'version'},
     'analysis': {
-        *('engine', 'hooks', 'losses', 'datasets', 'backbones', 'converters', 'blocks'),
-        *('policies', 'layers', 'ops', 'registry', 'version'),
+        *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
+        *('blocks', 'policies', 'layers', 'ops', 'registry', 'version'),
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
-CORE = ('registry', 'ops', 'layers', 'blocks', 'policies', 'backbones', 'converters')
+CORE = ('registry', 'ops', 'layers', 'blocks', 'policies', 'backbones', 'necks', 'converters')
 FOREIGN = ('mmdet', 'mmseg')
 
 

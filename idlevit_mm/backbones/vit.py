@@ -24,9 +24,7 @@ from ..ops import Selection
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
 
-_PLAIN = dict(
-    mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6)
-)
+_PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
 _LVVIT = dict(mlp_ratio=3, stem='conv', residual_scale=0.5, norm_cfg=dict(type='LN', eps=1e-5))
 ARCHS: dict[str, dict[str, Any]] = {
     'deit-tiny': dict(_PLAIN, embed_dims=192, num_layers=12, num_heads=3),

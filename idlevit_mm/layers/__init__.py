@@ -2,24 +2,4 @@
 
 from .attention import SelfAttention, ShiftWindowMSA, SpatialReductionAttention
 from .ffn import MixFFN
-from .patch import ConvStemEmbed
-from .position import (
-    AbsolutePositionEmbedding,
-    resize_position_table,
-    resize_relative_position_table,
-)
-from .shape import pad_to, to_map, to_tokens
-
-__all__ = [
-    'AbsolutePositionEmbedding',
-    'ConvStemEmbed',
-    'MixFFN',
-    'SelfAttention',
-    'ShiftWindowMSA',
-    'SpatialReductionAttention',
-    'pad_to',
-    'resize_position_table',
-    'resize_relative_position_table',
-    'to_map',
-    'to_tokens',
-]
+    'LayerNorm2d',

@@ -1,0 +1,3 @@
+_base_ = './fpn_idle-vit_digits.py'
+
+model = dict(backbone=dict(keep_ratios=1.0))
