@@ -117,7 +117,8 @@ class KeepRatioHook(Hook, ABC):
         """Set and log the ratios of this iteration."""
         tables = self._current(runner)
         for (backbone, _), table in zip(self._targets, tables, strict=True):
-            backbone.set_keep_ratios(table)
+            if table != backbone.keep_ratios:
+                backbone.set_keep_ratios(table)
         ratios = [ratio for table in tables for stage in table for ratio in stage]
         runner.message_hub.update_scalar(self.SCALAR, sum(ratios) / len(ratios))
 

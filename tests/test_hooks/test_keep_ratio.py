@@ -17,7 +17,6 @@ from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
 from toy import ToyModel, toy_runner
 
-from idlevit_mm.backbones import IdleBackbone
 from idlevit_mm.engine import load_checkpoint
 from idlevit_mm.hooks import KeepRatioWarmupHook, RandomKeepRatioHook
 from idlevit_mm.hooks.keep_ratio import annealed_ratio, half_cosine, spread_draws
@@ -30,10 +29,10 @@ TARGETS = [[1.0, 0.5], [0.5, 0.25]]
 class IdleToy(BaseModel):
     """A small Swin whose images are made of the toy data's three numbers."""
 
-    def __init__(self, keep_ratios=TARGETS, backbones=1):
+    def __init__(self, keep_ratios=TARGETS, backbones=1, policy=None):
         super().__init__()
         self.backbones = torch.nn.ModuleList(
-            SWIN.build(keep_ratios=keep_ratios) for _ in range(backbones)
+            SWIN.build(keep_ratios=keep_ratios, policy=policy) for _ in range(backbones)
         )
         self.register_buffer('pattern', torch.rand(3, 33, 47))
 
@@ -301,7 +300,8 @@ def _train_on_rank(rank, port, work_dir):
         'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
     )
     torch.manual_seed(0)
-    model = MMDistributedDataParallel(IdleToy(0.7), broadcast_buffers=False)
+    model = IdleToy(0.7, policy=dict(scorer='learned'))
+    model = MMDistributedDataParallel(model, broadcast_buffers=False)
     seen = Seen()
     runner = toy_runner(
         work_dir,
@@ -336,27 +336,9 @@ def test_all_ranks_draw_the_same_under_ddp(tmp_path):
 # --- errors before training ------------------------------------------------------------------
 
 
-class Descending(IdleBackbone):
-    """Refuses ratios that rise within a stage, as policies that choose once per stage do."""
-
-    def set_keep_ratios(self, keep_ratios):
-        old = getattr(self, 'keep_ratios', None)
-        super().set_keep_ratios(keep_ratios)
-        for stage in self.keep_ratios:
-            if stage != sorted(stage, reverse=True):
-                self.keep_ratios = old
-                raise ValueError(f'keep_ratios={keep_ratios} rise within a stage')
-
-
-class DescendingSwin(Descending, type(SWIN.build())):
-    pass
-
-
-def descending_toy(keep_ratios=TARGETS):
-    model = IdleToy()
-    kwargs = dict(SWIN.kwargs, keep_ratios=keep_ratios)
-    model.backbones = torch.nn.ModuleList([DescendingSwin(**kwargs)])
-    return model
+def sparse_toy():
+    """Its policy ranks windows once per stage, so that ratios must not rise within one."""
+    return IdleToy(policy='SparseViT')
 
 
 def refused(tmp_path, hooks, model=None, **settings):
@@ -393,8 +375,8 @@ def test_epochs_need_a_loop_of_epochs(tmp_path):
 
 @pytest.mark.parametrize('source', [dict(), dict(low=None, high=1.0, choices=[0.5, 0.3])])
 def test_ratios_that_the_policy_refuses_are_found_before_training(tmp_path, source):
-    message = refused(tmp_path, [draws(**source)], descending_toy())
-    for word in ('RandomKeepRatioHook', 'DescendingSwin', 'rise within a stage'):
+    message = refused(tmp_path, [draws(**source)], sparse_toy())
+    for word in ('RandomKeepRatioHook', 'IdleSwinTransformer', 'SparseViT', 'rise'):
         assert word in message
 
 
@@ -410,7 +392,7 @@ def test_ratios_that_the_policy_refuses_are_found_before_training(tmp_path, sour
     ],
 )
 def test_ratios_that_the_policy_takes_train(tmp_path, hook):
-    model = descending_toy()
+    model = sparse_toy()
     _, seen = train(tmp_path, hook, model)
     assert len(seen.train) == 12
     assert model.ratios == TARGETS
