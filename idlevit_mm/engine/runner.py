@@ -13,7 +13,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..hooks import ExactResumeHook
-from ..hooks.replay import ReplayDataLoader
+from ..hooks.replay import ReplayDataLoader, run_seed
 from .safe_load import allow_mmengine_globals
 
 
@@ -69,18 +69,13 @@ class ResumableRunner(Runner):
         )
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-            loader = ReplayDataLoader.from_loader(loader, self._run_seed(), get_rank())
+            loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
         # The loop takes the built loader; scale_lr and others still read the config.
         self._train_dataloader = loader
         try:
             return super().build_train_loop(loop)
         finally:
             self._train_dataloader = config
-
-    def _run_seed(self) -> int:
-        """Seed shared by all ranks (``runner.seed`` differs where diff_rank_seed is set)."""
-        shift = get_rank() if self._randomness_cfg.get('diff_rank_seed', False) else 0
-        return self.seed - shift
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:

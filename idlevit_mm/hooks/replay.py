@@ -14,17 +14,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dist import get_rank
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # Streams: the numbers of an iteration of the model must not repeat those of a sample.
 MODEL_STREAM = 0
 DATA_STREAM = 1
 VALIDATION_STREAM = 2
+KEEP_RATIO_STREAM = 3
 
 
 def mixed_seed(*entropy: int) -> int:
     """Mix non-negative integers into one seed of 64 bits; equal input, equal seed."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def run_seed(runner: Any) -> int:
+    """Seed that all ranks share; ``runner.seed`` differs where ``diff_rank_seed`` is set."""
+    differs = (runner._randomness_cfg or {}).get('diff_rank_seed', False)
+    return runner.seed - (get_rank() if differs else 0)
 
 
 def seed_generators(seed: int, accelerator: bool) -> None:

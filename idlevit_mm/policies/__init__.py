@@ -7,7 +7,7 @@ from .evit import EViT
 from .evovit import EvoViT
 from .idlevit import IdleViT
 from .policy import EVERYTHING, Plan, Policy, build_policy
-from .schedule import KeepRatios, normalize_keep_ratios
+from .schedule import KeepRatios, checked_ratio, normalize_keep_ratios
 from .scorers import (
     ActivationNorm,
     ClassAttention,
@@ -42,5 +42,6 @@ __all__ = [
     'SparseViT',
     'UniformGrid',
     'build_policy',
+    'checked_ratio',
     'normalize_keep_ratios',
 ]

@@ -1,73 +1,148 @@
 """Keep ratios as users write them, normalised once to one ratio per block."""
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
-KeepRatios = float | Sequence[float | Sequence[float]]
+KeepRatios = float | Sequence[float | Sequence[float]] | Mapping[str, Any]
 
 _ALLOWED = (
-    'a number in (0, 1], or a list with one entry per stage {depths}, each entry a number or a '
-    'list with one number per block of that stage'
+    'a number in (0, 1], or a list with one entry per stage (depths {depths}), each entry a number '
+    'or a list with one number per block of that stage; for a backbone of one stage also a list '
+    "with one number per block; or dict(type='powers', keep_ratio=..., first_idle=0, groups=3) or "
+    "dict(type='evit', keep_ratio=..., blocks=[3, 6, 9])"
 )
 
 
 def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> list[list[float]]:
-    """Spread keep ratios over stages and blocks.
+    """Spread keep ratios over stages and blocks; what it returns it leaves as it is.
 
     Args:
         keep_ratios: One ratio for all blocks, one per stage, or one list per stage with one ratio
-            per block; numbers and lists may be mixed between stages.
+            per block; numbers and lists may be mixed between stages. For a backbone of one stage
+            also a flat list with one ratio per block. Or a schedule by name, counting blocks over
+            the whole network from 0: ``dict(type='powers', keep_ratio=r, first_idle=0, groups=3)``
+            gives the blocks from ``first_idle`` on, in ``groups`` equal groups, r, r^2, r^3
+            (IdleViT, arXiv 2310.05654); ``dict(type='evit', keep_ratio=r, blocks=[3, 6, 9])``
+            gives only those blocks r (EViT, arXiv 2202.07800). Other blocks are dense.
         depths: Number of blocks of each stage.
 
     Returns:
         One list per stage with one ratio in (0, 1] per block.
 
     Raises:
-        TypeError: An entry is neither a number nor a list.
-        ValueError: A ratio lies outside (0, 1] or is not finite, or a list has the wrong length.
+        TypeError: An entry is neither a number nor a list, or a schedule has an unknown key.
+        ValueError: A ratio lies outside (0, 1] or is not finite, a list has the wrong length, or
+            a schedule is unknown or does not fit the number of blocks.
     """
-    stages: list[Any]
-    if _is_list(keep_ratios):
-        stages = list(cast(Sequence[Any], keep_ratios))
-        if len(stages) != len(depths):
-            raise ValueError(
-                _message(keep_ratios, depths, f'has {len(stages)} entries for {len(depths)} stages')
-            )
-    else:
-        stages = [keep_ratios] * len(depths)
-    return [
-        _stage_ratios(stage, index, depth, keep_ratios, depths)
-        for index, (stage, depth) in enumerate(zip(stages, depths, strict=True))
-    ]
+    try:
+        if isinstance(keep_ratios, Mapping):
+            blocks = iter(_schedule(keep_ratios, sum(depths)))
+            stages: list[Any] = [list(islice(blocks, depth)) for depth in depths]
+        else:
+            stages = _stages(keep_ratios, depths)
+        return [
+            _stage_ratios(stage, index, depth)
+            for index, (stage, depth) in enumerate(zip(stages, depths, strict=True))
+        ]
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        allowed = _ALLOWED.format(depths=tuple(depths))
+        raise kind(f'keep_ratios={keep_ratios!r} {error}; allowed: {allowed}') from None
 
 
-def _stage_ratios(
-    stage: Any, index: int, depth: int, keep_ratios: Any, depths: Sequence[int]
-) -> list[float]:
-    if not _is_list(stage):
-        return [_ratio(stage, keep_ratios, depths)] * depth
-    if len(stage) != depth:
-        problem = f'has {len(stage)} entries for the {depth} blocks of stage {index}'
-        raise ValueError(_message(keep_ratios, depths, problem))
-    return [_ratio(value, keep_ratios, depths) for value in stage]
+def checked_ratio(value: Any, subject: str) -> float:
+    """Return a keep ratio as a float.
 
+    Args:
+        value: What should be a number in (0, 1].
+        subject: Beginning of the error, such as ``'low is'``; the value follows.
 
-def _ratio(value: Any, keep_ratios: Any, depths: Sequence[int]) -> float:
+    Raises:
+        TypeError: The value is no number.
+        ValueError: The value lies outside (0, 1] or is not finite.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
-        problem = f'holds {value!r}, which is not a number'
-        raise TypeError(_message(keep_ratios, depths, problem))
+        raise TypeError(f'{subject} {value!r}, which is not a number')
     ratio = float(value)
     if not math.isfinite(ratio) or not 0.0 < ratio <= 1.0:
-        raise ValueError(_message(keep_ratios, depths, f'holds {ratio}, which is not in (0, 1]'))
+        raise ValueError(f'{subject} {value!r}, which is not in (0, 1]')
     return ratio
+
+
+def _stages(keep_ratios: Any, depths: Sequence[int]) -> list[Any]:
+    """Entry of each stage, without looking inside."""
+    if not _is_list(keep_ratios):
+        return [keep_ratios] * len(depths)
+    stages = list(keep_ratios)
+    if len(stages) == len(depths):
+        return stages
+    if len(depths) == 1:
+        if len(stages) == depths[0]:
+            return [stages]
+        raise ValueError(f'has {len(stages)} entries for 1 stage of {depths[0]} blocks')
+    raise ValueError(f'has {len(stages)} entries for {len(depths)} stages')
+
+
+def _stage_ratios(stage: Any, index: int, depth: int) -> list[float]:
+    if not _is_list(stage):
+        return [checked_ratio(stage, 'holds')] * depth
+    if len(stage) != depth:
+        raise ValueError(f'has {len(stage)} entries for the {depth} blocks of stage {index}')
+    return [checked_ratio(value, 'holds') for value in stage]
+
+
+def _schedule(config: Mapping[str, Any], blocks: int) -> list[float]:
+    """Ratio of each block of the network, from a schedule's name and its arguments."""
+    options = dict(config)
+    name = options.pop('type', None)
+    if not isinstance(name, str) or name not in _SCHEDULES:
+        raise ValueError(f'has type {name!r}, which is not one of {", ".join(_SCHEDULES)}')
+    schedule = _SCHEDULES[name]
+    accepted = list(inspect.signature(schedule).parameters)[1:]
+    for key in options:
+        if key not in accepted:
+            raise TypeError(f'has the key {key!r}, which is not one of type, {", ".join(accepted)}')
+    if 'keep_ratio' not in options:
+        raise TypeError('has no key keep_ratio')
+    return schedule(blocks, **options)
+
+
+def _powers(total: int, keep_ratio: Any, first_idle: Any = 0, groups: Any = 3) -> list[float]:
+    ratio = checked_ratio(keep_ratio, 'holds')
+    first_idle = _checked_int(first_idle, 'first_idle', 0, total - 1)
+    idle = total - first_idle
+    groups = _checked_int(groups, f'groups (of {idle} idle blocks)', 1, idle)
+    size, larger = divmod(idle, groups)
+    ratios = [1.0] * first_idle
+    for index in range(groups):
+        ratios += [ratio ** (index + 1)] * (size + (index < larger))
+    return ratios
+
+
+def _evit(total: int, keep_ratio: Any, blocks: Any = (3, 6, 9)) -> list[float]:
+    ratio = checked_ratio(keep_ratio, 'holds')
+    if not _is_list(blocks) or not blocks:
+        raise TypeError(f'has blocks={blocks!r}, which is not a list of block numbers')
+    chosen = {_checked_int(block, 'blocks', 0, total - 1) for block in blocks}
+    if len(chosen) < len(blocks):
+        raise ValueError(f'names a block twice in blocks={blocks!r}')
+    return [ratio if block in chosen else 1.0 for block in range(total)]
+
+
+_SCHEDULES: dict[str, Callable[..., list[float]]] = {'powers': _powers, 'evit': _evit}
+
+
+def _checked_int(value: Any, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f'holds {value!r} for {name}, which is not a whole number')
+    if not low <= value <= high:
+        raise ValueError(f'holds {value} for {name}, which is not in {low} to {high}')
+    return value
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _message(keep_ratios: Any, depths: Sequence[int], problem: str) -> str:
-    allowed = _ALLOWED.format(depths=f'(depths {tuple(depths)})')
-    return f'keep_ratios={keep_ratios!r} {problem}; allowed: {allowed}'
