@@ -2,4 +2,26 @@
 
 from .attention import SelfAttention, ShiftWindowMSA, SpatialReductionAttention
 from .ffn import MixFFN
+from .norm import LayerNorm2d
+from .patch import ConvStemEmbed
+from .position import (
+    AbsolutePositionEmbedding,
+    resize_position_table,
+    resize_relative_position_table,
+)
+from .shape import pad_to, to_map, to_tokens
+
+__all__ = [
+    'AbsolutePositionEmbedding',
+    'ConvStemEmbed',
     'LayerNorm2d',
+    'MixFFN',
+    'SelfAttention',
+    'ShiftWindowMSA',
+    'SpatialReductionAttention',
+    'pad_to',
+    'resize_position_table',
+    'resize_relative_position_table',
+    'to_map',
+    'to_tokens',
+]
