@@ -101,7 +101,11 @@ class IdleSwinBlock(IdleBlock):
 
     def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         whole = self.policy.scope == 'windows'
-        active = active + self.attn(self.norm1(active), hw_shape, plan.selection, whole)
+        context = None
+        if plan.selection is not None and self.policy.idle_context:
+            context = self.norm1(x)
+        branch = self.attn(self.norm1(active), hw_shape, plan.selection, whole, context)
+        active = active + branch
         return self.ffn(self.norm2(active), identity=active)
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:

@@ -95,7 +95,7 @@ class IdleViTBlock(IdleBlock):
         plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
         before = self.gather(x, hw_shape, plan)
         # Two checkpoints, so that a recomputation cannot choose other tokens in between.
-        active, attention = self.checkpointed(self._attend, before, None, True)
+        active, attention = self.checkpointed(self._attend, before, None, None, True)
         x, active, plan, memory = self.policy.reorganise(
             x, active, attention, plan, keep_ratio, self.num_prefix, memory
         )
@@ -103,7 +103,10 @@ class IdleViTBlock(IdleBlock):
         return self.scatter(x, before, active, hw_shape, plan), plan.selection, memory
 
     def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        active, _ = self._attend(active, plan.keys)
+        context = None
+        if plan.selection is not None and self.policy.idle_context:
+            context = self.ln1(x)
+        active, _ = self._attend(active, plan.keys, context)
         return self._transform(active)
 
     def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -124,9 +127,13 @@ class IdleViTBlock(IdleBlock):
         return self.attn.project(x[:, 0], 0, 1), self.attn.project(x, 1, 2)
 
     def _attend(
-        self, active: Tensor, keys: Tensor | None = None, first_row: bool = False
+        self,
+        active: Tensor,
+        keys: Tensor | None = None,
+        context: Tensor | None = None,
+        first_row: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        branch, row = self.attn(self.ln1(active), keys, first_row)
+        branch, row = self.attn(self.ln1(active), keys, context, first_row)
         return active + self.residual_scale * branch, row
 
     def _transform(self, active: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..ops import Selection, WindowLayout, window_layout
+from ..ops import Selection, WindowLayout, put_tokens, take_tokens, window_layout
 from .shape import pad_to, to_map, to_tokens
 
 
@@ -129,7 +129,12 @@ class ShiftWindowMSA(BaseModule):
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None, whole: bool = False
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        selection: Selection | None,
+        whole: bool = False,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity.
 
@@ -140,19 +145,33 @@ class ShiftWindowMSA(BaseModule):
             hw_shape: Height and width of the map in tokens.
             selection: Which tokens of the map are active.
             whole: Whether the units of the selection are whole windows.
+            context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
         """
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
-        qkv = self.w_msa.qkv(x)
-        if selection is not None and whole:
-            out = self._attend_windows(qkv, layout, selection)
+        if selection is not None and context is not None:
+            qkv = self._project_queries(x, context, selection)
+            out = take_tokens(self._attend_map(qkv, layout, None), selection)
+        elif selection is not None and whole:
+            out = self._attend_windows(self.w_msa.qkv(x), layout, selection)
         else:
-            out = self._attend_map(qkv, layout, selection)
+            out = self._attend_map(self.w_msa.qkv(x), layout, selection)
         return self.drop(self.w_msa.proj_drop(self.w_msa.proj(out)))
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
         weight, bias = self.w_msa.qkv.weight, self.w_msa.qkv.bias
         return mean_query_attention(x, weight, bias, self.w_msa.num_heads, self.w_msa.scale)
+
+    def _project_queries(self, x: Tensor, context: Tensor, selection: Selection) -> Tensor:
+        """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
+        channels = x.shape[-1]
+        weight, bias = self.w_msa.qkv.weight, self.w_msa.qkv.bias
+        biases = (None, None) if bias is None else bias.split((channels, 2 * channels))
+        key_value = F.linear(context, weight[channels:], biases[1])
+        query = F.linear(x, weight[:channels], biases[0])
+        # What stands in the places of idle queries is computed and thrown away.
+        blank = torch.zeros_like(key_value[..., :channels])
+        return torch.cat([put_tokens(blank, selection, query), key_value], dim=-1)
 
     def _attend_map(self, qkv: Tensor, layout: WindowLayout, selection: Selection | None) -> Tensor:
         """Write packed tokens to all windows of the map, attend, read them back: (B, T + R, C)."""
@@ -350,24 +369,33 @@ class SelfAttention(MultiheadAttention):
         )
 
     def forward(
-        self, x: Tensor, keys: Tensor | None = None, first_row: bool = False
+        self,
+        x: Tensor,
+        keys: Tensor | None = None,
+        context: Tensor | None = None,
+        first_row: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the branch, without the identity.
 
         Args:
             x: (B, T, C), the normalised active tokens.
-            keys: (B, T, C), their keys if they are known already.
+            keys: (B, T, C), the keys if they are known already; (B, P + N, C) with a context.
+            context: (B, P + N, C), all normalised tokens, if idle ones serve as keys and values.
             first_row: Whether to return the attention of the first token.
 
         Returns:
             (B, T, C), and if asked for the attention of the first token to all, mean over heads:
             (B, T), float32 also under autocast.
         """
-        if keys is None:
+        seen = x if context is None else context
+        if keys is not None:
+            query, value = self.project(x, 0, 1), self.project(seen, 2, 3)
+            key = keys.to(query.dtype)
+        elif context is None:
             query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
         else:
-            query, value = self.project(x, 0, 1), self.project(x, 2, 3)
-            key = keys.to(query.dtype)
+            query = self.project(x, 0, 1)
+            key, value = self.project(seen, 1, 3).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
         dropout = self.attn.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

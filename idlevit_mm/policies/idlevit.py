@@ -20,11 +20,25 @@ class IdleViT(Policy):
     Queries and keys are the active tokens and the class token (in spatial-reduction attention the
     keys are the reduced whole map). With the scorer ``class_query``, the default where there is a
     class token, this is the published algorithm.
+
+    Args:
+        context: Which tokens serve as keys and values: the ``active`` ones, as published, or
+            ``all``, for two more projections of the idle ones.
+        **kwargs: Further arguments of ``Policy``.
+
+    Raises:
+        ValueError: ``context`` is unknown.
     """
 
     SCOPES = ('map', 'window_tokens', 'windows')
     CLASS_TOKEN_SCORER = 'class_query'
     TRAINS_SCORER = True
+
+    def __init__(self, embed_dims: int, context: str = 'active', **kwargs: Any) -> None:
+        super().__init__(embed_dims, **kwargs)
+        if context not in ('active', 'all'):
+            raise ValueError(f'policy.context={context!r} is unknown; allowed: active, all')
+        self.idle_context = context == 'all'
 
     def plan(
         self,
@@ -45,8 +59,9 @@ class IdleViT(Policy):
         selection = select_units(ranked, layout, keep_ratio, self.rounding)
         gate = straight_through(_scores_of(scores, selection)) if learns else None
         complete = block.with_prefix(selection)
-        kept_keys = None if keys is None else take_tokens(keys, complete)
-        return Plan(complete, gate, keys=kept_keys), None
+        if keys is not None and not self.idle_context:
+            keys = take_tokens(keys, complete)
+        return Plan(complete, gate, keys=keys), None
 
 
 def straight_through(scores: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class Plan(NamedTuple):
         idle_weights: (B, N), weight of each idle token in the summary of its group, 0 for active
             tokens; None for no summaries.
         spreads: Whether idle tokens receive what the block adds to their summary.
-        keys: (B, T, C), keys of the active tokens where scoring has computed them already.
+        keys: Keys where scoring has computed them already: (B, T, C), or (B, P + N, C) where idle
+            tokens serve as context.
     """
 
     selection: Selection | None = None
@@ -73,6 +74,8 @@ class Policy(nn.Module, ABC):
     TRAINS_SCORER: ClassVar[bool] = False
     # Whether the policy can rank by the attention that its own block has just computed.
     REORGANISES: ClassVar[bool] = False
+    # Whether idle tokens serve as keys and values; in spatial-reduction attention they always do.
+    idle_context: bool = False
 
     def __init__(
         self,
