@@ -4,9 +4,9 @@ Importing the package registers its backbones, necks and hooks with mmengine, an
 loading accept the checkpoints that mmengine itself writes.
 """
 
-from . import backbones, engine, hooks, necks, policies
+from . import backbones, engine, hooks, losses, necks, policies
 from .version import __version__
 
-__all__ = ['__version__', 'backbones', 'engine', 'hooks', 'necks', 'policies']
+__all__ = ['__version__', 'backbones', 'engine', 'hooks', 'losses', 'necks', 'policies']
 
 engine.allow_mmengine_globals()

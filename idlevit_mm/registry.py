@@ -4,3 +4,4 @@ from mmengine.registry import Registry
 
 POLICIES = Registry('idling policy', locations=['idlevit_mm.policies'])
 SCORERS = Registry('token scorer', locations=['idlevit_mm.policies'])
+AUXILIARY_LOSSES = Registry('auxiliary loss', locations=['idlevit_mm.losses'])

@@ -33,7 +33,10 @@ ALLOWED = {
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
-CORE = ('registry', 'ops', 'layers', 'blocks', 'policies', 'backbones', 'necks', 'converters')
+CORE = (
+    *('registry', 'ops', 'layers', 'blocks', 'policies', 'backbones', 'necks', 'converters'),
+    'losses',
+)
 FOREIGN = ('mmdet', 'mmseg')
 
 

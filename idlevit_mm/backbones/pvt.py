@@ -101,6 +101,9 @@ class IdlePVTBlock(IdleBlock):
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.norm1(x))
 
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        return self.attn.kept_share(self.norm1(x), hw_shape, mask)
+
 
 @MODELS.register_module()
 class IdlePyramidVisionTransformer(IdleBackbone):

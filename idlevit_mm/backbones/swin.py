@@ -118,6 +118,9 @@ class IdleSwinBlock(IdleBlock):
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.norm1(x))
 
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        return self.attn.kept_share(self.norm1(x), hw_shape, mask)
+
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Weighted mean of the idle tokens of each window: (B, M, C)."""
         layout = self._windows(hw_shape, x.device)

@@ -117,6 +117,20 @@ class IdleBlock(BaseModule, ABC):
         """The class token's query (B, C) and all keys (B, P + N, C), in blocks that have one."""
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        """Share of each token's attention that would go to active tokens, were none idle.
+
+        Args:
+            x: (B, P + N, C), all tokens as they enter the block.
+            hw_shape: Height and width of the map in tokens.
+            mask: (B, P + N), or (B, P + N, V) for V masks at once; 1 for active tokens.
+
+        Returns:
+            Of the shape of ``mask``: sum over keys j of W_ij * mask_j, with W the softmax over j of
+            the head mean of the scaled logits.
+        """
+        raise NotImplementedError(f'{type(self).__name__} does not implement kept_share')
+
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Weighted mean of the idle tokens of each group: (B, R, C); here of the whole map.
 

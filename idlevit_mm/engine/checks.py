@@ -153,6 +153,23 @@ def check_pretrained(cfg: Any) -> None:
         load_checkpoint(path)
 
 
+def check_teachers(cfg: Any) -> None:
+    """Check that the files exist that teachers of ``AuxiliaryLossHook`` are read from.
+
+    Raises:
+        UsageError: A file of this machine is missing.
+    """
+    for number, hook in enumerate(cfg.get('custom_hooks') or ()):
+        losses = hook.get('losses') if isinstance(hook, dict) else None
+        for place, loss in enumerate(losses if isinstance(losses, (list, tuple)) else ()):
+            teacher = loss.get('teacher') if isinstance(loss, dict) else None
+            for key, path in teacher.items() if isinstance(teacher, dict) else ():
+                if is_local(path) and not os.path.isfile(path):
+                    raise UsageError(
+                        f'custom_hooks.{number}.losses.{place}.teacher.{key}={path} does not exist'
+                    )
+
+
 def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     """Find the newest whole checkpoint of a run.
 

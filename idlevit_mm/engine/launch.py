@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from .checks import (
     check_datasets,
     check_pretrained,
+    check_teachers,
     check_weights,
     find_resumable,
     is_local,
@@ -333,6 +334,7 @@ def train_from_config(
     checkpoint = _choose_start(cfg, config, resume)
     if checkpoint is None or not cfg.resume:
         check_pretrained(cfg)
+    check_teachers(cfg)
     check_datasets(cfg, ('train', 'val') if cfg.get('val_cfg') is not None else ('train',))
     _prepare_launcher(cfg, launcher)
 

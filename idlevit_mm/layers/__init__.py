@@ -10,6 +10,7 @@ from .position import (
     resize_relative_position_table,
 )
 from .shape import pad_to, to_map, to_tokens
+from .share import cell_means, kept_share
 
 __all__ = [
     'AbsolutePositionEmbedding',
@@ -19,6 +20,8 @@ __all__ = [
     'SelfAttention',
     'ShiftWindowMSA',
     'SpatialReductionAttention',
+    'cell_means',
+    'kept_share',
     'pad_to',
     'resize_position_table',
     'resize_relative_position_table',

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ops import Selection, WindowLayout, put_tokens, take_tokens, window_layout
 from .shape import pad_to, to_map, to_tokens
+from .share import cell_means, kept_share
 
 
 class WindowMSA(BaseModule):
@@ -172,6 +173,40 @@ class ShiftWindowMSA(BaseModule):
         # What stands in the places of idle queries is computed and thrown away.
         blank = torch.zeros_like(key_value[..., :channels])
         return torch.cat([put_tokens(blank, selection, query), key_value], dim=-1)
+
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        """Share of each token's attention that goes to active tokens of its window.
+
+        Logits are those of the dense block: position bias added, other regions hidden. Padding
+        slots are neither keys nor rows, since padding is neither active nor idle.
+
+        Args:
+            x: (B, N, C), normalised tokens.
+            hw_shape: Height and width of the map in tokens.
+            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
+
+        Returns:
+            Of the shape of ``mask``.
+        """
+        layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
+        qkv, channels = self.w_msa.qkv, 2 * x.shape[-1]
+        bias = None if qkv.bias is None else qkv.bias[:channels]
+        query, key = _fill_slots(F.linear(x, qkv.weight[:channels], bias), layout).chunk(2, dim=-1)
+        share = kept_share(
+            query,
+            key,
+            _fill_slots(mask.reshape(*mask.shape[:2], -1), layout),
+            self.w_msa.scale / self.w_msa.num_heads,
+            self._mean_bias(layout, query.dtype),
+        )
+        return share.flatten(1, 2).index_select(1, layout.slot_ids).view(mask.shape)
+
+    def _mean_bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+        """Head mean of the position bias, padding keys and other regions hidden: (M, L, L)."""
+        padding = layout.token_ids == len(layout.slot_ids)
+        bias = self.w_msa.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
+        inner = len(bias) - len(layout.regions)
+        return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
 
     def _attend_map(self, qkv: Tensor, layout: WindowLayout, selection: Selection | None) -> Tensor:
         """Write packed tokens to all windows of the map, attend, read them back: (B, T + R, C)."""
@@ -330,6 +365,31 @@ class SpatialReductionAttention(MultiheadAttention):
         cells = self.sr(pad_to(to_map(x, hw_shape), self.sr_ratio, self.sr_ratio))
         return self.norm(to_tokens(cells))
 
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        """Share of each token's attention that goes to active tokens.
+
+        Keys are cells: one is as active as the mean of its tokens. Tokens that the convolution
+        leaves out because they fill no cell are no keys.
+
+        Args:
+            x: (B, N, C), normalised tokens.
+            hw_shape: Height and width of the map in tokens.
+            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
+
+        Returns:
+            Of the shape of ``mask``.
+        """
+        channels = self.embed_dims
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        query_bias, key_bias, _ = (None,) * 3 if bias is None else bias.chunk(3)
+        query = F.linear(x, weight[:channels], query_bias)
+        key = F.linear(self.reduce(x, hw_shape), weight[channels : 2 * channels], key_bias)
+        columns = mask.reshape(*mask.shape[:2], -1)
+        if self.sr_ratio > 1:
+            columns = cell_means(columns, hw_shape, self.sr_ratio)
+        scale = (channels // self.num_heads) ** -0.5
+        return kept_share(query, key, columns, scale / self.num_heads).view(mask.shape)
+
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
         weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
@@ -438,6 +498,14 @@ def relative_position_index(window_size: int) -> Tensor:
     row_steps = rows[:, None] - rows[None, :] + window_size - 1
     col_steps = cols[:, None] - cols[None, :] + window_size - 1
     return row_steps * (2 * window_size - 1) + col_steps
+
+
+def _fill_slots(tokens: Tensor, layout: WindowLayout) -> Tensor:
+    """Write tokens (B, N, C) to the slots of all windows, zero in padding: (B, M, L, C)."""
+    batch, _, channels = tokens.shape
+    windows, slots = layout.token_ids.shape
+    filled = tokens.new_zeros(()).expand(batch, windows * slots, channels)
+    return filled.index_copy(1, layout.slot_ids, tokens).unflatten(1, (windows, slots))
 
 
 def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:

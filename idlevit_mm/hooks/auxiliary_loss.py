@@ -1,0 +1,138 @@
+"""Adds training signals to any model that has an idle backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import nn
+
+from ..backbones import IdleBackbone
+from ..losses import AuxiliaryLoss, Step, Teachers, build_losses, captured
+from ..losses.base import restore_method
+
+
+@HOOKS.register_module()
+class AuxiliaryLossHook(Hook):
+    """Adds losses to those of a model while it trains.
+
+    They are computed inside the model's own ``loss``, in the same forward pass. So autocast, loss
+    scaling, gradient accumulation, activation checkpointing and DDP treat them like any other, and
+    mmengine sums and logs them by name. The model's class, its weights and its checkpoints stay as
+    they are.
+
+    Args:
+        losses: Configs of the losses, such as
+            ``[dict(type='TokenCutLoss'), dict(type='FeatureDistillation', teacher=...)]``.
+
+    Raises:
+        TypeError: A loss does not take an argument given to it.
+        ValueError: There is no loss, one is unknown, or a value is not allowed.
+    """
+
+    def __init__(self, losses: Sequence[dict[str, Any] | AuxiliaryLoss]) -> None:
+        self.losses = build_losses(losses)
+        self._undo: Callable[[], None] | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Build the teachers and put the losses into the model.
+
+        Raises:
+            ValueError: There is another hook of this kind, or the model cannot have such losses.
+        """
+        if sum(isinstance(hook, AuxiliaryLossHook) for hook in runner.hooks) > 1:
+            raise ValueError('there are several AuxiliaryLossHook; put all losses into one')
+        model = runner.model
+        while is_model_wrapper(model):
+            model = model.module
+        self._undo = add_losses(model, self.losses)
+
+    def after_train(self, runner: Any) -> None:
+        """Give the model its own ``loss`` back."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+
+def add_losses(model: nn.Module, losses: Sequence[AuxiliaryLoss]) -> Callable[[], None]:
+    """Add losses to those that ``model.loss`` returns; also for training without a runner.
+
+    Args:
+        model: A detector or segmentor, without wrappers, weights loaded.
+        losses: What to add.
+
+    Returns:
+        A function that takes them out again.
+
+    Raises:
+        ValueError: The model has no idle backbone, or a loss cannot be computed for it.
+        TypeError: The model has no method ``loss``.
+    """
+    backbones = {
+        name: module for name, module in model.named_modules() if isinstance(module, IdleBackbone)
+    }
+    if not backbones:
+        raise ValueError(
+            f'{type(model).__name__} has no idle backbone, which '
+            f'{", ".join(type(loss).__name__ for loss in losses)} need'
+        )
+    if not callable(getattr(model, 'loss', None)):
+        raise TypeError(f'{type(model).__name__} has no method loss to add losses to')
+    teachers = Teachers(model, backbones)
+    for loss in losses:
+        loss.prepare(model, backbones, teachers)
+    before = model.__dict__.get('loss')
+    model.loss = _with_losses(model, losses, backbones, teachers)
+    return lambda: restore_method(model, 'loss', before)
+
+
+def _with_losses(
+    model: nn.Module,
+    losses: Sequence[AuxiliaryLoss],
+    backbones: Mapping[str, IdleBackbone],
+    teachers: Teachers,
+) -> Callable[..., dict[str, Any]]:
+    original = model.loss
+    names = {name for loss in losses for name in loss.modules()}
+    needs_inputs = any(loss.needs_inputs for loss in losses)
+
+    def loss(inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with ExitStack() as stack:
+            if needs_inputs:
+                stack.enter_context(recorded_inputs(backbones))
+            modules = {name: model.get_submodule(name) for name in names}
+            calls = stack.enter_context(captured(modules))
+            stack.callback(teachers.forget)
+            total = dict(original(inputs, *args, **kwargs))
+            step = Step(model, backbones, inputs, calls)
+            for part in losses:
+                if part.name in total:
+                    raise ValueError(
+                        f'{type(model).__name__} has a loss {part.name!r} already; give '
+                        f'{type(part).__name__} another name'
+                    )
+                total[part.name] = part(step)
+        return total
+
+    return loss
+
+
+@contextmanager
+def recorded_inputs(backbones: Mapping[str, IdleBackbone]) -> Iterator[None]:
+    """Let backbones record the inputs of their blocks, and drop these at the end.
+
+    They hang on the graph of the forward pass, which nothing must keep alive.
+    """
+    switched = [backbone for backbone in backbones.values() if not backbone.record_inputs]
+    for backbone in switched:
+        backbone.record_inputs = True
+    try:
+        yield
+    finally:
+        for backbone in switched:
+            backbone.record_inputs = False
+            backbone.records = [record._replace(inputs=()) for record in backbone.records]

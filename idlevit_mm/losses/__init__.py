@@ -1,0 +1,18 @@
+"""Training signals for idle backbones; ``AuxiliaryLossHook`` adds them to any model."""
+
+from .base import AuxiliaryLoss, Step, build_losses, captured
+from .distill import FeatureDistillation, LogitDistillation
+from .teacher import Teacher, Teachers
+from .token_cut import TokenCutLoss
+
+__all__ = [
+    'AuxiliaryLoss',
+    'FeatureDistillation',
+    'LogitDistillation',
+    'Step',
+    'Teacher',
+    'Teachers',
+    'TokenCutLoss',
+    'build_losses',
+    'captured',
+]

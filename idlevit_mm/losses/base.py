@@ -1,0 +1,183 @@
+"""What a training signal is, and how it looks into a model without changing it."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..registry import AUXILIARY_LOSSES
+
+if TYPE_CHECKING:
+    from .teacher import Teachers
+
+
+class Call(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: What it returned.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class Step:
+    """One forward pass in training.
+
+    Attributes:
+        model: The student, without wrappers.
+        backbones: Its idle backbones by their name in the model.
+        inputs: The preprocessed images, as the model's ``loss`` got them.
+        calls: Last call in this pass of each module that a loss asked for, by name.
+    """
+
+    model: nn.Module
+    backbones: Mapping[str, Any]
+    inputs: Any
+    calls: Mapping[str, Call]
+
+
+class AuxiliaryLoss(ABC):
+    """A loss that is added to those of a model while it trains.
+
+    Args:
+        loss_weight: Factor of the loss; at least 0.
+        name: Its key among the losses. mmengine sums and logs keys that contain ``loss``.
+
+    Raises:
+        TypeError: ``loss_weight`` is no number.
+        ValueError: ``loss_weight`` is negative, or ``name`` would not be summed.
+    """
+
+    needs_inputs = False  # whether idle backbones must record the inputs of their blocks
+
+    def __init__(self, loss_weight: float, name: str) -> None:
+        if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
+            raise TypeError(f'loss_weight={loss_weight!r} must be a number')
+        if not loss_weight >= 0:
+            raise ValueError(f'loss_weight={loss_weight} must be at least 0')
+        if not isinstance(name, str) or 'loss' not in name:
+            raise ValueError(
+                f"name={name!r} must contain 'loss': mmengine sums no other key into the loss"
+            )
+        self.loss_weight = loss_weight
+        self.name = name
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
+        """Look at the model once, before training.
+
+        Args:
+            model: The student, without wrappers, weights loaded.
+            backbones: Its idle backbones by name.
+            teachers: Where teachers come from; losses with the same one share it.
+
+        Raises:
+            ValueError: The loss cannot be computed for this model.
+        """
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Tensor:
+        """Compute the weighted loss of a forward pass: a scalar with graph."""
+
+    def modules(self) -> Iterable[str]:
+        """Names of the modules whose calls the loss wants to see."""
+        return ()
+
+
+def build_losses(losses: Sequence[dict[str, Any] | AuxiliaryLoss]) -> list[AuxiliaryLoss]:
+    """Build losses from configs.
+
+    Args:
+        losses: Dicts with ``type`` and arguments, or built losses.
+
+    Raises:
+        TypeError: It is no list of dicts, or a loss does not take an argument given to it.
+        ValueError: There is none, one is unknown, or two have the same name.
+    """
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(f'losses={losses!r} must be a list of dicts with a type')
+    if not losses:
+        raise ValueError(
+            f'losses={losses!r} must name at least one of '
+            f'{", ".join(sorted(AUXILIARY_LOSSES.module_dict))}'
+        )
+    built = [_build(loss) for loss in losses]
+    names = [loss.name for loss in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'losses has name={name!r} twice; give one of them another name')
+    return built
+
+
+def _build(cfg: Any) -> AuxiliaryLoss:
+    if isinstance(cfg, AuxiliaryLoss):
+        return cfg
+    if not isinstance(cfg, dict) or not isinstance(cfg.get('type'), str):
+        raise TypeError(f'losses holds {cfg!r}; it must be a dict with a type')
+    options = dict(cfg)
+    name = options.pop('type').rpartition('.')[2]
+    cls = AUXILIARY_LOSSES.module_dict.get(name)
+    if cls is None:
+        allowed = ', '.join(sorted(AUXILIARY_LOSSES.module_dict))
+        raise ValueError(f'losses.type={name!r} is unknown; allowed: {allowed}')
+    accepted = list(inspect.signature(cls).parameters)
+    for key in options:
+        if key not in accepted:
+            raise TypeError(f'{name} has no argument {key!r}; allowed: {", ".join(accepted)}')
+    return cls(**options)
+
+
+@contextmanager
+def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
+    """Note the last call of each module while the context is open.
+
+    Forward hooks would miss heads whose ``forward`` is called directly, as mmseg does, so the
+    method is wrapped on the instance and put back at the end.
+
+    Args:
+        modules: Modules by the name that the calls shall have.
+    """
+    calls: dict[str, Call] = {}
+    before = {name: module.__dict__.get('forward') for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = _noting(module.forward, name, calls)
+    try:
+        yield calls
+    finally:
+        for name, module in modules.items():
+            restore_method(module, 'forward', before[name])
+
+
+def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        calls[name] = Call(args, kwargs, output)
+        return output
+
+    return noting
+
+
+def restore_method(module: nn.Module, method: str, before: Callable | None) -> None:
+    """Undo the replacement of a method on an instance.
+
+    Args:
+        module: The instance.
+        method: Name of the method.
+        before: What the instance itself held; None where it had the method from its class.
+    """
+    if before is None:
+        module.__dict__.pop(method, None)
+    else:
+        module.__dict__[method] = before

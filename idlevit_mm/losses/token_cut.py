@@ -1,0 +1,150 @@
+"""Token cut loss (IdleViT, arXiv 2310.05654): attention shall not cross from active to idle.
+
+Shape letters: B images, N tokens of a block (those of the map, and a class token where there is
+one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import keep_mask
+from ..registry import AUXILIARY_LOSSES
+from .base import AuxiliaryLoss, Step
+from .teacher import Teachers
+
+KINDS = ('inter', 'intra', 'both')
+
+
+@AUXILIARY_LOSSES.register_module()
+class TokenCutLoss(AuxiliaryLoss):
+    """Normalised cut between the active and the idle tokens of every idle block.
+
+    With W_ij the softmax over keys j of the head mean of the scaled logits of all tokens, and m the
+    keep mask (1 active, 0 idle), which gets no gradient::
+
+        inter = mean_i (sum_j |m_i - m_j| W_ij) ** 2
+        intra = mean_i (sum_j m_i m_j W_ij - m_i) ** 2
+
+    The column of a class token is left out of ``inter``. Both follow from the share of attention
+    that goes to active tokens, a_i = sum_j W_ij m_j, so W is never stored. The mean is over rows,
+    images, and then idle blocks.
+
+    Args:
+        kind: ``inter``, ``intra`` or ``both`` for their sum.
+        loss_weight: Factor of the loss; 20 in the paper.
+        name: Its key among the losses.
+
+    Raises:
+        TypeError: ``loss_weight`` is no number.
+        ValueError: Unknown ``kind``, negative ``loss_weight``, or a ``name`` without ``loss``.
+    """
+
+    needs_inputs = True
+
+    def __init__(
+        self, kind: str = 'both', loss_weight: float = 20.0, name: str = 'loss_token_cut'
+    ) -> None:
+        super().__init__(loss_weight, name)
+        if kind not in KINDS:
+            raise ValueError(f'kind={kind!r} is unknown; allowed: {", ".join(KINDS)}')
+        self.kind = kind
+
+    def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
+        for name, backbone in backbones.items():
+            for block in (block for stage in backbone.idle_blocks for block in stage):
+                if block.policy.scope == 'windows':
+                    raise ValueError(
+                        f"{name} has policy.scope='windows': whole windows idle, so no attention "
+                        'crosses from active to idle tokens and TokenCutLoss is 0 by definition; '
+                        'use another scope or drop the loss'
+                    )
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.of_backbones(step.backbones.values())
+
+    def of_backbones(self, backbones: Any) -> Tensor:
+        """Compute the weighted loss of the last forward pass of the backbones.
+
+        Args:
+            backbones: Idle backbones that ran with ``record_inputs`` set.
+
+        Returns:
+            A scalar; 0 with graph where no block idled.
+
+        Raises:
+            RuntimeError: Blocks idled, but their inputs are not on record.
+        """
+        backbones = list(backbones)
+        cuts = [
+            token_cut(share, mask, self.kind)
+            for backbone in backbones
+            for share, mask in kept_shares(backbone)
+        ]
+        if not cuts:
+            return 0.0 * next(backbones[0].parameters()).sum()
+        return self.loss_weight * torch.stack(cuts).mean()
+
+
+def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Share of attention to active tokens in each block that idled in the last forward pass.
+
+    Args:
+        backbone: An idle backbone that ran with ``record_inputs`` set.
+
+    Yields:
+        (B, N) share and (B, N) keep mask. A row of an idle token leaves the class token out.
+
+    Raises:
+        RuntimeError: The inputs are not on record.
+    """
+    for record, blocks in zip(backbone.records, backbone.idle_blocks, strict=True):
+        idled = [selection is not None for selection in record.selections]
+        if any(idled) and not record.inputs:
+            raise RuntimeError(
+                'the inputs of the blocks are not on record: set backbone.record_inputs=True '
+                'before the forward pass'
+            )
+        for index, block in enumerate(blocks):
+            selection = record.selections[index]
+            if selection is not None:
+                x = record.inputs[index]
+                # Ids behind the input are tokens that the policy has added in the block.
+                ids = selection.token_ids.clamp(max=x.shape[1])
+                mask = keep_mask(selection._replace(token_ids=ids), x.shape[1]).to(torch.float32)
+                yield _kept_share(block, x, record, mask), mask
+
+
+def _kept_share(block: Any, x: Tensor, record: Any, mask: Tensor) -> Tensor:
+    if record.num_prefix == 0:
+        return block.checkpointed(block.kept_share, x, record.hw_shape, mask)
+    map_alone = mask.clone()
+    map_alone[:, : record.num_prefix] = 0.0
+    masks = torch.stack([mask, map_alone], dim=-1)
+    share = block.checkpointed(block.kept_share, x, record.hw_shape, masks)
+    return torch.where(mask > 0, share[..., 0], share[..., 1])
+
+
+def token_cut(share: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Token cut loss of one block, unweighted.
+
+    Args:
+        share: (B, N), sum_j W_ij m_j; in rows of idle tokens without the class token.
+        mask: (B, N), 1 for active tokens and 0 for idle ones.
+        kind: One of ``KINDS``.
+
+    Returns:
+        A scalar of at least float32.
+    """
+    share = share if share.dtype == torch.float64 else share.float()
+    mask = mask.to(share.dtype)
+    # Rows of an active token i: |1 - m_j| sums to 1 - a_i. Rows of an idle one: m_j sums to a_i.
+    leaving = (mask * (1 - share)).square().mean()
+    if kind == 'intra':
+        return leaving
+    entering = ((1 - mask) * share).square().mean()
+    return leaving + entering if kind == 'inter' else 2 * leaving + entering

@@ -1,0 +1,355 @@
+"""Token cut loss against matrices of all pairs, written without the package's own maths."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backbone_zoo import image, parametrize, randomize, variant_scopes
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from idlevit_mm.layers import ShiftWindowMSA, SpatialReductionAttention, kept_share
+from idlevit_mm.losses import TokenCutLoss
+from idlevit_mm.losses.token_cut import kept_shares, token_cut
+from idlevit_mm.ops import Selection
+
+KINDS = ('inter', 'intra', 'both')
+F64 = torch.float64
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def random_mask(batch, tokens, seed=0):
+    mask = noise(batch, tokens, seed=seed + 50) > 0
+    mask[:, 0] = True
+    return mask.to(F64)
+
+
+def mean_logits(query, key, heads, scale):
+    """Mean over heads of scaled logits of each head: (B, N, K)."""
+    parts = [
+        scale * q @ k.transpose(-1, -2)
+        for q, k in zip(query.chunk(heads, -1), key.chunk(heads, -1), strict=True)
+    ]
+    return torch.stack(parts).mean(0)
+
+
+def naive_cut(weights, m_rows, m_keys, kind, class_token=False):
+    """The two formulas of the paper, element by element, for one image: W (N, K)."""
+    differing = (m_rows[:, None] - m_keys[None, :]).abs() * weights
+    if class_token:
+        differing = differing[:, 1:]
+    inter = differing.sum(1).square().mean()
+    both_kept = m_rows[:, None] * m_keys[None, :] * weights
+    intra = (both_kept.sum(1) - m_rows).square().mean()
+    return dict(inter=inter, intra=intra, both=inter + intra)[kind]
+
+
+# Windows
+
+
+def naive_window_weights(attn, x, hw):
+    """W (N, N) of every image, by padding, rolling and looping over pairs of slots."""
+    (h, w), side, shift, msa = hw, attn.window_size, attn.shift_size, attn.w_msa
+    channels = x.shape[-1]
+    weight, bias = msa.qkv.weight, msa.qkv.bias
+    bias = torch.zeros(3 * channels, dtype=F64) if bias is None else bias
+    query = x @ weight[:channels].T + bias[:channels]
+    key = x @ weight[channels : 2 * channels].T + bias[channels : 2 * channels]
+    logits = mean_logits(query, key, msa.num_heads, msa.scale)
+    padded_h, padded_w = -(-h // side) * side, -(-w // side) * side
+
+    def place(index, length, padded):
+        """Window, place in it and region of a coordinate along an axis."""
+        rolled = (index - shift) % padded
+        region = 0
+        if shift:
+            region = int(rolled >= padded - side) + int(rolled >= padded - shift)
+        return rolled // side, rolled % side, region
+
+    tokens = [(place(r, h, padded_h), place(c, w, padded_w)) for r in range(h) for c in range(w)]
+    seen = torch.zeros(h * w, h * w, dtype=torch.bool)
+    offset = torch.zeros(h * w, h * w, dtype=F64)
+    for i, (ri, ci) in enumerate(tokens):
+        for j, (rj, cj) in enumerate(tokens):
+            same_window = (ri[0], ci[0]) == (rj[0], cj[0])
+            same_region = (ri[2], ci[2]) == (rj[2], cj[2])
+            seen[i, j] = same_window and same_region
+            row, col = ri[1] - rj[1] + side - 1, ci[1] - cj[1] + side - 1
+            if seen[i, j]:
+                table = msa.relative_position_bias_table
+                offset[i, j] = table[row * (2 * side - 1) + col].mean()
+    return (logits + offset).masked_fill(~seen, float('-inf')).softmax(-1)
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('shift', [0, 2])
+@pytest.mark.parametrize('hw', [(4, 8), (5, 7), (3, 2), (9, 4)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_windows(batch, shift, hw, bias):
+    attn = randomize(ShiftWindowMSA(8, 2, 4, shift, qkv_bias=bias).double())
+    x = noise(batch, hw[0] * hw[1], 8)
+    mask = random_mask(batch, hw[0] * hw[1])
+    share = attn.kept_share(x, hw, mask)
+    weights = naive_window_weights(attn, x, hw)
+    torch.testing.assert_close(share, (weights @ mask[..., None])[..., 0])
+    for kind in KINDS:
+        want = torch.stack([naive_cut(w, m, m, kind) for w, m in zip(weights, mask, strict=True)])
+        torch.testing.assert_close(token_cut(share, mask, kind), want.mean())
+
+
+# Spatial reduction
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('ratio', [1, 2, 4])
+@pytest.mark.parametrize('hw', [(4, 8), (5, 7), (3, 2), (2, 9)])
+def test_spatial_reduction(batch, ratio, hw):
+    attn = randomize(SpatialReductionAttention(8, 2, sr_ratio=ratio).double())
+    (h, w), channels = hw, 8
+    x = noise(batch, h * w, channels)
+    mask = random_mask(batch, h * w)
+    cells, kept = x, mask
+    if ratio > 1:
+        rows, cols = max(h // ratio, 1), max(w // ratio, 1)
+        canvas = torch.zeros(batch, rows * ratio, cols * ratio, channels, dtype=F64)
+        grid = x.view(batch, h, w, channels)[:, : rows * ratio, : cols * ratio]
+        canvas[:, : grid.shape[1], : grid.shape[2]] = grid
+        cells = F.conv2d(canvas.permute(0, 3, 1, 2), attn.sr.weight, attn.sr.bias, stride=ratio)
+        cells = attn.norm(cells.flatten(2).transpose(1, 2))
+        grid = mask.view(batch, h, w)
+        kept = torch.stack(
+            [
+                grid[:, r * ratio : (r + 1) * ratio, c * ratio : (c + 1) * ratio].flatten(1).mean(1)
+                for r in range(rows)
+                for c in range(cols)
+            ],
+            dim=1,
+        )
+    weight, bias = attn.attn.in_proj_weight, attn.attn.in_proj_bias
+    query = x @ weight[:channels].T + bias[:channels]
+    key = cells @ weight[channels : 2 * channels].T + bias[channels : 2 * channels]
+    weights = mean_logits(query, key, 2, (channels // 2) ** -0.5).softmax(-1)
+    share = attn.kept_share(x, hw, mask)
+    torch.testing.assert_close(share, (weights @ kept[..., None])[..., 0])
+    for kind in KINDS:
+        want = [naive_cut(*parts, kind) for parts in zip(weights, mask, kept, strict=True)]
+        torch.testing.assert_close(token_cut(share, mask, kind), torch.stack(want).mean())
+
+
+def test_several_masks_at_once():
+    for attn in (ShiftWindowMSA(8, 2, 3, 1), SpatialReductionAttention(8, 2, sr_ratio=2)):
+        randomize(attn).double()
+        x, masks = noise(2, 20, 8), torch.stack([random_mask(2, 20, s) for s in range(3)], -1)
+        share = attn.kept_share(x, (4, 5), masks)
+        for v in range(3):
+            torch.testing.assert_close(share[..., v], attn.kept_share(x, (4, 5), masks[..., v]))
+
+
+# Plain attention, with a class token
+
+
+@pytest.mark.parametrize('masks', [(), (2,)])
+def test_a_fused_kernel_computes_the_share(masks):
+    """Only kernels that never store the matrix of all pairs are allowed here."""
+    query, key = noise(2, 70, 16).requires_grad_(), noise(2, 50, 16, seed=1)
+    mask = (noise(2, 50, *masks, seed=2) > 0).to(F64)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        share = kept_share(query, key, mask, 0.1)
+        share.sum().backward()
+    weights = (0.1 * query @ key.mT).softmax(-1)
+    want = weights @ mask if masks else (weights @ mask[..., None])[..., 0]
+    torch.testing.assert_close(share, want)
+
+
+class PlainBlock(nn.Module):
+    """The least that the loss asks of a block."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.qk = nn.Linear(8, 16, dtype=F64)
+        self.heads = heads
+
+    def checkpointed(self, function, x, *args):
+        return function(x, *args)
+
+    def kept_share(self, x, hw_shape, mask):
+        query, key = self.qk(x).chunk(2, -1)
+        return kept_share(query, key, mask, (8 // self.heads) ** -0.5 / self.heads)
+
+
+def plain_backbone(x, hw, ids):
+    """One block that idled between two that did not."""
+    block = randomize(PlainBlock())
+    selection = Selection(ids, ids, False)
+    record = SimpleNamespace(
+        hw_shape=hw,
+        num_prefix=x.shape[1] - hw[0] * hw[1],
+        selections=[None, selection, None],
+        inputs=[None, x, None],
+    )
+    return SimpleNamespace(
+        records=[record], idle_blocks=[[PlainBlock(), block, PlainBlock()]], block=block
+    )
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('class_token', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_plain_attention(batch, class_token, kind):
+    hw, tokens = (3, 5), 15 + class_token
+    x = noise(batch, tokens, 8)
+    ids = torch.stack([torch.randperm(tokens - 1)[:6].sort().values + 1 for _ in range(batch)])
+    ids = torch.cat([torch.zeros(batch, 1, dtype=torch.long), ids], 1)
+    mask = torch.zeros(batch, tokens, dtype=F64).scatter_(1, ids, 1.0)
+    backbone = plain_backbone(x, hw, ids)
+    query, key = backbone.block.qk(x).chunk(2, -1)
+    weights = mean_logits(query, key, 2, 0.5).softmax(-1)
+    want = [naive_cut(w, m, m, kind, class_token) for w, m in zip(weights, mask, strict=True)]
+    loss = TokenCutLoss(kind, loss_weight=3.0).of_backbones([backbone])
+    torch.testing.assert_close(loss, 3 * torch.stack(want).mean())
+    assert loss > 0
+
+
+def test_mean_over_idle_blocks_of_all_backbones():
+    ids = torch.tensor([[0, 2, 5]])
+    backbones = [plain_backbone(noise(1, 16, 8, seed=s), (3, 5), ids) for s in range(3)]
+    loss = TokenCutLoss()
+    each = torch.stack([loss.of_backbones([backbone]) for backbone in backbones])
+    torch.testing.assert_close(loss.of_backbones(backbones), each.mean())
+    assert loss.loss_weight == 20
+
+
+def test_bounds():
+    mask = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    assert all(token_cut(mask, mask, kind) == 0 for kind in KINDS)
+    assert token_cut(1 - mask, mask, 'inter') == 1
+    assert token_cut(1 - mask, mask, 'intra') == 0.5
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_gradients_are_those_of_differences(kind):
+    window = randomize(ShiftWindowMSA(4, 2, 2, 1).double())
+    cells = randomize(SpatialReductionAttention(4, 2, sr_ratio=2).double())
+    x, mask = noise(2, 6, 4).requires_grad_(), random_mask(2, 6)
+    for attn in (window, cells):
+        torch.autograd.gradcheck(
+            lambda x, *_, attn=attn: token_cut(attn.kept_share(x, (2, 3), mask), mask, kind),
+            (x, *[p for p in attn.parameters() if p.requires_grad]),
+        )
+
+
+# Real backbones
+
+
+def run(variant, scope='map', keep=0.5, size=(2, 3, 45, 58), dtype=torch.float32, **kwargs):
+    model = randomize(variant.build(keep_ratios=keep, policy=dict(scope=scope), **kwargs))
+    model.to(dtype).train().record_inputs = True
+    model(image(size, dtype=dtype))
+    return model
+
+
+@pytest.mark.parametrize(('variant', 'scope'), variant_scopes())
+@pytest.mark.parametrize('kind', KINDS)
+def test_reaches_queries_and_keys_only_of_attention(variant, scope, kind):
+    model = run(variant, scope)
+    if scope == 'windows':
+        with pytest.raises(ValueError, match="policy.scope='windows'.*0 by definition"):
+            TokenCutLoss(kind).prepare(model, dict(backbone=model), None)
+        return
+    loss = TokenCutLoss(kind).of_backbones([model])
+    assert 0 < loss < 40
+    loss.backward()
+    for block in (block for stage in model.idle_blocks for block in stage):
+        attn = block.attn
+        weight = attn.w_msa.qkv.weight if hasattr(attn, 'w_msa') else attn.attn.in_proj_weight
+        for part in weight.grad.chunk(3)[:2]:
+            assert part.isfinite().all()
+            assert part.abs().sum() > 0
+
+
+@parametrize()
+@pytest.mark.parametrize('policy', ['IdleViT', 'EViT', 'EvoViT'])
+def test_every_policy_that_chooses_tokens(variant, policy):
+    model = randomize(variant.build(keep_ratios=0.6, policy=dict(type=policy))).train()
+    model.record_inputs = True
+    outs = model(image((2, 3, 45, 58)))
+    shares = list(kept_shares(model))
+    assert len(shares) == sum(model.depths)
+    masks = [mask.flatten(1).float() for stage in model.keep_masks for mask in stage]
+    for (share, mask), want in zip(shares, masks, strict=True):
+        first = model.records[0].num_prefix
+        assert torch.equal(mask[:, first : first + want.shape[1]], want)
+        assert share.shape == mask.shape
+        assert share.min() >= 0
+        assert share.max() < 1 + 1e-5
+    loss = TokenCutLoss().of_backbones([model])
+    (loss + sum(out.sum() for out in outs)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@parametrize()
+def test_frozen_stages_stay_frozen(variant):
+    model = run(variant, frozen_stages=1)
+    TokenCutLoss().of_backbones([model]).backward()
+    frozen = {id(p) for p in model._frozen_parameters()}
+    assert frozen
+    assert all(p.grad is None for p in model.parameters() if id(p) in frozen)
+    assert any(p.grad is not None for p in model.parameters())
+
+
+@parametrize()
+def test_nothing_idled_is_zero_with_graph(variant):
+    loss = TokenCutLoss().of_backbones([run(variant, keep=1.0)])
+    assert loss == 0
+    loss.backward()
+
+
+@parametrize()
+def test_inputs_must_be_on_record(variant):
+    model = variant.build(keep_ratios=0.5)
+    model(image((1, 3, 45, 58)))
+    with pytest.raises(RuntimeError, match='record_inputs=True'):
+        TokenCutLoss().of_backbones([model])
+
+
+@parametrize()
+def test_activation_checkpointing_changes_nothing(variant):
+    found = []
+    for with_cp in (False, True):
+        model = run(variant, dtype=F64, with_cp=with_cp, drop_path_rate=0.0)
+        loss = TokenCutLoss().of_backbones([model])
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@parametrize()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(variant, dtype):
+    """Windows of padding alone hide every key; that must not become NaN."""
+    exact = TokenCutLoss().of_backbones([run(variant, size=(1, 3, 36, 20))])
+    with torch.autocast('cpu', dtype):
+        model = run(variant, size=(1, 3, 36, 20))
+        loss = TokenCutLoss().of_backbones([model])
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) < 0.1 * exact
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(kind='outer'), ValueError, "kind='outer' is unknown; allowed: inter, intra, both"),
+        (dict(loss_weight=-1), ValueError, 'loss_weight=-1 must be at least 0'),
+        (dict(loss_weight='20'), TypeError, "loss_weight='20' must be a number"),
+        (dict(name='cut'), ValueError, "name='cut' must contain 'loss'"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        TokenCutLoss(**options)
