@@ -122,6 +122,9 @@ class IdleViTBlock(IdleBlock):
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.ln1(x))
 
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        return self.attn.kept_share(self.ln1(x), mask)
+
     def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.ln1(x)
         return self.attn.project(x[:, 0], 0, 1), self.attn.project(x, 1, 2)

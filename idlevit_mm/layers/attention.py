@@ -470,6 +470,20 @@ class SelfAttention(MultiheadAttention):
         bias = self.attn.in_proj_bias
         return F.linear(x, self.attn.in_proj_weight[part], None if bias is None else bias[part])
 
+    def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Share of each token's attention that goes to active tokens.
+
+        Args:
+            x: (B, N, C), all tokens, normalised.
+            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
+
+        Returns:
+            Of the shape of ``mask``.
+        """
+        query, key = self.project(x, 0, 2).chunk(2, dim=-1)
+        scale = (self.embed_dims // self.num_heads) ** -0.5
+        return kept_share(query, key, mask, scale / self.num_heads)
+
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
         weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias

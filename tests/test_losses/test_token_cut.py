@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_zoo import image, parametrize, randomize, variant_scopes
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -240,6 +241,48 @@ def test_gradients_are_those_of_differences(kind):
             lambda x, *_, attn=attn: token_cut(attn.kept_share(x, (2, 3), mask), mask, kind),
             (x, *[p for p in attn.parameters() if p.requires_grad]),
         )
+
+
+VIT = dict(
+    type='IdleVisionTransformer',
+    img_size=32,
+    patch_size=8,
+    embed_dims=8,
+    num_layers=3,
+    num_heads=2,
+    mlp_ratio=2,
+)
+
+
+@pytest.mark.parametrize('policy', [dict(), dict(type='EViT'), dict(type='EvoViT')])
+@pytest.mark.parametrize('class_token', [True, False])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_vision_transformer(policy, class_token, batch):
+    """Fused tokens of EViT stand behind the map; what a block adds itself is not in its input."""
+    model = MODELS.build(
+        dict(VIT, keep_ratios=[1.0, 0.6, 0.5], policy=policy, with_cls_token=class_token)
+    )
+    randomize(model).double().train().record_inputs = True
+    model(image((batch, 3, 24, 45), dtype=F64))
+    (record,), (blocks,) = model.records, model.idle_blocks
+    assert record.inputs[0] is None
+    wants = []
+    for index in (1, 2):
+        block, x = blocks[index], record.inputs[index]
+        assert x.shape[1] >= 15 + class_token
+        weight, bias = block.attn.attn.in_proj_weight, block.attn.attn.in_proj_bias
+        query, key, _ = (block.ln1(x) @ weight.T + bias).chunk(3, -1)
+        weights = mean_logits(query, key, 2, 0.5).softmax(-1)
+        for ids, w in zip(record.selections[index].token_ids.tolist(), weights, strict=True):
+            mask = torch.zeros(x.shape[1], dtype=F64)
+            mask[[i for i in ids if i < x.shape[1]]] = 1.0
+            wants.append(naive_cut(w, mask, mask, 'both', class_token))
+    loss = TokenCutLoss(loss_weight=1.0).of_backbones([model])
+    torch.testing.assert_close(loss, torch.stack(wants).mean())
+    loss.backward()
+    for block in blocks[1:]:
+        for part in block.attn.attn.in_proj_weight.grad.chunk(3)[:2]:
+            assert part.abs().sum() > 0
 
 
 # Real backbones
