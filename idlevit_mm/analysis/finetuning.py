@@ -89,9 +89,11 @@ def scored_tool(
         RunFailed: the tool failed or logged no such metric.
     """
     start = time.monotonic()
+    # A run that evaluates to nothing must not be given the score of an earlier one.
+    earlier = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     options = runs.option_list(extra_options or {})
     runs.run_tool([*arguments, '--work-dir', folder, *options], folder / log, threads=threads)
-    metrics = runs.last_metrics(folder)
+    metrics = runs.last_metrics(folder, ignore=earlier)
     if metric not in metrics:
         raise runs.RunFailed(f'{folder.name}: no {metric} in the logs below {folder}')
     return Result(metrics[metric], round(time.monotonic() - start, 1))
