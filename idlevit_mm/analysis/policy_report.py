@@ -196,7 +196,7 @@ def task_table(outcome: Outcome, task: Task, speeds: Speeds) -> str:
             f'{setup.operations:.3f}',
             f'{_mean(outcome, variant):.2f}',
             _difference(outcome, variant, dense_variant(task.name)),
-            ', '.join(f'{score:.1f}' for score in scores_of(variant, outcome.results)),
+            ', '.join(f'{score:.2f}' for score in scores_of(variant, outcome.results)),
         ]
         for of_shape in speeds.values():
             speed = of_shape.get(variant)

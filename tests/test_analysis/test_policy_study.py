@@ -304,8 +304,8 @@ def test_whole_study(study, tmp_path):
     assert outcome.complete
     assert len(runner.done) == len(outcome.results) == len(outcome.plan)
     text = policy_report.report_text(outcome, {}, 'python study')
-    assert '| dense | – | 1 | 1.000 | 70.10 | – | 70.0, 70.2 |' in text
-    idle = r'\| idlevit \| -33 % \| 0\.67\d? \| 0\.670 \| 69\.90 \| -0\.20 \| 69\.8, 70\.0 \|'
+    assert '| dense | – | 1 | 1.000 | 70.10 | – | 70.00, 70.20 |' in text
+    idle = r'\| idlevit \| -33 % \| 0\.67\d? \| 0\.670 \| 69\.90 \| -0\.20 \| 69\.80, 70\.00 \|'
     assert re.search(idle, text)
     assert text.count('**met**') == 2
     assert '-0.20 against dense, +9.80 against ' in text
