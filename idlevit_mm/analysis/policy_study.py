@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 from torch import nn
 
 from idlevit_mm.analysis import finetuning, ledger, runs
@@ -677,6 +677,7 @@ def run_study(
 
     finished = Ledger(out_dir / 'runs.jsonl', Variant, settings)
     if runner is None:
+        check_hooks(setups)
         runner = training_runner(starts, setups, out_dir / 'runs', epochs, threads, extra_options)
     deadline = None if time_budget is None else time.monotonic() + time_budget
     try:
@@ -701,6 +702,21 @@ def find_setups(variants: Iterable[Variant], meters: Mapping[str, Meter]) -> dic
         variant: setup_of(variant, meters[variant.task])
         for variant in sorted(variants, key=lambda variant: variant.name)
     }
+
+
+def check_hooks(setups: Mapping[Variant, Setup]) -> None:
+    """Tell before hours of training which methods need a hook that is not there.
+
+    Raises:
+        ValueError: a hook is not registered.
+    """
+    for variant, setup in setups.items():
+        for hook in setup.hooks(''):
+            if HOOKS.get(hook['type']) is None:
+                raise ValueError(
+                    f'method={variant.method} needs the hook {hook["type"]}, which is not '
+                    'registered; leave the method out'
+                )
 
 
 def _backbone_cfg(start: Start) -> Mapping[str, Any]:

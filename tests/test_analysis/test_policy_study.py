@@ -183,6 +183,13 @@ def test_a_level_out_of_reach_is_named(monkeypatch):
         policy_study.setup_of(Variant('swin-det', 'here', 0.33), _Meter())
 
 
+def test_a_hook_that_is_not_there_is_named_before_any_training(monkeypatch, study):
+    hooks = replace(METHODS['random'], hooks=lambda teacher: [dict(type='NoSuchHook')])
+    monkeypatch.setitem(METHODS, 'random', hooks)
+    with pytest.raises(ValueError, match='method=random needs the hook NoSuchHook'):
+        study(None, tasks=('swin-det',), methods=('random',), random_ratios=False)
+
+
 # --- One run ----------------------------------------------------------------------------------
 
 
