@@ -227,7 +227,7 @@ def goal_text(outcome: Outcome, task: Task) -> str:
     best = max(own, key=lambda v: _mean(outcome, v))
     score = _mean(outcome, best)
     loss = _mean(outcome, dense_variant(task.name)) - score
-    text = f'Best own row: {best.method}, {-loss:+.2f} against dense'
+    text = f'Best own row: {best.method}, {0.0 - loss:+.2f} against dense'
     short = [f'{loss - ALLOWED_LOSS:.2f} points against dense'] if loss > ALLOWED_LOSS else []
     if others:
         rival = max(others, key=lambda v: _mean(outcome, v))
@@ -372,13 +372,19 @@ def draw(outcome: Outcome, path: Path) -> None:
                 handles[name] = panel.axhline(points[0][1], color='black', linewidth=1)
             else:
                 (handles[name],) = panel.plot(*zip(*points, strict=True), **styles[name])
+        shares = [outcome.setups[v].operations for v in rows if v.level is not None]
+        if shares:  # wide enough that rows of one level stand above each other
+            panel.set_xlim(min(shares) - 0.05, max(shares) + 0.05)
         panel.set_title(task.title)
         panel.set_xlabel('backbone multiply-adds / dense')
         panel.set_ylabel(f'{task.metric_name} (points of 100)')
         panel.grid(alpha=0.3)
     if handles:
         figure.legend(
-            list(handles.values()), list(handles), loc='outside lower center', ncols=len(handles)
+            list(handles.values()),
+            list(handles),
+            loc='outside lower center',
+            ncols=3 * len(tasks),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -34,6 +34,10 @@ SWIN = dict(
 )
 
 
+_START_OF = policy_study.start_of
+_STARTS = {}
+
+
 class _Meter:
     """Counts that are the mean keep ratio, in steps of a hundredth."""
 
@@ -67,6 +71,19 @@ class _Runner:
 
 def _quiet(_):
     pass
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Reading and dumping a config takes most of a test's time."""
+
+    def start_of(task, checkpoint, epochs, extra_options=None):
+        key = task.name, checkpoint.read_bytes(), epochs
+        if key not in _STARTS:
+            _STARTS[key] = _START_OF(task, checkpoint, epochs, extra_options)
+        return replace(_STARTS[key], checkpoint=checkpoint)
+
+    monkeypatch.setattr(policy_study, 'start_of', start_of)
 
 
 @pytest.fixture
