@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,12 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return None
 
 
-def last_metrics(work_dir: Path) -> dict[str, float]:
+def last_metrics(work_dir: Path, ignore: Collection[str] = ()) -> dict[str, float]:
     """The metrics of the newest evaluation in a run's JSON logs.
+
+    Args:
+        work_dir: the run's folder.
+        ignore: names of folders in it, such as those of earlier runs, that are passed over.
 
     Returns:
         ``{metric: value}`` without the timing entries; empty if nothing was evaluated.
@@ -201,6 +205,8 @@ def last_metrics(work_dir: Path) -> dict[str, float]:
     # Folders are named by the time of their start: later ones overwrite.
     logs = [*work_dir.glob('*/vis_data/scalars.json'), *work_dir.glob('*/*.json')]
     for path in sorted(logs, key=lambda log: log.relative_to(work_dir).parts[0]):
+        if path.relative_to(work_dir).parts[0] in ignore:
+            continue
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)

@@ -7,20 +7,16 @@ starting the study again goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from idlevit_mm.analysis import runs
+from idlevit_mm.analysis import finetuning, ledger
+from idlevit_mm.analysis.ledger import Ledger, OutOfTime, Result, execute, scores_of, seed_deviation
 from idlevit_mm.analysis.models import load_config
 
 SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
@@ -46,27 +42,7 @@ class Variant:
 DENSE = Variant(1.0)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One fine-tuning run: a variant and a seed."""
-
-    variant: Variant
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Short text, unique among the runs of a study."""
-        return f'{self.variant.name}-seed{self.seed}'
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run left: box AP and the seconds it took."""
-
-    ap: float
-    seconds: float
-
-
+Run = ledger.Run[Variant]
 Runner = Callable[[Run], Result]
 Results = Mapping[Run, Result]
 
@@ -97,12 +73,6 @@ def scope_runs(
     ]
 
 
-def aps_of(variant: Variant, results: Results) -> list[float]:
-    """AP of each finished seed of a variant, in the order of the seeds."""
-    found = [(run.seed, result.ap) for run, result in results.items() if run.variant == variant]
-    return [ap for _, ap in sorted(found)]
-
-
 def best_scorer(
     results: Results,
     scorers: Sequence[str],
@@ -118,7 +88,7 @@ def best_scorer(
     means = {}
     for scorer in scorers:
         aps = [
-            results[run].ap
+            results[run].score
             for ratio in keep_ratios
             for seed in seeds
             if (run := Run(Variant(ratio, scorer, 'map'), seed)) in results
@@ -129,187 +99,28 @@ def best_scorer(
     return max(means, key=means.__getitem__) if means else None
 
 
-# --- Keeping results --------------------------------------------------------------------------
-
-
-class Ledger:
-    """Finished runs in a JSON lines file, one line each, written when a run ends.
-
-    Runs with other settings (another checkpoint, config or number of epochs) may stand in the
-    same file: they are kept and not used.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = dict(settings)
-        self._lock = threading.Lock()
-
-    def read(self) -> dict[Run, Result]:
-        """All finished runs with these settings."""
-        results: dict[Run, Result] = {}
-        if not self.path.is_file():
-            return results
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the process was killed while it wrote this line
-            if entry['settings'] == self.settings:
-                run = Run(Variant(**entry['variant']), entry['seed'])
-                results[run] = Result(entry['ap'], entry['seconds'])
-        return results
-
-    def add(self, run: Run, result: Result) -> None:
-        """Append one finished run."""
-        entry = {
-            'variant': asdict(run.variant),
-            'seed': run.seed,
-            **asdict(result),
-            'settings': self.settings,
-        }
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A killed process may have left half a line: do not write into it.
-            torn = self.path.is_file() and self.path.read_bytes()[-1:] not in (b'', b'\n')
-            with self.path.open('a') as file:
-                file.write(('\n' if torn else '') + json.dumps(entry) + '\n')
-
-
 # --- Running ----------------------------------------------------------------------------------
 
 
-class OutOfTime(Exception):
-    """The time budget ended before all runs were done."""
+def open_ledger(path: Path, settings: Mapping[str, Any]) -> Ledger[Variant]:
+    """The file of this study's finished runs."""
+    return Ledger(path, Variant, settings, score_key='ap')
 
 
-def execute(
-    plan: Iterable[Run],
-    ledger: Ledger,
-    runner: Runner,
-    *,
-    jobs: int = 2,
-    deadline: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    report: Callable[[str], None] = print,
-) -> dict[Run, Result]:
-    """Do the runs of a plan that are not in the ledger, several at a time.
-
-    Args:
-        plan: the runs, in the order in which they are started.
-        ledger: knows finished runs and is told of each new one.
-        runner: does one run; called from several threads.
-        jobs: runs at a time.
-        deadline: no run is started that would probably end later, judged by the longest one
-            so far; in seconds of the clock.
-        clock: returns seconds.
-        report: gets one line per event.
-
-    Returns:
-        All results of the ledger.
-
-    Raises:
-        OutOfTime: runs are left because of the deadline.
-        RunFailed: a run failed; those under way are finished and kept first.
-    """
-    plan = list(plan)
-    results = ledger.read()
-    waiting = [run for run in plan if run not in results]
-    done = len(plan) - len(waiting)
-    if done:
-        report(f'{done} of {len(plan)} runs are already in {ledger.path}')
-    longest = max((results[run].seconds for run in plan if run in results), default=0.0)
-    running: dict[Future, Run] = {}
-    failure: BaseException | None = None
-    late = False
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs and failure is None and not late:
-                    if deadline is not None and clock() + longest > deadline:
-                        late = True
-                        break
-                    run = waiting.pop(0)
-                    running[pool.submit(runner, run)] = run
-                if not running:
-                    break
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    run = running.pop(future)
-                    error = future.exception()
-                    if error is not None:
-                        failure = failure or error
-                        report(f'{run.name}: FAILED')
-                        continue
-                    result = future.result()
-                    ledger.add(run, result)
-                    done += 1
-                    longest = max(longest, result.seconds)
-                    left = (len(plan) - done) * longest / jobs / 60
-                    report(
-                        f'[{done}/{len(plan)}] {run.name}: AP {result.ap:.3f} '
-                        f'({result.seconds:.0f} s; at most {left:.0f} min left)'
-                    )
-        except BaseException:
-            runs.stop_all()
-            raise
-    if failure is not None:
-        raise failure
-    if late:
-        raise OutOfTime(f'{len(waiting)} runs were not started; run the same command again')
-    return ledger.read()
-
-
-def fine_tune_options(
-    cfg: Any, run: Run, checkpoint: Path, epochs: int, workers: int = 0
-) -> dict[str, Any]:
+def fine_tune_options(cfg: Any, run: Run, checkpoint: Path, epochs: int) -> dict[str, Any]:
     """Overrides that make one run of the study out of the fine-tune config.
 
     Args:
         cfg: the read fine-tune config.
         run: variant and seed.
         checkpoint: dense weights to start from.
-        epochs: length of the run; schedules that end with the config's run are fitted to it.
-        workers: data loading processes.
+        epochs: length of the run.
     """
-    options: dict[str, Any] = {
-        'load_from': checkpoint,
-        'randomness.seed': run.seed,
-        'model.backbone.keep_ratios': run.variant.keep_ratio,
-        # One evaluation and one small checkpoint, at the end.
-        'train_cfg.val_interval': epochs,
-        'default_hooks.checkpoint.interval': epochs,
-        'default_hooks.checkpoint.save_optimizer': False,
-        'default_hooks.logger.interval': 50,
-    }
+    options = finetuning.run_options(cfg, checkpoint, run.seed, epochs)
+    options['model.backbone.keep_ratios'] = run.variant.keep_ratio
     if run.variant.scorer is not None:
         options['model.backbone.policy.scorer'] = run.variant.scorer
         options['model.backbone.policy.scope'] = run.variant.scope
-    for loader in ('train_dataloader', 'val_dataloader'):
-        options[f'{loader}.num_workers'] = workers
-        options[f'{loader}.persistent_workers'] = workers > 0
-    return {**options, **epoch_options(cfg, epochs)}
-
-
-def epoch_options(cfg: Any, epochs: int) -> dict[str, Any]:
-    """Overrides for another number of epochs, learning-rate schedules included."""
-    planned = cfg.train_cfg.max_epochs
-    options: dict[str, Any] = {'train_cfg.max_epochs': epochs}
-    if planned == epochs:
-        return options
-    schedulers = cfg.get('param_scheduler') or []
-    schedulers = schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]
-    for index, scheduler in enumerate(schedulers):
-        if not scheduler.get('by_epoch', True):
-            continue
-        key = f'param_scheduler.{index}'
-        if scheduler.get('end', 0) >= planned:
-            options[f'{key}.end'] = epochs
-        if 'T_max' in scheduler:
-            options[f'{key}.T_max'] = max(1, epochs - scheduler.get('begin', 0))
-        if 'milestones' in scheduler:
-            options[f'{key}.milestones'] = [
-                max(1, round(step * epochs / planned)) for step in scheduler['milestones']
-            ]
     return options
 
 
@@ -325,18 +136,15 @@ def training_runner(
     cfg = load_config(config)
 
     def run_one(run: Run) -> Result:
-        folder = work_dir / run.name
         options = fine_tune_options(cfg, run, checkpoint, epochs) | dict(extra_options or {})
-        start = time.monotonic()
-        runs.run_tool(
-            ['tools/train.py', config, '--work-dir', folder, *runs.option_list(options)],
-            folder / 'train.log',
-            threads=threads,
+        return finetuning.scored_tool(
+            ['tools/train.py', config],
+            work_dir / run.name,
+            'train.log',
+            'coco/bbox_mAP',
+            threads,
+            options,
         )
-        metrics = runs.last_metrics(folder)
-        if 'coco/bbox_mAP' not in metrics:
-            raise runs.RunFailed(f'{run.name}: no box AP in the logs below {folder}')
-        return Result(metrics['coco/bbox_mAP'], round(time.monotonic() - start, 1))
 
     return run_one
 
@@ -364,17 +172,6 @@ def multiply_add_ratios(
     return {variant: count(variant) / dense for variant in variants}
 
 
-def seed_deviation(results: Results) -> float | None:
-    """Standard deviation of one run around its variant's mean, pooled over all variants."""
-    squares, freedom = 0.0, 0
-    for variant in {run.variant for run in results}:
-        aps = aps_of(variant, results)
-        if len(aps) > 1:
-            squares += sum((ap - statistics.fmean(aps)) ** 2 for ap in aps)
-            freedom += len(aps) - 1
-    return (squares / freedom) ** 0.5 if freedom else None
-
-
 def markdown_table(
     results: Results, operations: Mapping[Variant, float], seeds: Sequence[int]
 ) -> str:
@@ -384,17 +181,17 @@ def markdown_table(
         key=lambda variant: (
             variant.scope not in (None, 'map'),
             -variant.keep_ratio,
-            -statistics.fmean(aps_of(variant, results)),
+            -statistics.fmean(scores_of(variant, results)),
         ),
     )
-    dense = aps_of(DENSE, results)
+    dense = scores_of(DENSE, results)
     lines = [
         '| scorer | scope | keep | box AP | against dense | each seed '
         f'({", ".join(map(str, seeds))}) | backbone multiply-adds |',
         '|---|---|---|---|---|---|---|',
     ]
     for variant in variants:
-        aps = aps_of(variant, results)
+        aps = scores_of(variant, results)
         mean = statistics.fmean(aps)
         against = f'{mean - statistics.fmean(dense):+.3f}' if dense else '–'
         ratio = f'{operations[variant]:.2f}' if variant in operations else '–'
@@ -412,7 +209,9 @@ def scorer_means(
     """Mean AP of each scorer on the whole map over keep ratios and seeds, best first."""
     means = {}
     for scorer in scorers:
-        aps = [ap for ratio in keep_ratios for ap in aps_of(Variant(ratio, scorer, 'map'), results)]
+        aps = [
+            ap for ratio in keep_ratios for ap in scores_of(Variant(ratio, scorer, 'map'), results)
+        ]
         if aps:
             means[scorer] = statistics.fmean(aps)
     return dict(sorted(means.items(), key=lambda item: -item[1]))
@@ -445,48 +244,13 @@ def report_text(
         'those of the backbone, scoring included, divided by those of the dense backbone.'
     )
     if deviation is not None:
-        lines.append(
-            f'One run scatters around the mean of its row with a standard deviation of '
-            f'{deviation:.4f} (pooled over all rows); a mean over {len(seeds)} seeds therefore has '
-            f'a standard error of about {deviation / len(seeds) ** 0.5:.4f}, a difference between '
-            f'two rows one of about {deviation * (2 / len(seeds)) ** 0.5:.4f}.'
-        )
+        lines.append(finetuning.scatter_text(deviation, len(seeds), digits=4))
     lines += ['', 'Mean over keep ratios and seeds on the whole map: ']
     lines[-1] += ', '.join(f'{name} {mean:.3f}' for name, mean in means.items()) + '.'
     if best is not None:
         lines.append(f'Best scorer: **{best}**.')
-    lines += [
-        '',
-        f'- command: `{command}`',
-        f'- settings: `{json.dumps(dict(settings), sort_keys=True)}`',
-        f'- versions: {runs.versions()}',
-        f'- machine: {runs.machine()}',
-        f'- runs: {len(results)}, '
-        f'{sum(result.seconds for result in results.values()) / 60:.0f} minutes of run time '
-        'in all',
-    ]
+    lines += ['', *finetuning.provenance(settings, command, results.values())]
     return '\n'.join(lines) + '\n'
-
-
-def digest(path: Path) -> str:
-    """First characters of a file's SHA-256: tells whether it is still the same file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def dense_checkpoint(config: Path, work_dir: Path, report: Callable[[str], None] = print) -> Path:
-    """The dense checkpoint in a folder, trained there first if it is not."""
-    trained = runs.latest_checkpoint(work_dir)
-    planned = load_config(config).train_cfg.max_epochs
-    if trained is not None and trained.name == f'epoch_{planned}.pth':
-        return trained
-    report(f'training the dense model first ({runs.shown(config)}, {planned} epochs)')
-    runs.run_tool(
-        ['tools/train.py', config, '--work-dir', work_dir, '--resume'], work_dir / 'train.log'
-    )
-    trained = runs.latest_checkpoint(work_dir)
-    if trained is None:
-        raise runs.RunFailed(f'the dense run left no checkpoint in {work_dir}')
-    return trained
 
 
 def run_study(
@@ -533,16 +297,8 @@ def run_study(
         The report in Markdown and whether the study is complete.
     """
     _check(scorers, scopes, keep_ratios, seeds, epochs, jobs)
-    settings = {
-        'config': _recorded(config),
-        'config_sha256': hashlib.sha256(load_config(config).dump().encode()).hexdigest()[:12],
-        'checkpoint': _recorded(checkpoint),
-        'checkpoint_sha256': digest(checkpoint),
-        'epochs': epochs,
-    }
-    if extra_options:
-        settings['options'] = {key: str(value) for key, value in extra_options.items()}
-    ledger = Ledger(out_dir / 'runs.jsonl', settings)
+    settings = finetuning.start_settings(config, checkpoint, epochs, extra_options)
+    finished = open_ledger(out_dir / 'runs.jsonl', settings)
     if runner is None:
         runner = training_runner(
             config, checkpoint, out_dir / 'runs', epochs, threads, extra_options
@@ -551,17 +307,17 @@ def run_study(
     complete = True
     plan = scorer_runs(scorers, keep_ratios, seeds)
     try:
-        results = execute(plan, ledger, runner, jobs=jobs, deadline=deadline, report=report)
+        results = execute(plan, finished, runner, jobs=jobs, deadline=deadline, report=report)
         best = best_scorer(results, scorers, keep_ratios, seeds)
         if best is not None:
             report(f'best scorer on the whole map: {best}')
             second = scope_runs(best, scopes, keep_ratios, seeds)
             plan = plan + second
-            results = execute(second, ledger, runner, jobs=jobs, deadline=deadline, report=report)
+            results = execute(second, finished, runner, jobs=jobs, deadline=deadline, report=report)
     except OutOfTime as message:
         report(str(message))
         complete = False
-        results = ledger.read()
+        results = finished.read()
     results = {run: result for run, result in results.items() if run in set(plan)}
     variants = sorted({run.variant for run in results}, key=lambda variant: variant.name)
     count = count_operations or partial(multiply_add_ratios, config, input_shape=input_shape)
@@ -573,21 +329,12 @@ def run_study(
         keep_ratios=keep_ratios,
         seeds=seeds,
         settings=settings,
-        command='python ' + ' '.join(_recorded(argument) for argument in sys.argv),
+        command=finetuning.command_line(),
         complete=complete,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / 'study.md').write_text(text)
     return text, complete
-
-
-def _recorded(argument: str | Path) -> str:
-    """A path or an argument as it may stand in a report: no folders of this machine."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return str(argument)
-    inside = path.is_relative_to(runs.REPOSITORY)
-    return str(path.relative_to(runs.REPOSITORY)) if inside else path.name
 
 
 def _check(

@@ -1,15 +1,14 @@
 """The study's plan, its memory and its choice, with runs that take no time."""
 
 import json
-import threading
 
 import pytest
 
 from idlevit_mm.analysis import study
-from idlevit_mm.analysis.runs import RunFailed
-from idlevit_mm.analysis.study import DENSE, Ledger, Result, Run, Variant
+from idlevit_mm.analysis.ledger import Result
+from idlevit_mm.analysis.runs import REPOSITORY
+from idlevit_mm.analysis.study import DENSE, Run, Variant
 
-SETTINGS = {'epochs': 4, 'checkpoint_sha256': 'abc'}
 SCORERS = ('mean_distance', 'random')
 
 
@@ -20,21 +19,13 @@ def _ap(run):
 
 
 class _Runner:
-    def __init__(self, seconds=10.0, fail=()):
+    def __init__(self, seconds=10.0):
         self.done = []
         self.seconds = seconds
-        self.fail = fail
 
     def __call__(self, run):
         self.done.append(run.name)
-        if run.name in self.fail:
-            raise RunFailed(f'{run.name} broke')
         return Result(_ap(run), self.seconds)
-
-
-@pytest.fixture
-def ledger(tmp_path):
-    return Ledger(tmp_path / 'out' / 'runs.jsonl', SETTINGS)
 
 
 def _quiet(_):
@@ -53,72 +44,6 @@ def test_plan():
     assert len({run.name for run in first + second}) == len(first + second)
 
 
-def test_finished_runs_are_not_done_again(ledger):
-    plan = study.scorer_runs(SCORERS, (0.5,), (0,))
-    first = _Runner()
-    results = study.execute(plan[:2], ledger, first, jobs=1, report=_quiet)
-    assert first.done == [run.name for run in plan[:2]]
-    second = _Runner()
-    again = study.execute(plan, Ledger(ledger.path, SETTINGS), second, jobs=1, report=_quiet)
-    assert second.done == [plan[2].name]
-    assert set(again) == set(plan)
-    assert again.items() >= results.items()
-
-
-def test_other_settings_are_other_runs(ledger):
-    run = Run(DENSE, 0)
-    ledger.add(run, Result(0.7, 1.0))
-    assert ledger.read() == {run: Result(0.7, 1.0)}
-    assert Ledger(ledger.path, dict(SETTINGS, epochs=5)).read() == {}
-
-
-def test_half_a_line_loses_one_run_only(ledger):
-    kept, torn, new = (Run(DENSE, seed) for seed in range(3))
-    ledger.add(kept, Result(0.7, 1.0))
-    ledger.add(torn, Result(0.6, 1.0))
-    text = ledger.path.read_text()
-    ledger.path.write_text(text[:-20])
-    assert set(ledger.read()) == {kept}
-    ledger.add(new, Result(0.5, 1.0))
-    assert set(ledger.read()) == {kept, new}
-
-
-def test_a_failure_keeps_what_was_done(ledger):
-    plan = study.scorer_runs(SCORERS, (0.5,), (0,))
-    runner = _Runner(fail={plan[1].name})
-    with pytest.raises(RunFailed, match='broke'):
-        study.execute(plan, ledger, runner, jobs=1, report=_quiet)
-    assert set(ledger.read()) == {plan[0]}
-    assert runner.done == [run.name for run in plan[:2]]  # nothing new was started
-
-
-def test_no_run_is_started_that_would_end_too_late(ledger):
-    plan = study.scorer_runs(SCORERS, (0.5,), (0,))
-    now = iter(range(0, 1000, 10))
-    with pytest.raises(study.OutOfTime, match='1 runs'):
-        study.execute(
-            plan,
-            ledger,
-            _Runner(seconds=10.0),
-            jobs=1,
-            deadline=25,
-            clock=lambda: float(next(now)),
-            report=_quiet,
-        )
-    assert len(ledger.read()) == 2
-
-
-def test_several_runs_at_a_time(ledger):
-    both = threading.Barrier(2, timeout=20)
-
-    def runner(run):
-        both.wait()  # breaks unless two runs are under way at once
-        return Result(0.5, 1.0)
-
-    plan = [Run(DENSE, seed) for seed in range(4)]
-    assert len(study.execute(plan, ledger, runner, jobs=2, report=_quiet)) == 4
-
-
 def test_best_scorer_is_the_best_on_average():
     results = {
         Run(Variant(0.7, 'a', 'map'), 0): Result(0.60, 1),
@@ -133,17 +58,12 @@ def test_best_scorer_is_the_best_on_average():
     assert study.best_scorer(results, ('a', 'b'), (0.7, 0.5), (0,)) is None
 
 
-def test_spread_between_seeds():
-    variant = Variant(0.5, 'a', 'map')
-    results = {
-        Run(DENSE, 0): Result(0.70, 1),
-        Run(DENSE, 1): Result(0.72, 1),
-        Run(variant, 0): Result(0.60, 1),
-        Run(variant, 1): Result(0.60, 1),
-    }
-    # Squares 2 * 0.01^2 and 0, one degree of freedom each.
-    assert study.seed_deviation(results) == pytest.approx(0.01)
-    assert study.seed_deviation({Run(DENSE, 0): Result(0.7, 1)}) is None
+def test_the_committed_runs_can_be_read():
+    path = REPOSITORY / 'docs' / 'studies' / 'scorers.jsonl'
+    settings = json.loads(path.read_text().splitlines()[0])['settings']
+    results = study.open_ledger(path, settings).read()
+    assert len(results) == 30
+    assert study.best_scorer(results, study.SCORERS, (0.7, 0.5), (0, 1)) == 'mean_distance'
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from idlevit_mm.analysis import runs, study
+from idlevit_mm.analysis import finetuning, runs, study
 from idlevit_mm.engine.errors import UsageError
 
 CONFIGS = runs.REPOSITORY / 'configs' / 'digit_scenes'
@@ -54,7 +54,7 @@ def main() -> int:
     try:
         checkpoint = args.checkpoint
         if checkpoint is None:
-            checkpoint = study.dense_checkpoint(CONFIGS / f'{DENSE}.py', WORK_DIRS / DENSE)
+            checkpoint = finetuning.dense_checkpoint(CONFIGS / f'{DENSE}.py', WORK_DIRS / DENSE)
         text, complete = study.run_study(
             config=args.config.resolve(),
             checkpoint=checkpoint.resolve(),
