@@ -88,9 +88,11 @@ class FeatureDistillation(AuxiliaryLoss):
 class LogitDistillation(AuxiliaryLoss):
     """Kullback-Leibler divergence between the class scores of a dense head and the teacher's.
 
-    Softmax heads: divergence of the class distributions at every position. Sigmoid heads: sum over
-    classes of the divergence of the binary distributions. Both are averaged over positions (and
-    anchors) of all levels and over images, and multiplied by ``temperature ** 2``. Box deltas and
+    Softmax heads: divergence of the class distributions, averaged over positions. Sigmoid heads:
+    divergence of the binary distribution of each class, summed and divided by the number of
+    positives the teacher expects in the image, which is the sum of its probabilities (at least 1):
+    as in the focal loss, an average over thousands of background anchors would be next to nothing.
+    Both are averaged over images and heads and multiplied by ``temperature ** 2``. Box deltas and
     other outputs are left out.
 
     A head is a module whose ``forward`` takes the output of ``extract_feat``: ``bbox_head`` of a
@@ -143,7 +145,7 @@ class LogitDistillation(AuxiliaryLoss):
 
     def __call__(self, step: Step) -> Tensor:
         taught = self.teacher.calls(step)
-        total, positions = [], 0
+        parts = []
         for name in self.names:
             if name not in step.calls:
                 raise RuntimeError(f'modules names {name!r}, whose forward the loss never called')
@@ -151,10 +153,8 @@ class LogitDistillation(AuxiliaryLoss):
             own = class_scores(step.calls[name].output, head)
             other = class_scores(taught[name].output, head)
             check_same_shapes(own, other, f'class scores of {name}')
-            for scores, goal in zip(own, other, strict=True):
-                total.append(divergence(scores, goal, self.temperature, is_sigmoid(head)))
-                positions += scores.numel() // scores.shape[2]
-        return self.loss_weight * torch.stack(total).sum() / positions
+            parts.append(divergence(own, other, self.temperature, is_sigmoid(head)))
+        return self.loss_weight * torch.stack(parts).mean()
 
 
 def feature_maps(output: Any) -> list[Tensor]:
@@ -189,23 +189,34 @@ def is_sigmoid(head: nn.Module) -> bool:
     )
 
 
-def divergence(own: Tensor, other: Tensor, temperature: float, sigmoid: bool) -> Tensor:
-    """Divergence of the teacher's class scores from the student's, summed over positions.
+def divergence(own: list[Tensor], other: list[Tensor], temperature: float, sigmoid: bool) -> Tensor:
+    """Divergence of a head's class scores from the teacher's, a mean over images.
 
     Args:
-        own: (B, anchors, K, H, W), logits of the student.
-        other: Logits of the teacher, of the same shape.
+        own: (B, anchors, K, H, W) of each level, logits of the student.
+        other: Logits of the teacher, of the same shapes.
         temperature: Divisor of the logits.
         sigmoid: Whether classes are independent.
     """
+    sums = [_divergences(a, b, temperature, sigmoid) for a, b in zip(own, other, strict=True)]
+    if sigmoid:
+        positives = [_exact(level).sigmoid().flatten(1).sum(dim=1) for level in other]
+        count = torch.stack(positives).sum(dim=0).clamp(min=1.0)
+    else:
+        count = sum(level[0].numel() // level.shape[2] for level in other)
+    return (torch.stack(sums).sum(dim=0) / count).mean()
+
+
+def _divergences(own: Tensor, other: Tensor, temperature: float, sigmoid: bool) -> Tensor:
+    """Sum of the divergences of one level in each image: (B,)."""
     own, other = _exact(own) / temperature, _exact(other) / temperature
     if sigmoid:
-        goal = torch.stack([other, -other])
-        own = torch.stack([own, -own])
-        goal, own = F.logsigmoid(goal), F.logsigmoid(own)
+        goal = F.logsigmoid(torch.stack([other, -other], dim=1))
+        own = F.logsigmoid(torch.stack([own, -own], dim=1))
     else:
         goal, own = other.log_softmax(dim=2), own.log_softmax(dim=2)
-    return temperature**2 * F.kl_div(own, goal, reduction='sum', log_target=True)
+    pointwise = F.kl_div(own, goal, reduction='none', log_target=True)
+    return temperature**2 * pointwise.flatten(1).sum(dim=1)
 
 
 def check_same_shapes(own: list[Tensor], other: list[Tensor], what: str) -> None:

@@ -305,14 +305,16 @@ def test_real_head_scores_are_taken_apart_rightly(library, tmp_path):
         own, goal = (
             torch.cat(
                 [
-                    part.permute(0, 2, 3, 1).reshape(-1, 3)
+                    part.permute(0, 2, 3, 1).reshape(2, -1, 3)
                     for part in network(data['inputs'], mode='tensor')[0]
-                ]
+                ],
+                dim=1,
             ).sigmoid()
             for network in (model, teacher)
         )
     both = goal * (goal / own).log() + (1 - goal) * ((1 - goal) / (1 - own)).log()
-    assert got.item() == pytest.approx(both.sum(1).mean().item(), rel=1e-3)
+    want = (both.sum((1, 2)) / goal.sum((1, 2)).clamp(min=1)).mean()
+    assert got.item() == pytest.approx(want.item(), rel=1e-3)
 
 
 # Models with several idle backbones, and without

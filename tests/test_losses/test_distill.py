@@ -44,32 +44,44 @@ def test_distance_does_not_vanish_in_wide_maps():
 
 @pytest.mark.parametrize('temperature', [1.0, 3.0])
 def test_divergence_of_classes(temperature):
-    own, other = noise(2, 1, 4, 2, 3), noise(2, 1, 4, 2, 3, seed=1)
+    own = [noise(2, 1, 4, 2, 3), noise(2, 1, 4, 1, 1, seed=2)]
+    other = [noise(2, 1, 4, 2, 3, seed=1), noise(2, 1, 4, 1, 1, seed=3)]
     total = 0.0
-    for b, r, c in ((b, r, c) for b in range(2) for r in range(2) for c in range(3)):
-        p = [math.exp(v / temperature) for v in other[b, 0, :, r, c].tolist()]
-        q = [math.exp(v / temperature) for v in own[b, 0, :, r, c].tolist()]
-        p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
-        total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergence(own, other, temperature, False).item() == pytest.approx(total)
+    for a, t in zip(own, other, strict=True):
+        a, t = (part.permute(0, 1, 3, 4, 2).reshape(-1, 4).tolist() for part in (a, t))
+        for row, goal in zip(a, t, strict=True):
+            p = [math.exp(v / temperature) for v in goal]
+            q = [math.exp(v / temperature) for v in row]
+            p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+            total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    want = temperature**2 * total / (2 * 7)
+    assert divergence(own, other, temperature, False).item() == pytest.approx(want)
     assert divergence(own, own, temperature, False).abs() < 1e-12
 
 
 @pytest.mark.parametrize('temperature', [1.0, 3.0])
-def test_divergence_of_independent_classes(temperature):
-    own, other = noise(2, 3, 4, 2, 3), noise(2, 3, 4, 2, 3, seed=1)
-    total = 0.0
-    for a, t in zip(own.flatten().tolist(), other.flatten().tolist(), strict=True):
-        q, p = (1 / (1 + math.exp(-v / temperature)) for v in (a, t))
-        total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    got = divergence(own, other, temperature, True).item()
-    assert got == pytest.approx(temperature**2 * total)
+@pytest.mark.parametrize('shift', [0.0, -9.0])
+def test_divergence_of_independent_classes(temperature, shift):
+    own, other = noise(2, 3, 4, 2, 3) + shift, noise(2, 3, 4, 2, 3, seed=1) + shift
+    want = 0.0
+    for image in range(2):
+        total, expected = 0.0, 0.0
+        a, t = own[image].flatten().tolist(), other[image].flatten().tolist()
+        for x, y in zip(a, t, strict=True):
+            q, p = (1 / (1 + math.exp(-v / temperature)) for v in (x, y))
+            total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+            expected += 1 / (1 + math.exp(-y))
+        assert (expected < 1) == (shift < 0)
+        want += temperature**2 * total / max(expected, 1.0) / 2
+    assert divergence([own], [other], temperature, True).item() == pytest.approx(want)
+    halves = [part.split(1, dim=3) for part in (own, other)]
+    assert divergence(*halves, temperature, True).item() == pytest.approx(want)
 
 
 def test_divergence_of_certain_classes_is_finite():
     own = torch.tensor([200.0, -200.0]).view(1, 1, 2, 1, 1).requires_grad_()
     for sigmoid in (True, False):
-        loss = divergence(own, -own.detach(), 1.0, sigmoid)
+        loss = divergence([own], [-own.detach()], 1.0, sigmoid)
         loss.backward()
         assert loss.isfinite()
         assert own.grad.isfinite().all()
