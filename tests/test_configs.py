@@ -14,6 +14,7 @@ mmseg = pytest.importorskip('mmseg')
 import torch  # noqa: E402
 from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.dataset import pseudo_collate  # noqa: E402
+from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope  # noqa: E402
 
 from idlevit_mm.datasets.digit_scenes import (  # noqa: E402
@@ -325,6 +326,52 @@ def test_keep_ratios_from_the_command_line(name: str, option: str, expected: lis
     cfg.merge_from_dict({'model.backbone.keep_ratios': DictAction._parse_iterable(option)})
     model = build(cfg)
     assert [set(stage) for stage in model.backbone.keep_ratios] == [{r} for r in expected]
+
+
+STRIDED = [*SCRATCH, 'coco/mask-rcnn_idle-deit-s_simple-fpn_1x_coco.py']
+
+
+@pytest.mark.parametrize('name', STRIDED)
+def test_maps_have_the_strides_of_the_heads(name: str) -> None:
+    cfg = load(name)
+    cfg.model.backbone.init_cfg = None
+    model = build(cfg).eval()
+    with torch.no_grad():
+        maps = model.extract_feat(torch.zeros(1, 3, 64, 96))
+    sizes = [tuple(feature.shape[2:]) for feature in maps]
+    expected = []
+    if hasattr(model, 'rpn_head'):
+        expected.append([stride for stride, _ in model.rpn_head.prior_generator.strides])
+        expected.append(model.roi_head.bbox_roi_extractor.featmap_strides)
+        expected.append(model.roi_head.mask_roi_extractor.featmap_strides)
+    elif hasattr(model, 'bbox_head'):
+        expected.append([stride for stride, _ in model.bbox_head.prior_generator.strides])
+    else:
+        expected.append(getattr(model.decode_head, 'feature_strides', [4, 8, 16, 32]))
+    assert len(expected[0]) == len(sizes)
+    for strides in expected:
+        whole = [(-(-64 // stride), -(-96 // stride)) for stride in strides]
+        assert sizes[: len(strides)] == whole
+
+
+@pytest.mark.parametrize('name', [name for name in ALL if is_plain(name)])
+def test_what_decays_in_a_plain_vit(name: str) -> None:
+    cfg = load(name)
+    model = build(cfg)
+    settings = cfg.optim_wrapper
+    groups = build_optim_wrapper(model, settings).optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    free = {names[id(p)] for group in groups for p in group['params'] if group['weight_decay'] == 0}
+    tables = {'backbone.pos_embed', 'backbone.cls_token'}
+    norms = {
+        f'{name}.{leaf}'
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.modules.batchnorm._BatchNorm))
+        for leaf in ('weight', 'bias')
+    }
+    assert 'backbone.layers.0.ln2.bias' in norms
+    # mmseg's recipe frees names with "norm", which a plain ViT has not.
+    assert free == (tables if 'ade20k' in name else tables | norms)
 
 
 @pytest.fixture(scope='module')

@@ -15,26 +15,28 @@ PACKAGE = 'idlevit_mm'
 # What each part may import; the order is that of the map, from the ground up.
 ALLOWED = {
     'version': set(),
+    'errors': set(),
     'registry': set(),
     'ops': set(),
     'layers': {'ops', 'registry'},
     'policies': {'layers', 'ops', 'registry'},
     'blocks': {'policies', 'layers', 'ops', 'registry'},
-    'converters': set(),
-    'backbones': {'blocks', 'policies', 'layers', 'ops', 'converters', 'registry'},
+    'converters': {'errors'},
+    'backbones': {'blocks', 'policies', 'layers', 'ops', 'converters', 'registry', 'errors'},
     'necks': {'layers', 'registry'},
-    'losses': {'policies', 'layers', 'ops', 'registry'},
-    'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones'},
+    'losses': {'policies', 'layers', 'ops', 'registry', 'errors'},
+    'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'},
     'datasets': {'registry'},
-    'engine': {'hooks', 'losses', 'datasets', 'registry', 'backbones', 'version'},
+    'engine': {'hooks', 'losses', 'datasets', 'registry', 'backbones', 'version', 'errors'},
     'analysis': {
         *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
-        *('blocks', 'policies', 'layers', 'ops', 'registry', 'version'),
+        *('blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
 CORE = (
-    *('registry', 'ops', 'layers', 'blocks', 'policies', 'backbones', 'necks', 'converters'),
+    *('errors', 'registry', 'ops', 'layers', 'policies', 'blocks', 'backbones', 'necks'),
+    'converters',
     'losses',
 )
 FOREIGN = ('mmdet', 'mmseg')

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from idlevit_mm.analysis import runs
 from idlevit_mm.analysis.demo import run_demo
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,8 +18,9 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.backbones import IdleVisionTransformer
 from idlevit_mm.engine.safe_load import load_checkpoint
+from idlevit_mm.errors import UsageError
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -134,42 +135,92 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """Mmdet's own dense class with the weights of an idle backbone.
+    """The dense class of mmdet, or of mmseg for a plain ViT, with the weights of an idle backbone.
 
     Args:
         backbone: a built idle backbone.
         backbone_cfg: the config it was built from.
 
     Returns:
-        A module of mmdet's class, loaded strictly, in the same mode and on the same device.
+        A module of the dense class, loaded strictly, in the same mode and on the same device.
 
     Raises:
-        ValueError: mmdet has no class of that name.
+        ValueError: there is no dense class with these settings, or mmseg, which has it, is not
+            installed.
     """
-    from mmdet.models import backbones
-
-    name = type(backbone).__name__.removeprefix(IDLE_PREFIX)
-    dense_class = getattr(backbones, name, None)
-    if dense_class is None or dense_class is type(backbone):
-        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in mmdet')
+    if isinstance(backbone, IdleVisionTransformer):
+        dense_class, settings, state = _dense_vit(backbone, backbone_cfg)
+    else:
+        dense_class, settings, state = _dense_pyramid(backbone, backbone_cfg)
     # PVTv2's own signature is `**kwargs`: its parents say what is accepted.
     accepted = {
         name
         for ancestor in dense_class.__mro__
         for name in inspect.signature(ancestor.__init__).parameters
-    } - {'self', 'args', 'kwargs', 'init_cfg'}
-    arguments = {
-        name: copy.deepcopy(value) for name, value in backbone_cfg.items() if name in accepted
-    }
+    } - {'self', 'args', 'kwargs', 'init_cfg', 'pretrained'}
+    arguments = {name: copy.deepcopy(value) for name, value in settings.items() if name in accepted}
     dense = dense_class(**arguments)
-    dense.load_state_dict(backbone.state_dict(), strict=True)
+    dense.load_state_dict(state, strict=True)
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
     return dense
 
 
+_Dense = tuple[Any, dict[str, Any], dict[str, torch.Tensor]]
+
+
+def _dense_pyramid(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> _Dense:
+    """Class, settings and weights of mmdet's dense twin."""
+    from mmdet.models import backbones
+
+    dense_class = getattr(backbones, type(backbone).__name__.removeprefix(IDLE_PREFIX), None)
+    if dense_class is None or dense_class is type(backbone):
+        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in mmdet')
+    return dense_class, backbone_cfg, backbone.state_dict()
+
+
+def _dense_vit(backbone: IdleVisionTransformer, backbone_cfg: dict[str, Any]) -> _Dense:
+    """Class, settings and weights of mmseg's dense twin, whose defaults are others than ours."""
+    shape = dict(backbone.shape)
+    for key, plain in (('stem', 'patch'), ('residual_scale', 1.0)):
+        if shape[key] != plain:
+            raise ValueError(
+                f'backbone=IdleVisionTransformer with {key}={shape[key]!r} (as LV-ViT has it) has '
+                f"no dense class: mmseg's VisionTransformer is {key}={plain!r} alone. Compare with "
+                'keep_ratios=1.0 instead'
+            )
+    if shape['mlp_ratio'] != int(shape['mlp_ratio']):
+        raise ValueError(
+            f'backbone=IdleVisionTransformer with mlp_ratio={shape["mlp_ratio"]} has no dense '
+            "class: mmseg's VisionTransformer takes whole numbers. Compare with keep_ratios=1.0 "
+            'instead'
+        )
+    try:
+        from mmseg.models import VisionTransformer
+    except ImportError as error:
+        raise ValueError(
+            'the dense class of IdleVisionTransformer is in mmsegmentation, which cannot be '
+            f'imported: {error}'
+        ) from error
+    parameters = inspect.signature(type(backbone)).parameters.values()
+    settings = {parameter.name: parameter.default for parameter in parameters}
+    settings |= dict(backbone_cfg)
+    settings |= shape
+    settings |= dict(
+        mlp_ratio=int(shape['mlp_ratio']),
+        img_size=tuple(side * settings['patch_size'] for side in backbone.pos_shape),
+        out_indices=backbone.out_indices,
+    )
+    state = backbone.state_dict()
+    if not backbone.num_prefix:
+        # The dense class has a class token even then, and takes it out before the first block.
+        state['cls_token'] = state['pos_embed'].new_zeros(1, 1, shape['embed_dims'])
+        state['pos_embed'] = torch.cat([state['cls_token'], state['pos_embed']], dim=1)
+    return VisionTransformer, settings, state
+
+
 def with_host_backbone(model: nn.Module) -> nn.Module:
-    """A copy of a loaded model in which mmdet's own dense class is the backbone."""
+    """A copy of a loaded model in which the dense class (``host_backbone``) is the backbone."""
     dense = host_backbone(model.backbone, model.cfg.model.backbone)
     clone = copy.deepcopy(model, _shared_tensors(model))
     clone.backbone = dense

@@ -14,6 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord
+from ..errors import SettingError
 from ..policies import KeepRatios, normalize_keep_ratios
 
 StateDict = dict[str, Tensor]
@@ -123,7 +124,7 @@ class IdleBackbone(BaseModule, ABC):
         """Draw new weights, or load the checkpoint named in ``init_cfg``.
 
         Raises:
-            ValueError: ``init_cfg`` names no checkpoint, or its weights do not fit this backbone.
+            SettingError: ``init_cfg`` names no checkpoint, or its weights do not fit this backbone.
         """
         if self.init_cfg is None:
             self._init_from_scratch()
@@ -158,7 +159,7 @@ class IdleBackbone(BaseModule, ABC):
         logger = MMLogger.get_current_instance()
         path = self.init_cfg.get('checkpoint') if isinstance(self.init_cfg, dict) else None
         if not path:
-            raise ValueError(
+            raise SettingError(
                 f'init_cfg={self.init_cfg!r} of {type(self).__name__}; allowed: None or '
                 "dict(type='Pretrained', checkpoint=...)"
             )
@@ -182,7 +183,7 @@ class IdleBackbone(BaseModule, ABC):
             hint = (
                 '' if self.convert_weights else '; set convert_weights=True for official releases'
             )
-            raise ValueError(
+            raise SettingError(
                 f'checkpoint {path!r} has no weight of {type(self).__name__}: '
                 f'its keys begin with {sorted(state)[:3]}{hint}'
             )
@@ -192,7 +193,7 @@ class IdleBackbone(BaseModule, ABC):
             if own[key].shape != state[key].shape
         ]
         if wrong:
-            raise ValueError(
+            raise SettingError(
                 f'checkpoint {path!r} has another shape than {type(self).__name__}: '
                 f'{"; ".join(wrong[:3])}{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}'
             )

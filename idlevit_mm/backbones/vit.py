@@ -189,6 +189,9 @@ class IdleVisionTransformer(IdleBackbone):
     Raises:
         TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
         ValueError: A value is not allowed, or lists have different lengths.
+
+    Attributes:
+        shape: What ``arch`` and the arguments that override it come to, by argument.
     """
 
     def __init__(
@@ -241,6 +244,7 @@ class IdleVisionTransformer(IdleBackbone):
         super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
         if output_cls_token and not with_cls_token:
             raise ValueError('output_cls_token=True needs with_cls_token=True')
+        self.shape = shape
         self.num_prefix = int(with_cls_token)
         self.output_cls_token = output_cls_token
         self.interpolate_mode = interpolate_mode

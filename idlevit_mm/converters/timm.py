@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..errors import SettingError
+
 StateDict = dict[str, Tensor]
 
 _BLOCK = re.compile(r'(blocks|layers)\.(\d+)\.(.+)')
@@ -76,7 +78,8 @@ def vit_from_timm(state: StateDict) -> StateDict:
         state: Parameters by timm's names, as they lie under 'model' in a DeiT release.
 
     Raises:
-        ValueError: The model has weights without a counterpart (layer scale, register tokens, ...).
+        SettingError: The model has weights without a counterpart (layer scale, register tokens,
+            ...).
     """
     return _from_timm(state, _VIT_KEYS)
 
@@ -91,7 +94,7 @@ def vit_to_timm(state: StateDict) -> StateDict:
         state: Parameters by mmseg's names.
 
     Raises:
-        ValueError: The model has weights without a counterpart in timm.
+        SettingError: The model has weights without a counterpart in timm.
     """
     return _renamed(state, 'blocks', _inverse(_VIT_KEYS), _inverse(_BLOCK_KEYS))
 
@@ -106,7 +109,7 @@ def lvvit_from_official(state: StateDict) -> StateDict:
         state: Parameters by the names of the release.
 
     Raises:
-        ValueError: The model has weights without a counterpart.
+        SettingError: The model has weights without a counterpart.
     """
     return _from_timm(state, _VIT_KEYS | _STEM_KEYS)
 
@@ -141,7 +144,7 @@ def _renamed(
         else:
             unknown.append(key)
     if unknown:
-        raise ValueError(
+        raise SettingError(
             f'state has {len(unknown)} weights that a plain vision transformer has not: '
             f'{", ".join(unknown[:3])}; allowed in blocks: {", ".join(block_keys)}; '
             f'outside: {", ".join(outer_keys)}'

@@ -1,10 +1,11 @@
-from .errors import BrokenCheckpointError, UnsafeCheckpointError, UsageError
+from ..errors import BrokenCheckpointError, SettingError, UnsafeCheckpointError, UsageError
 from .runner import ResumableRunner
 from .safe_load import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 
 __all__ = [
     'BrokenCheckpointError',
     'ResumableRunner',
+    'SettingError',
     'UnsafeCheckpointError',
     'UsageError',
     'allow_mmengine_globals',

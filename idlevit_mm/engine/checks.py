@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import BrokenCheckpointError, UsageError
+from ..errors import BrokenCheckpointError, UsageError
 from .safe_load import load_checkpoint
 
 _MAX_NAMED = 5

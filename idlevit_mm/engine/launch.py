@@ -23,6 +23,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..errors import UnsafeCheckpointError, UsageError
 from .checks import (
     check_datasets,
     check_pretrained,
@@ -32,7 +33,6 @@ from .checks import (
     is_local,
     leaf_datasets,
 )
-from .errors import UnsafeCheckpointError, UsageError
 from .runner import ResumableRunner
 from .safe_load import allow_mmengine_globals, load_checkpoint
 

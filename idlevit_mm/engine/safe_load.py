@@ -24,7 +24,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from .errors import BrokenCheckpointError, UnsafeCheckpointError, UsageError
+from ..errors import BrokenCheckpointError, UnsafeCheckpointError, UsageError
 
 # torch.save writes a function that lives in a class as `getattr(class, name)`. These are the ones
 # that mmengine stores; getattr itself would let a file reach any attribute of any safe object.

@@ -19,6 +19,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from ..backbones import IdleBackbone
+from ..errors import SettingError
 from ..policies import checked_ratio
 from .replay import KEEP_RATIO_STREAM, mixed_seed, run_seed
 
@@ -97,14 +98,14 @@ class KeepRatioHook(Hook, ABC):
         """Take down the configured ratios, and try out the ones that will be set.
 
         Raises:
-            ValueError: The model has no idle backbone or refuses the ratios, there is another
+            SettingError: The model has no idle backbone or refuses the ratios, there is another
                 hook of this kind, or the arguments do not fit the training loop.
         """
         self._restore()  # an exception may have ended an earlier training
         others = [hook for hook in runner.hooks if isinstance(hook, KeepRatioHook)]
         if len(others) > 1:
             names = ', '.join(type(hook).__name__ for hook in others)
-            raise ValueError(f'custom_hooks has {names}: only one hook can set the keep ratios')
+            raise SettingError(f'custom_hooks has {names}: only one hook can set the keep ratios')
         self._targets = tuple(
             (backbone, [list(stage) for stage in backbone.keep_ratios])
             for backbone in idle_backbones(runner.model, type(self).__name__)
@@ -153,7 +154,7 @@ class KeepRatioHook(Hook, ABC):
                 try:
                     backbone.set_keep_ratios(table)
                 except (TypeError, ValueError) as error:
-                    raise ValueError(
+                    raise SettingError(
                         f'{type(self).__name__} may set ratios that {type(backbone).__name__} '
                         f'refuses: {error}'
                     ) from error
@@ -213,7 +214,7 @@ class KeepRatioWarmupHook(KeepRatioHook):
         if self.convert_to_iter_based:
             self._epoch_length = len(runner.train_dataloader)
         elif self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise ValueError(
+            raise SettingError(
                 'KeepRatioWarmupHook: by_epoch=True, but the training loop counts iterations; '
                 'set by_epoch=False, or convert_to_iter_based=True'
             )
@@ -358,11 +359,11 @@ def idle_backbones(model: nn.Module, user: str) -> list[IdleBackbone]:
         user: Who asks, for the error.
 
     Raises:
-        ValueError: There is none.
+        SettingError: There is none.
     """
     if is_model_wrapper(model):
         model = model.module
     found = [module for module in model.modules() if isinstance(module, IdleBackbone)]
     if not found:
-        raise ValueError(f'{user} found no IdleBackbone in {type(model).__name__}')
+        raise SettingError(f'{user} found no IdleBackbone in {type(model).__name__}')
     return found

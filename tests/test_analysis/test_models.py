@@ -14,7 +14,7 @@ from idlevit_mm.analysis.models import (
     share_kept,
     with_keep_ratios,
 )
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 SWIN = dict(
     type='IdleSwinTransformer',
@@ -76,18 +76,68 @@ def test_copies_share_their_weights_only():
     assert all(one.data_ptr() == other.data_ptr() for one, other in shared)
 
 
+VIT = dict(
+    type='IdleVisionTransformer',
+    img_size=(48, 80),
+    patch_size=16,
+    embed_dims=16,
+    num_layers=3,
+    num_heads=2,
+)
+
+
 @pytest.mark.parametrize('cfg', [SWIN, PVT2], ids=['swin', 'pvtv2'])
 def test_dense_class_of_mmdet_gives_the_same(cfg):
     pytest.importorskip('mmdet')
-    cfg = dict(cfg, keep_ratios=1.0, policy=dict(scorer='random'))
+    _same_as_dense(dict(cfg, keep_ratios=1.0, policy=dict(scorer='random')))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(arch='deit-tiny', num_layers=1, embed_dims=None, num_heads=None, img_size=[33]),
+        dict(arch='lvvit-small', stem='patch', residual_scale=1.0, num_layers=2),
+        dict(out_indices=[0, -1], final_norm=False, patch_bias=False, qkv_bias=False),
+        dict(with_cls_token=False, mlp_ratio=2.0, norm_cfg=dict(type='LN', eps=1e-3)),
+        dict(output_cls_token=True, patch_norm=True, act_cfg=dict(type='ReLU')),
+    ],
+    ids=['defaults', 'arch', 'lvvit arch', 'no bias', 'no class token', 'class token out'],
+)
+def test_dense_class_of_mmseg_gives_the_same(options):
+    pytest.importorskip('mmseg')
+    dense = _same_as_dense({**VIT, **options}, (49, 79))
+    assert type(dense).__module__.startswith('mmseg.')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(arch='lvvit-small'), r"stem='conv' \(as LV-ViT has it\) has no dense class"),
+        (dict(residual_scale=0.5), r'residual_scale=0\.5 .*has no dense class.*keep_ratios=1\.0'),
+        (dict(mlp_ratio=2.5), r'mlp_ratio=2\.5 has no dense class'),
+    ],
+)
+def test_vits_that_mmseg_has_not_are_told(options, message):
+    cfg = {**VIT, **options}
+    with pytest.raises(ValueError, match=message) as error:
+        host_backbone(MODELS.build(cfg), cfg)
+    assert '\n' not in str(error.value)
+
+
+def _same_as_dense(cfg, size=(64, 64)):
+    torch.manual_seed(0)
     backbone = MODELS.build(cfg).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # so that no table and no token is zero
     dense = host_backbone(backbone, cfg)
     assert type(dense).__name__ == type(backbone).__name__.removeprefix('Idle')
     assert not dense.training
-    image = torch.randn(1, 3, 64, 64)
+    image = torch.randn(3, 3, *size)
     with torch.no_grad():
-        for ours, theirs in zip(backbone(image), dense(image), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        ours, theirs = list(backbone(image)), list(dense(image))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    return dense
 
 
 def test_dense_backbones_are_told():

@@ -1,12 +1,16 @@
 """The options of the tools, and the errors they give."""
 
+import json
 import os
 import pickle
+import re
 import uuid
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from idlevit_mm.engine import ResumableRunner, UsageError, launch
@@ -100,6 +104,66 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_tool(bug)
+
+
+@HOOKS.register_module()
+class FaultyHook(Hook):
+    """Somebody else's hook, with a fault."""
+
+    def before_train(self, runner):
+        raise ValueError('a fault')
+
+
+@pytest.fixture
+def one_image(config, tmp_path):
+    """The config, with a data set that has something to train on."""
+    image = dict(id=1, file_name='a.jpg', width=8, height=8)
+    box = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 4, 4], area=16, iscrowd=0)
+    classes = [dict(id=1, name='person')]
+    data = dict(images=[image], annotations=[box], categories=classes)
+    (tmp_path / 'data' / 'a.json').write_text(json.dumps(data))
+    return config
+
+
+WARMUP = dict(type='KeepRatioWarmupHook', end=1)
+LATE_ERRORS = [
+    (dict(custom_hooks=[WARMUP, WARMUP]), 'only one hook can set the keep ratios'),
+    (
+        {
+            'custom_hooks': [WARMUP],
+            'model.backbone': dict(
+                _delete_=True,
+                type='SwinTransformer',
+                embed_dims=16,
+                depths=[1] * 4,
+                num_heads=[1] * 4,
+            ),
+        },
+        'KeepRatioWarmupHook found no IdleBackbone',
+    ),
+    (
+        {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='weights.pth')},
+        r"checkpoint 'weights\.pth' has no weight of IdleSwinTransformer",
+    ),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), LATE_ERRORS)
+def test_what_hooks_and_backbones_find_is_one_line(one_image, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(train_from_config, config=one_image, cfg_options=options)
+    assert exit_.value.code == 2
+    assert re.fullmatch(f'error: .*{message}.*\n', capsys.readouterr().err)
+
+
+def test_faults_of_other_origin_keep_their_traceback(one_image):
+    with pytest.raises(ValueError, match='a fault') as error:
+        run_tool(
+            train_from_config,
+            config=one_image,
+            cfg_options=dict(custom_hooks=[dict(type='FaultyHook')]),
+        )
+    assert not isinstance(error.value, UsageError)
 
 
 TRAIN_ERRORS = [

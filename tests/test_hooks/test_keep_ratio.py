@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from toy import ToyModel, toy_runner
 
 from idlevit_mm.engine import load_checkpoint
+from idlevit_mm.errors import SettingError
 from idlevit_mm.hooks import KeepRatioWarmupHook, RandomKeepRatioHook
 from idlevit_mm.hooks.keep_ratio import annealed_ratio, half_cosine, spread_draws
 
@@ -344,7 +345,7 @@ def sparse_toy():
 def refused(tmp_path, hooks, model=None, **settings):
     seen = Seen()
     runner = toy_runner(tmp_path, hooks=[*hooks, seen], model=model or IdleToy(), **settings)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(SettingError) as error:
         runner.train()
     assert not seen.train
     assert '\n' not in str(error.value)

@@ -10,7 +10,7 @@ from torch import nn
 from toys import ToyModel, checkpoint_of
 
 from idlevit_mm.engine.checks import check_teachers
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 from idlevit_mm.hooks import add_losses
 from idlevit_mm.losses import FeatureDistillation, LogitDistillation, TokenCutLoss
 from idlevit_mm.losses.distill import class_scores, direction_distance, divergence, is_sigmoid

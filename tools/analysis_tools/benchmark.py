@@ -1,5 +1,6 @@
-"""Time several configs or keep ratios in turns, in one process, against mmdet's dense backbone.
+"""Time several configs or keep ratios in turns, in one process, against the dense backbone.
 
+The dense backbone is mmdet's own class, or mmseg's for a plain ViT.
 Every candidate is timed once per round and ratios are formed within rounds, so that a slow spell
 of the machine hits all of them. The realised share tells how much of the saved multiply-adds is
 saved time: 1 means all of it.
@@ -18,7 +19,7 @@ from rich.table import Table
 from idlevit_mm.analysis.benchmark import PARTS, benchmark, noise_image, table_cells
 from idlevit_mm.analysis.models import load_model, with_host_backbone, with_keep_ratios
 from idlevit_mm.analysis.runs import machine, versions
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +37,9 @@ def parse_args() -> argparse.Namespace:
         '--keep-ratios', nargs='+', type=float, help='each config with each of these ratios'
     )
     parser.add_argument('--part', choices=PARTS, default='backbone')
-    parser.add_argument('--no-host', action='store_true', help="leave mmdet's dense class out")
+    parser.add_argument(
+        '--no-host', action='store_true', help='leave the dense class of mmdet or mmseg out'
+    )
     parser.add_argument('--shape', nargs=2, type=int, default=[800, 1280], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=30)
@@ -61,7 +64,9 @@ def collect(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
         model = load_model(config, checkpoint, args.device, args.cfg_options)
         prefix = f'{config.stem} ' if len(args.configs) > 1 else ''
         if not args.no_host:
-            models[f"{prefix}mmdet's dense"] = with_host_backbone(model)
+            dense = with_host_backbone(model)
+            host = type(dense.backbone).__module__.split('.')[0]
+            models[f"{prefix}{host}'s dense"] = dense
         if args.keep_ratios:
             for ratio in args.keep_ratios:
                 models[f'{prefix}keep {ratio:g}'] = with_keep_ratios(model, ratio)

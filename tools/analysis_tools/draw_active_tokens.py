@@ -8,7 +8,7 @@ from mmengine.config import DictAction
 
 from idlevit_mm.analysis.models import load_model
 from idlevit_mm.analysis.pictures import draw_dataset, draw_files
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:

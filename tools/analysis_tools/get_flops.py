@@ -11,7 +11,7 @@ from rich.table import Table
 
 from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds, pretty
 from idlevit_mm.analysis.models import idle_backbone, load_model, with_keep_ratios
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +63,8 @@ def main() -> int:
     console = Console()
     console.print(table)
     if ratios is not None:
-        console.print(f'keep ratios per stage and block: {ratios}', highlight=False)
+        rounded = [[round(ratio, 4) for ratio in stage] for stage in ratios]
+        console.print(f'keep ratios per stage and block: {rounded}', highlight=False)
     if args.out is not None:
         args.out.write_text(json.dumps(counts, indent=2) + '\n')
     return 0

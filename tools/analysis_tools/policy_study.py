@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from idlevit_mm.analysis import finetuning, policy_report, policy_study, runs
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 WORK_DIRS = runs.REPOSITORY / 'work_dirs'
 TASKS = list(policy_study.TASKS)

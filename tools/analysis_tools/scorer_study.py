@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from idlevit_mm.analysis import finetuning, runs, study
-from idlevit_mm.engine.errors import UsageError
+from idlevit_mm.errors import UsageError
 
 CONFIGS = runs.REPOSITORY / 'configs' / 'digit_scenes'
 DENSE = 'retinanet_idle-swin_dense_digits'

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from idlevit_mm.engine.errors import UsageError
 from idlevit_mm.engine.safe_load import strip_checkpoint
+from idlevit_mm.errors import UsageError
 
 
 def main() -> None:

@@ -15,3 +15,11 @@ class UnsafeCheckpointError(UsageError):
 
 class BrokenCheckpointError(UsageError):
     """A checkpoint cannot be read: cut off, damaged, or another kind of file."""
+
+
+class SettingError(UsageError, ValueError):
+    """A setting does not fit the model, its weights or the training.
+
+    For what a hook or a backbone finds after the model has been built and before the first
+    iteration; a ValueError raised while the config is built becomes a ``UsageError`` there.
+    """
