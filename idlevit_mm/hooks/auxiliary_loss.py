@@ -12,6 +12,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..backbones import IdleBackbone
+from ..errors import SettingError
 from ..losses import AuxiliaryLoss, Step, Teachers, build_losses, captured
 from ..losses.base import restore_method
 
@@ -42,10 +43,10 @@ class AuxiliaryLossHook(Hook):
         """Build the teachers and put the losses into the model.
 
         Raises:
-            ValueError: There is another hook of this kind, or the model cannot have such losses.
+            SettingError: There is another hook of this kind, or the model cannot have such losses.
         """
         if sum(isinstance(hook, AuxiliaryLossHook) for hook in runner.hooks) > 1:
-            raise ValueError('there are several AuxiliaryLossHook; put all losses into one')
+            raise SettingError('there are several AuxiliaryLossHook; put all losses into one')
         model = runner.model
         while is_model_wrapper(model):
             model = model.module
@@ -69,14 +70,14 @@ def add_losses(model: nn.Module, losses: Sequence[AuxiliaryLoss]) -> Callable[[]
         A function that takes them out again.
 
     Raises:
-        ValueError: The model has no idle backbone, or a loss cannot be computed for it.
+        SettingError: The model has no idle backbone, or a loss cannot be computed for it.
         TypeError: The model has no method ``loss``.
     """
     backbones = {
         name: module for name, module in model.named_modules() if isinstance(module, IdleBackbone)
     }
     if not backbones:
-        raise ValueError(
+        raise SettingError(
             f'{type(model).__name__} has no idle backbone, which '
             f'{", ".join(type(loss).__name__ for loss in losses)} need'
         )
@@ -111,7 +112,7 @@ def _with_losses(
             step = Step(model, backbones, inputs, calls)
             for part in losses:
                 if part.name in total:
-                    raise ValueError(
+                    raise SettingError(
                         f'{type(model).__name__} has a loss {part.name!r} already; give '
                         f'{type(part).__name__} another name'
                     )

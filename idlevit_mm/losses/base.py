@@ -84,7 +84,7 @@ class AuxiliaryLoss(ABC):
             teachers: Where teachers come from; losses with the same one share it.
 
         Raises:
-            ValueError: The loss cannot be computed for this model.
+            SettingError: The loss cannot be computed for this model.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss, Step
 from .teacher import Teacher, Teachers, check_description, find_modules
@@ -63,7 +64,7 @@ class FeatureDistillation(AuxiliaryLoss):
         for name, backbone in backbones.items():
             outputs = len(backbone.out_indices)
             if self.stages is not None and max(self.stages) >= outputs:
-                raise ValueError(
+                raise SettingError(
                     f'stages={tuple(self.stages)} must lie in 0 to {outputs - 1}: {name} has '
                     f'{outputs} outputs'
                 )
@@ -134,7 +135,7 @@ class LogitDistillation(AuxiliaryLoss):
         find_modules(model, self.names, 'modules', 'model')
         find_modules(self.teacher.model, self.names, 'modules', 'teacher')
         if not hasattr(self.teacher.model, 'extract_feat'):
-            raise ValueError(
+            raise SettingError(
                 f'LogitDistillation needs a teacher with extract_feat, which '
                 f'{type(self.teacher.model).__name__} does not have'
             )

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from ..errors import SettingError
 from .base import Call, Step, captured
 
 _KEYS = ('checkpoint', 'config')
@@ -149,7 +150,7 @@ def _load(model: nn.Module, path: str) -> None:
         if names
     ]
     if wrong:
-        raise ValueError(
+        raise SettingError(
             f'teacher.checkpoint={path!r} does not fit {type(model).__name__}: it '
             f'{", ".join(wrong)}; name the config it was trained with as teacher.config'
         )
@@ -165,13 +166,13 @@ def find_modules(model: nn.Module, names: tuple[str, ...], argument: str, whose:
     """Check that a model has all modules of these names.
 
     Raises:
-        ValueError: One is missing.
+        SettingError: One is missing.
     """
     have: Callable[[str], bool] = dict(model.named_modules()).__contains__
     for name in names:
         if not have(name):
             children = ', '.join(child for child, _ in model.named_children())
-            raise ValueError(
+            raise SettingError(
                 f'{argument} names {name!r}, which the {whose} {type(model).__name__} does not '
                 f'have; it has {children}'
             )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..ops import keep_mask
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss, Step
@@ -58,7 +59,7 @@ class TokenCutLoss(AuxiliaryLoss):
         for name, backbone in backbones.items():
             for block in (block for stage in backbone.idle_blocks for block in stage):
                 if block.policy.scope == 'windows':
-                    raise ValueError(
+                    raise SettingError(
                         f"{name} has policy.scope='windows': whole windows idle, so no attention "
                         'crosses from active to idle tokens and TokenCutLoss is 0 by definition; '
                         'use another scope or drop the loss'

@@ -142,6 +142,13 @@ LATE_ERRORS = [
         'KeepRatioWarmupHook found no IdleBackbone',
     ),
     (
+        {
+            'custom_hooks': [dict(type='AuxiliaryLossHook', losses=[dict(type='TokenCutLoss')])],
+            'model.backbone.policy': dict(scope='windows'),
+        },
+        "backbone has policy.scope='windows'",
+    ),
+    (
         {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='weights.pth')},
         r"checkpoint 'weights\.pth' has no weight of IdleSwinTransformer",
     ),
