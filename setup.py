@@ -31,7 +31,7 @@ def read_readme() -> str:
 setup(
     name='idlevit_mm',
     version=read_version(),
-    description='Token-idling Swin and PVT backbones for MMDetection and MMSegmentation',
+    description='Token-idling Swin, PVT and ViT backbones for MMDetection and MMSegmentation',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     author='idlevit_mm contributors',

@@ -1,4 +1,4 @@
-"""Pyramid backbones for mmdet and mmseg that compute only the tokens that matter.
+"""Backbones for mmdet and mmseg that compute only the tokens that matter.
 
 Importing the package registers its backbones, necks and hooks with mmengine, and lets torch's safe
 loading accept the checkpoints that mmengine itself writes.

@@ -86,7 +86,7 @@ class IdleBackbone(BaseModule, ABC):
 
         Args:
             keep_ratios: One ratio in (0, 1] for all blocks, one per stage, or one list per stage
-                with one per block.
+                with one per block; or a schedule by name, see ``normalize_keep_ratios``.
 
         Raises:
             TypeError: An entry is no number.

@@ -140,7 +140,8 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         frozen_stages: Number of frozen stages; 0 for the first patch embedding alone, -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
-            stage with one per block. 1.0 is the dense backbone.
+            stage with one per block. 1.0 is the dense backbone. Also a schedule by name; see
+            ``normalize_keep_ratios``.
         policy: Which tokens are active, such as ``dict(scorer='mean_distance')``.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
 

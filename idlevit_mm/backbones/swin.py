@@ -205,7 +205,8 @@ class IdleSwinTransformer(IdleBackbone):
         convert_weights: Whether the checkpoint of ``init_cfg`` may be an official Swin release.
         frozen_stages: Number of frozen stages; 0 for the patch embedding alone, -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
-            stage with one per block. 1.0 is the dense backbone.
+            stage with one per block. 1.0 is the dense backbone. Also a schedule by name; see
+            ``normalize_keep_ratios``.
         policy: Which tokens are active, such as ``dict(scorer='mean_distance', scope='map')``.
             Scopes: ``map`` (best tokens of the whole map), ``window_tokens`` (best tokens of each
             window), ``windows`` (best windows).

@@ -182,7 +182,8 @@ class IdleVisionTransformer(IdleBackbone):
         frozen_stages: Number of frozen blocks, the embedding included; 0 for the embedding alone,
             -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, or a list with one per block. 1.0
-            is the dense backbone.
+            is the dense backbone. Also a schedule by name, such as ``dict(type='powers',
+            keep_ratio=0.7)``; see ``normalize_keep_ratios``.
         policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='class_query')``.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
 

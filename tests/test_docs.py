@@ -1,0 +1,62 @@
+"""What the documentation of policies says holds: its configs build, its errors are the errors."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.registry import HOOKS, MODELS
+
+import idlevit_mm  # noqa: F401  (registers backbones and hooks)
+
+ROOT = Path(__file__).parents[1]
+POLICIES = (ROOT / 'docs' / 'policies.md').read_text(encoding='utf-8')
+EXAMPLES = re.findall(r'```python\n(.*?)```', POLICIES, flags=re.S)
+MESSAGES = dict(re.findall(r'^\| (.+?) \| `(.+)` \|$', POLICIES.split('## Errors')[1], flags=re.M))
+
+SWIN = 'IdleSwinTransformer'
+PVT = 'IdlePyramidVisionTransformer'
+VIT = 'IdleVisionTransformer'
+WRONG = {
+    "`type='EVit'`": dict(type=SWIN, policy=dict(type='EVit')),
+    "`type='IdleViT', fuse=True`": dict(type=SWIN, policy=dict(type='IdleViT', fuse=True)),
+    'SparseViT on PVT': dict(type=PVT, policy=dict(type='SparseViT')),
+    "`scorer='class_query'` on Swin": dict(type=SWIN, policy=dict(scorer='class_query')),
+    'EViT with `learned`': dict(type=VIT, policy=dict(type='EViT', scorer='learned')),
+    'IdleViT with `class_attention`': dict(type=VIT, policy=dict(scorer='class_attention')),
+    'Evo-ViT on a ViT, `keep_ratios=0.5`': dict(
+        type=VIT, policy=dict(type='EvoViT'), keep_ratios=0.5
+    ),
+    'SparseViT, `[0.5, 0.7]` in a stage': dict(
+        type=SWIN, policy=dict(type='SparseViT'), keep_ratios=[[0.5, 0.7], 1.0, 1.0, 1.0]
+    ),
+}
+
+
+@pytest.mark.parametrize('example', EXAMPLES, ids=lambda text: text.splitlines()[1].strip())
+def test_examples_build(example: str) -> None:
+    config: dict = {}
+    exec(example, config)
+    backbone = MODELS.build(config['backbone'])
+    assert type(backbone.idle_blocks[0][0].policy).__name__ == config['backbone']['policy']['type']
+    assert min(ratio for stage in backbone.keep_ratios for ratio in stage) < 1.0
+    for hook in config.get('custom_hooks', ()):
+        HOOKS.build(hook)
+
+
+def test_all_errors_are_tried() -> None:
+    assert set(MESSAGES) == set(WRONG)
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_errors_are_as_written(case: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        MODELS.build(WRONG[case])
+    shortened = re.sub(r'\[0\.5(, 0\.5)+\]', '[0.5, ...]', str(error.value))
+    assert shortened == MESSAGES[case]
+
+
+@pytest.mark.parametrize('page', sorted(path.name for path in (ROOT / 'docs').glob('*.md')))
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / 'docs' / page).read_text(encoding='utf-8')
+    for link in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', text):
+        assert (ROOT / 'docs' / link).exists(), f'{page} links {link}'
