@@ -1,6 +1,5 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
-from .attention import SelfAttention, ShiftWindowMSA, SpatialReductionAttention
 from .ffn import MixFFN
 from .norm import LayerNorm2d
 from .patch import ConvStemEmbed
@@ -9,8 +8,11 @@ from .position import (
     resize_position_table,
     resize_relative_position_table,
 )
+from .reduction_attention import SpatialReductionAttention
+from .self_attention import SelfAttention
 from .shape import pad_to, to_map, to_tokens
 from .share import cell_means, kept_share
+from .window_attention import ShiftWindowMSA
 
 __all__ = [
     'AbsolutePositionEmbedding',

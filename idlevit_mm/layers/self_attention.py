@@ -1,0 +1,73 @@
+"""Attention of a plain ViT on packed tokens.
+
+Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), T
+active tokens, C channels, A heads, D channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import PackedAttention, split_heads
+from .share import kept_share
+
+
+class SelfAttention(PackedAttention):
+    """Attention of a plain ViT among the active tokens; arguments are those of its base."""
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor | None = None,
+        context: Tensor | None = None,
+        first_row: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the branch, without the identity.
+
+        Args:
+            x: (B, T, C), the normalised active tokens.
+            keys: (B, T, C), the keys if they are known already; (B, P + N, C) with a context.
+            context: (B, P + N, C), all normalised tokens, if idle ones serve as keys and values.
+            first_row: Whether to return the attention of the first token.
+
+        Returns:
+            (B, T, C), and if asked for the attention of the first token to all, mean over heads:
+            (B, T), float32 also under autocast.
+        """
+        query, key, value = self._projections(x, keys, context)
+        row = first_attention(query, key, self.num_heads) if first_row else None
+        return self.attend(query, key, value), row
+
+    def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Share of each token's attention that goes to active tokens.
+
+        Args:
+            x: (B, N, C), all tokens, normalised.
+            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
+
+        Returns:
+            Of the shape of ``mask``.
+        """
+        query, key = self.project(x, 0, 2).chunk(2, dim=-1)
+        return kept_share(query, key, mask, self.scale / self.num_heads)
+
+    def _projections(
+        self, x: Tensor, keys: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if keys is not None:
+            query = self.project(x, 0, 1)
+            value = self.project(x if context is None else context, 2, 3)
+            return query, keys.to(query.dtype), value
+        if context is not None:
+            key, value = self.project(context, 1, 3).chunk(2, dim=-1)
+            return self.project(x, 0, 1), key, value
+        query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
+        return query, key, value
+
+
+def first_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    """Attention of the first of queries and keys (B, T, C), mean over heads: (B, T)."""
+    with torch.autocast(query.device.type, enabled=False):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key = split_heads(query[:, :1].to(exact), num_heads), split_heads(key, num_heads)
+        logits = query @ key.to(exact).transpose(-1, -2) * query.shape[-1] ** -0.5
+        return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
