@@ -222,6 +222,7 @@ class ShiftWindowMSA(BaseModule):
             mask[-borders:] += regions
         if summarised:
             mask = F.pad(mask, (0, 1, 0, 1))
+            mask[..., -1, :-1] += keys[:, None]
             nothing_idle = (keys == 0.0).all(dim=1)
             mask[..., -1] += hide(nothing_idle, dtype)[:, None, None]
         return mask
