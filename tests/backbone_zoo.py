@@ -274,7 +274,11 @@ class BlockTrace:
             height, width = int(hw[0]), int(hw[1])
             first = getattr(block, 'num_prefix', 0)
             tokens = slice(first, first + height * width)
-            self.calls[s][b] = before[0][:, tokens], out.detach().clone()[:, tokens], (height, width)
+            self.calls[s][b] = (
+                before[0][:, tokens],
+                out.detach().clone()[:, tokens],
+                (height, width),
+            )
 
         return [
             block.register_forward_pre_hook(pre, with_kwargs=True),

@@ -23,7 +23,9 @@ SIZES = [ODD, (1, 3, 4, 40), (3, 3, 40, 4), (1, 3, 4, 4)]
 
 
 def test_every_registered_policy_has_a_case():
-    published = {name for name, cls in POLICIES.module_dict.items() if 'idlevit_mm' in cls.__module__}
+    published = {
+        name for name, cls in POLICIES.module_dict.items() if 'idlevit_mm' in cls.__module__
+    }
     assert {case.policy['type'] for case in CASES} == published
 
 
@@ -227,9 +229,7 @@ def test_idle_rows_are_bit_identical(case, train):
 
 
 COMPILED = [
-    case
-    for case in CASES
-    if case.name in ('swin-evit', 'swin-evovit', 'vit-evit', 'vit-evovit')
+    case for case in CASES if case.name in ('swin-evit', 'swin-evovit', 'vit-evit', 'vit-evovit')
 ]  # IdleViT: tests/test_backbones/test_running.py
 
 

@@ -1,5 +1,7 @@
 """EViT's fused and Evo-ViT's representative tokens, against naive loops over windows and tokens."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -309,8 +311,6 @@ EVIT = [case for case in CASES if case.policy['type'] == 'EViT']
 @torch.no_grad()
 @pytest.mark.parametrize('case', EVIT, ids=[case.name for case in EVIT])
 def test_who_leaves_never_comes_back_within_a_stage(case):
-    import math
-
     variant = case.variant
     options = {}
     if variant.is_vit:
