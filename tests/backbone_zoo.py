@@ -32,6 +32,19 @@ _PVT = dict(
     out_indices=(0, 1),
 )
 _PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
+# Nothing in a plain ViT needs whole multiples: an odd grid of 9 by 13 patches.
+_VIT = dict(
+    img_size=(36, 52),
+    patch_size=4,
+    embed_dims=8,
+    num_layers=3,
+    num_heads=2,
+    mlp_ratio=2,
+    norm_cfg=dict(type='LN', eps=1e-6),
+    patch_bias=True,
+    final_norm=True,
+    out_indices=(0, 2),
+)
 
 
 @dataclass(frozen=True)
@@ -58,17 +71,35 @@ class Variant:
     def is_swin(self) -> bool:
         return 'Swin' in self.type
 
+    @property
+    def is_vit(self) -> bool:
+        return self.type == 'IdleVisionTransformer'
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.is_vit and self.kwargs.get('with_cls_token', True)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        depths = self.kwargs.get('depths', self.kwargs.get('num_layers'))
+        return (depths,) if isinstance(depths, int) else tuple(depths)
+
     def config(self, **overrides: Any) -> dict[str, Any]:
         return dict(type=self.type, **{**self.kwargs, **overrides})
 
     def build(self, **overrides: Any) -> nn.Module:
         return MODELS.build(self.config(**overrides))
 
-    def build_twin(self, library: str = 'mmdet', **overrides: Any) -> nn.Module:
-        """The dense model of ``library``; skips the test when that is not installed."""
+    def build_twin(self, library: str | None = None, **overrides: Any) -> nn.Module:
+        """The dense model of ``library``, by default of the first that has one.
+
+        Skips the test where there is none, or the library is not installed.
+        """
+        library = library or next(iter(self.twins), 'mmdet')
         pytest.importorskip(library)
         if library not in self.twins:
-            pytest.skip(f'{library} has no {self.type.removeprefix("Idle")}')
+            pytest.skip(f'{library} has no {self.type.removeprefix("Idle")} like {self.name}')
         module, name = self.twins[library].split(':')
         return getattr(importlib.import_module(module), name)(**{**self.kwargs, **overrides})
 
@@ -78,9 +109,11 @@ _SWIN_TWINS = {
     'mmseg': 'mmseg.models.backbones.swin:SwinTransformer',
 }
 _PVT_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformer'}
+_VIT_TWINS = {'mmseg': 'mmseg.models.backbones.vit:VisionTransformer'}
 _PVT2_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformerV2'}
 _SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
 _V2_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (2, 3, 40, 17), (1, 3, 17, 17))
+_VIT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
 _PVT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 8, 8))
 
 
@@ -117,6 +150,17 @@ def _pvt2(name: str, **kwargs: Any) -> Variant:
     )
 
 
+def _vit(name: str, twins: dict[str, str] = _VIT_TWINS, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleVisionTransformer',
+        kwargs={**_VIT, **kwargs},
+        twins=twins,
+        scopes=('map',),
+        sizes=_VIT_SIZES,
+    )
+
+
 # PyramidVisionTransformerV2 fixes four patch sizes, so its small model has four stages.
 _FOUR_STAGES = dict(
     num_stages=4,
@@ -132,6 +176,7 @@ FAMILIES = (
     _swin('swin', window_size=4),
     _pvt('pvt'),
     _pvt2('pvtv2', **_FOUR_STAGES),
+    _vit('vit'),
 )
 _OTHERS = (
     _swin('swin-w7', window_size=7, depths=(2, 3)),
@@ -141,6 +186,11 @@ _OTHERS = (
     _pvt('pvt-no-abs', use_abs_pos_embed=False, qkv_bias=False, drop_path_rate=0.4),
     _pvt('pvt-conv-norm', use_conv_ffn=True, norm_after_stage=True),
     _pvt2('pvtv2-plain', **{**_FOUR_STAGES, 'qkv_bias': False, 'norm_cfg': dict(type='LN')}),
+    _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
+    _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
+    # mmseg's class without class token embeds one all the same; LV-ViT it has not at all.
+    _vit('vit-no-cls', twins={}, with_cls_token=False),
+    _vit('vit-conv-stem', twins={}, stem='conv', residual_scale=0.5, mlp_ratio=3),
 )
 VARIANTS = FAMILIES + _OTHERS
 BY_NAME = {v.name: v for v in VARIANTS}
@@ -189,11 +239,15 @@ def stage_blocks(model: nn.Module) -> list[list[nn.Module]]:
     """Blocks of each stage. State-dict compatibility with mmdet fixes where they sit."""
     if hasattr(model, 'stages'):
         return [list(stage.blocks) for stage in model.stages]
+    if hasattr(model.layers[0], 'ffn'):
+        return [list(model.layers)]
     return [[b for b in layer[1] if hasattr(b, 'ffn')] for layer in model.layers]
 
 
 class BlockTrace:
     """Records input and output (B, N, C) and size (H, W) of every block of a model's forwards.
+
+    Tokens before the map (class token) and behind it (fused tokens) are left out.
 
     Attributes:
         calls: ``calls[stage][block]`` = (input, output, (H, W)) of the last forward.
@@ -217,7 +271,14 @@ class BlockTrace:
         def post(_module, args, kwargs, output):
             out = output[0] if isinstance(output, (tuple, list)) else output
             hw = args[1] if len(args) > 1 else kwargs['hw_shape']
-            self.calls[s][b] = (before[0], out.detach().clone(), (int(hw[0]), int(hw[1])))
+            height, width = int(hw[0]), int(hw[1])
+            first = getattr(block, 'num_prefix', 0)
+            tokens = slice(first, first + height * width)
+            self.calls[s][b] = (
+                before[0][:, tokens],
+                out.detach().clone()[:, tokens],
+                (height, width),
+            )
 
         return [
             block.register_forward_pre_hook(pre, with_kwargs=True),

@@ -117,7 +117,8 @@ class IdleViTBlock(IdleBlock):
             return selection
         ids = selection.token_ids + self.num_prefix
         first = torch.arange(self.num_prefix, device=ids.device).expand(ids.shape[0], -1)
-        return selection._replace(token_ids=torch.cat([first, ids], dim=1))
+        # Not by _replace: torch.compile cannot return the tuple that it makes.
+        return Selection(torch.cat([first, ids], dim=1), selection.unit_ids, selection.has_padding)
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.ln1(x))

@@ -43,8 +43,8 @@ class StageRecord(NamedTuple):
             return torch.ones(shape, dtype=torch.bool, device=self.device)
         # Ids behind the map are tokens that a policy has added.
         end = self.num_prefix + height * width
-        num_tokens = max(end, int(selection.token_ids.max()) + 1)
-        mask = keep_mask(selection, num_tokens)[:, self.num_prefix : end]
+        selection = selection._replace(token_ids=selection.token_ids.clamp(max=end))
+        mask = keep_mask(selection, end)[:, self.num_prefix :]
         return mask.view(self.batch, height, width)
 
 

@@ -106,7 +106,8 @@ class EViT(Policy):
             ids, left = memory.selection.unit_ids, memory.idle_weights
         count = num_active(keep_ratio, ids.shape[1], self.rounding)
         ids = ids.gather(1, best_places(scores.gather(1, ids), count))
-        if not self.fuse:
+        if not self.fuse or ids.shape[1] == scores.shape[1]:
+            # A summary of no token would be one more key.
             return Plan(block.with_prefix(chosen(ids)))
         weights = positive(scores)
         if left is not None:

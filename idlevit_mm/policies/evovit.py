@@ -79,11 +79,13 @@ class EvoViT(Policy):
         assert running is not None  # check_keep_ratios has seen to it
         count = num_active(keep_ratio, running.shape[1], self.rounding)
         places = best_places(running, count)
-        weights = running.scatter(1, places, 0.0) if self.representative else None
+        # A summary of no token would be one more key.
+        follows = self.representative and count < running.shape[1]
+        weights = running.scatter(1, places, 0.0) if follows else None
         if attention is not None:
             running = self._moved(running, places, attention.gather(1, places))
         selection = block.with_prefix(chosen(places))
-        return Plan(selection, idle_weights=weights, spreads=self.representative), running
+        return Plan(selection, idle_weights=weights, spreads=follows), running
 
     def reorganise(
         self,

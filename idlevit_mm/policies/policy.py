@@ -192,9 +192,12 @@ class Policy(nn.Module, ABC):
         """Scores as ``scores`` returns them, and keys that the scorer computed on the way."""
         if not self.scorer.needs_class_token:
             x = block.map_tokens(x, hw_shape)
-        # Half precision cannot tell close scores apart, and would rank differently under autocast.
-        with _full_precision(x.device.type):
-            exact = x if x.dtype == torch.float64 else x.float()
+        # Half precision cannot tell close scores apart, and would rank differently under autocast;
+        # but a model that is in half precision as a whole has no other weights.
+        device = x.device.type
+        bound = self.scorer.uses_weights and not _autocasts(device)
+        exact = x if bound or x.dtype == torch.float64 else x.float()
+        with _full_precision(device):
             return self.scorer.score(exact, hw_shape, block)
 
 
@@ -221,6 +224,10 @@ def refuse_rising(policy: str, keep_ratios: Sequence[Sequence[float]]) -> None:
                 f'keep_ratios={list(ratios)} of stage {stage} rise, which policy {policy} does not '
                 'allow: within a stage each must be at most the one before'
             )
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type != 'meta' and torch.is_autocast_enabled(device_type)
 
 
 def _full_precision(device_type: str) -> AbstractContextManager:

@@ -53,6 +53,8 @@ class Scorer(nn.Module, ABC):
         embed_dims: Channels of the tokens it will rank.
     """
 
+    # Whether it computes with weights, of its own or of the block, whose precision binds it.
+    uses_weights: ClassVar[bool] = False
     # Whether it has weights that are to be trained.
     learns: ClassVar[bool] = False
     # Whether it sees the class token, too, before the tokens of the map.
@@ -69,7 +71,8 @@ class Scorer(nn.Module, ABC):
         """Rank tokens.
 
         Args:
-            x: (B, N, C), the map as it enters the block; float32 or float64.
+            x: (B, N, C), the map as it enters the block; float32 or float64, or the precision of
+                the whole model where the scorer uses weights.
             hw_shape: Height and width of the map in tokens.
             block: The block that asks.
 
@@ -117,6 +120,8 @@ class MeanQuery(Scorer):
     Takes the part of IdleViT's class token (arXiv 2310.05654), which pyramids lack.
     """
 
+    uses_weights = True
+
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
         return block.mean_query_attention(x).mean(dim=1)
 
@@ -160,6 +165,7 @@ class Learned(Scorer):
         hidden_dims: Channels of the hidden layer; None for a quarter of ``embed_dims``.
     """
 
+    uses_weights = True
     learns = True
 
     def __init__(self, embed_dims: int, hidden_dims: int | None = None) -> None:
@@ -184,6 +190,7 @@ class ClassQuery(Scorer):
     The keys of all tokens are computed, and those of the active ones used by the attention.
     """
 
+    uses_weights = True
     needs_class_token = True
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:

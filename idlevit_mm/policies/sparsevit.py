@@ -23,15 +23,17 @@ class SparseViT(Policy):
     and the shifted windows of all its blocks; the keep ratio must not rise within a stage.
 
     Args:
-        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments.
+        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments; None for
+            ``activation_norm``.
         **kwargs: Further arguments of ``Policy``.
     """
 
     SCOPES = ('windows',)
 
     def __init__(
-        self, embed_dims: int, scorer: str | dict[str, Any] = 'activation_norm', **kwargs: Any
+        self, embed_dims: int, scorer: str | dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        scorer = 'activation_norm' if scorer is None else scorer
         super().__init__(embed_dims, scorer=scorer, **kwargs)
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:

@@ -14,14 +14,16 @@ from backbone_zoo import (
     randomize,
 )
 
+# Variants whose architecture another library has.
+WITH_TWIN = tuple(v for v in VARIANTS if v.twins)
 CASES = [
     pytest.param(v, size, id=f'{v.name}-{"x".join(map(str, size))}')
-    for v in VARIANTS
+    for v in WITH_TWIN
     for size in (v.sizes if v in FAMILIES else v.sizes[:1] + v.sizes[-1:])
 ]
 
 
-def pair(variant, library='mmdet', ours=None, **overrides):
+def pair(variant, library=None, ours=None, **overrides):
     """Our model and the dense twin with the same random weights, in evaluation mode."""
     twin = randomize(variant.build_twin(library, **overrides))
     model = variant.build(**{**overrides, **(ours or {})})
@@ -43,13 +45,13 @@ def assert_equal_to_twin(model, twin, x, tol):
 
 
 @pytest.mark.parametrize(('variant', 'size'), CASES)
-def test_equals_mmdet_in_float32(variant, size):
+def test_equals_its_twin_in_float32(variant, size):
     model, twin = pair(variant)
     assert_equal_to_twin(model, twin, image(size), 1e-5)
 
 
-@parametrize(VARIANTS)
-def test_equals_mmdet_in_float64(variant):
+@parametrize(WITH_TWIN)
+def test_equals_its_twin_in_float64(variant):
     model, twin = pair(variant)
     x = image(variant.sizes[0], dtype=torch.float64)
     assert_equal_to_twin(model.double(), twin.double(), x, 1e-11)
@@ -198,6 +200,22 @@ def test_frozen_stages_of_pvt(name, frozen_stages):
             assert (grads[full] is None) == (i < frozen), full
 
 
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 3])
+def test_frozen_blocks_of_vit(frozen_stages):
+    """mmseg's ViT has no such argument: n freezes the embedding and the first n blocks."""
+    model = randomize(BY_NAME['vit'].build(frozen_stages=frozen_stages)).train()
+    _, grads = gradients(model, image((2, 3, 40, 48)))
+    frozen = {f'layers.{i}' for i in range(frozen_stages)}
+    if frozen_stages >= 0:
+        frozen |= {'patch_embed', 'pos_embed', 'cls_token'}
+    for name, p in model.named_parameters():
+        part = '.'.join(name.split('.')[: 2 if name.startswith('layers') else 1])
+        assert p.requires_grad == (part not in frozen), name
+        assert (grads[name] is None) == (part in frozen), name
+    for i, layer in enumerate(model.layers):
+        assert all(m.training == (i >= frozen_stages) for m in layer.modules())
+
+
 @parametrize()
 def test_frozen_stage_stays_frozen_through_mode_changes(variant):
     model = variant.build(frozen_stages=1, drop_path_rate=0.5, drop_rate=0.5)
@@ -220,7 +238,7 @@ def test_dropout_acts_in_training_only(variant):
 
 
 @parametrize()
-def test_initialisation_from_scratch_follows_mmdet(variant):
+def test_initialisation_from_scratch_follows_the_twin(variant):
     twin = variant.build_twin(embed_dims=32)
     model = variant.build(embed_dims=32)
     for m in (twin, model):

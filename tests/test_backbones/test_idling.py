@@ -427,8 +427,11 @@ def token_wise_flops(variant, options, size):
     kwargs = {**variant.kwargs, **options}
     total = 0
     tokens = [size[0] * size[1] // 4 ** (2 + s) for s in range(4)]
-    for s, n in enumerate(tokens[: len(kwargs['num_heads'])]):
-        if variant.is_swin:
+    for s, n in enumerate(tokens[: len(variant.depths)]):
+        if variant.is_vit:
+            c, depth = kwargs['embed_dims'], kwargs['num_layers']
+            per_token = (4 + 2 * kwargs['mlp_ratio']) * c * c  # qkv, projection, MLP
+        elif variant.is_swin:
             c, depth, mlp = kwargs['embed_dims'] * 2**s, kwargs['depths'][s], kwargs['mlp_ratio']
             per_token = (4 + 2 * mlp) * c * c  # qkv, projection, MLP
         else:

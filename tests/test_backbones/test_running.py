@@ -95,6 +95,8 @@ def shallow(variant):
     """Arguments of a model that compiles fast."""
     if variant.is_swin:
         return dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
+    if variant.is_vit:
+        return dict(num_layers=2, out_indices=(1,))
     if variant.type.endswith('V2'):
         return dict(num_layers=[1, 1, 1, 1])
     one = dict(patch_sizes=[4], paddings=[0], strides=[4], sr_ratios=[2], mlp_ratios=[2])

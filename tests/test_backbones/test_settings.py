@@ -27,7 +27,7 @@ def test_every_registered_backbone_is_in_the_table():
 def test_default_is_dense(variant):
     model = variant.build()
     assert model.keep_ratios == [[1.0] * d for d in depths(model)]
-    assert depths(model) == list(variant.kwargs.get('depths', variant.kwargs.get('num_layers')))
+    assert tuple(depths(model)) == variant.depths
 
 
 @parametrize()
@@ -93,7 +93,7 @@ WRONG = {
     'bool': True,
     'dict': {0: 0.5},
     'empty': [],
-    'too few stages': [0.5],
+    'too few stages': 'replace all by one less',
     'too many stages': [0.5] * 9,
     'wrong value in a stage': 'replace last stage with 0',
     'nan in a stage': 'replace last stage with nan',
@@ -110,6 +110,9 @@ WRONG = {
 
 def wrong_value(name, d):
     value = WRONG[name]
+    if name == 'too few stages':
+        # For a backbone of one stage a flat list has one ratio per block.
+        return [0.5] * ((len(d) if len(d) > 1 else d[0]) - 1)
     if not (isinstance(value, str) and value.startswith('replace')):
         return value
     bad = {
@@ -164,7 +167,8 @@ def test_stage_that_does_not_exist_is_named(variant):
 @parametrize()
 def test_wrong_length_says_the_right_one(variant):
     model = variant.build()
-    count = len(depths(model))
+    # The entries of a flat list are blocks where there is one stage.
+    count = len(depths(model)) if len(depths(model)) > 1 else depths(model)[0]
     with pytest.raises((ValueError, TypeError), match=rf'keep_ratios.*\b{count}\b'):
         model.set_keep_ratios([0.5] * (count + 1))
     blocks = depths(model)[-1]
@@ -174,7 +178,9 @@ def test_wrong_length_says_the_right_one(variant):
 
 
 @parametrize()
-@pytest.mark.parametrize('policy', [None, {}, dict(scorer='random'), dict(scope='map')])
+@pytest.mark.parametrize(
+    'policy', [None, {}, dict(scorer='random'), dict(scope='map'), dict(scope=None, scorer=None)]
+)
 def test_missing_policy_keys_take_defaults(variant, policy):
     model = randomize(variant.build(keep_ratios=0.5, policy=policy))
     assert model(image((1, 3, 48, 64)))[0].isfinite().all()
@@ -206,7 +212,7 @@ WRONG_POLICIES = {
     'scorer of wrong kind': (dict(scorer=3), ['scorer', '3']),
     'unknown argument': (dict(scorer=dict(type='random', power=2)), ['power', 'random']),
     'unknown scope': (dict(scope='rows'), ['rows', 'map']),
-    'scope of wrong kind': (dict(scope=None), ['scope', 'map']),
+    'scope of wrong kind': (dict(scope=3), ['scope', '3', 'map']),
     'unknown key': (dict(score='random'), ['score', 'scorer', 'scope']),
     'not a dict': ('random', ['policy', 'random']),
 }

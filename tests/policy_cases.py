@@ -1,0 +1,85 @@
+"""Policies on small models of every family: what the tests of policies are parametrised over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from backbone_zoo import BY_NAME, Variant, randomize
+from torch import nn
+
+FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'vit', 'vit-no-cls')
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy on a small backbone.
+
+    Args:
+        name: Test id.
+        variant: The backbone.
+        policy: Config of the policy.
+    """
+
+    name: str
+    variant: Variant
+    policy: dict[str, Any] = field(hash=False)
+
+    @property
+    def by_class_attention(self) -> bool:
+        return (
+            self.variant.has_class_token
+            and self.policy['type'] in ('EViT', 'EvoViT')
+            and self.policy.get('scorer', 'class_attention') == 'class_attention'
+        )
+
+    def ratios(self, keep: float = 0.6) -> list[list[float]]:
+        """A ratio per block that the policy can follow; idle blocks follow one another."""
+        first = 1.0 if self.variant.is_vit else keep
+        return [[first] + [keep] * (depth - 1) for depth in self.variant.depths]
+
+    def build(self, keep: Any = None, seed: int = 0, **kwargs: Any) -> nn.Module:
+        ratios = self.ratios() if keep is None else keep
+        policy = {**self.policy, **kwargs.pop('policy', {})}
+        model = self.variant.build(keep_ratios=ratios, policy=policy, **kwargs)
+        return randomize(model, seed).eval()
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for name in FAMILY_NAMES:
+        variant = BY_NAME[name]
+        policies: dict[str, dict[str, Any]] = {}
+        for scope in variant.scopes:
+            policies[f'idlevit-{scope}'] = dict(type='IdleViT', scope=scope)
+            policies[f'idlevit-{scope}-learned'] = dict(
+                type='IdleViT', scope=scope, scorer='learned'
+            )
+        for fuse in (True, False):
+            policies[f'evit{"" if fuse else "-dropping"}'] = dict(type='EViT', fuse=fuse)
+        for representative in (True, False):
+            policies[f'evovit{"" if representative else "-passing"}'] = dict(
+                type='EvoViT', representative=representative
+            )
+        if 'windows' in variant.scopes:
+            policies['sparsevit'] = dict(type='SparseViT')
+        if variant.has_class_token:
+            for policy in ('EViT', 'EvoViT'):
+                policies[f'{policy.lower()}-norm'] = dict(type=policy, scorer='activation_norm')
+        cases += [Case(f'{name}-{key}', variant, policy) for key, policy in policies.items()]
+    return cases
+
+
+CASES = _cases()
+
+
+def each_case(*types: str, **options: Any) -> pytest.MarkDecorator:
+    """``parametrize`` over the cases of the given policies (default all) with these options."""
+    chosen = [
+        case
+        for case in CASES
+        if (not types or case.policy['type'] in types)
+        and all(case.policy.get(key, True) == value for key, value in options.items())
+    ]
+    return pytest.mark.parametrize('case', chosen, ids=[case.name for case in chosen])

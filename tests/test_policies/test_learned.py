@@ -1,0 +1,124 @@
+"""The learned scorer: a gate without value, whose gradient is what the block has added."""
+
+import pytest
+import torch
+from backbone_zoo import FAMILIES, assert_close, image, stage_blocks, variant_scopes
+from policy_cases import Case
+from torch import nn
+
+from idlevit_mm.ops import keep_mask
+from idlevit_mm.policies import Scorer
+
+SCOPES = variant_scopes(FAMILIES)
+
+
+class Given(Scorer):
+    """Scores that are a parameter, so that their gradient can be read."""
+
+    learns = True
+
+    def __init__(self, scores):
+        super().__init__(1)
+        self.values = nn.Parameter(scores)
+
+    def forward(self, x, hw_shape, block):
+        return self.values
+
+
+def build(variant, scope, keep=0.5, **kwargs):
+    case = Case('learned', variant, dict(type='IdleViT', scorer='learned', scope=scope))
+    return case.build(keep, drop_path_rate=0.0, **kwargs)
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+@pytest.mark.parametrize('keep', [1.0, 0.5])
+def test_gate_has_no_value(variant, scope, keep):
+    model = build(variant, scope, keep)
+    x = image((3, 3, 45, 58))
+    outs, masks = model(x), sum(model.keep_masks, [])
+    for a, b in zip(model.train()(x), outs, strict=True):
+        assert torch.equal(a, b)
+        assert b.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(sum(model.keep_masks, []), masks, strict=True))
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('keep', [1.0, 0.5])
+def test_gradient_of_a_score_is_what_the_block_adds(variant, scope, keep, with_cp):
+    """<gradient of the output at the token, output - input>; of idle tokens none."""
+    model = build(variant, scope, with_cp=with_cp).double().train()
+    block = stage_blocks(model)[0][-1]
+    hw, p = (5, 7), getattr(block, 'num_prefix', 0)
+    generator = torch.Generator().manual_seed(3)
+    channels = block.policy.scorer.embed_dims
+    x, weight = torch.randn(2, 2, p + 35, channels, generator=generator, dtype=torch.float64)
+    block.policy.scorer = Given(torch.randn(2, 35, generator=generator, dtype=torch.float64))
+    out, selection, _ = block(x.requires_grad_(), hw, keep)
+    (out * weight).sum().backward()
+    added = ((out - x).detach() * weight).sum(-1)[:, p:]
+    active = torch.ones(2, 35, dtype=torch.bool)
+    if selection is not None:
+        active = keep_mask(selection, p + 35)[:, p:]
+        assert not active.all()
+    else:
+        assert keep == 1.0
+    grad = block.policy.scorer.values.grad
+    assert_close(grad, torch.where(active, added, 0.0), 1e-12)
+    assert torch.equal(grad != 0, active)
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+def test_gate_leaves_all_other_gradients_alone(variant, scope):
+    """Features and block weights are trained as with the same tokens of a scorer that is fixed."""
+    x = image((2, 3, 45, 58), dtype=torch.float64)
+    grads = []
+    for learns in (True, False):
+        model = build(variant, scope).double()
+        model.train(learns)  # nothing is dropped
+        sum(out.square().sum() for out in model(x)).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if '.scorer.' not in n})
+        heads = [p.grad for n, p in model.named_parameters() if '.scorer.' in n]
+        assert all((grad is not None) == learns for grad in heads)
+    for name, grad in grads[1].items():
+        assert_close(grads[0][name], grad, 1e-10, name)
+
+
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+def test_scores_lie_between_0_and_1_and_do_not_train_the_features(variant, scope):
+    block = stage_blocks(build(variant, scope).train())[0][0]
+    x = torch.randn(2, 35, block.policy.scorer.embed_dims, requires_grad=True)
+    scores = block.policy.scorer(100 * x, (5, 7), block)
+    assert scores.shape == (2, 35)
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+    scores.sum().backward()
+    assert x.grad is None
+
+
+def test_hidden_channels():
+    variant = FAMILIES[0]
+    policy = dict(scorer=dict(type='learned', hidden_dims=5))
+    assert stage_blocks(variant.build(policy=policy))[0][0].policy.scorer.hidden.out_features == 5
+    with pytest.raises(ValueError, match=r'hidden_dims=0'):
+        variant.build(policy=dict(scorer=dict(type='learned', hidden_dims=0)))
+
+
+def test_it_learns_which_tokens_matter():
+    """A loss of a few tokens alone raises their scores."""
+    model = build(FAMILIES[0], 'map', 0.999).train()
+    block = stage_blocks(model)[0][0]
+    scorer = block.policy.scorer
+    optimizer = torch.optim.Adam(scorer.parameters(), lr=0.05)
+    x = torch.randn(2, 35, scorer.embed_dims)
+    matters = torch.arange(35) % 5 == 0
+    x[:, matters] += 2.0 * torch.tensor([1.0, -1.0] * (x.shape[-1] // 2))
+    for _ in range(25):
+        added = block(x, (5, 7), 0.999)[0] - x
+        # What the block adds to these tokens is good, to the others bad.
+        loss = (added * torch.where(matters, -1.0, 1.0)[None, :, None] * added.detach()).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = scorer(x, (5, 7), block)
+    assert scores[:, matters].mean() > scores[:, ~matters].mean() + 0.3

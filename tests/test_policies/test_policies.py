@@ -1,0 +1,318 @@
+"""What holds for every policy on every family."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from backbone_zoo import (
+    BlockTrace,
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    image,
+    stage_blocks,
+)
+from policy_cases import CASES, Case, each_case
+from torch import nn
+
+from idlevit_mm.registry import POLICIES
+
+ODD = (3, 3, 45, 58)
+SIZES = [ODD, (1, 3, 4, 40), (3, 3, 40, 4), (1, 3, 4, 4)]
+
+
+def test_every_registered_policy_has_a_case():
+    published = {
+        name for name, cls in POLICIES.module_dict.items() if 'idlevit_mm' in cls.__module__
+    }
+    assert {case.policy['type'] for case in CASES} == published
+
+
+@each_case()
+def test_shapes_and_finite_values(case):
+    model, dense = case.build(), case.build(keep=1.0)
+    for size in SIZES:
+        outs, want = model(image(size)), dense(image(size))
+        assert [out.shape for out in outs] == [out.shape for out in want]
+        assert all(out.isfinite().all() for out in outs)
+        if size == ODD:
+            assert not torch.equal(outs[-1], want[-1])
+        for stage, blocks in zip(model.keep_masks, stage_blocks(model), strict=True):
+            assert len(stage) == len(blocks)
+
+
+@each_case()
+def test_every_parameter_gets_a_gradient(case):
+    """Distributed training refuses parameters without one; at 1.0 too."""
+    for keep in (case.ratios(), 1.0, case.ratios(1e-4)):
+        model = case.build(keep, drop_path_rate=0.0).train()
+        _, grads = gradients(model, image(ODD))
+        for name, grad in grads.items():
+            assert grad is not None, f'{name} has no gradient'
+            assert grad.isfinite().all(), name
+            if keep != case.ratios(1e-4):
+                assert grad.abs().max() > 0, f'{name} has only zero gradients'
+
+
+@each_case()
+@pytest.mark.parametrize('train', [False, True])
+def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case, train):
+    model = case.build(1.0, drop_path_rate=0.0).train(train)
+    dense = case.variant.build(drop_path_rate=0.0).train(train)
+    dense.load_state_dict(model.state_dict(), strict='learned' not in case.name)
+    for size in SIZES:
+        for a, b in zip(model(image(size)), dense(image(size)), strict=True):
+            assert torch.equal(a, b)
+        assert all(mask.all() for stage in model.keep_masks for mask in stage)
+
+
+@each_case()
+def test_all_tokens_active_equals_the_dense_backbone(case):
+    """A ratio just below 1 is no jump: a summary of no token changes nothing."""
+    model = case.build(case.ratios(0.9999)).double()
+    x = image((2, 3, 45, 58), dtype=torch.float64)
+    outs = model(x)
+    assert all(mask.all() for stage in model.keep_masks for mask in stage)
+    model.set_keep_ratios(1.0)
+    for a, b in zip(outs, model(x), strict=True):
+        assert_close(a, b, 1e-10)
+
+
+@each_case()
+def test_checkpointing_changes_nothing(case):
+    options = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
+    results = []
+    for with_cp in (False, True):
+        model = case.build(with_cp=with_cp, **options).train()
+        torch.manual_seed(11)
+        results.append((*gradients(model, image((2, 3, 45, 58))), model.keep_masks))
+    (outs, grads, masks), (cp_outs, cp_grads, cp_masks) = results
+    assert all(torch.equal(a, b) for a, b in zip(cp_outs, outs, strict=True))
+    assert_same_gradients(cp_grads, grads, 1e-6)
+    for a, b in zip(sum(masks, []), sum(cp_masks, []), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_case()
+def test_image_does_not_depend_on_its_batch(case):
+    model = case.build()
+    x = image(ODD)
+    x[1] *= 4
+    with torch.no_grad():
+        together, masks = model(x), sum(model.keep_masks, [])
+        for i in range(3):
+            alone = model(x[i : i + 1])
+            for a, b in zip(sum(model.keep_masks, []), masks, strict=True):
+                assert torch.equal(a[0], b[i])
+            for a, b in zip(alone, together, strict=True):
+                assert_close(a[0], b[i], 1e-5)
+
+
+@each_case()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(case, dtype):
+    """The tokens of the first idle block are those that float32 scores choose."""
+    model = case.build(drop_path_rate=0.0).train()
+    x = image(ODD)
+    with torch.autocast('cpu', dtype):
+        outs = model(x)
+    sum(out.float().square().mean() for out in outs).backward()
+    assert all(out.isfinite().all() for out in outs)
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+
+
+@each_case()
+def test_autocast_ranks_in_float32(case):
+    """A block ranks what enters it as it would without autocast."""
+    if case.by_class_attention:
+        pytest.skip('ranks by its attention, whose inputs autocast rounds')
+    model = case.build()
+    block, memory = stage_blocks(model)[0][-1], None
+    block.policy.plan, plans = _recorded(block.policy.plan)
+    x, hw = tokens_for(case, block, (9, 11))
+    block(x, hw, 0.6, memory)
+    with torch.autocast('cpu', torch.bfloat16):
+        block(x, hw, 0.6, memory)
+    exact, rounded = plans
+    assert torch.equal(exact.selection.token_ids, rounded.selection.token_ids)
+    if exact.idle_weights is not None:
+        assert torch.equal(exact.idle_weights, rounded.idle_weights)
+
+
+def _recorded(plan):
+    plans = []
+
+    def wrapper(*args, **kwargs):
+        result = plan(*args, **kwargs)
+        plans.append(result[0])
+        return result
+
+    return wrapper, plans
+
+
+def tokens_for(case, block, hw, batch=2, dtype=torch.float32):
+    """Tokens that enter a block, and the size of their map."""
+    count = hw[0] * hw[1] + int(case.variant.has_class_token)
+    channels = block.policy.scorer.embed_dims
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch, count, channels, generator=generator, dtype=torch.float64)
+    return x.to(dtype), hw
+
+
+PLAIN = [case for case in CASES if case.name.split('-')[-1] in ('map', 'evit', 'evovit')]
+SCORERS = (
+    None, 'mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid', 'learned',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('scorer', SCORERS)
+@pytest.mark.parametrize('case', PLAIN, ids=[case.name for case in PLAIN])
+def test_whole_model_in_another_precision(case, scorer, dtype):
+    if scorer == 'learned' and case.policy['type'] != 'IdleViT':
+        pytest.skip('no gradient for it')
+    policy = {} if scorer is None else dict(scorer=scorer)
+    model = case.build(policy=policy).to(dtype)
+    outs = model(image((1, 3, 45, 58), dtype=dtype))
+    assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
+
+
+@each_case()
+def test_gradients_of_one_block(case):
+    """Numerical against analytical, with ranks and weights that do not depend on the input."""
+    policy = {} if case.by_class_attention else dict(scorer='uniform_grid')
+    model = case.build(policy=policy).double()
+    block = stage_blocks(model)[0][-1]
+    x, hw = tokens_for(case, block, (3, 5), batch=2, dtype=torch.float64)
+    memory = block(x, hw, 1.0)[2] if case.by_class_attention else None
+    memory = memory.detach() if isinstance(memory, torch.Tensor) else memory
+    names = [name for name, _ in block.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in block.parameters())
+
+    def forward(x, *values):
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(block, parameters, (x, hw, 0.5, memory))[0]
+
+    assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values), fast_mode=True)
+
+
+def passing(case):
+    """Whether idle tokens pass unchanged."""
+    return case.policy['type'] != 'EvoViT' or not case.policy.get('representative', True)
+
+
+@each_case()
+@pytest.mark.parametrize('train', [False, True])
+def test_idle_rows_are_bit_identical(case, train):
+    if not passing(case):
+        pytest.skip('idle tokens follow their representative')
+    model = case.build(drop_rate=0.1, drop_path_rate=0.2).train(train)
+    with BlockTrace(model) as trace:
+        model(image(ODD))
+    some_idle = False
+    for s, stage in enumerate(model.keep_masks):
+        for b, mask in enumerate(stage):
+            x, out, _ = trace.calls[s][b]
+            idle = ~mask.flatten(1)
+            if case.by_class_attention and case.policy['type'] == 'EViT' and b:
+                # Those that leave in this block still have what its attention added.
+                idle &= ~model.keep_masks[s][b - 1].flatten(1)
+            some_idle |= bool(idle.any())
+            assert torch.equal(out[idle], x[idle])
+            if not train:
+                moved = (out != x).any(-1)
+                assert moved[mask.flatten(1)].all()
+    assert some_idle
+
+
+COMPILED = [
+    case for case in CASES if case.name in ('swin-evit', 'swin-evovit', 'vit-evit', 'vit-evovit')
+]  # IdleViT: tests/test_backbones/test_running.py
+
+
+@pytest.mark.parametrize('case', COMPILED, ids=[case.name for case in COMPILED])
+def test_compiled_equals_eager(case):
+    torch._dynamo.reset()
+    options = dict(num_layers=2, out_indices=(1,))
+    if case.variant.is_swin:
+        options = dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
+    keep = [[1.0, 0.5]] if case.variant.is_vit else 0.5
+    model = case.build(keep, **options)
+    compiled = torch.compile(model, backend='aot_eager')
+    with torch.no_grad():
+        for size in ((1, 3, 46, 61), (2, 3, 53, 47)):
+            got, masks = compiled(image(size)), model.keep_masks
+            for a, b in zip(got, model(image(size)), strict=True):
+                assert_close(a, b, 1e-5)
+            for a, b in zip(masks[0], model.keep_masks[0], strict=True):
+                assert torch.equal(a, b)
+
+
+@each_case()
+def test_copies_after_a_training_forward(case):
+    model = case.build().train()
+    x = image((1, 3, 45, 58))
+    model(x)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    model.eval()
+    for twin in twins:
+        with torch.no_grad():
+            for a, b in zip(twin.eval()(x), model(x), strict=True):
+                assert torch.equal(a, b)
+        twin.set_keep_ratios(1.0)
+        assert model.keep_ratios == case.ratios()
+
+
+@each_case()
+def test_setting_acts_on_the_next_forward(case):
+    model = case.build()
+    x = image((2, 3, 45, 58))
+    with torch.no_grad():
+        before, masks = model(x), sum(model.keep_masks, [])
+        model.set_keep_ratios(case.ratios(0.2))
+        few = model(x)
+        assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
+        model.set_keep_ratios(case.ratios())
+        after = model(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(before[-1], few[-1])
+
+
+@each_case()
+def test_stages_and_forwards_share_no_memory(case):
+    """An image before this one, of whatever size, leaves no trace."""
+    model, fresh = case.build(), case.build()
+    with torch.no_grad():
+        model(image((2, 3, 61, 33), seed=9))
+        for a, b in zip(model(image(ODD)), fresh(image(ODD)), strict=True):
+            assert torch.equal(a, b)
+
+
+class Twice(nn.Module):
+    """Runs a backbone twice, as detectors with shared backbones do."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return [*self.backbone(x), *self.backbone(x.flip(-1))]
+
+
+@each_case('EViT', 'EvoViT', 'SparseViT')
+def test_two_forwards_before_one_backward(case):
+    model = case.build(with_cp=True, drop_path_rate=0.0).train()
+    x = image((1, 3, 45, 58))
+    _, both = gradients(Twice(model), x)
+    _, first = gradients(model, x)
+    assert all(grad.isfinite().all() for grad in both.values())
+    assert first.keys() - {'input'} == {key.removeprefix('backbone.') for key in both} - {'input'}
+
+
+def test_cases_are_named_apart():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) > 30
+    assert all(isinstance(case, Case) for case in CASES)

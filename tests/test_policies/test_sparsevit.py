@@ -1,0 +1,114 @@
+"""SparseViT: whole windows, ranked once per stage by the L2 norm of the mean activation."""
+
+import pytest
+import torch
+from backbone_zoo import BY_NAME, BlockTrace, image, randomize, stage_blocks, window_ids
+from policy_cases import Case
+
+from idlevit_mm.policies import ActivationNorm, MeanDistance
+
+SWIN = BY_NAME['swin']
+CASE = Case('sparsevit', SWIN, dict(type='SparseViT'))
+DEEP = dict(depths=(4, 2), drop_path_rate=0.0)
+RATIOS = [[1.0, 0.7, 0.4, 0.4], [0.5, 0.3]]
+SIZES = [(2, 3, 64, 80), (2, 3, 45, 58), (1, 3, 4, 40)]
+
+
+class Counting(ActivationNorm):
+    calls = 0
+
+    def forward(self, *args):
+        Counting.calls += 1
+        return super().forward(*args)
+
+
+def counting(model):
+    Counting.calls = 0
+    for stage in stage_blocks(model):
+        for block in stage:
+            block.policy.scorer = Counting(block.policy.scorer.embed_dims)
+    return model
+
+
+def test_scores_once_per_stage():
+    model = counting(CASE.build(RATIOS, **DEEP))
+    model(image(SIZES[1]))
+    assert Counting.calls == 2
+    model.set_keep_ratios([[1.0] * 4, [1.0, 0.5]])
+    model(image(SIZES[1]))
+    assert Counting.calls == 3
+    model.set_keep_ratios(1.0)
+    model(image(SIZES[1]))
+    assert Counting.calls == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', SIZES)
+def test_chosen_windows_have_the_highest_norms(size):
+    model = CASE.build(RATIOS, **DEEP)
+    with BlockTrace(model) as trace:
+        model(image(size))
+    for s, ratios in enumerate(RATIOS):
+        first = next(b for b, ratio in enumerate(ratios) if ratio < 1.0)
+        scores = trace.calls[s][first][0].double().abs().mean(-1)
+        for b, ratio in enumerate(ratios):
+            mask = model.keep_masks[s][b]
+            if ratio == 1.0:
+                assert mask.all()
+                continue
+            ids = window_ids(tuple(mask.shape[1:]), 4, 2 if b % 2 else 0).flatten()
+            for i, one in enumerate(mask.flatten(1)):
+                norms = {int(w): scores[i][ids == w].norm() for w in ids.unique()}
+                count = max(1, round(ratio * len(norms)))
+                want = sorted(norms, key=norms.get, reverse=True)[:count]
+                assert set(ids[one].tolist()) == set(want)
+                assert int(one.sum()) == sum(int((ids == w).sum()) for w in want)
+
+
+@torch.no_grad()
+def test_chosen_windows_nest_when_ratios_fall():
+    """Among windows of the same kind, plain or shifted."""
+    ratios = [[0.9, 0.8, 0.5, 0.4], [0.5, 0.3]]
+    model = CASE.build(ratios, **DEEP)
+    for size in SIZES[:2]:
+        model(image(size))
+        masks = model.keep_masks[0]
+        for wide, narrow in ((masks[0], masks[2]), (masks[1], masks[3])):
+            assert not (narrow & ~wide).any()
+            assert narrow.sum() < wide.sum()
+
+
+def test_rising_ratios_are_refused():
+    model = CASE.build(RATIOS, **DEEP)
+    for rising in ([[0.5, 0.5, 0.6, 0.5], [0.5, 0.5]], [[1.0] * 4, [0.5, 1.0]]):
+        with pytest.raises(ValueError, match=r'keep_ratios=.*stage \d rise.*SparseViT'):
+            model.set_keep_ratios(rising)
+        with pytest.raises(ValueError, match='keep_ratios'):
+            CASE.build(rising, **DEEP)
+    assert model.keep_ratios == RATIOS
+    model.set_keep_ratios([0.3, 0.9])  # from stage to stage they may
+
+
+@torch.no_grad()
+def test_norm_is_not_the_mean():
+    """A window of few strong tokens beats a full one of the same mean; padding counts as 0."""
+    block = stage_blocks(randomize(SWIN.build(policy=dict(type='SparseViT'))))[0][0]
+    x = torch.zeros(1, 32, 8)  # two windows of 4 x 4 side by side
+    rows = torch.arange(32) // 8
+    left = torch.arange(32) % 8 < 4
+    x[:, left & (rows == 0)] = 4.0  # mean 1, norm 8
+    x[:, ~left] = 1.1  # mean 1.1, norm 4.4
+    plan, _ = block.policy.plan(x, (4, 8), 0.5, block)
+    assert sorted(plan.selection.token_ids[0].tolist()) == left.nonzero().flatten().tolist()
+    x = torch.ones(1, 5, 8)
+    x[:, 4] = 1.9  # alone in its window: norm 1.9 against 2
+    plan, _ = block.policy.plan(x, (1, 5), 0.5, block)
+    assert [t for t in plan.selection.token_ids[0].tolist() if t < 5] == [0, 1, 2, 3]
+
+
+def test_default_scorer_is_that_of_the_policy_also_where_none_is_written():
+    for policy in ({}, dict(scorer=None), dict(scorer='activation_norm')):
+        model = CASE.build(policy=policy)
+        assert isinstance(stage_blocks(model)[0][0].policy.scorer, ActivationNorm)
+    other = CASE.build(policy=dict(scorer='mean_distance'))
+    assert isinstance(stage_blocks(other)[0][0].policy.scorer, MeanDistance)

@@ -1,0 +1,378 @@
+"""EViT's fused and Evo-ViT's representative tokens, against naive loops over windows and tokens."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backbone_zoo import BlockTrace, assert_close, image, stage_blocks
+from policy_cases import CASES
+
+from idlevit_mm.blocks import weighted_mean
+from idlevit_mm.layers import MixFFN
+from idlevit_mm.ops import keep_mask
+from idlevit_mm.policies import Plan
+
+BY_NAME = {case.name: case for case in CASES}
+DOUBLE = torch.float64
+
+
+def tokens(block, hw, batch=2, prefix=0, seed=5):
+    channels = block.policy.scorer.embed_dims
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, prefix + hw[0] * hw[1], channels, generator=generator, dtype=DOUBLE)
+
+
+def run_planned(block, x, hw, keep, memory=None):
+    """Output of a block, its plan, and its memory."""
+    plan, after = block.policy.plan(x, hw, keep, block, memory)
+    out, selection, _ = block(x, hw, keep, memory)
+    assert torch.equal(selection.token_ids, plan.selection.token_ids)
+    return out, plan, after
+
+
+def windows_of(hw, window, shift):
+    """For each window the token in each slot (-1 for padding) and its region, as mmdet rolls."""
+    h, w = hw
+    hp, wp = -(-h // window) * window, -(-w // window) * window
+    grid = torch.full((hp, wp), -1)
+    grid[:h, :w] = torch.arange(h * w).view(h, w)
+    region = torch.zeros(hp, wp, dtype=torch.long)
+    if shift:
+        grid = torch.roll(grid, (-shift, -shift), (0, 1))
+        cuts = [slice(0, -window), slice(-window, -shift), slice(-shift, None)]
+        for i, rows in enumerate(cuts):
+            for j, cols in enumerate(cuts):
+                region[rows, cols] = 3 * i + j
+    for top in range(0, hp, window):
+        for left in range(0, wp, window):
+            part = slice(top, top + window), slice(left, left + window)
+            yield grid[part].flatten().tolist(), region[part].flatten()
+
+
+def softmax_attention(qkv, heads, scale, bias, visible):
+    """(T, 3C) to (T, C) for one window; bias (A, T, T), visible (T, T)."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in qkv.chunk(3, -1))
+    logits = (q @ k.transpose(-2, -1) * scale + bias).masked_fill(~visible, float('-inf'))
+    return (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def naive_swin(block, x, hw, active, weights, spreads):
+    """One image (N, C): every window by itself, with a summary of its idle tokens if it has any."""
+    msa = block.attn.w_msa
+    window, slots = block.attn.window_size, block.attn.window_size**2
+    table = msa.relative_position_bias_table[msa.relative_position_index.flatten()]
+    table = table.view(slots, slots, -1).permute(2, 0, 1)
+    out, bare = x.clone(), x.clone()
+
+    def finish(token, attended):
+        y = token + F.linear(attended, msa.proj.weight, msa.proj.bias)
+        return block.ffn(block.norm2(y), identity=y)
+
+    for slot_tokens, region in windows_of(hw, window, block.attn.shift_size):
+        real = [(s, t) for s, t in enumerate(slot_tokens) if t >= 0]
+        idle = [t for _, t in real if not active[t]]
+        seen = [s for s, t in enumerate(slot_tokens) if t < 0 or active[t]]
+        rows = [
+            block.norm1(x[slot_tokens[s]]) if slot_tokens[s] >= 0 else torch.zeros_like(x[0])
+            for s in seen
+        ]
+        bias = table[:, seen][:, :, seen]
+        visible = region[seen][:, None] == region[seen][None]
+        if idle:
+            share = weights[idle] / weights[idle].sum()
+            summary = sum(a * x[t] for a, t in zip(share, idle, strict=True))
+            rows.append(block.norm1(summary))
+            bias, visible = F.pad(bias, (0, 1, 0, 1)), F.pad(visible, (0, 1, 0, 1), value=True)
+        attended = softmax_attention(
+            msa.qkv(torch.stack(rows)), msa.num_heads, msa.scale, bias, visible
+        )
+        for row, s in enumerate(seen):
+            if slot_tokens[s] >= 0:
+                out[slot_tokens[s]] = finish(bare[slot_tokens[s]], attended[row])
+        if idle and spreads:
+            added = finish(summary, attended[-1]) - summary
+            for t in idle:
+                out[t] = x[t] + added
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('hw', [(8, 8), (9, 11), (1, 6), (3, 13)])
+@pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('name', ['swin-evit', 'swin-evovit'])
+@pytest.mark.parametrize('keep', [0.6, 0.15])
+def test_swin_equals_loop_over_windows(name, shifted, hw, keep):
+    model = BY_NAME[name].build().double()
+    block = stage_blocks(model)[0][int(shifted)]
+    x = tokens(block, hw)
+    out, plan, _ = run_planned(block, x, hw, keep)
+    active = keep_mask(plan.selection, hw[0] * hw[1])
+    for i in range(len(x)):
+        want = naive_swin(block, x[i], hw, active[i], plan.idle_weights[i], name == 'swin-evovit')
+        assert_close(out[i], want, 1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('shifted', [False, True])
+def test_summary_of_each_window_is_its_weighted_mean(shifted):
+    model = BY_NAME['swin-evovit'].build().double()
+    block = stage_blocks(model)[0][int(shifted)]
+    hw = (9, 11)
+    x = tokens(block, hw)
+    weights = torch.rand(2, 99, dtype=DOUBLE) * (torch.rand(2, 99) < 0.3)
+    got = block.summarize(x, weights, hw)
+    places = block.spread(torch.arange(got.shape[1])[None, :, None], hw)[0, :, 0]
+    for slot_tokens, _ in windows_of(hw, 4, block.attn.shift_size):
+        members = [t for t in slot_tokens if t >= 0]
+        number = places[members].unique()
+        assert len(number) == 1, 'one window gets two summaries'
+        w = weights[:, members, None]
+        want = (w * x[:, members]).sum(1) / w.sum(1).clamp(min=1e-300)
+        assert_close(got[:, number[0]], want, 1e-12)
+    assert len(places.unique()) == got.shape[1]
+
+
+def test_weighted_mean_without_weight_is_zero():
+    x = torch.randn(1, 2, 3, 4)
+    weights = torch.tensor([[[0.0, 0.0, 0.0], [1e-38, 0.0, 3e-38]]])
+    mean = weighted_mean(x, weights)
+    assert torch.equal(mean[0, 0], torch.zeros(4))
+    assert_close(mean[0, 1], 0.25 * x[0, 1, 0] + 0.75 * x[0, 1, 2], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('shifted', [False, True])
+def test_window_without_idle_tokens_is_not_influenced(shifted):
+    """Idle tokens of one window change the features of no other."""
+    model = BY_NAME['swin-evit'].build().double()
+    block = stage_blocks(model)[0][int(shifted)]
+    hw = (9, 11)
+    x = tokens(block, hw)
+    first = [t for t in next(windows_of(hw, 4, block.attn.shift_size))[0] if t >= 0]
+    idle = torch.zeros(2, 99, dtype=torch.bool)
+    idle[:, first[::2]] = True
+    ids = (~idle).nonzero()[:, 1].view(2, -1)
+    selection = block.policy.plan(x, hw, 0.5, block)[0].selection
+    plan = Plan(
+        selection._replace(token_ids=ids, unit_ids=ids), idle_weights=idle.to(DOUBLE), spreads=True
+    )
+    out = block._run(x, hw, plan)
+    dense = block(x, hw)[0]
+    others = [t for t in range(99) if t not in first]
+    assert_close(out[:, others], dense[:, others], 1e-12)
+    assert (out[:, first] - dense[:, first]).abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['vit-no-cls-evit', 'vit-no-cls-evovit', 'vit-evovit-norm'])
+def test_summary_in_plain_vit_is_one_token_more(name):
+    """The dense block on the active tokens and the mean of the idle ones, made by hand."""
+    model = BY_NAME[name].build().double()
+    block = stage_blocks(model)[0][1]
+    hw, p = (5, 7), block.num_prefix
+    x = tokens(block, hw, prefix=p)
+    out, plan, _ = run_planned(block, x, hw, 0.4)
+    for i in range(2):
+        ids = plan.selection.token_ids[i]
+        assert ids[:p].tolist() == list(range(p))
+        idle = torch.ones(p + 35, dtype=torch.bool).index_fill(0, ids, False)
+        w = plan.idle_weights[i][idle[p:]]
+        mean = (w[:, None] * x[i, idle]).sum(0) / w.sum()
+        sequence = torch.cat([x[i, ids], mean[None]])[None]
+        after = block(sequence, (1, len(ids) + 1 - p))[0][0]
+        assert_close(out[i, ids], after[:-1], 1e-11)
+        added = after[-1] - mean if 'evovit' in name else torch.zeros_like(mean)
+        assert_close(out[i, idle], x[i, idle] + added, 1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['pvt-evovit', 'pvtv2-evovit'])
+def test_representative_of_pvt_is_a_query_only(name):
+    """Active tokens are as without it; idle ones follow it, computed here as the last query."""
+    case = BY_NAME[name]
+    model = case.build().double()
+    block = stage_blocks(model)[1][-1]
+    hw = (5, 7)
+    x = tokens(block, hw)
+    out, plan, _ = run_planned(block, x, hw, 0.4)
+    plain = case.build(policy=dict(representative=False)).double()
+    want = stage_blocks(plain)[1][-1](x, hw, 0.4)[0]
+    active = keep_mask(plan.selection, 35)
+    assert_close(out[active], want[active], 1e-12)
+    attn = block.attn.attn
+    c = x.shape[-1]
+    for i in range(2):
+        w = plan.idle_weights[i]
+        assert ((w > 0) == ~active[i]).all()
+        mean = (w / w.sum()) @ x[i]
+        context = block.attn.reduce(block.norm1(x[i : i + 1]), hw)[0]
+        projected = F.linear(context, attn.in_proj_weight[c:], attn.in_proj_bias[c:])
+        query = F.linear(block.norm1(mean), attn.in_proj_weight[:c], attn.in_proj_bias[:c])
+        heads, size = block.attn.num_heads, c // block.attn.num_heads
+        result = []
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            key, value = projected[:, :c][:, part], projected[:, c:][:, part]
+            result.append((key @ query[part] * size**-0.5).softmax(0) @ value)
+        y = mean + attn.out_proj(torch.cat(result))
+        # A map of the same token everywhere: what stands for its neighbours is like it.
+        constant = block.norm2(y).expand(1, 25, -1)
+        y = y + block.ffn(constant, (5, 5), None)[0, 12]
+        assert_close(out[i][~active[i]], x[i][~active[i]] + (y - mean), 1e-11)
+
+
+@torch.no_grad()
+def test_summaries_are_convolved_as_in_a_constant_map():
+    ffn = MixFFN(6, 10, dict(type='GELU'), use_conv=True).double()
+    case = BY_NAME['pvtv2-evovit'].build().double()
+    block = stage_blocks(case)[0][0]
+    hw = (4, 5)
+    selection = block.policy.plan(tokens(block, hw), hw, 0.4, block)[0].selection
+    active = torch.randn(2, selection.token_ids.shape[1], 6, dtype=DOUBLE)
+    summaries = torch.randn(2, 3, 6, dtype=DOUBLE)
+    out = ffn(torch.cat([active, summaries], dim=1), hw, selection)
+    assert_close(out[:, :-3], ffn(active, hw, selection), 1e-13)
+    for i in range(2):
+        for r in range(3):
+            alike = ffn(summaries[i, r].expand(1, 9, -1), (3, 3), None)[0, 4]
+            assert_close(out[i, -3 + r], alike, 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'name', ['swin-evovit', 'pvt-evovit', 'pvtv2-evovit', 'vit-evovit', 'vit-no-cls-evovit']
+)
+def test_placeholders_all_receive_the_same(name):
+    case = BY_NAME[name]
+    model = case.build().double()
+    with BlockTrace(model) as trace:
+        model(image((2, 3, 45, 58), dtype=DOUBLE))
+    for s, stage in enumerate(model.keep_masks):
+        for b, mask in enumerate(stage):
+            if mask.all():
+                continue
+            x, out, hw = trace.calls[s][b]
+            added = out - x
+            groups = [list(range(x.shape[1]))]
+            if case.variant.is_swin:
+                groups = [slots for slots, _ in windows_of(hw, 4, 2 if b % 2 else 0)]
+            for i in range(2):
+                idle = ~mask[i].flatten()
+                for group in groups:
+                    rows = added[i][[t for t in group if t >= 0 and idle[t]]]
+                    if len(rows):
+                        assert_close(rows, rows[:1].expand_as(rows), 1e-12)
+                        assert rows.abs().max() > 1e-4
+
+
+# --- EvoViT's running attention ----------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize('name', ['pvt-evovit', 'swin-evovit', 'vit-evovit-norm'])
+def test_running_scores_of_evovit(name, alpha):
+    """g starts as the first scores over their sum; then only informative places move."""
+    model = BY_NAME[name].build(policy=dict(alpha=alpha, scorer='activation_norm')).double()
+    block = stage_blocks(model)[0][0]
+    hw, p = (5, 7), getattr(block, 'num_prefix', 0)
+    policy, running, memory = block.policy, None, None
+    for step in range(3):
+        x = tokens(block, hw, prefix=p, seed=step)
+        scores = x[:, p:].abs().mean(-1)
+        attention = scores / scores.sum(1, keepdim=True)
+        running = attention if running is None else running
+        plan, memory = policy.plan(x, hw, 0.4, block, memory)
+        best = running.topk(14).indices
+        informative = torch.zeros(2, 35, dtype=torch.bool).scatter(1, best, True)
+        assert torch.equal(keep_mask(plan.selection, p + 35)[:, p:], informative)
+        assert_close(plan.idle_weights, torch.where(informative, 0.0, running), 1e-12)
+        moved = (1 - alpha) * running + alpha * attention
+        running = torch.where(informative, moved, running)
+        assert_close(memory, running, 1e-12)
+    untouched = policy.plan(x, hw, 1.0, block, memory)
+    assert untouched[0].selection is None
+    assert untouched[1] is memory
+
+
+# --- EViT: who is in play ----------------------------------------------------------------------
+
+
+def leaving(case, ratios):
+    model = case.build(ratios)
+    model(image((2, 3, 64, 80)))
+    return [[mask.flatten(1) for mask in stage] for stage in model.keep_masks]
+
+
+EVIT = [case for case in CASES if case.policy['type'] == 'EViT']
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', EVIT, ids=[case.name for case in EVIT])
+def test_who_leaves_never_comes_back_within_a_stage(case):
+    variant = case.variant
+    options = {}
+    if variant.is_vit:
+        options = dict(num_layers=5)
+        depths = (5,)
+    elif variant.is_swin:
+        options = dict(depths=(3, 3))
+        depths = (3, 3)
+    else:
+        depths = (3,) * len(variant.depths)
+        options = dict(num_layers=list(depths))
+    ratios = [[0.7, 1.0, 0.55, 0.9, 1.0][:depth] for depth in depths]
+    model = case.build(ratios, **options)
+    model(image((2, 3, 64, 80)))
+    fused = case.by_class_attention and case.policy['fuse']
+    for stage, kept_shares in zip(model.keep_masks, ratios, strict=True):
+        before = torch.ones_like(stage[0])
+        in_play = before[0].numel()
+        for mask, share in zip(stage, kept_shares, strict=True):
+            assert not (mask & ~before).any(), 'a token came back'
+            count = max(1, math.ceil(share * in_play))
+            active = mask.flatten(1).sum(1)
+            # Fused tokens compete, so that patches may be fewer.
+            in_play = count + int(fused and count < in_play)
+            if fused:
+                assert (active <= count).all()
+                assert (active >= count - 4).all()
+            else:
+                assert active.tolist() == [count, count]
+            before = mask
+        assert not before.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', EVIT, ids=[case.name for case in EVIT])
+def test_fused_token_changes_the_result(case):
+    outs = []
+    for fuse in (True, False):
+        outs.append(case.build(policy=dict(fuse=fuse))(image((2, 3, 45, 58)))[-1])
+    if case.variant.type.startswith('IdlePyramid'):
+        # In spatial reduction it is a query only, and idle tokens pass unchanged.
+        assert_close(*outs, 1e-6)
+    else:
+        assert (outs[0] - outs[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['swin-evit', 'pvt-evit', 'vit-no-cls-evit'])
+def test_weights_of_those_that_left(name):
+    """Each keeps the score it left with; those in play have none."""
+    model = BY_NAME[name].build(policy=dict(scorer='activation_norm')).double()
+    block, memory, hw = stage_blocks(model)[0][0], None, (5, 7)
+    want = torch.zeros(2, 35, dtype=DOUBLE)
+    for step, keep in enumerate((0.8, 0.7, 1.0, 0.5)):
+        x = tokens(block, hw, seed=step)
+        scores = x.abs().mean(-1)
+        plan, memory = block.policy.plan(x, hw, keep, block, memory)
+        active = keep_mask(plan.selection, 35)
+        left = ~active & (want == 0)
+        want = torch.where(left, scores, want)
+        assert_close(plan.idle_weights, want, 1e-12)
+        assert active.sum(1).tolist() == [{0: 28, 1: 20, 2: 20, 3: 10}[step]] * 2
+        for i in range(2):
+            if left[i].any():
+                assert scores[i][left[i]].max() <= scores[i][active[i]].min()
