@@ -51,6 +51,8 @@ class IdlePVTBlock(IdleBlock):
         policy: Config of the idling policy.
     """
 
+    sees_idle = True
+
     def __init__(
         self,
         embed_dims: int,
