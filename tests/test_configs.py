@@ -1,5 +1,6 @@
 """Every config loads and builds; full-size ones are the reference recipes but for idling."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from idlevit_mm.datasets.digit_scenes import (  # noqa: E402
     SEMANTIC_PALETTE,
     write_digit_scenes,
 )
+from idlevit_mm.engine import ResumableRunner  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 ALL = sorted(
@@ -32,8 +34,11 @@ ALL = sorted(
     if '_base_' not in path.parts
 )
 DIGITS = [name for name in ALL if name.startswith('digit_scenes/')]
+POLICIES = [name for name in DIGITS if '/policies/' in name]
 SCRATCH = [
-    name for name in DIGITS if not name.endswith(('_dense_digits.py', '_finetune_digits.py'))
+    name
+    for name in DIGITS
+    if name not in POLICIES and not name.endswith(('_dense_digits.py', '_finetune_digits.py'))
 ]
 MODEL_NAMES = {
     'retinanet_idle-swin',
@@ -44,6 +49,16 @@ MODEL_NAMES = {
     'fpn_idle-pvtv2',
     'retinanet_idle-vit',
     'fpn_idle-vit',
+}
+# What each policy or signal must show in the log, besides the losses of the model.
+LOGGED = {
+    'evit': ['keep_ratio'],
+    'evovit': [],
+    'sparsevit': ['keep_ratio'],
+    'learned': [],
+    'random-ratios': ['keep_ratio'],
+    'token-cut': ['loss_token_cut'],
+    'distill': ['loss_distill_feature'],
 }
 ABSENT = '<absent>'
 
@@ -227,7 +242,8 @@ def test_all_configs_are_there() -> None:
         for model in MODEL_NAMES
         for kind in ('', '_dense', '_finetune')
     }
-    assert set(ALL) == expected | set(REFERENCES)
+    policies = {f'digit_scenes/policies/retinanet_idle-swin_{name}_digits.py' for name in LOGGED}
+    assert set(ALL) == expected | policies | set(REFERENCES)
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -238,9 +254,12 @@ def test_config_builds(name: str) -> None:
     model = build(cfg)
     assert type(model.backbone).__name__ == cfg.model.backbone.type
     assert type(model.backbone).__name__.startswith('Idle')
-    assert model.backbone.keep_ratios == [
-        pytest.approx(stage) for stage in expected_ratios(name, model.backbone.depths)
-    ]
+    if name in POLICIES:
+        assert 0.5 < np.mean(model.backbone.keep_ratios) < 0.8
+    else:
+        assert model.backbone.keep_ratios == [
+            pytest.approx(stage) for stage in expected_ratios(name, model.backbone.depths)
+        ]
     single = cfg.train_dataloader.batch_size
     assert cfg.auto_scale_lr.base_batch_size == (single if name in DIGITS else 8 * single)
 
@@ -435,6 +454,46 @@ def test_digit_config_trains_and_tests(name: str, scenes: Path) -> None:
         metric.dataset_meta = sets['val'].metainfo
         metric.process(data_batch=batch, data_samples=[result.to_dict() for result in results])
         assert metric.evaluate(3)
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_policy_config_trains(name: str, scenes: Path, tmp_path: Path) -> None:
+    """Two steps from a checkpoint, hooks included; what they add is in the log."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    cfg = load(name)
+    kind = name.split('_')[-2]
+    weights = str(tmp_path / 'dense.pth')
+    dense = build(load('digit_scenes/retinanet_idle-swin_dense_digits.py'))
+    torch.save({'state_dict': dense.state_dict()}, weights)
+    changes = {
+        'load_from': weights,
+        'work_dir': str(tmp_path / 'run'),
+        'train_cfg.max_epochs': 1,
+        'train_dataloader.batch_size': 2,
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'train_dataloader.dataset.data_root': str(scenes / 'coco'),
+        'default_hooks.logger.interval': 1,
+    }
+    if kind == 'distill':
+        changes['custom_hooks.0.losses.0.teacher.checkpoint'] = weights
+    cfg.merge_from_dict(changes)
+    for part in ('cfg', 'dataloader', 'evaluator'):
+        cfg[f'val_{part}'] = cfg[f'test_{part}'] = None
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        runner = ResumableRunner.from_cfg(cfg)
+        runner.train()
+    (log,) = (tmp_path / 'run').rglob('scalars.json')
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert np.isfinite(line['loss'])
+        assert set(LOGGED[kind]) <= set(line)
+    before = dense.state_dict()
+    after = runner.model.state_dict()
+    assert any(not torch.equal(after[key], before[key]) for key in before if 'qkv' in key)
 
 
 def test_data_configs_name_the_written_classes() -> None:

@@ -1,0 +1,15 @@
+_base_ = '../retinanet_idle-swin_finetune_digits.py'
+
+# The dense model that the weights come from is the teacher too.
+custom_hooks = [
+    dict(
+        type='AuxiliaryLossHook',
+        losses=[
+            dict(
+                type='FeatureDistillation',
+                teacher=dict(checkpoint={{_base_.load_from}}),
+                loss_weight=5.0,
+            )
+        ],
+    )
+]
