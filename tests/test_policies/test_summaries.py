@@ -371,7 +371,10 @@ def test_weights_of_those_that_left(name):
         active = keep_mask(plan.selection, 35)
         left = ~active & (want == 0)
         want = torch.where(left, scores, want)
-        assert_close(plan.idle_weights, want, 1e-12)
+        if name == 'pvt-evit':
+            assert plan.idle_weights is None  # its keys are the whole map
+        else:
+            assert_close(plan.idle_weights, want, 1e-12)
         assert active.sum(1).tolist() == [{0: 28, 1: 20, 2: 20, 3: 10}[step]] * 2
         for i in range(2):
             if left[i].any():
