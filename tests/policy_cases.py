@@ -56,6 +56,7 @@ def _cases() -> list[Case]:
             policies[f'idlevit-{scope}-learned'] = dict(
                 type='IdleViT', scope=scope, scorer='learned'
             )
+        policies['idlevit-context'] = dict(type='IdleViT', context='all')
         for fuse in (True, False):
             policies[f'evit{"" if fuse else "-dropping"}'] = dict(type='EViT', fuse=fuse)
         for representative in (True, False):

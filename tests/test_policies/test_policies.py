@@ -238,7 +238,9 @@ def test_compiled_equals_eager(case):
     torch._dynamo.reset()
     options = dict(num_layers=2, out_indices=(1,))
     if case.variant.is_swin:
-        options = dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
+        # Compiling takes long: the shifted block and memory are compiled for Evo-ViT alone.
+        depths = (2,) if case.policy['type'] == 'EvoViT' else (1,)
+        options = dict(depths=depths, num_heads=(2,), strides=(4,), out_indices=(0,))
     keep = [[1.0, 0.5]] if case.variant.is_vit else 0.5
     model = case.build(keep, **options)
     compiled = torch.compile(model, backend='aot_eager')

@@ -371,8 +371,48 @@ def test_weights_of_those_that_left(name):
         active = keep_mask(plan.selection, 35)
         left = ~active & (want == 0)
         want = torch.where(left, scores, want)
-        assert_close(plan.idle_weights, want, 1e-12)
+        if name == 'pvt-evit':
+            assert plan.idle_weights is None  # its keys are the whole map
+        else:
+            assert_close(plan.idle_weights, want, 1e-12)
         assert active.sum(1).tolist() == [{0: 28, 1: 20, 2: 20, 3: 10}[step]] * 2
         for i in range(2):
             if left[i].any():
                 assert scores[i][left[i]].max() <= scores[i][active[i]].min()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('fuse', [True, False])
+def test_evit_by_class_attention(fuse):
+    """Who leaves keeps what attention has made of it; the fused token weighs what it was paid."""
+    model = BY_NAME['vit-evit'].build(policy=dict(fuse=fuse)).double()
+    block, hw = stage_blocks(model)[0][1], (5, 7)
+    x = tokens(block, hw, prefix=1)
+    normed = block.ln1(x).transpose(0, 1)
+    update, attention = block.attn.attn(normed, normed, normed)  # torch's own module
+    middle = x + update.transpose(0, 1)
+    out, selection, memory = block(x, hw, 0.4)
+    assert out.shape[1] == 36 + fuse
+    for i in range(2):
+        row = attention[i, 0, 1:]
+        kept = 1 + row.topk(14).indices.sort().values
+        assert selection.token_ids[i].tolist() == [0, *kept.tolist(), *[36] * fuse]
+        left = torch.ones(36, dtype=torch.bool).index_fill(0, kept, False)
+        left[0] = False
+        assert_close(out[i, :36][left], middle[i, left], 1e-12)
+        stays = middle[i, ~left]
+        if fuse:
+            stays = torch.cat([stays, (row[left[1:], None] * middle[i, left]).sum(0)[None]])
+        want = stays + block.ffn(block.ln2(stays))
+        assert_close(out[i, selection.token_ids[i]], want, 1e-11)
+    # The next block goes on with them, and the fused token competes.
+    end, later, _ = block(out, hw, 0.5, memory)
+    assert later.token_ids.shape[1] == 1 + math.ceil(0.5 * (14 + fuse)) + fuse
+    for i in range(2):
+        in_play, stay = selection.token_ids[i].tolist(), later.token_ids[i].tolist()
+        assert set(stay) <= {*in_play, 36 + fuse}
+        normed = block.ln1(out[i, in_play])[:, None]
+        middle = out[i, in_play] + block.attn.attn(normed, normed, normed)[0][:, 0]
+        for place, token in enumerate(in_play):
+            if token not in stay:
+                assert_close(end[i, token], middle[place], 1e-11)
