@@ -476,6 +476,8 @@ def test_policy_config_trains(name: str, scenes: Path, tmp_path: Path) -> None:
         'train_dataloader.persistent_workers': False,
         'train_dataloader.dataset.data_root': str(scenes / 'coco'),
         'default_hooks.logger.interval': 1,
+        # Visualisers are global by name.
+        'visualizer.name': f'{kind} of {tmp_path.name}',
     }
     if kind == 'distill':
         changes['custom_hooks.0.losses.0.teacher.checkpoint'] = weights
