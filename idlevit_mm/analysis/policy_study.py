@@ -204,23 +204,23 @@ METHODS = {
             own=True,
         ),
         Method('learned', dict(_IDLEVIT, scorer='learned'), own=True),
-        # The first stage dense, keys and values from all tokens, and distillation.
+        # The first block dense, keys and values from all tokens, and distillation.
         Method(
             'recipe',
             dict(_IDLEVIT, context='all'),
-            pattern=late(2),
+            pattern=late(1),
             hooks=auxiliary_losses(distill=_DISTILL),
             own=True,
         ),
         # Drops for good, once per stage, as EViT does in three of twelve layers.
         Method('evit', dict(type='EViT'), pattern=stage_entry),
-        # The first third of the net is dense, as in Evo-ViT; here that is a stage of two blocks.
-        Method('evovit', dict(type='EvoViT'), pattern=late(2)),
+        # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
+        Method('evovit', dict(type='EvoViT'), pattern=late(1)),
         # A rival with the signal that the recipe has.
         Method(
             'evovit+distill',
             dict(type='EvoViT'),
-            pattern=late(2),
+            pattern=late(1),
             hooks=auxiliary_losses(distill=_DISTILL),
         ),
         Method('sparsevit', dict(type='SparseViT'), tasks=('swin-det',)),
