@@ -14,7 +14,7 @@ from torch import nn
 from ..backbones import IdleBackbone
 from ..errors import SettingError
 from ..losses import AuxiliaryLoss, Step, Teachers, build_losses, captured
-from ..losses.base import restore_method
+from ..losses.capture import restore_method
 
 
 @HOOKS.register_module()

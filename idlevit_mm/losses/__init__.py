@@ -1,6 +1,7 @@
 """Training signals for idle backbones; ``AuxiliaryLossHook`` adds them to any model."""
 
-from .base import AuxiliaryLoss, Step, build_losses, captured
+from .base import AuxiliaryLoss, build_losses
+from .capture import Step, captured
 from .distill import FeatureDistillation, LogitDistillation
 from .teacher import Teacher, Teachers
 from .token_cut import TokenCutLoss

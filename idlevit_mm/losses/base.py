@@ -1,51 +1,17 @@
-"""What a training signal is, and how it looks into a model without changing it."""
+"""What a training signal is, and how it is built from a config."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..registry import AUXILIARY_LOSSES
-
-if TYPE_CHECKING:
-    from .teacher import Teachers
-
-
-class Call(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        output: What it returned.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-@dataclass
-class Step:
-    """One forward pass in training.
-
-    Attributes:
-        model: The student, without wrappers.
-        backbones: Its idle backbones by their name in the model.
-        inputs: The preprocessed images, as the model's ``loss`` got them.
-        calls: Last call in this pass of each module that a loss asked for, by name.
-    """
-
-    model: nn.Module
-    backbones: Mapping[str, Any]
-    inputs: Any
-    calls: Mapping[str, Call]
+from .capture import Step
+from .teacher import Teachers
 
 
 class AuxiliaryLoss(ABC):
@@ -137,47 +103,3 @@ def _build(cfg: Any) -> AuxiliaryLoss:
         if key not in accepted:
             raise TypeError(f'{name} has no argument {key!r}; allowed: {", ".join(accepted)}')
     return cls(**options)
-
-
-@contextmanager
-def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
-    """Note the last call of each module while the context is open.
-
-    Forward hooks would miss heads whose ``forward`` is called directly, as mmseg does, so the
-    method is wrapped on the instance and put back at the end.
-
-    Args:
-        modules: Modules by the name that the calls shall have.
-    """
-    calls: dict[str, Call] = {}
-    before = {name: module.__dict__.get('forward') for name, module in modules.items()}
-    for name, module in modules.items():
-        module.forward = _noting(module.forward, name, calls)
-    try:
-        yield calls
-    finally:
-        for name, module in modules.items():
-            restore_method(module, 'forward', before[name])
-
-
-def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        calls[name] = Call(args, kwargs, output)
-        return output
-
-    return noting
-
-
-def restore_method(module: nn.Module, method: str, before: Callable | None) -> None:
-    """Undo the replacement of a method on an instance.
-
-    Args:
-        module: The instance.
-        method: Name of the method.
-        before: What the instance itself held; None where it had the method from its class.
-    """
-    if before is None:
-        module.__dict__.pop(method, None)
-    else:
-        module.__dict__[method] = before

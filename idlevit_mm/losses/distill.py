@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..registry import AUXILIARY_LOSSES
-from .base import AuxiliaryLoss, Step
+from .base import AuxiliaryLoss
+from .capture import Step
 from .teacher import Teacher, Teachers, check_description, find_modules
 
 

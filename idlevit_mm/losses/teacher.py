@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from ..errors import SettingError
-from .base import Call, Step, captured
+from .capture import Call, Step, captured
 
 _KEYS = ('checkpoint', 'config')
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..ops import keep_mask
 from ..registry import AUXILIARY_LOSSES
-from .base import AuxiliaryLoss, Step
+from .base import AuxiliaryLoss
+from .capture import Step
 from .teacher import Teachers
 
 KINDS = ('inter', 'intra', 'both')

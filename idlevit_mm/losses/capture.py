@@ -1,0 +1,85 @@
+"""How a loss looks into a model's forward pass without changing the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Call(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: What it returned.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class Step:
+    """One forward pass in training.
+
+    Attributes:
+        model: The student, without wrappers.
+        backbones: Its idle backbones by their name in the model.
+        inputs: The preprocessed images, as the model's ``loss`` got them.
+        calls: Last call in this pass of each module that a loss asked for, by name.
+    """
+
+    model: nn.Module
+    backbones: Mapping[str, Any]
+    inputs: Any
+    calls: Mapping[str, Call]
+
+
+@contextmanager
+def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
+    """Note the last call of each module while the context is open.
+
+    Forward hooks would miss heads whose ``forward`` is called directly, as mmseg does, so the
+    method is wrapped on the instance and put back at the end.
+
+    Args:
+        modules: Modules by the name that the calls shall have.
+    """
+    calls: dict[str, Call] = {}
+    before = {name: module.__dict__.get('forward') for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = _noting(module.forward, name, calls)
+    try:
+        yield calls
+    finally:
+        for name, module in modules.items():
+            restore_method(module, 'forward', before[name])
+
+
+def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        calls[name] = Call(args, kwargs, output)
+        return output
+
+    return noting
+
+
+def restore_method(module: nn.Module, method: str, before: Callable | None) -> None:
+    """Undo the replacement of a method on an instance.
+
+    Args:
+        module: The instance.
+        method: Name of the method.
+        before: What the instance itself held; None where it had the method from its class.
+    """
+    if before is None:
+        module.__dict__.pop(method, None)
+    else:
+        module.__dict__[method] = before
