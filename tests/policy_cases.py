@@ -57,6 +57,7 @@ def _cases() -> list[Case]:
                 type='IdleViT', scope=scope, scorer='learned'
             )
         policies['idlevit-context'] = dict(type='IdleViT', context='all')
+        policies['idlevit-summary'] = dict(type='IdleViT', context='summary')
         for fuse in (True, False):
             policies[f'evit{"" if fuse else "-dropping"}'] = dict(type='EViT', fuse=fuse)
         for representative in (True, False):

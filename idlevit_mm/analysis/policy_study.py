@@ -213,6 +213,15 @@ METHODS = {
             own=True,
         ),
         # Drops for good, once per stage, as EViT does in three of twelve layers.
+        # The same with a summary of idle tokens in each window instead of all of them.
+        Method(
+            'recipe-summary',
+            dict(_IDLEVIT, context='summary'),
+            pattern=late(1),
+            hooks=auxiliary_losses(distill=_DISTILL),
+            tasks=('swin-det',),
+            own=True,
+        ),
         Method('evit', dict(type='EViT'), pattern=stage_entry),
         # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
         Method('evovit', dict(type='EvoViT'), pattern=late(1)),

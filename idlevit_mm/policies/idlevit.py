@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..ops import Selection, select_units, take_tokens, unit_scores
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy
+from .policy import EVERYTHING, Plan, Policy, positive
 from .scorers import ScorableBlock
+
+CONTEXTS = ('active', 'summary', 'all')
 
 
 @POLICIES.register_module()
@@ -22,12 +24,14 @@ class IdleViT(Policy):
     class token, this is the published algorithm.
 
     Args:
-        context: Which tokens serve as keys and values: the ``active`` ones, as published, or
-            ``all``, for two more projections of the idle ones.
+        context: What serves as keys and values: the ``active`` tokens, as published; a ``summary``
+            of the idle ones besides, their mean weighted by scores (in Swin one for each window),
+            as in Evo-ViT, but idle tokens receive nothing; or ``all`` tokens, for two more
+            projections of the idle ones. In spatial-reduction attention always the whole map.
         **kwargs: Further arguments of ``Policy``.
 
     Raises:
-        ValueError: ``context`` is unknown.
+        ValueError: ``context`` is unknown, or a summary is asked for where whole windows idle.
     """
 
     SCOPES = ('map', 'window_tokens', 'windows')
@@ -36,9 +40,17 @@ class IdleViT(Policy):
 
     def __init__(self, embed_dims: int, context: str = 'active', **kwargs: Any) -> None:
         super().__init__(embed_dims, **kwargs)
-        if context not in ('active', 'all'):
-            raise ValueError(f'policy.context={context!r} is unknown; allowed: active, all')
+        if context not in CONTEXTS:
+            raise ValueError(
+                f'policy.context={context!r} is unknown; allowed: {", ".join(CONTEXTS)}'
+            )
+        if context == 'summary' and self.scope == 'windows':
+            raise ValueError(
+                "policy.context='summary' is for single tokens, and with policy.scope='windows' "
+                'whole windows idle; allowed there: active, all'
+            )
         self.idle_context = context == 'all'
+        self.summarises = context == 'summary'
 
     def plan(
         self,
@@ -59,6 +71,11 @@ class IdleViT(Policy):
         selection = select_units(ranked, layout, keep_ratio, self.rounding)
         gate = straight_through(_scores_of(scores, selection)) if learns else None
         complete = block.with_prefix(selection)
+        ids = selection.token_ids
+        if self.summarises and not block.sees_idle and ids.shape[1] < scores.shape[1]:
+            # Keys are computed anew, with those of the summaries.
+            weights = positive(scores.detach()).scatter(1, ids, 0.0)
+            return Plan(complete, gate, weights), None
         if keys is not None and not self.idle_context:
             keys = take_tokens(keys, complete)
         return Plan(complete, gate, keys=keys), None

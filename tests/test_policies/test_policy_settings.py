@@ -63,6 +63,7 @@ WRONG = {
     'scope of SparseViT': (dict(type='SparseViT', scope='map'), ['windows']),
     'learned EViT': (dict(type='EViT', scorer='learned'), ['scorer', 'learned', 'EViT', 'IdleViT']),
     'learned EvoViT': (dict(type='EvoViT', scorer='learned'), ['scorer', 'learned', 'IdleViT']),
+    'context': (dict(context='some'), ['policy.context', "'some'", 'active', 'summary', 'all']),
     'learned with a typo': (dict(scorer=dict(type='learned', hidden=3)), ['hidden', 'hidden_dims']),
 }
 
@@ -85,6 +86,11 @@ def test_wrong_policies_are_refused(variant, name):
 def test_class_scorers_need_a_class_token(name, scorer, policy):
     with pytest.raises(ValueError, match=rf"policy\.scorer='{scorer}' needs a class token"):
         BY_NAME[name].build(policy=dict(type=policy, scorer=scorer))
+
+
+def test_whole_windows_have_no_summary():
+    with pytest.raises(ValueError, match=r"policy\.context='summary'.*windows.*active, all"):
+        BY_NAME['swin'].build(policy=dict(scope='windows', context='summary'))
 
 
 def test_class_attention_is_known_too_late_for_idlevit():
