@@ -219,7 +219,6 @@ METHODS = {
             dict(_IDLEVIT, context='summary'),
             pattern=late(1),
             hooks=auxiliary_losses(distill=_DISTILL),
-            tasks=('swin-det',),
             own=True,
         ),
         Method('evit', dict(type='EViT'), pattern=stage_entry),

@@ -51,8 +51,6 @@ class IdlePVTBlock(IdleBlock):
         policy: Config of the idling policy.
     """
 
-    sees_idle = True
-
     def __init__(
         self,
         embed_dims: int,
@@ -70,6 +68,8 @@ class IdlePVTBlock(IdleBlock):
         policy: dict[str, Any] | None,
     ) -> None:
         super().__init__(embed_dims, policy, with_cp)
+        # All idle tokens are among the keys, so only the convolution has use for their summary.
+        self.uses_summaries = use_conv_ffn
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = SpatialReductionAttention(
             embed_dims,

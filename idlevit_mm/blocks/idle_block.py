@@ -6,7 +6,7 @@ active tokens, R summaries of idle tokens, C channels, A heads.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -31,8 +31,8 @@ class IdleBlock(BaseModule, ABC):
     """
 
     SCOPES: tuple[str, ...] = ('map',)
-    # Whether idle tokens are among the keys whatever the policy.
-    sees_idle: ClassVar[bool] = False
+    # Whether a summary of idle tokens changes what active ones become.
+    uses_summaries: bool = True
 
     def __init__(
         self,

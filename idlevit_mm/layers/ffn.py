@@ -14,9 +14,9 @@ from .shape import to_map, to_tokens
 class MixFFN(BaseModule):
     """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (arXiv 2106.13797).
 
-    With idle tokens the convolution sees zeros in their places: their hidden features are not
-    computed. A summary of idle tokens has no place in the map; it is convolved as if all its
-    neighbours were like it, which is what it stands for.
+    Hidden features of idle tokens are not computed: the convolution sees zeros in their places, or
+    those of their summary where there is one. The summary itself has no place in the map; it is
+    convolved as if all its neighbours were like it, which is what it stands for.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -57,7 +57,7 @@ class MixFFN(BaseModule):
 
         Args:
             x: (B, T, C), the active tokens; all N of them where ``selection`` is None;
-                (B, T + R, C) with R summaries of idle tokens.
+                (B, T + 1, C) with a summary of the idle tokens.
             hw_shape: Height and width of the map in tokens.
             selection: Which tokens of the map are active.
         """
@@ -76,7 +76,9 @@ class MixFFN(BaseModule):
             return to_tokens(conv(to_map(x, hw_shape)))
         num_active = selection.token_ids.shape[1]
         x, summaries = x[:, :num_active], x[:, num_active:]
-        canvas = x.new_zeros(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
+        # Idle tokens are like their summary, where there is one.
+        blank = summaries if summaries.shape[1] else x.new_zeros(())
+        canvas = blank.expand(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
         canvas = put_tokens(canvas, selection, x)
         out = take_tokens(to_tokens(conv(to_map(canvas, hw_shape))), selection)
         if summaries.shape[1]:

@@ -30,7 +30,8 @@ class EViT(Policy):
     tokens that have left, weighted by the scores they left with, is formed anew in each block from
     their last features (in Swin one for each window), serves as query and key of the block and is
     then dropped, because windows and maps have no place for it. In spatial-reduction attention
-    there is none: the keys are the whole map, with all that have left.
+    the keys are the whole map, with all that have left: there it is a query only, and stands in
+    their places in PVTv2's convolution; PVT has no use for it.
 
     Args:
         fuse: Whether there is a fused token.
@@ -107,7 +108,7 @@ class EViT(Policy):
             ids, left = memory.selection.unit_ids, memory.idle_weights
         count = num_active(keep_ratio, ids.shape[1], self.rounding)
         ids = ids.gather(1, best_places(scores.gather(1, ids), count))
-        if not self.fuse or block.sees_idle or ids.shape[1] == scores.shape[1]:
+        if not self.fuse or not block.uses_summaries or ids.shape[1] == scores.shape[1]:
             # Nothing has left, or what has left is among the keys anyhow.
             return Plan(block.with_prefix(chosen(ids)))
         weights = positive(scores)

@@ -27,7 +27,8 @@ class IdleViT(Policy):
         context: What serves as keys and values: the ``active`` tokens, as published; a ``summary``
             of the idle ones besides, their mean weighted by scores (in Swin one for each window),
             as in Evo-ViT, but idle tokens receive nothing; or ``all`` tokens, for two more
-            projections of the idle ones. In spatial-reduction attention always the whole map.
+            projections of the idle ones. In spatial-reduction attention keys are always the whole
+            map; there a summary stands in the places of idle tokens in PVTv2's convolution.
         **kwargs: Further arguments of ``Policy``.
 
     Raises:
@@ -72,7 +73,7 @@ class IdleViT(Policy):
         gate = straight_through(_scores_of(scores, selection)) if learns else None
         complete = block.with_prefix(selection)
         ids = selection.token_ids
-        if self.summarises and not block.sees_idle and ids.shape[1] < scores.shape[1]:
+        if self.summarises and block.uses_summaries and ids.shape[1] < scores.shape[1]:
             # Keys are computed anew, with those of the summaries.
             weights = positive(scores.detach()).scatter(1, ids, 0.0)
             return Plan(complete, gate, weights), None

@@ -20,8 +20,8 @@ from ..registry import SCORERS
 class ScorableBlock(Protocol):
     """What a scorer or a policy may ask of the block whose tokens are ranked."""
 
-    # Whether idle tokens are among its keys whatever the policy.
-    sees_idle: ClassVar[bool]
+    # Whether a summary of idle tokens changes what active ones become.
+    uses_summaries: bool
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
         """Units among which the best are chosen."""

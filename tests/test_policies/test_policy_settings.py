@@ -198,7 +198,7 @@ def test_units_of_one_token_score_as_the_token(height, width, seed):
 class Whole:
     """As much of a block as a policy asks for, without class token."""
 
-    sees_idle = False
+    uses_summaries = True
 
     def map_tokens(self, x, hw_shape):
         return x
