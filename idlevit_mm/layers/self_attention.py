@@ -7,6 +7,7 @@ active tokens, C channels, A heads, D channels of a head.
 import torch
 from torch import Tensor
 
+from ..ops import full_precision
 from .attention import PackedAttention, split_heads
 from .share import kept_share
 
@@ -66,7 +67,7 @@ class SelfAttention(PackedAttention):
 
 def first_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     """Attention of the first of queries and keys (B, T, C), mean over heads: (B, T)."""
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device.type):
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key = split_heads(query[:, :1].to(exact), num_heads), split_heads(key, num_heads)
         logits = query @ key.to(exact).transpose(-1, -2) * query.shape[-1] ** -0.5

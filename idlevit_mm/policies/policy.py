@@ -10,14 +10,13 @@ is its *memory*, which the stage hands on.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import ROUNDINGS, Selection
+from ..ops import ROUNDINGS, Selection, autocasts, full_precision
 from ..registry import POLICIES, SCORERS
 from .scorers import ScorableBlock, Scorer
 
@@ -195,9 +194,9 @@ class Policy(nn.Module, ABC):
         # Half precision cannot tell close scores apart, and would rank differently under autocast;
         # but a model that is in half precision as a whole has no other weights.
         device = x.device.type
-        bound = self.scorer.uses_weights and not _autocasts(device)
+        bound = self.scorer.uses_weights and not autocasts(device)
         exact = x if bound or x.dtype == torch.float64 else x.float()
-        with _full_precision(device):
+        with full_precision(device):
             return self.scorer.score(exact, hw_shape, block)
 
 
@@ -224,17 +223,6 @@ def refuse_rising(policy: str, keep_ratios: Sequence[Sequence[float]]) -> None:
                 f'keep_ratios={list(ratios)} of stage {stage} rise, which policy {policy} does not '
                 'allow: within a stage each must be at most the one before'
             )
-
-
-def _autocasts(device_type: str) -> bool:
-    return device_type != 'meta' and torch.is_autocast_enabled(device_type)
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    """Switch autocast off; the meta device has none."""
-    if device_type == 'meta':
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def build_policy(

@@ -112,7 +112,6 @@ def test_image_does_not_depend_on_its_batch(case):
 @each_case()
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(case, dtype):
-    """The tokens of the first idle block are those that float32 scores choose."""
     model = case.build(drop_path_rate=0.0).train()
     x = image(ODD)
     with torch.autocast('cpu', dtype):
@@ -197,6 +196,16 @@ def test_gradients_of_one_block(case):
         return torch.func.functional_call(block, parameters, (x, hw, 0.5, memory))[0]
 
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values), fast_mode=True)
+
+
+@each_case()
+def test_dense_backbone_runs_on_the_meta_device(case):
+    """Operations of a dense backbone are counted there."""
+    model = case.build(1.0).to('meta')
+    outs = model(torch.zeros(2, 3, 45, 58, device='meta'))
+    assert [out.shape for out in outs] == [
+        out.shape for out in case.build(1.0)(image((2, 3, 45, 58)))
+    ]
 
 
 def passing(case):
