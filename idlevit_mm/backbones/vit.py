@@ -90,7 +90,7 @@ class IdleViTBlock(IdleBlock):
     def run(
         self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
     ) -> tuple[Tensor, Selection | None, Any]:
-        if not self.policy.scorer.ranks_after_attention:
+        if not self.policy.uses_attention(keep_ratio):
             return super().run(x, hw_shape, keep_ratio, memory)
         plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
         before = self.gather(x, hw_shape, plan)

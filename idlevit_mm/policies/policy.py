@@ -143,6 +143,10 @@ class Policy(nn.Module, ABC):
             The plan and what to remember until the next block.
         """
 
+    def uses_attention(self, keep_ratio: float) -> bool:
+        """Whether ``reorganise`` is to be called in a block of this keep ratio."""
+        return self.scorer.ranks_after_attention
+
     def reorganise(
         self,
         x: Tensor,
@@ -155,7 +159,7 @@ class Policy(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor, Plan, Any]:
         """Use the attention of the class token, after the attention of a block and before its MLP.
 
-        Called only where ``scorer.ranks_after_attention``.
+        Called only where ``uses_attention``.
 
         Args:
             x: (B, P + N, C), the tokens as they entered the block.

@@ -10,6 +10,7 @@ from policy_cases import CASES
 
 from idlevit_mm.blocks import weighted_mean
 from idlevit_mm.layers import MixFFN
+from idlevit_mm.layers.self_attention import first_attention
 from idlevit_mm.ops import keep_mask
 from idlevit_mm.policies import Plan
 
@@ -379,6 +380,21 @@ def test_weights_of_those_that_left(name):
         for i in range(2):
             if left[i].any():
                 assert scores[i][left[i]].max() <= scores[i][active[i]].min()
+
+
+@torch.no_grad()
+def test_evit_computes_class_attention_only_where_tokens_leave(monkeypatch):
+    model, rows = BY_NAME['vit-evit'].build(), []
+    monkeypatch.setattr(
+        'idlevit_mm.layers.self_attention.first_attention',
+        lambda *args: rows.append(first_attention(*args)) or rows[-1],
+    )
+    model.set_keep_ratios(1.0)
+    model(image((1, 3, 45, 58)))
+    assert not rows
+    model.set_keep_ratios([[0.6] + [1.0] * (model.depths[0] - 1)])
+    model(image((1, 3, 45, 58)))
+    assert len(rows) == 1
 
 
 @torch.no_grad()
