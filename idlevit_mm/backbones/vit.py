@@ -90,12 +90,12 @@ class IdleViTBlock(IdleBlock):
     def run(
         self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
     ) -> tuple[Tensor, Selection | None, Any]:
-        if not self.policy.scorer.ranks_after_attention:
+        if not self.policy.uses_attention(keep_ratio):
             return super().run(x, hw_shape, keep_ratio, memory)
         plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
         before = self.gather(x, hw_shape, plan)
         # Two checkpoints, so that a recomputation cannot choose other tokens in between.
-        active, attention = self.checkpointed(self._attend, before, None, None, True)
+        active, attention = self.checkpointed(self._attend, before, first_row=True)
         x, active, plan, memory = self.policy.reorganise(
             x, active, attention, plan, keep_ratio, self.num_prefix, memory
         )
@@ -126,9 +126,8 @@ class IdleViTBlock(IdleBlock):
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.ln1(x), mask)
 
-    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.ln1(x)
-        return self.attn.project(x[:, 0], 0, 1), self.attn.project(x, 1, 2)
+    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
+        return self.attn.first_query(self.ln1(x), with_keys)
 
     def _attend(
         self,

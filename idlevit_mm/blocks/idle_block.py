@@ -73,11 +73,13 @@ class IdleBlock(BaseModule, ABC):
         x = self.checkpointed(self._run, x, hw_shape, plan)
         return x, plan.selection, memory
 
-    def checkpointed(self, function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    def checkpointed(
+        self, function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Call a function of x, to be recomputed in the backward pass if the block is set so."""
         if self.with_cp and x.requires_grad:
-            return checkpoint(function, x, *args, use_reentrant=False)
-        return function(x, *args)
+            return checkpoint(function, x, *args, use_reentrant=False, **kwargs)
+        return function(x, *args, **kwargs)
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
         """Units among which the policy chooses."""
@@ -110,13 +112,17 @@ class IdleBlock(BaseModule, ABC):
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
-    @property
-    def num_heads(self) -> int:
-        """A."""
-        return self.attn.num_heads
+    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Rank all tokens by the class token's query, in blocks that have one.
 
-    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The class token's query (B, C) and all keys (B, P + N, C), in blocks that have one."""
+        Args:
+            x: (B, P + N, C), all tokens.
+            with_keys: Whether to compute the keys of all tokens on the way.
+
+        Returns:
+            Mean over heads of the query times every key, up to a constant: (B, P + N), and the keys
+            (B, P + N, C) or None.
+        """
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class AuxiliaryLossHook(Hook):
         Raises:
             SettingError: There is another hook of this kind, or the model cannot have such losses.
         """
+        self.after_train(runner)  # an exception may have ended an earlier training
         if sum(isinstance(hook, AuxiliaryLossHook) for hook in runner.hooks) > 1:
             raise SettingError('there are several AuxiliaryLossHook; put all losses into one')
         model = runner.model

@@ -7,6 +7,7 @@ active tokens, C channels, A heads, D channels of a head.
 import torch
 from torch import Tensor
 
+from ..ops import full_precision
 from .attention import PackedAttention, split_heads
 from .share import kept_share
 
@@ -50,6 +51,24 @@ class SelfAttention(PackedAttention):
         query, key = self.project(x, 0, 2).chunk(2, dim=-1)
         return kept_share(query, key, mask, self.scale / self.num_heads)
 
+    def first_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Mean over heads of the first token's query times the key of each: (B, N), and the keys.
+
+        Without keys the key projection is folded with the query, for N * C instead of N * C ** 2
+        multiply-adds; the key bias adds the same to all tokens and is left out.
+
+        Args:
+            x: (B, N, C), all tokens, normalised.
+            with_keys: Whether to compute the keys (B, N, C) of all tokens.
+        """
+        query = self.project(x[:, 0], 0, 1) / self.num_heads
+        if with_keys:
+            keys = self.project(x, 1, 2)
+            return (keys @ query[..., None]).squeeze(-1), keys
+        channels = self.embed_dims
+        weight = self.attn.in_proj_weight[channels : 2 * channels].to(x.dtype)
+        return (x @ (query @ weight)[..., None]).squeeze(-1), None
+
     def _projections(
         self, x: Tensor, keys: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +85,7 @@ class SelfAttention(PackedAttention):
 
 def first_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     """Attention of the first of queries and keys (B, T, C), mean over heads: (B, T)."""
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device.type):
         exact = torch.promote_types(query.dtype, torch.float32)
         query, key = split_heads(query[:, :1].to(exact), num_heads), split_heads(key, num_heads)
         logits = query @ key.to(exact).transpose(-1, -2) * query.shape[-1] ** -0.5

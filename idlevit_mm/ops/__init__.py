@@ -1,6 +1,7 @@
 """Pure tensor functions: index tables, top-k selection, gather and scatter of tokens."""
 
 from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
+from .precision import autocasts, full_precision
 from .select import (
     ROUNDINGS,
     Selection,
@@ -18,7 +19,9 @@ __all__ = [
     'Selection',
     'UnitLayout',
     'WindowLayout',
+    'autocasts',
     'best_places',
+    'full_precision',
     'keep_mask',
     'map_units',
     'num_active',

@@ -60,6 +60,9 @@ class EViT(Policy):
             memory = self._leave(x, hw_shape, keep_ratio, block, memory)
         return EVERYTHING if memory is None else memory, memory
 
+    def uses_attention(self, keep_ratio: float) -> bool:
+        return keep_ratio < 1.0 and super().uses_attention(keep_ratio)
+
     def reorganise(
         self,
         x: Tensor,
@@ -70,8 +73,6 @@ class EViT(Policy):
         num_prefix: int,
         memory: Plan | None,
     ) -> tuple[Tensor, Tensor, Plan, Plan | None]:
-        if keep_ratio == 1.0:
-            return x, active, plan, memory
         rest = attention[:, num_prefix:]
         count = num_active(keep_ratio, rest.shape[1], self.rounding)
         places = best_places(rest, count)

@@ -10,14 +10,13 @@ is its *memory*, which the stage hands on.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import ROUNDINGS, Selection
+from ..ops import ROUNDINGS, Selection, autocasts, full_precision
 from ..registry import POLICIES, SCORERS
 from .scorers import ScorableBlock, Scorer
 
@@ -144,6 +143,10 @@ class Policy(nn.Module, ABC):
             The plan and what to remember until the next block.
         """
 
+    def uses_attention(self, keep_ratio: float) -> bool:
+        """Whether ``reorganise`` is to be called in a block of this keep ratio."""
+        return self.scorer.ranks_after_attention
+
     def reorganise(
         self,
         x: Tensor,
@@ -156,7 +159,7 @@ class Policy(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor, Plan, Any]:
         """Use the attention of the class token, after the attention of a block and before its MLP.
 
-        Called only where ``scorer.ranks_after_attention``.
+        Called only where ``uses_attention``.
 
         Args:
             x: (B, P + N, C), the tokens as they entered the block.
@@ -195,10 +198,11 @@ class Policy(nn.Module, ABC):
         # Half precision cannot tell close scores apart, and would rank differently under autocast;
         # but a model that is in half precision as a whole has no other weights.
         device = x.device.type
-        bound = self.scorer.uses_weights and not _autocasts(device)
+        mixed = autocasts(device)
+        bound = self.scorer.uses_weights and not mixed
         exact = x if bound or x.dtype == torch.float64 else x.float()
-        with _full_precision(device):
-            return self.scorer.score(exact, hw_shape, block)
+        with full_precision(device):
+            return self.scorer.score(exact, hw_shape, block, not mixed and not block.with_cp)
 
 
 def chosen(token_ids: Tensor) -> Selection:
@@ -224,17 +228,6 @@ def refuse_rising(policy: str, keep_ratios: Sequence[Sequence[float]]) -> None:
                 f'keep_ratios={list(ratios)} of stage {stage} rise, which policy {policy} does not '
                 'allow: within a stage each must be at most the one before'
             )
-
-
-def _autocasts(device_type: str) -> bool:
-    return device_type != 'meta' and torch.is_autocast_enabled(device_type)
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    """Switch autocast off; the meta device has none."""
-    if device_type == 'meta':
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def build_policy(

@@ -39,14 +39,12 @@ class ScorableBlock(Protocol):
         """Attention of the mean token's query to every token: (B, A, N), rows sum to 1."""
         ...
 
-    def class_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The class token's query (B, C) and the keys of all tokens (B, P + N, C), x normalised."""
+    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Mean over heads of the class token's query times every key (B, P + N); the keys."""
         ...
 
-    @property
-    def num_heads(self) -> int:
-        """A."""
-        ...
+    # Whether what is computed here is computed again in the backward pass.
+    with_cp: bool
 
 
 class Scorer(nn.Module, ABC):
@@ -84,9 +82,15 @@ class Scorer(nn.Module, ABC):
         """
 
     def score(
-        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
+        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock, with_keys: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Rank tokens.
+
+        Args:
+            x: As for ``forward``.
+            hw_shape: Height and width of the map in tokens.
+            block: The block that asks.
+            with_keys: Whether the attention can use keys that are computed here.
 
         Returns:
             The scores, with gradient only if the scorer learns, and the keys of all tokens (B, P +
@@ -190,24 +194,23 @@ class Learned(Scorer):
 class ClassQuery(Scorer):
     """Mean over heads of the class token's query times the token's key (IdleViT, arXiv 2310.05654).
 
-    The keys of all tokens are computed, and those of the active ones used by the attention.
+    The keys of all tokens are computed, as published, and those of the active ones used by the
+    attention. Under autocast, where scores are computed in float32 and keys are not, and with
+    ``with_cp``, the query is folded with the key projection instead, which gives the same ranks.
     """
 
     uses_weights = True
     needs_class_token = True
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return self.score(x, hw_shape, block)[0]
+        return self.score(x, hw_shape, block, with_keys=False)[0]
 
     def score(
-        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
-    ) -> tuple[Tensor, Tensor]:
-        query, keys = block.class_query(x)
-        num_tokens = hw_shape[0] * hw_shape[1]
-        first = x.shape[1] - num_tokens
-        with torch.no_grad():
-            scores = (keys[:, first:] @ query[..., None]).squeeze(-1) / block.num_heads
-        return scores, keys
+        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock, with_keys: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
+            scores, keys = block.class_query(x, with_keys)
+        return scores.detach()[:, -(hw_shape[0] * hw_shape[1]) :], keys
 
 
 @SCORERS.register_module('class_attention')

@@ -105,6 +105,16 @@ def test_a_run_of_the_runner(variant, tmp_path, checkpoint):
     assert set(model(torch.ones(1, 3, 45, 58), mode='loss')) == {'loss_toy'}
 
 
+def test_training_again_after_an_exception(tmp_path):
+    """The losses are put in once."""
+    model = ToyModel()
+    settings = runner_settings(tmp_path, model, [dict(type='TokenCutLoss')])
+    runner = Runner(**settings)
+    runner.call_hook('before_train')
+    runner.train()
+    assert 'loss' not in model.__dict__
+
+
 def test_a_model_can_be_copied_between_steps(checkpoint):
     """Recorded inputs hang on a graph, which cannot be copied."""
     model, _ = with_losses(all_losses(checkpoint()))

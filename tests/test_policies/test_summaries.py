@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_zoo import BlockTrace, assert_close, image, stage_blocks
+from backbone_zoo import BlockTrace, assert_close, image, randomize, stage_blocks
 from policy_cases import CASES
 
 from idlevit_mm.blocks import weighted_mean
-from idlevit_mm.layers import MixFFN
+from idlevit_mm.layers import MixFFN, SelfAttention
+from idlevit_mm.layers.self_attention import first_attention
 from idlevit_mm.ops import keep_mask, put_tokens, take_tokens
 from idlevit_mm.policies import Plan
 
@@ -384,6 +385,21 @@ def test_weights_of_those_that_left(name):
 
 
 @torch.no_grad()
+def test_evit_computes_class_attention_only_where_tokens_leave(monkeypatch):
+    model, rows = BY_NAME['vit-evit'].build(), []
+    monkeypatch.setattr(
+        'idlevit_mm.layers.self_attention.first_attention',
+        lambda *args: rows.append(first_attention(*args)) or rows[-1],
+    )
+    model.set_keep_ratios(1.0)
+    model(image((1, 3, 45, 58)))
+    assert not rows
+    model.set_keep_ratios([[0.6] + [1.0] * (model.depths[0] - 1)])
+    model(image((1, 3, 45, 58)))
+    assert len(rows) == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('fuse', [True, False])
 def test_evit_by_class_attention(fuse):
     """Who leaves keeps what attention has made of it; the fused token weighs what it was paid."""
@@ -418,3 +434,36 @@ def test_evit_by_class_attention(fuse):
         for place, token in enumerate(in_play):
             if token not in stay:
                 assert_close(end[i, token], middle[place], 1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('bias', [True, False])
+def test_folded_query_ranks_as_keys_do(bias):
+    attn = SelfAttention(12, 3, qkv_bias=bias).double()
+    for parameter in attn.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(2, 9, 12, dtype=DOUBLE)
+    scores, keys = attn.first_query(x, with_keys=True)
+    folded, nothing = attn.first_query(x, with_keys=False)
+    assert nothing is None
+    assert_close(keys, attn.project(x, 1, 2), 1e-13)
+    # A softmax over tokens, and any ranking, does not see what is the same for all.
+    same = (scores - folded)[:, :1]
+    assert_close(folded + same, scores, 1e-12)
+    assert bias == (same.abs().max() > 1e-6)
+
+
+@pytest.mark.parametrize('context', ['active', 'all'])
+def test_keys_are_shared_only_in_full_precision(context):
+    case = BY_NAME['vit-idlevit-map'].variant
+    kept = {}
+    for name, options in dict(plain={}, checkpointed=dict(with_cp=True)).items():
+        model = randomize(case.build(keep_ratios=0.5, policy=dict(context=context), **options))
+        block, hw = stage_blocks(model)[0][0], (5, 7)
+        x = tokens(block, hw).float()
+        kept[name] = block.policy.plan(x, hw, 0.5, block)[0]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        kept['mixed'] = block.policy.plan(x, hw, 0.5, block)[0]
+    assert {name for name, plan in kept.items() if plan.keys is not None} == {'plain'}
+    for plan in kept.values():
+        assert torch.equal(plan.selection.token_ids, kept['plain'].selection.token_ids)
