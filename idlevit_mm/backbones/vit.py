@@ -364,12 +364,19 @@ class IdleVisionTransformer(IdleBackbone):
 
     def _from_official(self, state: StateDict) -> StateDict:
         if is_timm_vit(state):
-            return vit_from_timm(state)
-        return lvvit_from_official(state) if is_lvvit(state) else state
+            return self._fit_square(vit_from_timm(state))
+        return self._fit_square(lvvit_from_official(state)) if is_lvvit(state) else state
 
     def _fit_tables(self, state: StateDict) -> StateDict:
         table = state.get('pos_embed')
-        if table is None or table.dim() != 3 or table.shape[1] == self.pos_embed.shape[1]:
+        # A table of as many places is taken to be one of this image size.
+        same = table is not None and table.shape[1:2] == self.pos_embed.shape[1:2]
+        return state if same else self._fit_square(state)
+
+    def _fit_square(self, state: StateDict) -> StateDict:
+        """Resize the position table of a square image."""
+        table = state.get('pos_embed')
+        if table is None or table.dim() != 3:
             return state
         side = math.isqrt(table.shape[1])
         first = table.shape[1] - side * side

@@ -220,16 +220,6 @@ def positive(scores: Tensor) -> Tensor:
     return scores.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def refuse_rising(policy: str, keep_ratios: Sequence[Sequence[float]]) -> None:
-    """Raise a ValueError if a ratio rises from one block of a stage to the next."""
-    for stage, ratios in enumerate(keep_ratios):
-        if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
-            raise ValueError(
-                f'keep_ratios={list(ratios)} of stage {stage} rise, which policy {policy} does not '
-                'allow: within a stage each must be at most the one before'
-            )
-
-
 def build_policy(
     policy: str | dict[str, Any] | None,
     embed_dims: int,

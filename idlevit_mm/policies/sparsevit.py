@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import select_units, unit_scores
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy, refuse_rising
+from .policy import EVERYTHING, Plan, Policy
 from .scorers import ScorableBlock
 
 
@@ -37,7 +37,12 @@ class SparseViT(Policy):
         super().__init__(embed_dims, scorer=scorer, **kwargs)
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
-        refuse_rising(type(self).__name__, keep_ratios)
+        for stage, ratios in enumerate(keep_ratios):
+            if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
+                raise ValueError(
+                    f'keep_ratios={list(ratios)} of stage {stage} rise, which policy SparseViT '
+                    'does not allow: within a stage each must be at most the one before'
+                )
 
     def plan(
         self,

@@ -328,3 +328,27 @@ def test_same_features_as_lvvit(tmp_path):
     with torch.no_grad():
         expected = released.double()(x)
     assert_close(features(ours.double(), x), expected, 1e-9)
+
+
+def test_square_table_of_as_many_places_is_resized(tmp_path):
+    """A 4x4 table is not one of 2x8 places, though it has as many."""
+    timm_model = timm.create_model(
+        'vit_tiny_patch16_224', pretrained=False, img_size=64, num_classes=0
+    )
+    path = tmp_path / 'timm.pth'
+    torch.save(timm_model.state_dict(), path)
+    model = MODELS.build(
+        dict(
+            type='IdleVisionTransformer',
+            arch='deit-tiny',
+            img_size=(32, 128),
+            convert_weights=True,
+            init_cfg=dict(type='Pretrained', checkpoint=str(path)),
+        )
+    )
+    model.init_weights()
+    square = timm_model.state_dict()['pos_embed']
+    assert torch.equal(model.pos_embed[:, :1], square[:, :1])
+    grid = square[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    want = F.interpolate(grid, size=(2, 8), mode='bicubic').flatten(2).transpose(1, 2)
+    assert torch.allclose(model.pos_embed[:, 1:], want)

@@ -203,7 +203,7 @@ def _in_a_process(rank, port, losses, variant, queue):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='gloo between processes')
-@pytest.mark.parametrize('variant', ['swin', 'pvtv2'])
+@pytest.mark.parametrize('variant', ['swin', 'pvtv2', 'vit'])
 def test_two_processes(variant, checkpoint):
     losses = all_losses(checkpoint(variant=variant))
     context = multiprocessing.get_context('fork')
