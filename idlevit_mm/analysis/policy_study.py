@@ -221,6 +221,8 @@ METHODS = {
             hooks=auxiliary_losses(distill=_DISTILL),
             own=True,
         ),
+        # What the recipe is without distillation.
+        Method('idlevit-summary', dict(_IDLEVIT, context='summary'), pattern=late(1), own=True),
         Method('evit', dict(type='EViT'), pattern=stage_entry),
         # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
         Method('evovit', dict(type='EvoViT'), pattern=late(1)),
