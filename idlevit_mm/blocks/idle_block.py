@@ -120,8 +120,8 @@ class IdleBlock(BaseModule, ABC):
             with_keys: Whether to compute the keys of all tokens on the way.
 
         Returns:
-            Mean over heads of the query times every key, up to a constant: (B, P + N), and the keys
-            (B, P + N, C) or None.
+            Mean over heads of the query times every key: (B, P + N), and the keys (B, P + N, C) or
+            None.
         """
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 

@@ -55,7 +55,7 @@ class SelfAttention(PackedAttention):
         """Mean over heads of the first token's query times the key of each: (B, N), and the keys.
 
         Without keys the key projection is folded with the query, for N * C instead of N * C ** 2
-        multiply-adds; the key bias adds the same to all tokens and is left out.
+        multiply-adds.
 
         Args:
             x: (B, N, C), all tokens, normalised.
@@ -65,9 +65,10 @@ class SelfAttention(PackedAttention):
         if with_keys:
             keys = self.project(x, 1, 2)
             return (keys @ query[..., None]).squeeze(-1), keys
-        channels = self.embed_dims
-        weight = self.attn.in_proj_weight[channels : 2 * channels].to(x.dtype)
-        return (x @ (query @ weight)[..., None]).squeeze(-1), None
+        part = slice(self.embed_dims, 2 * self.embed_dims)
+        scores = (x @ (query @ self.attn.in_proj_weight[part])[..., None]).squeeze(-1)
+        bias = self.attn.in_proj_bias
+        return scores if bias is None else scores + (query @ bias[part])[:, None], None
 
     def _projections(
         self, x: Tensor, keys: Tensor | None, context: Tensor | None

@@ -202,7 +202,7 @@ class Policy(nn.Module, ABC):
         bound = self.scorer.uses_weights and not mixed
         exact = x if bound or x.dtype == torch.float64 else x.float()
         with full_precision(device):
-            return self.scorer.score(exact, hw_shape, block, not mixed and not block.with_cp)
+            return self.scorer.score(exact, hw_shape, block, with_keys=not mixed)
 
 
 def chosen(token_ids: Tensor) -> Selection:

@@ -43,9 +43,6 @@ class ScorableBlock(Protocol):
         """Mean over heads of the class token's query times every key (B, P + N); the keys."""
         ...
 
-    # Whether what is computed here is computed again in the backward pass.
-    with_cp: bool
-
 
 class Scorer(nn.Module, ABC):
     """Base of all scorers.
@@ -195,8 +192,8 @@ class ClassQuery(Scorer):
     """Mean over heads of the class token's query times the token's key (IdleViT, arXiv 2310.05654).
 
     The keys of all tokens are computed, as published, and those of the active ones used by the
-    attention. Under autocast, where scores are computed in float32 and keys are not, and with
-    ``with_cp``, the query is folded with the key projection instead, which gives the same ranks.
+    attention. Under autocast, where scores are computed in float32 and keys are not, the query is
+    folded with the key projection instead, which gives the same scores.
     """
 
     uses_weights = True

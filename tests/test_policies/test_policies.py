@@ -138,7 +138,8 @@ def test_autocast_ranks_in_float32(case):
     exact, rounded = plans
     assert torch.equal(exact.selection.token_ids, rounded.selection.token_ids)
     if exact.idle_weights is not None:
-        assert torch.equal(exact.idle_weights, rounded.idle_weights)
+        # The class token's query is folded with the keys there: other roundings.
+        assert_close(rounded.idle_weights, exact.idle_weights, 1e-6)
 
 
 def _recorded(plan):
