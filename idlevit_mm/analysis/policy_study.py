@@ -204,25 +204,25 @@ METHODS = {
             own=True,
         ),
         Method('learned', dict(_IDLEVIT, scorer='learned'), own=True),
-        # The first block dense, keys and values from all tokens, and distillation.
+        # The first block dense, a summary of idle tokens as context, and distillation.
         Method(
             'recipe',
-            dict(_IDLEVIT, context='all'),
+            dict(_IDLEVIT, context='summary'),
             pattern=late(1),
             hooks=auxiliary_losses(distill=_DISTILL),
             own=True,
         ),
-        # Drops for good, once per stage, as EViT does in three of twelve layers.
-        # The same with a summary of idle tokens in each window instead of all of them.
+        # The same with keys and values from all tokens.
         Method(
-            'recipe-summary',
-            dict(_IDLEVIT, context='summary'),
+            'recipe-all',
+            dict(_IDLEVIT, context='all'),
             pattern=late(1),
             hooks=auxiliary_losses(distill=_DISTILL),
             own=True,
         ),
         # What the recipe is without distillation.
         Method('idlevit-summary', dict(_IDLEVIT, context='summary'), pattern=late(1), own=True),
+        # Drops for good, once per stage, as EViT does in three of twelve layers.
         Method('evit', dict(type='EViT'), pattern=stage_entry),
         # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
         Method('evovit', dict(type='EvoViT'), pattern=late(1)),
