@@ -220,18 +220,22 @@ def goal_text(outcome: Outcome, task: Task) -> str:
     others = [v for v in planned if not METHODS[v.method].own]
     if not own:
         return f'{goal}: not tried.'
-    decisive = {dense_variant(task.name), *planned}
-    missing = sum(run.variant in decisive and run not in outcome.results for run in outcome.plan)
-    if missing:
-        return f'{goal}: **open**, {missing} run{"s" if missing > 1 else ""} missing.'
-    best = max(own, key=lambda v: _mean(outcome, v))
-    score = _mean(outcome, best)
-    loss = _mean(outcome, dense_variant(task.name)) - score
+    dense = dense_variant(task.name)
+    missing = sum(
+        run.variant in {dense, *planned} and run not in outcome.results for run in outcome.plan
+    )
+    left = f'{missing} run{"s" if missing > 1 else ""} missing'
+    if not all(_paired(outcome, variant, dense) for variant in planned):
+        return f'{goal}: **open**, {left}.'
+    # Rows may have other seeds: each is compared with dense over its own.
+    gains = {v: statistics.fmean(a - b for a, b in _paired(outcome, v, dense)) for v in planned}
+    best = max(own, key=gains.__getitem__)
+    loss = -gains[best]
     text = f'Best own row: {best.method}, {0.0 - loss:+.2f} against dense'
     short = [f'{loss - ALLOWED_LOSS:.2f} points against dense'] if loss > ALLOWED_LOSS else []
     if others:
-        rival = max(others, key=lambda v: _mean(outcome, v))
-        lead = score - _mean(outcome, rival)
+        rival = max(others, key=gains.__getitem__)
+        lead = gains[best] - gains[rival]
         text += f', {lead:+.2f} against {rival.method}, the best of the others'
         if lead <= 0:
             short.append(f'{-lead:.2f} points against {rival.method}')
@@ -248,7 +252,7 @@ def goal_text(outcome: Outcome, task: Task) -> str:
         verdict = f'**open**, not tried: {", ".join(untried)}'
     else:
         verdict = '**met**'
-    return f'{goal}: {verdict}. {text}.'
+    return f'{goal}: {verdict}{f" ({left})" if missing else ""}. {text}.'
 
 
 def ratio_table(outcome: Outcome, task: Task) -> str | None:

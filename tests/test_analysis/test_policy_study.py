@@ -377,6 +377,22 @@ def test_goal(study, scores, options, expected):
     assert expected in policy_report.goal_text(outcome, TASKS['swin-det'])
 
 
+def test_goal_is_judged_over_the_seeds_that_are_there(study):
+    outcome = study(_Runner(69.8, 60.0), tasks=('swin-det',))
+    assert len({run.seed for run in outcome.plan}) == 2
+    some = {
+        run: result
+        for run, result in outcome.results.items()
+        if run.seed == 0 or run.variant.method in ('dense', 'idlevit')
+    }
+    text = policy_report.goal_text(replace(outcome, results=some), TASKS['swin-det'])
+    assert 'runs missing)' in text
+    assert '**met**' in text
+    none = {run: result for run, result in some.items() if run.variant.method != 'random'}
+    text = policy_report.goal_text(replace(outcome, results=none), TASKS['swin-det'])
+    assert '**open**' in text
+
+
 def test_unfinished_study_says_so(study):
     outcome = study(_Runner(), time_budget=-1.0)
     assert not outcome.complete
