@@ -58,6 +58,7 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     """
     try:
         function(**arguments)
+        _leave_together()
     except UsageError as error:
         if os.environ.get(TRACEBACK_VARIABLE, '0') not in ('', '0'):
             raise
@@ -67,6 +68,17 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
             time.sleep(_WAIT_FOR_RANK_0)
         print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _leave_together() -> None:
+    """End the process group, if there is one, when all processes are done.
+
+    A process that leaves while its threads still talk to the others aborts, and torchrun then calls
+    a finished training a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
