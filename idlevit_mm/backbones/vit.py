@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..blocks import IdleBlock, run_blocks
 from ..converters import is_lvvit, is_timm_vit, lvvit_from_official, vit_from_timm
 from ..layers import ConvStemEmbed, SelfAttention, resize_position_table, to_map
-from ..ops import Selection
+from ..ops import Selection, behind_prefix
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
 
@@ -115,10 +115,9 @@ class IdleViTBlock(IdleBlock):
     def with_prefix(self, selection: Selection) -> Selection:
         if self.num_prefix == 0:
             return selection
-        ids = selection.token_ids + self.num_prefix
-        first = torch.arange(self.num_prefix, device=ids.device).expand(ids.shape[0], -1)
+        ids = behind_prefix(selection.token_ids, self.num_prefix)
         # Not by _replace: torch.compile cannot return the tuple that it makes.
-        return Selection(torch.cat([first, ids], dim=1), selection.unit_ids, selection.has_padding)
+        return Selection(ids, selection.unit_ids, selection.has_padding)
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.ln1(x))

@@ -5,6 +5,7 @@ from .precision import autocasts, full_precision
 from .select import (
     ROUNDINGS,
     Selection,
+    behind_prefix,
     best_places,
     keep_mask,
     num_active,
@@ -20,6 +21,7 @@ __all__ = [
     'UnitLayout',
     'WindowLayout',
     'autocasts',
+    'behind_prefix',
     'best_places',
     'full_precision',
     'keep_mask',

@@ -92,6 +92,12 @@ def best_places(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
+def behind_prefix(token_ids: Tensor, count: int) -> Tensor:
+    """Ids of the map (B, K) as ids behind a prefix, which comes first: (B, count + K)."""
+    prefix = torch.arange(count, device=token_ids.device).expand(token_ids.shape[0], -1)
+    return torch.cat([prefix, token_ids + count], dim=1)
+
+
 def keep_mask(selection: Selection, num_tokens: int) -> Tensor:
     """Which tokens are active: (B, N), bool."""
     token_ids = selection.token_ids

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import best_places, num_active, put_tokens, take_tokens
+from ..ops import behind_prefix, best_places, num_active, put_tokens, take_tokens
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy, chosen, leading, positive
+from .policy import EVERYTHING, Plan, Policy, chosen, positive
 from .scorers import ScorableBlock
 
 
@@ -76,7 +76,7 @@ class EViT(Policy):
         rest = attention[:, num_prefix:]
         count = num_active(keep_ratio, rest.shape[1], self.rounding)
         places = best_places(rest, count)
-        kept = torch.cat([leading(places, num_prefix), places + num_prefix], dim=1)
+        kept = behind_prefix(places, num_prefix)
         ids, staying = kept, take_tokens(active, chosen(kept))
         if plan.selection is None:
             x = active

@@ -210,11 +210,6 @@ def chosen(token_ids: Tensor) -> Selection:
     return Selection(token_ids, token_ids, False)
 
 
-def leading(token_ids: Tensor, count: int) -> Tensor:
-    """Ids 0 to count - 1 for each row of token_ids (B, T): (B, count)."""
-    return torch.arange(count, device=token_ids.device).expand(token_ids.shape[0], -1)
-
-
 def positive(scores: Tensor) -> Tensor:
     """Scores as weights of a mean: negative ones, and exact zeros, count next to nothing."""
     return scores.clamp(min=torch.finfo(scores.dtype).tiny)
