@@ -5,6 +5,7 @@ Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C c
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from ..layers import (
     AbsolutePositionEmbedding,
     MixFFN,
     SpatialReductionAttention,
+    in_chunks,
     pad_to,
     resize_position_table,
     to_map,
 )
-from ..ops import take_tokens
+from ..ops import Selection, take_tokens
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
 
@@ -90,7 +92,15 @@ class IdlePVTBlock(IdleBlock):
         context = self.norm1(x)
         queries = self._queries(active, context, plan)
         active = active + self.attn(queries, context, hw_shape)
-        return active + self.ffn(self.norm2(active), hw_shape, plan.selection)
+        transform = partial(self._transform, hw_shape=hw_shape, selection=plan.selection)
+        if self.ffn.use_conv:
+            return transform(active)
+        return in_chunks(transform, active, self.ffn.layers[0].out_channels)
+
+    def _transform(
+        self, active: Tensor, hw_shape: tuple[int, int], selection: Selection | None
+    ) -> Tensor:
+        return active + self.ffn(self.norm2(active), hw_shape, selection)
 
     def _queries(self, active: Tensor, context: Tensor, plan: Plan) -> Tensor:
         """Normalised active tokens and summaries, of which the first are in the context already."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging
+from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.registry import MODELS
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..blocks import IdleBlock, StageRecord, run_blocks, weighted_mean
 from ..converters import is_official_swin, swin_from_official
 from ..layers import (
+    FeedForward,
+    MergePatches,
     ShiftWindowMSA,
+    in_chunks,
     resize_position_table,
     resize_relative_position_table,
     to_map,
@@ -91,7 +94,7 @@ class IdleSwinBlock(IdleBlock):
             proj_drop_rate=drop_rate,
         )
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
+        self.ffn = FeedForward(
             embed_dims,
             feedforward_channels,
             ffn_drop=drop_rate,
@@ -105,7 +108,9 @@ class IdleSwinBlock(IdleBlock):
         if plan.selection is not None and self.policy.idle_context:
             context = self.norm1(x)
         branch = self.attn(self.norm1(active), hw_shape, plan.selection, whole, context)
-        active = active + branch
+        return in_chunks(self._transform, active + branch, self.ffn.feedforward_channels)
+
+    def _transform(self, active: Tensor) -> Tensor:
         return self.ffn(self.norm2(active), identity=active)
 
     def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
@@ -366,8 +371,8 @@ class IdleSwinTransformer(IdleBackbone):
         return fitted
 
 
-def _merge(channels: int, stride: int, norm_cfg: dict | None) -> PatchMerging:
-    return PatchMerging(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)
+def _merge(channels: int, stride: int, norm_cfg: dict | None) -> MergePatches:
+    return MergePatches(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)
 
 
 def _square_to(table: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN, PatchEmbed
+from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.registry import MODELS
@@ -19,7 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import IdleBlock, run_blocks
 from ..converters import is_lvvit, is_timm_vit, lvvit_from_official, vit_from_timm
-from ..layers import ConvStemEmbed, SelfAttention, resize_position_table, to_map
+from ..layers import (
+    ConvStemEmbed,
+    FeedForward,
+    SelfAttention,
+    in_chunks,
+    resize_position_table,
+    to_map,
+)
 from ..ops import Selection, behind_prefix
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
@@ -78,7 +85,7 @@ class IdleViTBlock(IdleBlock):
             embed_dims, num_heads, attn_drop_rate, drop_rate, drop_path_rate, qkv_bias
         )
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
+        self.ffn = FeedForward(
             embed_dims,
             feedforward_channels,
             ffn_drop=drop_rate,
@@ -139,6 +146,10 @@ class IdleViTBlock(IdleBlock):
         return active + self.residual_scale * branch, row
 
     def _transform(self, active: Tensor) -> Tensor:
+        width = self.ffn.feedforward_channels
+        return in_chunks(self._transform_tokens, active, width)
+
+    def _transform_tokens(self, active: Tensor) -> Tensor:
         return active + self.residual_scale * self.ffn(self.ln2(active))
 
 

@@ -1,8 +1,10 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
-from .ffn import MixFFN
+from .chunks import in_chunks
+from .ffn import FeedForward, MixFFN
+from .linear import Linear, linear
 from .norm import LayerNorm2d
-from .patch import ConvStemEmbed
+from .patch import ConvStemEmbed, MergePatches
 from .position import (
     AbsolutePositionEmbedding,
     resize_position_table,
@@ -17,13 +19,18 @@ from .window_attention import ShiftWindowMSA
 __all__ = [
     'AbsolutePositionEmbedding',
     'ConvStemEmbed',
+    'FeedForward',
     'LayerNorm2d',
+    'Linear',
+    'MergePatches',
     'MixFFN',
     'SelfAttention',
     'ShiftWindowMSA',
     'SpatialReductionAttention',
     'cell_means',
+    'in_chunks',
     'kept_share',
+    'linear',
     'pad_to',
     'resize_position_table',
     'resize_relative_position_table',

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor
 
+from .linear import linear
+
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, T, C) to (B, A, T, D)."""
@@ -79,14 +81,15 @@ class PackedAttention(MultiheadAttention):
         channels = self.embed_dims
         part = slice(first * channels, last * channels)
         bias = self.attn.in_proj_bias
-        return F.linear(x, self.attn.in_proj_weight[part], None if bias is None else bias[part])
+        return linear(x, self.attn.in_proj_weight[part], None if bias is None else bias[part])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The branch of projected queries (B, T, C), keys and values (B, K, C): (B, T, C)."""
         query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
         dropout = self.attn.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        out = self.attn.out_proj(out.transpose(1, 2).flatten(2))
+        projection = self.attn.out_proj
+        out = linear(out.transpose(1, 2).flatten(2), projection.weight, projection.bias)
         return self.dropout_layer(self.proj_drop(out))
 
     def mean_query_attention(self, x: Tensor) -> Tensor:

@@ -4,11 +4,27 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import build_dropout
+from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
 from ..ops import Selection, put_tokens, take_tokens
+from .chunks import channel_parts
+from .linear import linear
 from .shape import to_map, to_tokens
+
+
+class FeedForward(FFN):
+    """mmcv's two-layer feed-forward network by way of ``linear``."""
+
+    def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
+        """Compute the branch, with identity where the module adds it."""
+        (first, act, drop), second, last_drop = self.layers
+        hidden = drop(act(linear(x, first.weight, first.bias)))
+        out = self.dropout_layer(self.gamma2(last_drop(linear(hidden, second.weight, second.bias))))
+        if not self.add_identity:
+            return out
+        return (x if identity is None else identity) + out
 
 
 class MixFFN(BaseModule):
@@ -61,32 +77,58 @@ class MixFFN(BaseModule):
             hw_shape: Height and width of the map in tokens.
             selection: Which tokens of the map are active.
         """
-        first, *depthwise, act, drop, second, _ = self.layers
-        x = pointwise(first, x)
-        if self.use_conv:
-            x = self._convolve(depthwise[0], x, hw_shape, selection)
-        x = drop(pointwise(second, drop(act(x))))
-        return self.dropout_layer(x)
+        hidden = self.layers[0].out_channels
+        if not self.use_conv:
+            return self.dropout_layer(self._part(x, hw_shape, selection, slice(0, hidden)))
+        # Channels of the convolution are independent: a large map is never there as a whole.
+        numbers = x.shape[0] * hw_shape[0] * hw_shape[1]
+        first, *others = channel_parts(hidden, numbers, x)
+        out = self._part(x, hw_shape, selection, first)
+        for part in others:
+            out += self._part(x, hw_shape, selection, part)
+        return self.dropout_layer(out)
 
-    @staticmethod
-    def _convolve(
-        conv: nn.Conv2d, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None
+    def _part(
+        self, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None, part: slice
     ) -> Tensor:
-        if selection is None:
-            return to_tokens(conv(to_map(x, hw_shape)))
-        num_active = selection.token_ids.shape[1]
-        x, summaries = x[:, :num_active], x[:, num_active:]
-        # Idle tokens are like their summary, where there is one.
-        blank = summaries if summaries.shape[1] else x.new_zeros(())
-        canvas = blank.expand(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
-        canvas = put_tokens(canvas, selection, x)
-        out = take_tokens(to_tokens(conv(to_map(canvas, hw_shape))), selection)
-        if summaries.shape[1]:
-            alike = summaries * conv.weight.sum(dim=(1, 2, 3)) + conv.bias
-            out = torch.cat([out, alike.to(out.dtype)], dim=1)
-        return out
+        """What the hidden channels of a part add to the output; the first part brings the bias."""
+        first, *depthwise, act, drop, second, _ = self.layers
+        x = linear(x, first.weight.flatten(1)[part], _of(first.bias, part))
+        for conv in depthwise:
+            x = _convolve(x, conv.weight[part], _of(conv.bias, part), hw_shape, selection)
+        bias = second.bias if part.start == 0 else None
+        return drop(linear(drop(act(x)), second.weight.flatten(1)[:, part], bias))
 
 
-def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to tokens of shape (B, T, C)."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hw_shape: tuple[int, int],
+    selection: Selection | None,
+) -> Tensor:
+    """Depth-wise convolution of the active tokens among the map."""
+
+    def convolve(tokens: Tensor) -> Tensor:
+        padding = weight.shape[-1] // 2
+        return to_tokens(
+            F.conv2d(to_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
+        )
+
+    if selection is None:
+        return convolve(x)
+    num_active = selection.token_ids.shape[1]
+    x, summaries = x[:, :num_active], x[:, num_active:]
+    # Idle tokens are like their summary, where there is one.
+    blank = summaries if summaries.shape[1] else x.new_zeros(())
+    canvas = blank.expand(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
+    canvas = put_tokens(canvas, selection, x)
+    out = take_tokens(convolve(canvas), selection)
+    if summaries.shape[1]:
+        alike = summaries * weight.sum(dim=(1, 2, 3)) + (0.0 if bias is None else bias)
+        out = torch.cat([out, alike.to(out.dtype)], dim=1)
+    return out
+
+
+def _of(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]

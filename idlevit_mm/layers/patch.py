@@ -1,13 +1,60 @@
-"""Patch embedding with a convolutional stem.
+"""Patch embedding and patch merging.
 
 Shape letters: B images, N tokens of the map (H * W), C channels.
 """
 
-from mmcv.cnn.bricks.transformer import AdaptivePadding
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .shape import to_tokens
+from .chunks import in_chunks
+from .linear import linear
+from .shape import to_map, to_tokens
+
+
+class MergePatches(PatchMerging):
+    """mmcv's patch merging, which costs one copy of the map where cells are 2 x 2 tokens.
+
+    mmcv unfolds the map to rows that hold the four tokens of a cell channel by channel. Here rows
+    hold one token after another, and the weights are put into that order instead.
+    """
+
+    def forward(self, x: Tensor, input_size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+        """Merge tokens (B, N, C) of a map of (H, W): (B, N / 4, O) and (H / 2, W / 2)."""
+        if not self._pairs():
+            return super().forward(x, tuple(input_size))
+        padded = self.adaptive_padding(to_map(x, (input_size[0], input_size[1])))
+        cells = padded.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        hw_shape = cells.shape[1], cells.shape[3]
+        cells = cells.transpose(2, 3).reshape(len(x), -1, self.reduction.in_features)
+        return in_chunks(self._reduce, cells, self.reduction.in_features), hw_shape
+
+    def _pairs(self) -> bool:
+        """Whether cells are 2 x 2 tokens that do not overlap, and the norm is a plain one."""
+        sampler = self.sampler
+        return (
+            tuple(sampler.kernel_size) == tuple(sampler.stride) == (2, 2)
+            and tuple(sampler.dilation) == (1, 1)
+            and self.adaptive_padding is not None
+            and (self.norm is None or type(self.norm) is nn.LayerNorm)
+        )
+
+    def _reduce(self, cells: Tensor) -> Tensor:
+        norm = self.norm
+        if norm is not None:
+            weight, bias = (
+                None if part is None else _token_by_token(part) for part in (norm.weight, norm.bias)
+            )
+            cells = F.layer_norm(cells, norm.normalized_shape, weight, bias, norm.eps)
+        return linear(cells, _token_by_token(self.reduction.weight), self.reduction.bias)
+
+
+def _token_by_token(weight: Tensor) -> Tensor:
+    """Bring the last dimension (C * 4) from channel by channel to token by token."""
+    return weight.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
 
 
 class ConvStemEmbed(BaseModule):

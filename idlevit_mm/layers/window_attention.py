@@ -13,9 +13,20 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..ops import Selection, WindowLayout, put_tokens, take_tokens, window_layout
+from ..ops import (
+    Selection,
+    WindowLayout,
+    pack_windows,
+    place_rows,
+    put_tokens,
+    read_rows,
+    take_tokens,
+    window_layout,
+)
 from .attention import mean_query_attention
+from .linear import Linear, linear
 from .share import kept_share
+from .window_core import attend_squeezed
 
 
 class WindowMSA(BaseModule):
@@ -48,9 +59,9 @@ class WindowMSA(BaseModule):
         places = (2 * window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.zeros(places, num_heads))
         self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.qkv = Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def init_weights(self) -> None:
@@ -66,8 +77,19 @@ class WindowMSA(BaseModule):
         pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
         return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
 
+    def squeezes(self, qkv: Tensor) -> bool:
+        """Whether windows are squeezed to their occupied slots, whose number the data decide."""
+        return (
+            qkv.device.type == 'cpu'
+            and qkv.dtype in (torch.float32, torch.float64)
+            and not (self.training and self.attn_drop.p > 0)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_autocast_enabled('cpu')
+        )
+
     def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
-        """Attention within windows.
+        """Attention within whole windows.
 
         Args:
             qkv: (windows, L, 3 * C).
@@ -165,8 +187,8 @@ class ShiftWindowMSA(BaseModule):
         channels = x.shape[-1]
         weight, bias = self.w_msa.qkv.weight, self.w_msa.qkv.bias
         biases = (None, None) if bias is None else bias.split((channels, 2 * channels))
-        key_value = F.linear(context, weight[channels:], biases[1])
-        query = F.linear(x, weight[:channels], biases[0])
+        key_value = linear(context, weight[channels:], biases[1])
+        query = linear(x, weight[:channels], biases[0])
         # What stands in the places of idle queries is computed and thrown away.
         blank = torch.zeros_like(key_value[..., :channels])
         return torch.cat([put_tokens(blank, selection, query), key_value], dim=-1)
@@ -188,7 +210,7 @@ class ShiftWindowMSA(BaseModule):
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
         qkv, channels = self.w_msa.qkv, 2 * x.shape[-1]
         bias = None if qkv.bias is None else qkv.bias[:channels]
-        query, key = _fill_slots(F.linear(x, qkv.weight[:channels], bias), layout).chunk(2, dim=-1)
+        query, key = _fill_slots(linear(x, qkv.weight[:channels], bias), layout).chunk(2, dim=-1)
         share = kept_share(
             query,
             key,
@@ -206,20 +228,43 @@ class ShiftWindowMSA(BaseModule):
         return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
 
     def _attend_map(self, qkv: Tensor, layout: WindowLayout, selection: Selection | None) -> Tensor:
-        """Write packed tokens to all windows of the map, attend, read them back: (B, T + R, C)."""
+        """Attention of packed tokens, and of summaries behind them: (B, T + R, C)."""
+        batch = qkv.shape[0]
+        slots = layout.slot_ids.expand(batch, -1)
+        if selection is not None:
+            slots = layout.slot_ids[selection.token_ids]
+        if self.w_msa.squeezes(qkv):
+            return self._attend_squeezed(qkv, layout, slots)
+        return self._attend_slots(qkv, layout, slots, selection is None)
+
+    def _attend_squeezed(self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor) -> Tensor:
+        """Squeeze windows to their occupied slots, attend, read the rows back."""
+        batch, rows, _ = qkv.shape
+        packing = pack_windows(layout, token_slots, summarised=rows > token_slots.shape[1])
+        blank = self._blank(qkv).expand(qkv.shape[2])
+        placed = place_rows(qkv.flatten(0, 1), blank, packing)
+        bias = self.w_msa.position_bias()[0].to(qkv.dtype)
+        out = attend_squeezed(placed, bias, packing, self.num_heads, self.w_msa.scale)
+        return read_rows(out, packing).unflatten(0, (batch, rows))
+
+    def _attend_slots(
+        self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor, dense: bool
+    ) -> Tensor:
+        """Write packed rows to all slots of all windows, attend, read them back.
+
+        Every shape follows from that of the arguments, as torch.compile and CUDA graphs need it.
+        """
         batch, _, channels = qkv.shape
         windows, slots = layout.token_ids.shape
-        places = layout.slot_ids if selection is None else layout.slot_ids[selection.token_ids]
         # Images vary fastest among windows, so that the border windows of a batch are one slice.
         image = torch.arange(batch, device=qkv.device)[:, None]
-        rows = ((places // slots * batch + image) * slots + places % slots).flatten()
-        tokens, summaries = qkv.split_with_sizes(
-            [places.shape[-1], qkv.shape[1] - places.shape[-1]], dim=1
-        )
+        rows = ((token_slots // slots * batch + image) * slots + token_slots % slots).flatten()
+        num_tokens = token_slots.shape[1]
+        tokens, summaries = qkv.split_with_sizes([num_tokens, qkv.shape[1] - num_tokens], dim=1)
         blank = self._blank(qkv) if layout.has_padding else qkv.new_zeros(())
         filled = blank.expand(batch * windows * slots, channels)
         filled = filled.index_copy(0, rows, tokens.flatten(0, 1)).view(batch * windows, slots, -1)
-        if selection is None:
+        if dense:
             out = self._attend_dense(filled, layout, batch)
             return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
         mask = self._active_mask(layout, rows, batch, qkv.dtype, summaries.shape[1] > 0)

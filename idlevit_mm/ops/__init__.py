@@ -1,6 +1,7 @@
 """Pure tensor functions: index tables, top-k selection, gather and scatter of tokens."""
 
 from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
+from .packing import Bucket, WindowPacking, pack_windows, place_rows, read_rows
 from .precision import autocasts, full_precision
 from .select import (
     ROUNDINGS,
@@ -11,15 +12,18 @@ from .select import (
     num_active,
     put_tokens,
     select_units,
+    take_rows,
     take_tokens,
     unit_scores,
 )
 
 __all__ = [
     'ROUNDINGS',
+    'Bucket',
     'Selection',
     'UnitLayout',
     'WindowLayout',
+    'WindowPacking',
     'autocasts',
     'behind_prefix',
     'best_places',
@@ -27,8 +31,12 @@ __all__ = [
     'keep_mask',
     'map_units',
     'num_active',
+    'pack_windows',
+    'place_rows',
     'put_tokens',
+    'read_rows',
     'select_units',
+    'take_rows',
     'take_tokens',
     'unit_scores',
     'window_layout',
