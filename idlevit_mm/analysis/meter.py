@@ -17,17 +17,21 @@ from torch import nn
 
 OTHER = 'other'
 
+# What a call is charged to, or how that follows from what the call around it is charged to.
+Label = str | Callable[[str], str]
+
 
 class Call(NamedTuple):
     """A call to measure.
 
     Attributes:
-        label: What its cost is charged to.
+        label: What its cost is charged to; or a function of what the call around it is charged to,
+            'other' where there is none.
         owner: An object or a Python module.
         name: The attribute of the owner that is called.
     """
 
-    label: str
+    label: Label
     owner: Any
     name: str
 
@@ -51,10 +55,15 @@ class Meter:
         self._running: list[str] = []
         self._last = reading()
 
+    @property
+    def running(self) -> str:
+        """What is being charged to now."""
+        return self._running[-1] if self._running else OTHER
+
     def charge(self) -> None:
         """Charge what was gained since the last border to the running call."""
         now = self._reading()
-        label = self._running[-1] if self._running else OTHER
+        label = self.running
         self.totals[label] = self.totals.get(label, 0) + now - self._last
         self._last = now
 
@@ -63,10 +72,10 @@ class Meter:
         self.totals.clear()
         self._last = self._reading()
 
-    def enter(self, label: str) -> None:
+    def enter(self, label: Label) -> None:
         """From here on charge to a label."""
         self.charge()
-        self._running.append(label)
+        self._running.append(label if isinstance(label, str) else label(self.running))
 
     def leave(self) -> None:
         """Charge to the call around this one again."""
@@ -79,7 +88,7 @@ class Meter:
         if self._running:
             self._running[-1] = label
 
-    def around(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, label: Label, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that is charged to a label."""
 
         @functools.wraps(function)
@@ -109,7 +118,7 @@ def metered(calls: Iterable[Call], reading: Callable[[], float]) -> Iterator[Met
 
 @contextmanager
 def replaced(
-    calls: Iterable[Call], around: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    calls: Iterable[Call], around: Callable[[Label, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Replace functions of objects or Python modules for the duration of a ``with`` block.
 
@@ -135,7 +144,9 @@ def replaced(
                 setattr(owner, name, own)
 
 
-def module_calls(label: str, module: nn.Module, names: Iterable[str] = ('forward',)) -> list[Call]:
+def module_calls(
+    label: Label, module: nn.Module, names: Iterable[str] = ('forward',)
+) -> list[Call]:
     """Calls of a module and of all modules in it, whichever of them is called first."""
     return [Call(label, part, name) for part in module.modules() for name in names]
 
