@@ -245,6 +245,29 @@ def checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
     return batch, channels, height, width
 
 
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Read image sizes from a command line: ``512x512 800x1280``, or one as ``800 1280``.
+
+    Args:
+        texts: what was typed.
+
+    Returns:
+        (height, width) in pixels of each.
+
+    Raises:
+        ValueError: a size is not written like that, or not positive.
+    """
+    sizes = [text.lower().split('x') for text in texts]
+    if [len(size) for size in sizes] == [1, 1]:
+        sizes = [[height, width] for (height,), (width,) in [sizes]]
+    for size in sizes:
+        if len(size) != 2 or not all(side.isdecimal() and int(side) for side in size):
+            raise ValueError(
+                f'shape={" ".join(texts)!r} must be HEIGHTxWIDTH in pixels, such as 800x1280'
+            )
+    return [(int(height), int(width)) for height, width in sizes]
+
+
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
     """Data samples without annotations for one batch of full-size images.
 

@@ -1,18 +1,29 @@
 """Multiply-adds counted against figures worked out by hand and published ones."""
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
+from backbone_zoo import image, parametrize, weighted_sum
 from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.analysis.flops import (
+    MultiplyAddCounter,
     backbone_multiply_adds,
     count_multiply_adds,
+    data_multiply_adds,
     model_multiply_adds,
     pretty,
 )
+from idlevit_mm.analysis.models import load_config, parse_shapes
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
 def test_linear_and_convolution():
@@ -127,13 +138,177 @@ def test_idle_tokens_save_exactly_their_share():
     assert dense - idle == saved
 
 
+def _attention_case(batch, queries, keys, mask, dtype=torch.float32):
+    """Inputs of attention with 3 heads of 8 channels, and the multiply-adds of one product."""
+    query = torch.randn(batch, 3, queries, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(batch, 3, keys, 8, dtype=dtype, requires_grad=True) for _ in 'kv')
+    shape = {'none': None, 'shared': (queries, keys), 'keys': (batch, 1, 1, keys)}[mask]
+    mask = None if shape is None else torch.zeros(shape, dtype=dtype)
+    return (query, key, value, mask), batch * 3 * queries * keys * 8
+
+
+@pytest.mark.parametrize('backend', [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize('mask', ['none', 'shared', 'keys'])
+@pytest.mark.parametrize(('batch', 'queries', 'keys'), [(1, 10, 6), (3, 7, 7), (3, 49, 5)])
+def test_attention_counts_the_same_in_every_kernel(batch, queries, keys, mask, backend):
+    inputs, product = _attention_case(batch, queries, keys, mask)
+    with nullcontext() if backend is None else sdpa_kernel(backend), MultiplyAddCounter() as c:
+        out = scaled_dot_product_attention(*inputs)
+        assert c.multiply_adds == 2 * product
+        out.sum().backward()
+    assert c.multiply_adds == 6 * product
+
+
+def test_counting_leaves_the_kernel_alone():
+    inputs, _ = _attention_case(1, 10, 6, 'none')
+    with MultiplyAddCounter() as counter:
+        scaled_dot_product_attention(*inputs).sum().backward()
+    ops = {str(op) for op in counter.get_flop_counts()['Global']}
+    assert ops == {
+        'aten._scaled_dot_product_flash_attention_for_cpu',
+        'aten._scaled_dot_product_flash_attention_for_cpu_backward',
+    }
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.5])
+def test_attention_under_autocast_and_with_a_learned_mask(dropout):
+    inputs, product = _attention_case(2, 9, 5, 'shared')
+    inputs[3].requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16), MultiplyAddCounter() as counter:
+        scaled_dot_product_attention(*inputs, dropout_p=dropout).float().sum().backward()
+    assert counter.multiply_adds == 6 * product
+
+
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@pytest.mark.parametrize('convolution', [nn.Conv2d, nn.ConvTranspose2d])
+def test_gradients_of_grouped_convolutions(convolution, groups):
+    layer = convolution(8, 8, 3, padding=1, groups=groups)
+    image = torch.zeros(2, 8, 5, 7, requires_grad=True)
+    forward = 2 * 35 * 8 * 8 * 9 // groups
+    with MultiplyAddCounter() as counter:
+        layer(image).sum().backward()
+    assert counter.multiply_adds == 3 * forward
+    with MultiplyAddCounter() as counter:
+        layer(image.detach()).sum().backward()
+    assert counter.multiply_adds == 2 * forward
+
+
+class _Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.T, x.T @ grad
+
+
+def test_own_functions_and_recomputation_count_as_they_run():
+    x = torch.zeros(6, 5, requires_grad=True)
+    weight = torch.zeros(5, 5, requires_grad=True)
+    with MultiplyAddCounter() as counter:
+        _Squared.apply(x, weight).sum().backward()
+    assert counter.multiply_adds == 3 * 150
+    with MultiplyAddCounter() as counter:
+        checkpoint(_Squared.apply, x, weight, use_reentrant=False).sum().backward()
+    assert counter.multiply_adds == 4 * 150
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_attention_modules_that_run_as_one_operation(fused):
+    tokens = torch.zeros(2, 9, 16)
+    attention = 2 * 9 * 16 * (4 * 16 + 2 * 9)
+    modules = {
+        nn.MultiheadAttention(16, 4, batch_first=True): attention,
+        nn.TransformerEncoderLayer(16, 4, 40, batch_first=True): attention + 2 * 2 * 9 * 16 * 40,
+    }
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        for module, expected in modules.items():
+            module.eval()
+            inputs = (tokens,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+            assert count_multiply_adds(module, *inputs) == expected
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_products_with_vectors():
+    matrix, vector = torch.zeros(6, 5), torch.zeros(5)
+    assert count_multiply_adds(lambda: matrix @ vector) == 30
+    assert count_multiply_adds(lambda: torch.addmv(torch.zeros(6), matrix, vector)) == 30
+    assert count_multiply_adds(lambda: vector @ vector) == 5
+    assert count_multiply_adds(
+        lambda: torch.addbmm(matrix, matrix[None], torch.zeros(1, 5, 5))
+    ) == (150)
+
+
+@parametrize()
+@pytest.mark.parametrize('train', [False, True])
+def test_backbones_count_the_same_on_the_math_path(variant, train):
+    model = variant.build(keep_ratios=0.5).train(train)
+    counts = []
+    for backend in (None, SDPBackend.MATH):
+        path = nullcontext() if backend is None else sdpa_kernel(backend)
+        with path, torch.set_grad_enabled(train), MultiplyAddCounter() as counter:
+            outs = model(image((1, 3, 70, 90)))
+            if train:
+                weighted_sum(outs).backward()
+        counts.append(counter.multiply_adds)
+    assert counts[0] == counts[1]
+    assert counts[0] > 0
+
+
+class _Detector(_Segmentor):
+    """With a preprocessor, as the runner calls it, and a backbone that says what it kept."""
+
+    def data_preprocessor(self, batch, training):
+        assert not training
+        return {'inputs': batch, 'data_samples': None}
+
+
+def test_average_over_data():
+    model = _Detector()
+    count = data_multiply_adds(model, [torch.zeros(1, 3, 5, 7), torch.zeros(2, 3, 6, 7)])
+    assert count.images == 3
+    assert count.parts['backbone'] == pytest.approx((35 + 2 * 42) / 3 * 6)
+    assert list(count.parts) == ['backbone', 'decode_head', 'other', 'total']
+    assert (count.low, count.high) == (35 * 116, 42 * 116)
+    assert count.share_active is None
+    assert model.training
+    with pytest.raises(ValueError, match='batches'):
+        data_multiply_adds(model, [])
+
+
+@pytest.mark.parametrize(
+    ('texts', 'shapes'),
+    [
+        (['512x512', '800X1280'], [(512, 512), (800, 1280)]),
+        (['800', '1280'], [(800, 1280)]),
+        (['7x9'], [(7, 9)]),
+    ],
+)
+def test_shapes_of_a_command_line(texts, shapes):
+    assert parse_shapes(texts) == shapes
+
+
+@pytest.mark.parametrize('texts', [['512'], ['0x5'], ['5x5x5'], ['ax5'], ['5x5', '7'], ['-1x3']])
+def test_wrong_shapes_of_a_command_line(texts):
+    with pytest.raises(ValueError, match='shape='):
+        parse_shapes(texts)
+
+
 @pytest.mark.parametrize(
     ('name', 'arguments', 'published'),
     [
         ('SwinTransformer', {}, 96e9),
+        ('SwinTransformer', {'depths': [2, 2, 18, 2]}, 188e9),
+        ('PyramidVisionTransformer', {'num_layers': [2, 2, 2, 2]}, 70e9),
         ('PyramidVisionTransformer', {'num_layers': [3, 4, 6, 3]}, 135e9),
-        ('PyramidVisionTransformerV2', {'embed_dims': 64, 'num_layers': [3, 4, 6, 3]}, 139e9),
         ('PyramidVisionTransformerV2', {'embed_dims': 32, 'num_layers': [2, 2, 2, 2]}, 27e9),
+        ('PyramidVisionTransformerV2', {'embed_dims': 64, 'num_layers': [2, 2, 2, 2]}, 73e9),
+        ('PyramidVisionTransformerV2', {'embed_dims': 64, 'num_layers': [3, 4, 6, 3]}, 139e9),
     ],
 )
 def test_published_figures_of_mmdet(name, arguments, published):
@@ -143,6 +318,18 @@ def test_published_figures_of_mmdet(name, arguments, published):
     count = backbone_multiply_adds(backbone.to('meta'), (800, 1280))
     # The papers give whole G: half of one, and a percent.
     assert count == pytest.approx(published, rel=0.01, abs=0.5e9)
+
+
+def test_published_figure_of_a_whole_segmentor():
+    pytest.importorskip('mmseg')
+    cfg = load_config(CONFIGS / 'ade20k' / 'idle-swin-t_upernet_8xb2-160k_ade20k-512x512.py')
+    backbone = cfg.model.backbone
+    accepted = ('embed_dims', 'depths', 'num_heads', 'window_size', 'out_indices')
+    cfg.model.backbone = {key: backbone[key] for key in accepted if key in backbone}
+    cfg.model.backbone['type'] = 'mmseg.SwinTransformer'
+    counts = model_multiply_adds(MODELS.build(cfg.model).to('meta'), (512, 512))
+    assert counts['total'] == pytest.approx(237e9, rel=0.01)
+    assert counts['total'] == sum(counts.values()) / 2
 
 
 def test_pretty():
