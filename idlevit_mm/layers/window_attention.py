@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..ops import (
     Selection,
     WindowLayout,
+    WindowPacking,
+    pack_whole_windows,
     pack_windows,
-    place_rows,
     put_tokens,
-    read_rows,
     take_tokens,
     window_layout,
 )
@@ -239,13 +239,20 @@ class ShiftWindowMSA(BaseModule):
 
     def _attend_squeezed(self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor) -> Tensor:
         """Squeeze windows to their occupied slots, attend, read the rows back."""
-        batch, rows, _ = qkv.shape
-        packing = pack_windows(layout, token_slots, summarised=rows > token_slots.shape[1])
-        blank = self._blank(qkv).expand(qkv.shape[2])
-        placed = place_rows(qkv.flatten(0, 1), blank, packing)
+        packing = pack_windows(layout, token_slots, qkv.shape[1] > token_slots.shape[1])
+        return self._attend_packing(qkv, packing)
+
+    def _attend_packing(self, qkv: Tensor, packing: WindowPacking) -> Tensor:
         bias = self.w_msa.position_bias()[0].to(qkv.dtype)
-        out = attend_squeezed(placed, bias, packing, self.num_heads, self.w_msa.scale)
-        return read_rows(out, packing).unflatten(0, (batch, rows))
+        out = attend_squeezed(
+            qkv.flatten(0, 1),
+            self._blank(qkv).expand(qkv.shape[2]),
+            bias,
+            packing,
+            self.num_heads,
+            self.w_msa.scale,
+        )
+        return out.unflatten(0, qkv.shape[:2])
 
     def _attend_slots(
         self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor, dense: bool
@@ -280,6 +287,8 @@ class ShiftWindowMSA(BaseModule):
         """Attend within the active windows only, which are packed already: (B, T, C)."""
         batch, num_slots, channels = qkv.shape
         slots = layout.token_ids.shape[1]
+        if self.w_msa.squeezes(qkv):
+            return self._attend_packing(qkv, pack_whole_windows(layout, selection.unit_ids, batch))
         if selection.has_padding:
             padding = selection.token_ids == layout.slot_ids.shape[0]
             qkv = torch.where(padding[..., None], self._blank(qkv), qkv)

@@ -19,72 +19,94 @@ _CHUNK = 2**18
 
 
 def attend_squeezed(
-    qkv: Tensor, bias: Tensor, packing: WindowPacking, num_heads: int, scale: float
+    qkv: Tensor, blank: Tensor, bias: Tensor, packing: WindowPacking, num_heads: int, scale: float
 ) -> Tensor:
     """Attention within the windows of a packing.
 
     Args:
-        qkv: (P, 3 * C), queries, keys and values in their places.
+        qkv: (R, 3 * C), queries, keys and values of the packed rows.
+        blank: (3 * C,), those of padding.
         bias: (A, L, L), added to the logits of slot pairs; summaries have none.
         packing: The windows.
         num_heads: A.
         scale: Factor of the logits.
 
     Returns:
-        (P, C); of empty places any values.
+        (R, C); zero for rows that have no place.
     """
     # A row and a column for summaries, and one for empty places, which are hidden as keys.
-    table = F.pad(F.pad(bias, (0, 1, 0, 2)), (0, 1), value=torch.finfo(bias.dtype).min / 4)
-    return _Attend.apply(qkv, table, packing, num_heads, scale)
+    table = F.pad(F.pad(bias, (0, 1, 0, 2)), (0, 1), value=_hidden(bias))
+    return _Attend.apply(qkv, blank, table, packing, num_heads, scale)
 
 
 class _Attend(torch.autograd.Function):
     """Softmax attention that keeps queries, keys and values and recomputes the weights.
 
-    On the CPU the small products of windows are faster head by head on strided views than in one
-    fused call, and the weights of all windows would be the largest tensors of a training step.
+    Windows are taken from the packed rows a few at a time, and computed head by head: neither the
+    squeezed windows nor the weights, the largest tensors of a training step, are there as a whole.
     """
 
     @staticmethod
     def forward(
-        qkv: Tensor, table: Tensor, packing: WindowPacking, num_heads: int, scale: float
+        qkv: Tensor,
+        blank: Tensor,
+        table: Tensor,
+        packing: WindowPacking,
+        num_heads: int,
+        scale: float,
     ) -> Tensor:
-        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        # The last row takes what belongs to no packed row.
+        out = qkv.new_zeros(len(qkv) + 1, qkv.shape[1] // 3)
         for chunk in _chunks(packing):
-            query, key, value = _heads(qkv, chunk, 3 * num_heads).chunk(3)
-            target = _heads(out, chunk, num_heads)
+            rows = _rows(packing, chunk)
+            placed = _place(qkv, blank, rows, packing)
+            query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
+            target = qkv.new_empty(len(rows), out.shape[1])
             mask = _mask(table, packing, chunk)
-            for head in range(num_heads):
-                weights = _weights(mask[head], query[head], key[head], scale)
-                target[head].copy_(torch.bmm(weights, value[head]))
-        return out
+            for heads in _head_groups(num_heads, chunk):
+                weights = _weights(mask[heads], query[heads], key[heads], scale)
+                _heads(target, chunk, num_heads)[heads] = weights @ value[heads]
+            out.index_copy_(0, rows.clamp(max=len(qkv)), target)
+        return out[:-1]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        qkv, table, ctx.packing, ctx.num_heads, ctx.scale = inputs
-        ctx.save_for_backward(qkv, table)
+        qkv, blank, table, ctx.packing, ctx.num_heads, ctx.scale = inputs
+        ctx.save_for_backward(qkv, blank, table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, table = ctx.saved_tensors
+        qkv, blank, table = ctx.saved_tensors
         num_heads, scale, packing = ctx.num_heads, ctx.scale, ctx.packing
-        grad_qkv, grad_table = torch.empty_like(qkv), torch.zeros_like(table)
-        grad = grad.contiguous()
+        grad_qkv = qkv.new_zeros(len(qkv) + 1, qkv.shape[1])
+        grad_blank, grad_table = torch.zeros_like(blank), torch.zeros_like(table)
+        nothing = grad.new_zeros(grad.shape[1])
         for chunk in _chunks(packing):
-            query, key, value = _heads(qkv, chunk, 3 * num_heads).chunk(3)
-            grad_query, grad_key, grad_value = _heads(grad_qkv, chunk, 3 * num_heads).chunk(3)
-            grad_out = _heads(grad, chunk, num_heads)
+            rows = _rows(packing, chunk)
+            placed = _place(qkv, blank, rows, packing)
+            grad_placed = torch.empty_like(placed)
+            query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
+            grad_query, grad_key, grad_value = _heads(grad_placed, chunk, 3 * num_heads).chunk(3)
+            grad_out = _heads(_fill(grad, nothing, rows), chunk, num_heads)
             mask = _mask(table, packing, chunk)
-            for head in range(num_heads):
-                weights = _weights(mask[head], query[head], key[head], scale)
-                grad_value[head].copy_(torch.bmm(weights.transpose(1, 2), grad_out[head]))
-                grad_weights = torch.bmm(grad_out[head], value[head].transpose(1, 2))
+            for heads in _head_groups(num_heads, chunk):
+                weights = _weights(mask[heads], query[heads], key[heads], scale)
+                grad_value[heads] = weights.transpose(2, 3) @ grad_out[heads]
+                grad_weights = grad_out[heads] @ value[heads].transpose(2, 3)
                 logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_query[head].copy_(torch.bmm(logits, key[head]).mul_(scale))
-                grad_key[head].copy_(torch.bmm(logits.transpose(1, 2), query[head]).mul_(scale))
-                _add_pairs(grad_table[head], logits, packing, chunk)
-        return grad_qkv, grad_table, None, None, None
+                grad_query[heads] = (logits @ key[heads]).mul_(scale)
+                grad_key[heads] = (logits.transpose(2, 3) @ query[heads]).mul_(scale)
+                _add_pairs(grad_table[heads], logits, packing, chunk)
+            grad_qkv.index_copy_(0, rows.clamp(max=len(qkv)), grad_placed)
+            if packing.has_padding:
+                grad_blank += grad_placed[rows == len(qkv)].sum(0)
+        return grad_qkv[:-1], grad_blank, grad_table, None, None, None
+
+
+def _hidden(like: Tensor) -> float:
+    """Far below any logit, yet finite so that a hidden row is not NaN."""
+    return torch.finfo(like.dtype).min / 4
 
 
 def _chunks(packing: WindowPacking) -> Iterator[Bucket]:
@@ -102,14 +124,35 @@ def _chunks(packing: WindowPacking) -> Iterator[Bucket]:
                 )
 
 
+def _head_groups(num_heads: int, chunk: Bucket) -> Iterator[slice]:
+    """Heads that are computed together: one where windows are many, more where they are few."""
+    most = max(_CHUNK // (chunk.num_windows * chunk.width**2), 1)
+    for first in range(0, num_heads, most):
+        yield slice(first, min(first + most, num_heads))
+
+
+def _rows(packing: WindowPacking, chunk: Bucket) -> Tensor:
+    """Numbers of the packed rows in the places of a chunk: (n * w,)."""
+    return packing.rows[chunk.first : chunk.first + chunk.num_windows * chunk.width]
+
+
+def _place(qkv: Tensor, blank: Tensor, rows: Tensor, packing: WindowPacking) -> Tensor:
+    """Packed rows in their places: (n * w, 3 * C); any row in empty places, hidden as a key."""
+    if not packing.has_padding:
+        return qkv.index_select(0, rows.clamp(max=len(qkv) - 1))
+    return _fill(qkv, blank, rows)
+
+
+def _fill(values: Tensor, blank: Tensor, rows: Tensor) -> Tensor:
+    """Rows of values (R, C), and blank (C,) where there is none: (n * w, C)."""
+    filled = values.index_select(0, rows.clamp(max=len(values) - 1))
+    (without,) = (rows >= len(values)).nonzero(as_tuple=True)
+    return filled.index_copy_(0, without, blank.expand(len(without), -1))
+
+
 def _heads(rows: Tensor, chunk: Bucket, parts: int) -> Tensor:
-    """Rows (P, C) of the windows of a chunk, head by head: (parts, n, w, D), a view."""
-    number, width = chunk.num_windows, chunk.width
-    return (
-        rows[chunk.first : chunk.first + number * width]
-        .view(number, width, parts, -1)
-        .movedim(2, 0)
-    )
+    """Rows (n * w, C) of the windows of a chunk, head by head: (parts, n, w, D), a view."""
+    return rows.view(chunk.num_windows, chunk.width, parts, -1).movedim(2, 0)
 
 
 def _slots(packing: WindowPacking, chunk: Bucket, name: str) -> Tensor:
@@ -130,25 +173,39 @@ def _mask(table: Tensor, packing: WindowPacking, chunk: Bucket) -> Tensor:
         regions = _slots(packing, chunk, 'regions')
         one, other = regions[:, :, None], regions[:, None, :]
         apart = (one != other) & (one >= 0) & (other >= 0)
-        mask = mask.masked_fill(apart, torch.finfo(table.dtype).min / 4)
+        mask = mask.masked_fill(apart, _hidden(table))
     return mask
 
 
 def _weights(mask: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention weights of one head: mask (n or 1, w, w), query and key (n, w, D)."""
-    mask = mask.expand(len(query), -1, -1)
-    return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale).softmax(dim=-1)
+    """Attention weights of some heads G.
+
+    Args:
+        mask: (G, n or 1, w, w).
+        query: (G, n, w, D).
+        key: (G, n, w, D).
+        scale: Factor of the logits.
+
+    Returns:
+        (G, n, w, w).
+    """
+    shape = *query.shape[:3], query.shape[2]
+    mask = mask.expand(shape).flatten(0, 1)
+    keys = key.flatten(0, 1).transpose(1, 2)
+    logits = torch.baddbmm(mask, query.flatten(0, 1), keys, alpha=scale)
+    return logits.view(shape).softmax(dim=-1)
 
 
 def _add_pairs(
     grad_table: Tensor, grad_logits: Tensor, packing: WindowPacking, chunk: Bucket
 ) -> None:
-    """Add the gradients of logits (n, w, w) to those of their slot pairs."""
+    """Add gradients of logits (G, n, w, w) to those of their slot pairs (G, L + 2, L + 2)."""
     if chunk.complete:
-        grad_table[: chunk.width, : chunk.width] += grad_logits.sum(0)
+        grad_table[:, : chunk.width, : chunk.width] += grad_logits.sum(1)
         return
     # Two products with slots as unit vectors: adding by index is slower and not deterministic.
     slots = _slots(packing, chunk, 'slots')
-    units = grad_logits.new_zeros(*slots.shape, len(grad_table)).scatter_(2, slots[..., None], 1.0)
-    by_key = torch.bmm(grad_logits, units)
-    grad_table += units.flatten(0, 1).t() @ by_key.flatten(0, 1)
+    units = grad_logits.new_zeros(*slots.shape, grad_table.shape[2])
+    units.scatter_(2, slots[..., None], 1.0)
+    by_key = (grad_logits @ units).flatten(1, 2)
+    grad_table += units.flatten(0, 1).t() @ by_key

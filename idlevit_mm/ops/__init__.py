@@ -1,7 +1,7 @@
 """Pure tensor functions: index tables, top-k selection, gather and scatter of tokens."""
 
 from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
-from .packing import Bucket, WindowPacking, pack_windows, place_rows, read_rows
+from .packing import Bucket, WindowPacking, pack_whole_windows, pack_windows
 from .precision import autocasts, full_precision
 from .select import (
     ROUNDINGS,
@@ -12,7 +12,6 @@ from .select import (
     num_active,
     put_tokens,
     select_units,
-    take_rows,
     take_tokens,
     unit_scores,
 )
@@ -31,12 +30,10 @@ __all__ = [
     'keep_mask',
     'map_units',
     'num_active',
+    'pack_whole_windows',
     'pack_windows',
-    'place_rows',
     'put_tokens',
-    'read_rows',
     'select_units',
-    'take_rows',
     'take_tokens',
     'unit_scores',
     'window_layout',

@@ -4,17 +4,17 @@ Shape letters: B images, M windows of a map, L slots of a window, T active token
 packed rows of an image (its active tokens, then its summaries), P places, E border windows.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import WindowLayout
-from .select import take_rows
 
 # Windows whose numbers of occupied slots round up to the same multiple of this are one bucket.
 _STEP = 8
+_MIN_WINDOWS = 16
 
 
 class Bucket(NamedTuple):
@@ -39,25 +39,23 @@ class WindowPacking(NamedTuple):
     """Where packed rows stand when the windows of a batch are squeezed to their occupied slots.
 
     Attributes:
-        sources: (P,), number b * R + r of the packed row in each place; any row in places of
-            padding and in empty ones.
-        places: (B * R,), the place of each packed row; P for summaries that summarise nothing.
-        all_placed: Whether every packed row has a place.
-        padding: (K,), places of padding.
+        rows: (P,), number b * R + r of the packed row in each place; B * R in places of padding,
+            B * R + 1 in empty ones.
         slots: (P,), the slot in each place: 0 to L - 1 in the window, L for a summary, L + 1 where
             the place is empty.
         regions: (P,), the image region of each place of a border window; -1 for summaries, which
             belong to all regions, and everywhere else.
         buckets: The windows by width. Windows without any packed row are in none.
+        num_rows: B * R. Rows of summaries that summarise nothing have no place.
+        has_padding: Whether there are places of padding.
     """
 
-    sources: Tensor
-    places: Tensor
-    all_placed: bool
-    padding: Tensor
+    rows: Tensor
     slots: Tensor
     regions: Tensor
     buckets: tuple[Bucket, ...]
+    num_rows: int
+    has_padding: bool
 
 
 def pack_windows(
@@ -85,75 +83,74 @@ def pack_windows(
         cells = torch.cat([cells, summaries * columns + slots], dim=1)
     padding = F.pad(layout.token_ids == len(layout.slot_ids), (0, 1)).repeat_interleave(batch, 0)
     occupied = _occupied(cells[:, :num_tokens], padding, summarised)
-
-    widths = (-(-occupied.sum(1) // _STEP) * _STEP).clamp(max=slots + int(summarised))
     whole = occupied[:, :slots].all(1) & ~occupied[:, slots]
+    widths = _widths(occupied.sum(1), slots + int(summarised))
+
     by_width = widths.sort(stable=True)
     ends = by_width.values.cumsum(0)
     starts = torch.empty_like(ends)
     starts[by_width.indices] = ends - by_width.values
-    total = int(ends[-1])
-
-    place_of = (starts[:, None] + occupied.cumsum(1) - 1).masked_fill(~occupied, total).flatten()
-    owners = torch.full((total + 1,), occupied.numel(), device=device)
-    owners[place_of] = torch.arange(occupied.numel(), device=device)
-    owners[total] = occupied.numel()
-    owners = owners[:total]
-    rows = torch.zeros(occupied.numel() + 1, dtype=torch.int64, device=device)
-    rows[cells.flatten()] = torch.arange(cells.numel(), device=device)
-    places = place_of[cells.flatten()]
+    (taken,) = occupied.flatten().nonzero(as_tuple=True)
+    places = (starts[:, None] + occupied.cumsum(1) - 1).flatten()[taken]
+    nothing = occupied.numel()
+    owners = torch.full((int(ends[-1]),), nothing, device=device)
+    owners[places] = taken
     return WindowPacking(
-        sources=rows[owners],
-        places=places,
-        all_placed=not summarised or bool((places < total).all()),
-        padding=place_of[(padding & occupied).flatten()],
-        slots=torch.where(owners < occupied.numel(), owners % columns, columns),
+        rows=_rows_of_cells(cells.flatten(), nothing)[owners],
+        slots=torch.where(owners < nothing, owners % columns, columns),
         regions=_regions(layout, batch)[owners],
         buckets=_buckets(widths, whole, len(layout.regions) * batch),
+        num_rows=cells.numel(),
+        has_padding=layout.has_padding,
     )
 
 
-def place_rows(rows: Tensor, blank: Tensor, packing: WindowPacking) -> Tensor:
-    """Bring packed rows to their places.
+def pack_whole_windows(layout: WindowLayout, unit_ids: Tensor, batch: int) -> WindowPacking:
+    """Windows whose slots are packed one after another already.
 
     Args:
-        rows: (B * R, C).
-        blank: (C,), what stands in places of padding.
-        packing: The windows.
-
-    Returns:
-        (P, C); in empty places any of the rows, without gradient.
+        layout: The windows of one image.
+        unit_ids: (B, K), numbers of the windows.
+        batch: B.
     """
-    return _PlaceRows.apply(rows, blank, packing)
+    slots = layout.token_ids.shape[1]
+    windows = unit_ids.flatten()
+    tokens = layout.token_ids[windows].flatten()
+    rows = torch.arange(len(tokens), device=tokens.device)
+    regions = _regions(layout, 1)[:-1].view(-1, slots + 1)[:, :slots]
+    border = len(windows) if len(layout.regions) else 0
+    return WindowPacking(
+        rows=torch.where(tokens < len(layout.slot_ids), rows, len(rows)),
+        slots=torch.arange(slots, device=tokens.device).repeat(len(windows)),
+        regions=regions[windows].flatten(),
+        buckets=(Bucket(0, len(windows), slots, border, True),),
+        num_rows=len(rows),
+        has_padding=layout.has_padding,
+    )
 
 
-def read_rows(placed: Tensor, packing: WindowPacking) -> Tensor:
-    """Read packed rows (B * R, C) back from their places (P, C); any value for those without."""
-    return take_rows(placed, packing.places, not packing.all_placed)
+def _widths(counts: Tensor, most: int) -> Tensor:
+    """Places for windows of so many occupied slots (W,), at most ``most``: a few different ones."""
+    rounded = (-(-counts // _STEP) * _STEP).clamp(max=most)
+    values, inverse, numbers = rounded.unique(return_inverse=True, return_counts=True)
+    merged, windows = values.tolist(), numbers.tolist()
+    for index, width in enumerate(merged[:-1]):
+        # A few windows cost less in the next bucket than in one of their own.
+        if width > 0 and windows[index] < _MIN_WINDOWS:
+            windows[index + 1] += windows[index]
+            merged[index] = None
+    for index in reversed(range(len(merged))):
+        if merged[index] is None:
+            merged[index] = merged[index + 1]
+    return torch.tensor(merged, device=counts.device)[inverse]
 
 
-class _PlaceRows(torch.autograd.Function):
-    """A gather in both directions, since each row has at most one place."""
-
-    @staticmethod
-    def forward(rows: Tensor, blank: Tensor, packing: WindowPacking) -> Tensor:
-        placed = rows.index_select(0, packing.sources)
-        return placed.index_copy_(0, packing.padding, blank.expand(len(packing.padding), -1))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.packing = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        packing = ctx.packing
-        places = packing.places
-        if packing.all_placed:
-            grad_rows = grad.index_select(0, places)
-        else:
-            grad_rows = grad.index_select(0, places.clamp(max=len(grad) - 1))
-            grad_rows[places == len(grad)] = 0.0
-        return grad_rows, grad.index_select(0, packing.padding).sum(0), None
+def _rows_of_cells(cells: Tensor, num_cells: int) -> Tensor:
+    """Number of the packed row of each cell, of padding where there is none; empty ones last."""
+    rows = torch.full((num_cells + 1,), len(cells), device=cells.device)
+    rows[cells] = torch.arange(len(cells), device=cells.device)
+    rows[num_cells] = len(cells) + 1
+    return rows
 
 
 def _occupied(cells: Tensor, padding: Tensor, summarised: bool) -> Tensor:

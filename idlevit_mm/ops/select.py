@@ -117,7 +117,7 @@ def take_tokens(x: Tensor, selection: Selection) -> Tensor:
     """
     batch, num_tokens, channels = x.shape
     rows = _rows(selection, batch, num_tokens)
-    taken = take_rows(x.reshape(batch * num_tokens, channels), rows, selection.has_padding)
+    taken = _TakeRows.apply(x.reshape(batch * num_tokens, channels), rows, selection.has_padding)
     return taken.view(batch, -1, channels)
 
 
@@ -141,23 +141,11 @@ def put_tokens(x: Tensor, selection: Selection, values: Tensor) -> Tensor:
     return flat.index_copy(0, rows, values)[: batch * num_tokens].view(batch, num_tokens, channels)
 
 
-def take_rows(rows: Tensor, index: Tensor, has_padding: bool = False) -> Tensor:
-    """Read distinct rows of (R, C): (K, C).
-
-    Args:
-        rows: (R, C).
-        index: (K,); R, as often as it may be, stands for padding: it reads any row and gives no
-            gradient.
-        has_padding: Whether index may hold R.
-    """
-    return _TakeRows.apply(rows, index, has_padding)
-
-
 class _TakeRows(torch.autograd.Function):
     """index_select over distinct rows, whose backward copies rows instead of adding them.
 
     Autograd's own backward is an index_add, several times slower on the CPU and not deterministic
-    on a GPU.
+    on a GPU. The row after the last stands for padding: it reads any row and gives no gradient.
     """
 
     @staticmethod
