@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from idlevit_mm.analysis.cases import PARTS
-from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds, pretty
+from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds
 from idlevit_mm.analysis.latency import Comparison, Spread, compare, realised_share
 from idlevit_mm.analysis.models import blank_data_samples
 
@@ -144,34 +144,6 @@ def rows_of(timing: Comparison, counts: Mapping[str, int], batch: int) -> list[R
         )
         for name in timing.seconds
     ]
-
-
-def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a table of rows, for whatever draws it."""
-    header = [
-        '',
-        'ms/image',
-        'quartiles',
-        'time ratio',
-        'quartiles',
-        'multiply-adds',
-        'ratio',
-        'realised',
-    ]
-    cells = [
-        [
-            row.name,
-            f'{row.milliseconds.median:.2f}',
-            f'{row.milliseconds.low:.2f}–{row.milliseconds.high:.2f}',
-            f'{row.time_ratio.median:.3f}',
-            f'{row.time_ratio.low:.3f}–{row.time_ratio.high:.3f}',
-            pretty(row.multiply_adds),
-            f'{row.operation_ratio:.3f}',
-            '–' if row.realised is None else f'{row.realised:.2f}',
-        ]
-        for row in rows
-    ]
-    return header, cells
 
 
 def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> Tensor:

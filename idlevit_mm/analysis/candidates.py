@@ -265,8 +265,9 @@ def _timm(
             raise UsageError(f'--timm: timm cannot be imported: {error}') from error
         return None
     timm_name, rate = preset.timm, backbone_cfg.get('drop_path_rate', 0.1)
+    notes.append(f"{name}: timm's twin is {timm_name}")
     build = functools.lru_cache(maxsize=1)(lambda shape: timm_twin(timm_name, shape, rate).eval())
-    return Candidate(Label(f"timm's {timm_name}", 'timm', target=name), build)
+    return Candidate(Label("timm's dense", 'timm', target=name), build)
 
 
 def _dense(model: nn.Module, name: str) -> Candidate:

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.registry import MODELS
+from PIL import Image
 
-from idlevit_mm.analysis.benchmark_report import geometric_mean, summarize
+from idlevit_mm.analysis.benchmark_plot import curves, mean_curve
+from idlevit_mm.analysis.benchmark_report import (
+    case_table,
+    failures,
+    geometric_mean,
+    markdown,
+    summarize,
+)
 from idlevit_mm.analysis.candidates import Candidate, Choice, Label, load_target, together
 from idlevit_mm.analysis.cases import Case, expand, parse_shape
 from idlevit_mm.analysis.measuring import Effort, measure, reason
@@ -193,7 +201,8 @@ def test_without_mmdet_the_idle_class_is_the_reference(tiny, no_mmdet):
 def test_without_mmdet_timm_is_the_reference(no_mmdet):
     pytest.importorskip('timm')
     target = load_target('pvtv2-b0', Choice(keep_ratios=[0.5]))
-    assert _names(target) == ["timm's pvt_v2_b0", 'keep 0.5']
+    assert _names(target) == ["timm's dense", 'keep 0.5']
+    assert "pvtv2-b0: timm's twin is pvt_v2_b0" in target.notes
 
 
 def test_scopes(tiny):
@@ -284,7 +293,7 @@ def test_wrong_conditions(conditions, message):
 # --- Measuring --------------------------------------------------------------------------------
 
 _DENSE = Label('dense', 'host')
-_HALF = Label('half', 'idle', 0.5)
+_HALF = Label('half', 'idle', 0.5, target='tiny-swin')
 
 
 def test_figures_of_a_case():
@@ -383,9 +392,9 @@ def test_reasons_are_one_short_line():
 # --- Results ----------------------------------------------------------------------------------
 
 
-def _measured(clock_seconds=2.0, **conditions):
+def _measured(clock_seconds=2.0, target='tiny-swin', **conditions):
     clock = _Clock(dense=4.0, half=clock_seconds)
-    return measure(_case(**conditions), clock.candidates(_DENSE, _HALF), QUICK, timer=clock)
+    return measure(_case(target, **conditions), clock.candidates(_DENSE, _HALF), QUICK, timer=clock)
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
@@ -419,17 +428,72 @@ def test_geometric_mean():
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
 
 
+def test_table_of_a_case():
+    clock = _Clock(dense=4.0, half=2.5)
+    dense, half = clock.candidates(_DENSE, _HALF)
+    broken = _failing(Label('broken', 'idle', 0.7))
+    result = measure(_case(mode='train'), [dense, broken, half], QUICK, timer=clock)
+    header, cells = case_table(result)
+    assert all(len(line) == len(header) for line in cells)
+    named = [dict(zip(header, line, strict=True)) for line in cells]
+    assert [line['speed-up'] for line in named] == ['1.000', '', '1.600']
+    assert [line['realised'] for line in named] == ['–', '', '0.80']
+    assert failures(result) == ['broken failed: RuntimeError: out of memory']
+
+
 def test_summary():
     results = [_measured(2.0), _measured(0.5, batch=2), _measured(1.0, mode='train')]
     lines = summarize(results)
     assert [(line.what, line.name, line.cases) for line in lines] == [
-        ('backbone inference against dense', 'half', 2),
-        ('backbone train against dense', 'half', 1),
+        ('backbone inference, against dense', 'half', 2),
+        ('backbone train, against dense', 'half', 1),
     ]
     assert lines[0].speedup == pytest.approx(4.0)
-    assert lines[0].realised == pytest.approx(2.0)
+    assert lines[0].realised == pytest.approx((2.0, 1.0, 4.0))
     assert lines[0].low == (2.0, '1×3×33×47, float32, 1 thread')
     assert lines[0].high == (8.0, '2×3×33×47, float32, 1 thread')
+
+
+def test_summary_over_all_targets():
+    lines = summarize([_measured(2.0), _measured(0.5, target='tiny-pvt')])
+    assert [line.target for line in lines] == ['tiny-swin', 'tiny-pvt', 'all']
+    assert lines[-1].speedup == pytest.approx(4.0)
+    assert lines[-1].low[1] == 'tiny-swin, 1×3×33×47, float32, 1 thread'
+
+
+def test_markdown():
+    results = [_measured(2.0), _measured(0.5, batch=2, compile='none'), _measured(mode='train')]
+    text = markdown(results, ['a machine'])
+    assert '- a machine' in text
+    assert '| model | shape | batch | mode | dtype | half |' in text
+    assert '| tiny-swin | 33×47 | 1 | inference | float32 | 2.00 (1.00) |' in text
+    assert '| tiny-swin | 33×47 | 2 | inference | float32 | 8.00 (4.00) |' in text
+    widths = {line.count('|') for line in text.split('**Geometric')[0].splitlines() if '|' in line}
+    assert widths == {7}
+
+
+def test_curves():
+    panels = curves([_measured(2.0), _measured(0.5, batch=2), _measured(1.0, mode='train')])
+    assert list(panels) == [
+        'backbone inference, float32, CPU, 1 threads',
+        'backbone train, float32, CPU, 1 threads',
+    ]
+    model = panels['backbone inference, float32, CPU, 1 threads']['tiny-swin']
+    assert model == {'half': [(0.5, 2.0), (0.5, 8.0)]}
+    assert mean_curve(model) == [pytest.approx((0.5, 4.0))]
+
+
+def test_curves_of_scopes_share_the_dense_point():
+    clock = _Clock(dense=4.0, keep_1=4.0, a=2.0, b=1.0)
+    labels = [Label('keep 1', 'dense', 1.0, target='t')]
+    labels += [Label(name, 'idle', 0.5, scope, 't') for name, scope in (('a', 'map'), ('b', 'w'))]
+    (models,) = curves(
+        [measure(_case(), clock.candidates(_DENSE, *labels), QUICK, timer=clock)]
+    ).values()
+    assert {name: mean_curve(model) for name, model in models.items()} == {
+        't, map': [(1.0, 1.0), pytest.approx((0.5, 2.0))],
+        't, w': [(1.0, 1.0), pytest.approx((0.5, 4.0))],
+    }
 
 
 # --- The tool ---------------------------------------------------------------------------------
@@ -447,13 +511,32 @@ def test_tool_resumes(tiny, tmp_path, capsys, monkeypatch):
     assert 'geometric means' in capsys.readouterr().out
     before = json.loads(Path(out).read_text())
     assert len(before['cases']) == 2
-    assert {'command', 'machine', 'versions'} <= before.keys()
+    assert {'command', 'machine', 'versions', 'notes'} == before['runs'][0].keys()
     assert _run(*arguments) == 2  # never overwritten
     assert '--resume' in capsys.readouterr().err
     assert _run(*arguments, '--resume', '--mode', 'inference', 'train') == 0
     after = json.loads(Path(out).read_text())
     assert after['cases'][:2] == before['cases']
     assert [case['mode'] for case in after['cases']] == ['inference'] * 2 + ['train'] * 2
+
+
+def test_tool_draws_what_was_measured(tmp_path, capsys):
+    source = tmp_path / 'out.json'
+    results = Results()
+    results.add(_measured(2.0))
+    results.add(_measured(2.5, mode='train'))
+    results.save(source)
+    text, picture = tmp_path / 'a' / 'tables.md', tmp_path / 'b' / 'plot.png'
+    options = ['--from', str(source), '--markdown', str(text), '--plot', str(picture)]
+    tool = _tool()
+    assert tool.main(options) == 0
+    assert 'geometric means' in capsys.readouterr().out
+    assert '2.00 (1.00)' in text.read_text()
+    with Image.open(picture) as image:
+        assert image.info['dpi'][0] == pytest.approx(150, abs=0.1)
+        assert image.width > 2 * image.height
+    assert tool.main(['swin-t', *options]) == 2
+    assert '--from measures nothing' in capsys.readouterr().err
 
 
 def test_tool_says_what_is_wrong_before_anything_is_measured(tiny, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from idlevit_mm.analysis.benchmark import benchmark, forward_call, noise_image, rows_of, table_cells
+from idlevit_mm.analysis.benchmark import benchmark, forward_call, noise_image, rows_of
 from idlevit_mm.analysis.latency import Comparison, Spread, compare, realised_share
 
 
@@ -105,7 +105,7 @@ def test_realised_share():
     assert realised_share(0.8, 0.5) == 0.625
 
 
-def test_rows_and_table():
+def test_rows():
     timing = Comparison({'dense': (0.4, 0.4, 0.4), 'idle': (0.3, 0.2, 0.1)}, 'dense')
     dense, idle = rows_of(timing, {'dense': 2_000_000, 'idle': 1_000_000}, batch=2)
     assert dense.realised is None
@@ -113,10 +113,6 @@ def test_rows_and_table():
     assert idle.time_ratio.median == pytest.approx(0.5)
     assert idle.operation_ratio == 0.5
     assert idle.realised == pytest.approx(1.0)
-    header, cells = table_cells([dense, idle])
-    assert all(len(line) == len(header) for line in cells)
-    assert cells[1][0] == 'idle'
-    assert '1 M' in cells[1]
 
 
 def test_benchmark_of_small_backbones():

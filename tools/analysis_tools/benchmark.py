@@ -6,7 +6,6 @@ saved time: 1 means all of it. docs/benchmark.md explains every option.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from idlevit_mm.analysis import benchmark_report as report
+from idlevit_mm.analysis.benchmark_plot import plot
 from idlevit_mm.analysis.candidates import SCOPES, Choice, Target, load_target, together
 from idlevit_mm.analysis.cases import COMPILES, DTYPES, MODES, PARTS, expand, parse_shape
 from idlevit_mm.analysis.measuring import Effort, Result, measure
 from idlevit_mm.analysis.presets import PRESETS
 from idlevit_mm.analysis.results import Results
-from idlevit_mm.analysis.runs import machine, versions
 from idlevit_mm.errors import UsageError
 
 
@@ -78,6 +77,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group('results')
     out.add_argument('--out', type=Path, help='JSON file, saved after every case')
     out.add_argument('--resume', action='store_true', help='measure only what --out has not')
+    out.add_argument(
+        '--from', dest='sources', nargs='+', type=Path, help='show JSON files, measure nothing'
+    )
+    out.add_argument('--markdown', type=Path, help='write tables for a document')
+    out.add_argument('--plot', type=Path, help='draw speed-up against multiply-adds (PNG)')
     return parser.parse_args(argv)
 
 
@@ -91,7 +95,7 @@ def show(console: Console, title: str, cells: tuple[list[str], list[list[str]]],
     console.print(table)
 
 
-def run(args: argparse.Namespace, console: Console) -> Results:
+def run(args: argparse.Namespace, console: Console, argv: list[str] | None = None) -> Results:
     """Check everything, then measure case by case."""
     if not args.targets:
         raise UsageError(f'name a config file or a preset: {", ".join(PRESETS)}')
@@ -117,12 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> Results:
     targets = load_targets(args)
     for note in (note for target in targets for note in target.notes):
         console.print(f'note: {note}', highlight=False, markup=False, soft_wrap=True)
-    results.about |= {
-        'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        'machine': machine(),
-        'versions': versions(),
-        'notes': [note for target in targets for note in target.notes],
-    }
+    results.begin(sys.argv[1:] if argv is None else argv, args.device, targets)
     by_name = {target.name: target for target in targets}
     counts: dict = {}
     for case in expand(list(by_name), **conditions):
@@ -173,6 +172,34 @@ def show_case(console: Console, result: Result) -> None:
     """Print one case."""
     title = f'{result.case}, {result.rounds} rounds, against {result.reference}'
     show(console, title, report.case_table(result), left=1)
+    for line in report.failures(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def gather(args: argparse.Namespace, console: Console) -> Results:
+    """Read and show what was measured before."""
+    if args.targets or args.out:
+        raise UsageError('--from measures nothing: leave the targets and --out away')
+    files = [Results.load(path) for path in args.sources]
+    results = Results({'runs': [run for file in files for run in file.about.get('runs', [])]})
+    for result in (result for file in files for result in file.results):
+        results.results.append(result)
+        show_case(console, result)
+    return results
+
+
+def finish(args: argparse.Namespace, console: Console, results: Results) -> None:
+    """Print the summary and write what documents need."""
+    lines = report.summarize(results.results)
+    show(console, 'geometric means over cases', report.summary_table(lines), left=3)
+    about = results.described()
+    for line in about:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if args.markdown is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(report.markdown(results.results, about), encoding='utf-8')
+    if args.plot is not None:
+        plot(results.results, args.plot)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,13 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     # Where there is no terminal, rich would squeeze the tables into 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     try:
-        results = run(args, console)
+        results = gather(args, console) if args.sources else run(args, console, argv)
+        finish(args, console, results)
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    lines = report.summarize(results.results)
-    show(console, 'geometric means over cases', report.summary_table(lines), left=3)
-    console.print(f'{machine()}; {versions()}', highlight=False)
     return 1 if any(result.failed for result in results.results) else 0
 
 
