@@ -134,7 +134,10 @@ def load_target(spec: str, choice: Choice, checkpoint: str | Path | None = None)
     backbone_cfg = cfg.model.get('backbone', cfg.model)
     idle = str(backbone_cfg.get('type', '')).split('.')[-1].startswith('Idle')
     ratios, scopes = _checked(name, choice, preset is not None, idle, backbone_cfg)
-    model = load_model(cfg, checkpoint)
+    try:
+        model = load_model(cfg, checkpoint)
+    except (ImportError, KeyError) as error:  # KeyError: a class that no installed library has
+        raise UsageError(f'{spec} cannot be built: {" ".join(str(error).split())}') from error
     if choice.part == 'backbone':
         model_cfg = cfg
         model = getattr(model, 'backbone', model)
@@ -192,7 +195,10 @@ def _read(
         raise UsageError(
             f'{spec} is neither a config file nor a preset; presets: {", ".join(PRESETS)}'
         )
-    cfg = load_config(path, dict(choice.cfg_options or {}))
+    try:
+        cfg = load_config(path, dict(choice.cfg_options or {}))
+    except (OSError, SyntaxError, ImportError) as error:
+        raise UsageError(f'{spec} is not a config file that can be read: {error}') from error
     if cfg.get('model') is None:
         raise UsageError(f'{spec} has no model')
     backbone = cfg.model.get('backbone')
@@ -238,7 +244,8 @@ def _host(model: nn.Module, choice: Choice, name: str, notes: list[str]) -> Cand
         else:
             cfg = model.cfg.model  # type: ignore[union-attr]
             dense = backbone = host_backbone(model, cfg.get('backbone', cfg))
-    except (ImportError, ValueError) as error:
+    except (ImportError, AssertionError, ValueError) as error:
+        # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
         notes.append(f'{name}: no dense class of mmdet or mmseg here: {error}')
         return None
     library = type(backbone).__module__.split('.')[0]

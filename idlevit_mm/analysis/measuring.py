@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from idlevit_mm.analysis.benchmark import (
 )
 from idlevit_mm.analysis.candidates import DENSE_KINDS, Candidate, Label
 from idlevit_mm.analysis.cases import DTYPES, Case
-from idlevit_mm.analysis.latency import CandidateError, compare, cuda_seconds
+from idlevit_mm.analysis.latency import CandidateError, Comparison, compare, cuda_seconds
 from idlevit_mm.analysis.memory import peak_memory
 from idlevit_mm.errors import UsageError
 
@@ -162,74 +163,78 @@ def measure(
     """
     counts = {} if counts is None else counts
     device = torch.device(case.device)
+    if device.type == 'cuda':
+        timer = timer or cuda_seconds
+        if device.index is not None:
+            torch.cuda.set_device(device)
     errors: dict[str, str] = {}
     models: dict[str, nn.Module] = {}
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-        timer = timer or cuda_seconds
-    if case.compile == 'reduce-overhead':
-        effort = Effort(**{**asdict(effort), 'warmup': max(effort.warmup, _GRAPH_WARMUP)})
     for candidate in candidates:
-        with _noting(candidate.label.name, errors):
-            models[candidate.label.name] = _placed(candidate.build(case.shape), case)
-    inputs = noise_image(case.input_shape, device)
-    if case.channels_last:
-        inputs = inputs.to(memory_format=torch.channels_last)
-    for name, model in models.items():
+        name = candidate.label.name
         with _noting(name, errors):
+            model = _placed(candidate.build(case.shape), case)
             _count(model, case, name, counts)
+            models[name] = model
     with _compiler(case):
-        calls = {
-            name: _call(model, inputs, case) for name, model in models.items() if name not in errors
-        }
-        timing = None
-        while calls and timing is None:
-            reference = _reference(candidates, calls)
-            if reference is None:
-                for name in calls:
-                    errors[name] = 'there is nothing to compare with: the reference failed'
-                break
-            try:
-                timing = compare(
-                    calls,
-                    reference=reference,
-                    rounds=effort.rounds,
-                    warmup=effort.warmup,
-                    max_seconds=effort.max_seconds,
-                    timer=timer,
-                )
-            except CandidateError as failure:
-                errors[failure.name] = reason(failure.__cause__ or failure)
-                del calls[failure.name]
-                _clear(device)
-        if timing is None:
-            memory: dict[str, int] = {}
-        else:
-            memory = _memory(case, calls, effort)
-    _clear(device)
+        timing, memory = _timed(case, candidates, models, effort, timer, errors)
     for model in models.values():
         model.eval()
-    if timing is None:
-        return Result(
-            case, None, 0, tuple(Entry(c.label, error=errors[c.label.name]) for c in candidates)
-        )
-    own = {name: counts[_key(case, name)] for name in calls}
-    rows = {row.name: row for row in rows_of(timing, own, case.batch)}
+    _clear(device)
+    rows: dict[str, Row] = {}
+    if timing is not None:
+        own = {name: counts[_key(case, name)] for name in timing.seconds}
+        rows = {row.name: row for row in rows_of(timing, own, case.batch)}
+    base = memory.get(timing.reference) if timing is not None else None
     entries = []
     for candidate in candidates:
         name = candidate.label.name
-        base = memory.get(timing.reference)
-        entries.append(
-            Entry(
-                candidate.label,
-                rows.get(name),
-                memory.get(name),
-                memory[name] / base if base and name in memory else None,
-                errors.get(name),
-            )
-        )
+        peak = memory.get(name)
+        ratio = peak / base if base and peak is not None else None
+        entries.append(Entry(candidate.label, rows.get(name), peak, ratio, errors.get(name)))
+    if timing is None:
+        return Result(case, None, 0, tuple(entries))
     rounds = len(timing.seconds[timing.reference])
     return Result(case, timing.reference, rounds, tuple(entries))
+
+
+def _timed(
+    case: Case,
+    candidates: Sequence[Candidate],
+    models: dict[str, nn.Module],
+    effort: Effort,
+    timer: Callable[[Callable[[], Any]], float] | None,
+    errors: dict[str, str],
+) -> tuple[Comparison | None, dict[str, int]]:
+    """Times and peak memory of the models that do not fail; None and nothing if all do."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        with _noting(name, errors):
+            calls[name] = _call(model, _inputs(case), case)
+    warmup = effort.warmup
+    if case.compile == 'reduce-overhead':
+        warmup = max(warmup, _GRAPH_WARMUP)
+    while calls:
+        reference = _reference(candidates, calls)
+        if reference is None:
+            errors |= dict.fromkeys(calls, 'there is nothing to compare with: the reference failed')
+            break
+        try:
+            timing = compare(
+                calls,
+                reference=reference,
+                rounds=effort.rounds,
+                warmup=warmup,
+                max_seconds=effort.max_seconds,
+                timer=timer,
+            )
+        except CandidateError as failure:
+            errors[failure.name] = reason(failure.__cause__ or failure)
+            del calls[failure.name]
+        else:
+            return timing, _memory(case, calls, effort)
+        # Not in the handler: there, the traceback still holds what the candidate had allocated.
+        _clear(torch.device(case.device))
+    return None, {}
 
 
 def reason(error: BaseException) -> str:
@@ -264,6 +269,13 @@ def _placed(model: nn.Module, case: Case) -> nn.Module:
         model.to(memory_format=torch.channels_last)
     model.train(case.mode == 'train')  # on a line of its own: mmdet's Swin returns None here
     return model
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(case: Case) -> Tensor:
+    """The images, the same for all candidates."""
+    inputs = noise_image(case.input_shape, case.device)
+    return inputs.to(memory_format=torch.channels_last) if case.channels_last else inputs
 
 
 def _key(case: Case, name: str) -> tuple[Any, ...]:

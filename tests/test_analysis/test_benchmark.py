@@ -20,7 +20,7 @@ from idlevit_mm.analysis.benchmark_report import (
 )
 from idlevit_mm.analysis.candidates import Candidate, Choice, Label, load_target, together
 from idlevit_mm.analysis.cases import Case, expand, parse_shape
-from idlevit_mm.analysis.measuring import Effort, measure, reason
+from idlevit_mm.analysis.measuring import Effort, _compiled, measure, reason
 from idlevit_mm.analysis.memory import allocations, peak_of
 from idlevit_mm.analysis.presets import PRESETS, Preset, preset_of, timm_twin
 from idlevit_mm.analysis.results import Results
@@ -230,6 +230,7 @@ def test_targets_together(tiny):
     [
         ('swin-x', Choice(), 'swin-x is neither'),
         ('configs/none.py', Choice(), 'configs/none.py is neither'),
+        (str(ROOT / 'README.md'), Choice(), 'not a config file'),
         ('tiny-swin', Choice(keep_ratios=[0.0]), '--keep-ratios 0:'),
         ('tiny-swin', Choice(keep_ratios=[0.5, 1.5]), '--keep-ratios 1.5:'),
         ('tiny-swin', Choice(scopes=['rows']), '--scopes rows:'),
@@ -381,6 +382,24 @@ def test_a_model_that_cannot_be_built_has_a_reason():
     clock = _Clock(dense=1.0)
     candidates = [*clock.candidates(_DENSE), Candidate(_HALF, fail)]
     assert measure(_case(), candidates, QUICK, timer=clock).entries[1].error == 'ValueError: no'
+
+
+@pytest.mark.parametrize('part', ['backbone', 'model'])
+def test_compiled_for_one_shape_and_only_for_this_case(monkeypatch, part):
+    asked = []
+
+    def compiled(module, **options):
+        asked.append((type(module).__name__, options))
+        return torch.nn.Sequential(module)
+
+    monkeypatch.setattr(torch, 'compile', compiled)
+    whole = torch.nn.Module()
+    whole.backbone = torch.nn.Conv2d(3, 8, 1)
+    own = whole.backbone
+    made = _compiled(whole, _case(compile='default', part=part))
+    assert asked == [('Conv2d', dict(mode=None, dynamic=False))]
+    assert whole.backbone is own
+    assert (made if part == 'backbone' else made.backbone)[0] is own
 
 
 def test_reasons_are_one_short_line():

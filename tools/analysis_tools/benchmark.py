@@ -87,7 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def show(console: Console, title: str, cells: tuple[list[str], list[list[str]]], left: int) -> None:
     """Print a table whose first columns are texts and whose others are figures."""
-    table = Table(title=title, title_justify='left')
+    # A table's own title would be broken where the table ends.
+    console.print(title, style='bold', highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     for index, name in enumerate(cells[0]):
         table.add_column(name, justify='left' if index < left else 'right')
     for line in cells[1]:
@@ -206,11 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     args = parse_args(argv)
     # Where there is no terminal, rich would squeeze the tables into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
         results = gather(args, console) if args.sources else run(args, console, argv)
         finish(args, console, results)
-    except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
+    except (ValueError, TypeError, OSError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 1 if any(result.failed for result in results.results) else 0
