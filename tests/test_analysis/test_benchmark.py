@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -585,3 +587,38 @@ def test_tool_fails_with_a_failed_case(tiny, capsys, monkeypatch):
     options = ('--shapes', '33x47', '--rounds', '1', '--device', 'cpu', '--mode', 'train')
     assert tool.main(['tiny-pvt', '--no-host', *options]) == 1
     assert 'out of memory' in capsys.readouterr().out
+
+
+# --- The documentation ------------------------------------------------------------------------
+
+_PAGE = (ROOT / 'docs' / 'benchmark.md').read_text(encoding='utf-8')
+
+
+def test_every_option_is_documented():
+    source = (ROOT / 'tools' / 'analysis_tools' / 'benchmark.py').read_text(encoding='utf-8')
+    options = set(re.findall(r"^ +'(--[a-z-]+)',|add_argument\('(--[a-z-]+)'", source, re.M))
+    names = {a or b for a, b in options}
+    assert len(names) > 20
+    assert {name for name in names if f'| `{name}' not in _PAGE} == set()
+    assert all(f'`{name}`' in _PAGE for name in PRESETS)
+
+
+def test_commands_of_the_documentation_can_be_read():
+    blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', _PAGE, re.S)).replace('\\\n', ' ')
+    commands = [line for line in blocks.splitlines() if line.startswith('python')]
+    assert len(commands) == 4
+    for command in commands:
+        args = _tool().parse_args(shlex.split(command)[2:])
+        if args.sources is None:
+            cases = expand(
+                args.targets,
+                part=args.part,
+                shapes=[parse_shape(text) for text in args.shapes],
+                batches=args.batches,
+                dtypes=args.dtypes,
+                modes=args.mode,
+                compiles=[] if args.device == 'cuda' else args.compile,
+            )
+            assert cases or args.device == 'cuda'
+            targets = [t for t in args.targets if t not in PRESETS]
+            assert all((ROOT / target).is_file() for target in targets)

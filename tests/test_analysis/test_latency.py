@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from idlevit_mm.analysis.benchmark import benchmark, forward_call, noise_image, rows_of
-from idlevit_mm.analysis.latency import Comparison, Spread, compare, realised_share
+from idlevit_mm.analysis.latency import CandidateError, Comparison, Spread, compare, realised_share
 
 
 class _World:
@@ -75,9 +75,24 @@ def test_garbage_collection_is_given_back_when_a_candidate_fails():
         raise RuntimeError('broken')
 
     assert gc.isenabled()
-    with pytest.raises(RuntimeError, match='broken'):
-        compare({'a': fail}, warmup=0)
+    with pytest.raises(CandidateError, match='b: broken') as error:
+        compare({'a': int, 'b': fail}, warmup=0)
+    assert error.value.name == 'b'
     assert gc.isenabled()
+
+
+def test_a_timer_of_its_own_takes_the_place_of_the_clock():
+    seconds = iter((1.0, 3.0, 4.0, 2.0))
+    calls = []
+
+    def timer(call):
+        call()
+        return next(seconds)
+
+    candidates = {name: lambda name=name: calls.append(name) for name in 'ab'}
+    result = compare(candidates, rounds=2, warmup=0, timer=timer)
+    assert calls == ['a', 'b', 'b', 'a']
+    assert result.seconds == {'a': (1.0, 2.0), 'b': (3.0, 4.0)}
 
 
 @pytest.mark.parametrize(
