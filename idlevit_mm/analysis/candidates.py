@@ -159,7 +159,8 @@ def load_target(spec: str, choice: Choice, checkpoint: str | Path | None = None)
     dense = _dense(model, name)
     if not candidates or (ratios is not None and 1.0 in ratios):
         candidates.append(dense)
-    candidates += _idle(model, cfg, name, ratios, scopes)
+    several = len(set(choice.scopes or ())) > 1
+    candidates += _idle(model, cfg, name, ratios, scopes, several)
     if candidates[0].label.kind != 'host' and choice.host:
         notes.append(f'{name}: the reference is {candidates[0].label.name}')
     return Target(name, tuple(candidates), tuple(notes))
@@ -289,6 +290,7 @@ def _idle(
     name: str,
     ratios: Sequence[float] | None,
     scopes: Sequence[str | None],
+    scopes_named: bool,
 ) -> list[Candidate]:
     """The idle backbone with each ratio below 1 and each scope, or as configured."""
 
@@ -300,7 +302,7 @@ def _idle(
     candidates = []
     for scope in scopes:
         scoped = model if scope is None else _with_scope(model, cfg, scope)
-        shown = '' if scope is None or len(scopes) == 1 else f' {scope}'
+        shown = f' {scope}' if scopes_named else ''
         for ratio in ratios:
             if ratio < 1:
                 label = Label(f'keep {ratio:g}{shown}', 'idle', ratio, scope, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,18 +75,6 @@ class Case:
         cpu = self.device == 'cpu'
         parts.append(f'{self.threads} thread{"s" * (self.threads != 1)}' if cpu else self.device)
         return ', '.join(parts)
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """(H, W) from a text such as '800x1344'.
-
-    Raises:
-        UsageError: it is not two positive whole numbers joined by an x.
-    """
-    match = re.fullmatch(r'([1-9]\d*)[x×]([1-9]\d*)', text)
-    if match is None:
-        raise UsageError(f'--shapes {text}: must be HEIGHTxWIDTH in pixels, such as 800x1344')
-    return int(match[1]), int(match[2])
 
 
 def expand(

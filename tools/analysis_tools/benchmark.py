@@ -17,8 +17,9 @@ from rich.table import Table
 from idlevit_mm.analysis import benchmark_report as report
 from idlevit_mm.analysis.benchmark_plot import plot
 from idlevit_mm.analysis.candidates import SCOPES, Choice, Target, load_target, together
-from idlevit_mm.analysis.cases import COMPILES, DTYPES, MODES, PARTS, expand, parse_shape
+from idlevit_mm.analysis.cases import COMPILES, DTYPES, MODES, PARTS, expand
 from idlevit_mm.analysis.measuring import Effort, Result, measure
+from idlevit_mm.analysis.models import parse_shapes
 from idlevit_mm.analysis.presets import PRESETS
 from idlevit_mm.analysis.results import Results
 from idlevit_mm.errors import UsageError
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, console: Console, argv: list[str] | None = Non
         torch.set_num_threads(args.threads)
     conditions = dict(
         part=args.part,
-        shapes=[parse_shape(text) for text in args.shapes],
+        shapes=parse_shapes(args.shapes),
         batches=args.batches,
         dtypes=args.dtypes,
         modes=args.mode,
