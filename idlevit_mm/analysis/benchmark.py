@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds, pretty
+from idlevit_mm.analysis.cases import PARTS
+from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds
 from idlevit_mm.analysis.latency import Comparison, Spread, compare, realised_share
 from idlevit_mm.analysis.models import blank_data_samples
-
-PARTS = ('backbone', 'model')
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,17 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
         return {**asdict(self), 'realised_share': self.realised}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Row:
+        """Read what ``as_dict`` made."""
+        return cls(
+            record['name'],
+            Spread(**record['milliseconds']),
+            Spread(**record['time_ratio']),
+            record['multiply_adds'],
+            record['operation_ratio'],
+        )
 
 
 def forward_call(
@@ -105,13 +115,15 @@ def benchmark(
         max_seconds=max_seconds,
     )
     shape = (1, *inputs.shape[1:])
-    counts = {}
-    for name, model in models.items():
-        if part == 'backbone':
-            counts[name] = backbone_multiply_adds(getattr(model, 'backbone', model), shape)
-        else:
-            counts[name] = model_multiply_adds(model, shape)['total']
+    counts = {name: multiply_adds(model, shape, part) for name, model in models.items()}
     return rows_of(timing, counts, inputs.shape[0]), timing
+
+
+def multiply_adds(model: nn.Module, shape: Sequence[int], part: str) -> int:
+    """Multiply-adds of one part of a model for an input shape (B, C, H, W), at inference."""
+    if part == 'backbone':
+        return backbone_multiply_adds(getattr(model, 'backbone', model), shape)
+    return model_multiply_adds(model, shape)['total']
 
 
 def rows_of(timing: Comparison, counts: Mapping[str, int], batch: int) -> list[Row]:
@@ -132,34 +144,6 @@ def rows_of(timing: Comparison, counts: Mapping[str, int], batch: int) -> list[R
         )
         for name in timing.seconds
     ]
-
-
-def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a table of rows, for whatever draws it."""
-    header = [
-        '',
-        'ms/image',
-        'quartiles',
-        'time ratio',
-        'quartiles',
-        'multiply-adds',
-        'ratio',
-        'realised',
-    ]
-    cells = [
-        [
-            row.name,
-            f'{row.milliseconds.median:.2f}',
-            f'{row.milliseconds.low:.2f}–{row.milliseconds.high:.2f}',
-            f'{row.time_ratio.median:.3f}',
-            f'{row.time_ratio.low:.3f}–{row.time_ratio.high:.3f}',
-            pretty(row.multiply_adds),
-            f'{row.operation_ratio:.3f}',
-            '–' if row.realised is None else f'{row.realised:.2f}',
-        ]
-        for row in rows
-    ]
-    return header, cells
 
 
 def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> Tensor:

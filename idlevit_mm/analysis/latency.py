@@ -8,14 +8,17 @@ is taken, so that a slow spell hits both sides of a ratio.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar('_T')
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ class Comparison:
         )
 
 
+class CandidateError(RuntimeError):
+    """A candidate failed while it was called; the cause is the exception it raised.
+
+    Attributes:
+        name: of the candidate.
+    """
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(f'{name}: {cause}')
+        self.name = name
+
+
 def compare(
     candidates: Mapping[str, Callable[[], Any]],
     *,
@@ -68,6 +83,7 @@ def compare(
     max_seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], None] | None = None,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Comparison:
     """Time several callables in turns, without gradients.
 
@@ -80,12 +96,14 @@ def compare(
             three rounds; None for no limit.
         clock: returns seconds.
         synchronize: waits until the device is idle; CUDA's own when None and CUDA is in use.
+        timer: calls a candidate and returns the seconds it took; by ``clock`` when None.
 
     Returns:
         The times of every round.
 
     Raises:
         ValueError: no candidates, an unknown reference, or fewer than one round.
+        CandidateError: a candidate raised an exception.
     """
     if not candidates:
         raise ValueError('candidates={} must hold at least one callable')
@@ -97,13 +115,15 @@ def compare(
         raise ValueError(f'rounds={rounds} must be at least 1 and warmup={warmup} at least 0')
     if synchronize is None:
         synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
+    if timer is None:
+        timer = functools.partial(_timed, clock=clock, synchronize=synchronize)
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     with torch.no_grad():
         for name in names:
             for _ in range(warmup):
-                candidates[name]()
+                _attempt(name, candidates[name])
         gc.collect()
         gc.disable()
         try:
@@ -111,16 +131,24 @@ def compare(
             started = clock()
             for index in range(rounds):
                 for name in _turn(names, index):
-                    begin = clock()
-                    candidates[name]()
-                    synchronize()
-                    seconds[name].append(clock() - begin)
+                    seconds[name].append(_attempt(name, timer, candidates[name]))
                 if max_seconds is not None and index >= 2 and clock() - started >= max_seconds:
                     break
         finally:
             if collecting:
                 gc.enable()
     return Comparison({name: tuple(times) for name, times in seconds.items()}, reference)
+
+
+def cuda_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call by CUDA events, on the current stream of an idle device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def realised_share(time_ratio: float, operation_ratio: float) -> float:
@@ -135,6 +163,24 @@ def realised_share(time_ratio: float, operation_ratio: float) -> float:
         every saved operation is saved time.
     """
     return operation_ratio / time_ratio
+
+
+def _timed(
+    call: Callable[[], Any], clock: Callable[[], float], synchronize: Callable[[], None]
+) -> float:
+    """Seconds of one call, until the device is idle."""
+    begin = clock()
+    call()
+    synchronize()
+    return clock() - begin
+
+
+def _attempt(name: str, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function and say whose failure an exception is."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise CandidateError(name, error) from error
 
 
 def _turn(names: Sequence[str], index: int) -> list[str]:

@@ -277,7 +277,9 @@ def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = [f'Python {platform.python_version()}']
-    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'numpy'):
+    for name in (
+        *('torch', 'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'timm', 'numpy'),
+    ):
         try:
             found.append(f'{name} {version(name)}')
         except PackageNotFoundError:

@@ -1,13 +1,11 @@
-"""Time several configs or keep ratios in turns, in one process, against the dense backbone.
+"""Time presets, configs and keep ratios in turns, in one process, against the dense backbone.
 
-The dense backbone is mmdet's own class, or mmseg's for a plain ViT.
 Every candidate is timed once per round and ratios are formed within rounds, so that a slow spell
 of the machine hits all of them. The realised share tells how much of the saved multiply-adds is
-saved time: 1 means all of it.
+saved time: 1 means all of it. docs/benchmark.md explains every option.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,110 +14,209 @@ from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 
-from idlevit_mm.analysis.benchmark import PARTS, benchmark, noise_image, table_cells
-from idlevit_mm.analysis.models import load_model, with_host_backbone, with_keep_ratios
-from idlevit_mm.analysis.runs import machine, versions
+from idlevit_mm.analysis import benchmark_report as report
+from idlevit_mm.analysis.benchmark_plot import plot
+from idlevit_mm.analysis.candidates import SCOPES, Choice, Target, load_target, together
+from idlevit_mm.analysis.cases import COMPILES, DTYPES, MODES, PARTS, expand
+from idlevit_mm.analysis.measuring import Effort, Result, measure
+from idlevit_mm.analysis.models import parse_shapes
+from idlevit_mm.analysis.presets import PRESETS
+from idlevit_mm.analysis.results import Results
 from idlevit_mm.errors import UsageError
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument(
-        '--checkpoints',
+        'targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}'
+    )
+    what = parser.add_argument_group('what is compared')
+    what.add_argument(
+        '--keep-ratios',
         nargs='+',
-        type=Path,
-        help='one per config (default: random weights, with which timing a whole detector says '
-        'little, because its boxes are noise)',
+        type=float,
+        help='each target with each (default: presets 1.0 0.7 0.5, configs as they are)',
     )
-    parser.add_argument(
-        '--keep-ratios', nargs='+', type=float, help='each config with each of these ratios'
+    what.add_argument(
+        '--scopes', nargs='+', metavar='SCOPE', help=f'of the policy: {", ".join(SCOPES)}'
     )
-    parser.add_argument('--part', choices=PARTS, default='backbone')
-    parser.add_argument(
+    what.add_argument('--timm', action='store_true', help="timm's twin takes part")
+    what.add_argument(
         '--no-host', action='store_true', help='leave the dense class of mmdet or mmseg out'
     )
-    parser.add_argument('--shape', nargs=2, type=int, default=[800, 1280], metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=30)
-    parser.add_argument('--warmup', type=int, default=3)
-    parser.add_argument('--threads', type=int, help='computing threads')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--out', type=Path, help='write the figures to this JSON file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides')
-    return parser.parse_args()
+    what.add_argument(
+        '--together', action='store_true', help='all targets in one case, against the first'
+    )
+    what.add_argument(
+        '--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)'
+    )
+    what.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides of configs')
+    how = parser.add_argument_group('conditions; of lists, all combinations')
+    how.add_argument('--part', default='backbone', metavar='PART', help=', '.join(PARTS))
+    how.add_argument(
+        '--mode', nargs='+', default=['inference'], metavar='MODE', help=', '.join(MODES)
+    )
+    how.add_argument('--shapes', nargs='+', default=['800x1280'], metavar='HxW')
+    how.add_argument('--batches', nargs='+', type=int, default=[1])
+    how.add_argument(
+        '--dtypes', nargs='+', default=['float32'], metavar='DTYPE', help=', '.join(DTYPES)
+    )
+    how.add_argument(
+        '--compile', nargs='+', default=['none'], metavar='MODE', help=', '.join(COMPILES)
+    )
+    how.add_argument('--channels-last', action='store_true', help='images and weights')
+    how.add_argument('--threads', type=int, help='computing threads')
+    how.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    effort = parser.add_argument_group('effort')
+    effort.add_argument('--rounds', type=int, default=30)
+    effort.add_argument('--warmup', type=int, default=3, help='untimed calls of each candidate')
+    effort.add_argument('--max-seconds', type=float, help='per case, after three rounds')
+    effort.add_argument(
+        '--memory', action='store_true', help='peak memory on the CPU too (on CUDA always)'
+    )
+    out = parser.add_argument_group('results')
+    out.add_argument('--out', type=Path, help='JSON file, saved after every case')
+    out.add_argument('--resume', action='store_true', help='measure only what --out has not')
+    out.add_argument(
+        '--from', dest='sources', nargs='+', type=Path, help='show JSON files, measure nothing'
+    )
+    out.add_argument('--markdown', type=Path, help='write tables for a document')
+    out.add_argument('--plot', type=Path, help='draw speed-up against multiply-adds (PNG)')
+    return parser.parse_args(argv)
 
 
-def collect(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """All candidates by name; of the first config the dense class comes first."""
-    checkpoints = args.checkpoints or [None] * len(args.configs)
-    if len(checkpoints) != len(args.configs):
-        raise ValueError(
-            f'--checkpoints: {len(checkpoints)} given for {len(args.configs)} configs; '
-            'give one per config'
-        )
-    models = {}
-    for config, checkpoint in zip(args.configs, checkpoints, strict=True):
-        model = load_model(config, checkpoint, args.device, args.cfg_options)
-        prefix = f'{config.stem} ' if len(args.configs) > 1 else ''
-        if not args.no_host:
-            dense = with_host_backbone(model)
-            host = type(dense.backbone).__module__.split('.')[0]
-            models[f"{prefix}{host}'s dense"] = dense
-        if args.keep_ratios:
-            for ratio in args.keep_ratios:
-                models[f'{prefix}keep {ratio:g}'] = with_keep_ratios(model, ratio)
-        else:
-            models[f'{prefix}as configured'] = model
-    return models
+def show(console: Console, title: str, cells: tuple[list[str], list[list[str]]], left: int) -> None:
+    """Print a table whose first columns are texts and whose others are figures."""
+    # A table's own title would be broken where the table ends.
+    console.print(title, style='bold', highlight=False, markup=False, soft_wrap=True)
+    table = Table()
+    for index, name in enumerate(cells[0]):
+        table.add_column(name, justify='left' if index < left else 'right')
+    for line in cells[1]:
+        table.add_row(*line)
+    console.print(table)
 
 
-def main() -> int:
-    """Time and print."""
-    args = parse_args()
+def run(args: argparse.Namespace, console: Console, argv: list[str] | None = None) -> Results:
+    """Check everything, then measure case by case."""
+    if not args.targets:
+        raise UsageError(f'name a config file or a preset: {", ".join(PRESETS)}')
     if args.threads is not None:
+        if args.threads < 1:
+            raise UsageError(f'--threads {args.threads}: must be at least 1')
         torch.set_num_threads(args.threads)
-    try:
-        models = collect(args)
-        rows, _ = benchmark(
-            models,
-            noise_image((args.batch, 3, *args.shape), args.device),
-            args.part,
-            rounds=args.rounds,
-            warmup=args.warmup,
+    conditions = dict(
+        part=args.part,
+        shapes=parse_shapes(args.shapes),
+        batches=args.batches,
+        dtypes=args.dtypes,
+        modes=args.mode,
+        compiles=args.compile,
+        device=args.device,
+        threads=torch.get_num_threads(),
+        channels_last=args.channels_last,
+    )
+    expand(args.targets, **conditions)
+    effort = Effort(args.rounds, args.warmup, args.max_seconds, args.memory)
+    effort.check()
+    results = opened(args)
+    targets = load_targets(args)
+    for note in (note for target in targets for note in target.notes):
+        console.print(f'note: {note}', highlight=False, markup=False, soft_wrap=True)
+    results.begin(sys.argv[1:] if argv is None else argv, args.device, targets)
+    by_name = {target.name: target for target in targets}
+    counts: dict = {}
+    for case in expand(list(by_name), **conditions):
+        candidates = by_name[case.target].candidates
+        if args.resume and results.has(case, [c.label.name for c in candidates]):
+            continue
+        result = measure(case, candidates, effort, counts=counts)
+        results.add(result)
+        if args.out is not None:
+            results.save(args.out)
+        show_case(console, result)
+    return results
+
+
+def opened(args: argparse.Namespace) -> Results:
+    """The results that are there already, or none."""
+    if args.out is None or not args.out.exists():
+        return Results()
+    if not args.resume:
+        raise UsageError(f'--out {args.out} exists: add --resume to continue it, or move it away')
+    return Results.load(args.out)
+
+
+def load_targets(args: argparse.Namespace) -> list[Target]:
+    """Build all models."""
+    checkpoints = args.checkpoints or [None] * len(args.targets)
+    if len(checkpoints) != len(args.targets):
+        raise UsageError(
+            f'--checkpoints: {len(checkpoints)} given for {len(args.targets)} targets; '
+            'give one per target'
         )
-    except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
+    choice = Choice(
+        args.keep_ratios, args.scopes, args.part, args.timm, not args.no_host, args.cfg_options
+    )
+    choice.check()
+    targets = [
+        load_target(spec, choice, checkpoint)
+        for spec, checkpoint in zip(args.targets, checkpoints, strict=True)
+    ]
+    names = [target.name for target in targets]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UsageError(f'targets: {", ".join(sorted(twice))} is named twice')
+    return [together(targets)] if args.together else targets
+
+
+def show_case(console: Console, result: Result) -> None:
+    """Print one case."""
+    title = f'{result.case}, {result.rounds} rounds, against {result.reference}'
+    show(console, title, report.case_table(result), left=1)
+    for line in report.failures(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def gather(args: argparse.Namespace, console: Console) -> Results:
+    """Read and show what was measured before."""
+    if args.targets or args.out:
+        raise UsageError('--from measures nothing: leave the targets and --out away')
+    files = [Results.load(path) for path in args.sources]
+    results = Results({'runs': [run for file in files for run in file.about.get('runs', [])]})
+    for result in (result for file in files for result in file.results):
+        results.results.append(result)
+        show_case(console, result)
+    return results
+
+
+def finish(args: argparse.Namespace, console: Console, results: Results) -> None:
+    """Print the summary and write what documents need."""
+    lines = report.summarize(results.results)
+    show(console, 'geometric means over cases', report.summary_table(lines), left=3)
+    about = results.described()
+    for line in about:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if args.markdown is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(report.markdown(results.results, about), encoding='utf-8')
+    if args.plot is not None:
+        plot(results.results, args.plot)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    args = parse_args(argv)
+    # Where there is no terminal, rich would squeeze the tables into 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    try:
+        results = gather(args, console) if args.sources else run(args, console, argv)
+        finish(args, console, results)
+    except (ValueError, TypeError, OSError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    header, cells = table_cells(rows)
-    height, width = args.shape
-    threads = f'{torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
-    table = Table(
-        title=f'{args.part}, {args.batch}×3×{height}×{width}, float32, {threads}, '
-        f'{args.rounds} rounds'
-    )
-    for index, name in enumerate(header):
-        table.add_column(name, justify='right' if index else 'left')
-    for line in cells:
-        table.add_row(*line)
-    # Where there is no terminal, rich would squeeze the table into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table)
-    console.print(f'{machine()}; {versions()}', highlight=False)
-    if args.out is not None:
-        record = {
-            'part': args.part,
-            'shape': [args.batch, 3, height, width],
-            'rounds': args.rounds,
-            'threads': torch.get_num_threads(),
-            'device': args.device,
-            'machine': machine(),
-            'versions': versions(),
-            'rows': [row.as_dict() for row in rows],
-        }
-        args.out.write_text(json.dumps(record, indent=2) + '\n')
-    return 0
+    return 1 if any(result.failed for result in results.results) else 0
 
 
 if __name__ == '__main__':

@@ -1,0 +1,62 @@
+"""Peak memory of one call: what is allocated above the level at its start.
+
+Not the size of the process, which on a CPU depends on what the allocator has kept from before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd.profiler import profile
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """Highest level that a series of changes reaches above its start.
+
+    Args:
+        changes: bytes allocated (positive) and freed (negative), in order.
+
+    Returns:
+        The largest running sum, at least 0.
+    """
+    level = peak = 0
+    for change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes allocated and freed on the CPU by torch during a call, in order.
+
+    What a library allocates for itself (scratch of oneDNN's convolutions) is not seen.
+    """
+    with profile(use_device=None, profile_memory=True) as recorded:
+        call()
+    events = recorded.kineto_results.events()  # type: ignore[union-attr]
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == '[memory]' and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    # Sorted by time alone: what happens in the same nanosecond keeps its order.
+    return [size for _, size in sorted(changes, key=lambda change: change[0])]
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call allocates at most above the level at its start.
+
+    Args:
+        call: has run before, so that tables and workspaces that stay are there already.
+        device: whose memory; 'cpu' or 'cuda'.
+    """
+    if device.type == 'cpu':
+        return peak_of(allocations(call))
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    level = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - level
