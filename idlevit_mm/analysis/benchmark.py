@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from idlevit_mm.analysis.cases import PARTS
@@ -144,9 +143,3 @@ def rows_of(timing: Comparison, counts: Mapping[str, int], batch: int) -> list[R
         )
         for name in timing.seconds
     ]
-
-
-def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> Tensor:
-    """A fixed standard-normal batch (B, C, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(tuple(shape), generator=generator).to(device)

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from idlevit_mm.analysis.meter import OTHER, Call, metered, module_calls
-from idlevit_mm.analysis.models import blank_data_samples, checked_shape, share_kept
+from idlevit_mm.analysis.models import blank_data_samples, checked_shape, noise_image, share_kept
 
 Shape = Sequence[int]
 
@@ -216,7 +216,8 @@ def part_multiply_adds(
 def backbone_multiply_adds(backbone: nn.Module, input_shape: Sequence[int]) -> int:
     """Multiply-adds of a backbone for one input shape, in eval mode, on the device it lies on.
 
-    A dense backbone may lie on the meta device, where nothing is computed.
+    A dense backbone may lie on the meta device, where nothing is computed. The image is noise: how
+    active tokens share out among windows depends on it, and on the CPU so does the count.
 
     Args:
         backbone: a module that takes one image tensor.
@@ -231,7 +232,7 @@ def backbone_multiply_adds(backbone: nn.Module, input_shape: Sequence[int]) -> i
     shape = checked_shape(input_shape)
     device = next(backbone.parameters()).device
     with _evaluating(backbone):
-        return count_multiply_adds(backbone, torch.zeros(shape, device=device))
+        return count_multiply_adds(backbone, noise_image(shape, device))
 
 
 def model_multiply_adds(
@@ -258,12 +259,12 @@ def model_multiply_adds(
     """
     shape = checked_shape(input_shape)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(shape, generator=generator).to(device)
     if data_samples is None:
         data_samples = blank_data_samples(model, shape)
     with _evaluating(model):
-        return part_multiply_adds(model, model, image, data_samples, mode='tensor')
+        return part_multiply_adds(
+            model, model, noise_image(shape, device), data_samples, mode='tensor'
+        )
 
 
 def data_multiply_adds(

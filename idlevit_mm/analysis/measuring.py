@@ -22,13 +22,13 @@ from idlevit_mm.analysis.benchmark import (
     Row,
     forward_call,
     multiply_adds,
-    noise_image,
     rows_of,
 )
 from idlevit_mm.analysis.candidates import DENSE_KINDS, Candidate, Label
 from idlevit_mm.analysis.cases import DTYPES, Case
 from idlevit_mm.analysis.latency import CandidateError, Comparison, compare, cuda_seconds
 from idlevit_mm.analysis.memory import peak_memory
+from idlevit_mm.analysis.models import noise_image
 from idlevit_mm.errors import UsageError
 
 # CUDA graphs are recorded in the second and third call.

@@ -268,6 +268,12 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in sizes]
 
 
+def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> torch.Tensor:
+    """A fixed standard-normal batch (B, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tuple(shape), generator=generator).to(device)
+
+
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
     """Data samples without annotations for one batch of full-size images.
 

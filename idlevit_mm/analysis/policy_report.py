@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from idlevit_mm.analysis import finetuning
-from idlevit_mm.analysis.benchmark import noise_image
 from idlevit_mm.analysis.latency import Spread, compare
 from idlevit_mm.analysis.ledger import scores_of, seed_deviation
-from idlevit_mm.analysis.models import host_backbone
+from idlevit_mm.analysis.models import host_backbone, noise_image
 from idlevit_mm.analysis.policy_study import (
     DENSE,
     GOAL_LEVEL,

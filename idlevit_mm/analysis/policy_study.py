@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
 from torch import nn
@@ -356,7 +357,10 @@ class Meter:
     def _backbone(self, policy: Mapping[str, Any] | None) -> Any:
         key = json.dumps(policy)
         if key not in self._backbones:
-            self._backbones[key] = build_backbone(self.backbone_cfg, policy)
+            # Which tokens are active, and with it the count, follows from the random weights.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self._backbones[key] = build_backbone(self.backbone_cfg, policy)
         return self._backbones[key]
 
     @property

@@ -169,12 +169,14 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
             # Scoring may use the block's own layers.
             yield Call(_within('attention, rest', ['rest']), block.attn, 'forward')
             yield Call(_within('feed-forward', ['rest']), block.ffn, 'forward')
+    attention = ['attention, rest']
     # Each module of the package that uses these functions has its own name for them.
     for name, module in list(sys.modules.items()):
         if name.startswith('idlevit_mm.'):
             yield Call(_within('gathering'), module, 'take_tokens')
             yield Call(_within('scattering'), module, 'put_tokens')
-    attention = ['attention, rest']
+            yield Call(_within('gathering'), module, 'pack_windows')
+            yield Call(_within('attention core', attention), module, 'attend_squeezed')
     yield Call(_within('attention core', attention), F, 'scaled_dot_product_attention')
     yield Call(_within('projections', attention), F, 'linear')
     yield Call(_within('projections', attention), F, 'conv2d')

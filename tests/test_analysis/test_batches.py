@@ -73,11 +73,14 @@ def test_counting_over_a_data_set(scenes, run_tool, tmp_path, capsys):
 
     # The images are all of one size: 70 x 90, padded to a multiple of 32.
     by_shape = tmp_path / 'shape.json'
-    shapes = ('--shape', '96x96', '64x64', '--keep-ratios', 0.5)
+    shapes = ('--shape', '96x96', '64x64', '--keep-ratios', 1, 0.5)
     assert run_tool('get_flops', RETINANET, *shapes, '--out', by_shape) == 0
     counts = json.loads(by_shape.read_text())
-    assert counts['96x96']['keep 0.5'] == idle['parts']
-    assert counts['64x64']['keep 0.5']['total'] < idle['low'] == idle['high']
+    assert counts['96x96']['keep 1'] == dense['parts']
+    assert dense['low'] == dense['high']
+    # How active tokens share out among windows depends on the image.
+    assert counts['96x96']['keep 0.5'] == pytest.approx(idle['parts'], rel=0.01)
+    assert counts['64x64']['keep 0.5']['total'] < idle['low'] <= idle['high']
 
 
 def test_missing_data_are_named(run_tool, capsys):

@@ -4,8 +4,9 @@ import gc
 
 import pytest
 
-from idlevit_mm.analysis.benchmark import benchmark, forward_call, noise_image, rows_of
+from idlevit_mm.analysis.benchmark import benchmark, forward_call, rows_of
 from idlevit_mm.analysis.latency import CandidateError, Comparison, Spread, compare, realised_share
+from idlevit_mm.analysis.models import noise_image
 
 
 class _World:

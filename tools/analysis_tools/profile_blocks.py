@@ -16,8 +16,7 @@ from rich.table import Table
 from torch import nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
-from idlevit_mm.analysis.benchmark import noise_image
-from idlevit_mm.analysis.models import idle_backbone, load_model, parse_shapes
+from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.profile import (
     BLOCK_PARTS,
     MODES,
