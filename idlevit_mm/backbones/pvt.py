@@ -22,12 +22,11 @@ from ..layers import (
     AbsolutePositionEmbedding,
     MixFFN,
     SpatialReductionAttention,
-    in_chunks,
     pad_to,
     resize_position_table,
     to_map,
 )
-from ..ops import Selection, take_tokens
+from ..ops import Selection, in_chunks, take_tokens
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
 

@@ -23,11 +23,10 @@ from ..layers import (
     ConvStemEmbed,
     FeedForward,
     SelfAttention,
-    in_chunks,
     resize_position_table,
     to_map,
 )
-from ..ops import Selection, behind_prefix
+from ..ops import Selection, behind_prefix, in_chunks
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, StateDict, image_size
 

@@ -1,6 +1,5 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
-from .chunks import in_chunks
 from .ffn import FeedForward, MixFFN
 from .linear import Linear, linear
 from .norm import LayerNorm2d
@@ -28,7 +27,6 @@ __all__ = [
     'ShiftWindowMSA',
     'SpatialReductionAttention',
     'cell_means',
-    'in_chunks',
     'kept_share',
     'linear',
     'pad_to',

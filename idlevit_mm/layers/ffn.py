@@ -8,8 +8,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
-from ..ops import Selection, put_tokens, take_tokens
-from .chunks import channel_parts
+from ..ops import Selection, channel_parts, put_tokens, take_tokens
 from .linear import linear
 from .shape import to_map, to_tokens
 

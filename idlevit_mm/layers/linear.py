@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Below this, making the views takes longer than is won.
-_MIN_ROWS = 256
+# Multiply-adds below which making the views takes longer than is won.
+_MIN_PRODUCT = 2**23
 
 
 class Linear(nn.Linear):
@@ -46,7 +46,7 @@ def _by_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= _MIN_ROWS * x.shape[-1]
+        and x.numel() * weight.shape[0] >= _MIN_PRODUCT
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')

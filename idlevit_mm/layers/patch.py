@@ -10,7 +10,7 @@ from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .chunks import in_chunks
+from ..ops import in_chunks
 from .linear import linear
 from .shape import to_map, to_tokens
 

@@ -17,6 +17,8 @@ from ..ops import (
     Selection,
     WindowLayout,
     WindowPacking,
+    autocasts,
+    eager_on_cpu,
     pack_whole_windows,
     pack_windows,
     put_tokens,
@@ -80,12 +82,10 @@ class WindowMSA(BaseModule):
     def squeezes(self, qkv: Tensor) -> bool:
         """Whether windows are squeezed to their occupied slots, whose number the data decide."""
         return (
-            qkv.device.type == 'cpu'
+            eager_on_cpu(qkv)
             and qkv.dtype in (torch.float32, torch.float64)
+            and not autocasts('cpu')
             and not (self.training and self.attn_drop.p > 0)
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and not torch.is_autocast_enabled('cpu')
         )
 
     def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ class ShiftWindowMSA(BaseModule):
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
         if selection is not None and context is not None:
             qkv = self._project_queries(x, context, selection)
-            out = take_tokens(self._attend_map(qkv, layout, None), selection)
+            out = take_tokens(self._attend_map(qkv, hw_shape, layout, None), selection)
         elif selection is not None and whole:
-            out = self._attend_windows(self.w_msa.qkv(x), layout, selection)
+            out = self._attend_windows(self.w_msa.qkv(x), hw_shape, layout, selection)
         else:
-            out = self._attend_map(self.w_msa.qkv(x), layout, selection)
+            out = self._attend_map(self.w_msa.qkv(x), hw_shape, layout, selection)
         return self.drop(self.w_msa.proj_drop(self.w_msa.proj(out)))
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
@@ -227,19 +227,21 @@ class ShiftWindowMSA(BaseModule):
         inner = len(bias) - len(layout.regions)
         return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
 
-    def _attend_map(self, qkv: Tensor, layout: WindowLayout, selection: Selection | None) -> Tensor:
+    def _attend_map(
+        self,
+        qkv: Tensor,
+        hw_shape: tuple[int, int],
+        layout: WindowLayout,
+        selection: Selection | None,
+    ) -> Tensor:
         """Attention of packed tokens, and of summaries behind them: (B, T + R, C)."""
-        batch = qkv.shape[0]
-        slots = layout.slot_ids.expand(batch, -1)
-        if selection is not None:
-            slots = layout.slot_ids[selection.token_ids]
-        if self.w_msa.squeezes(qkv):
-            return self._attend_squeezed(qkv, layout, slots)
-        return self._attend_slots(qkv, layout, slots, selection is None)
-
-    def _attend_squeezed(self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor) -> Tensor:
-        """Squeeze windows to their occupied slots, attend, read the rows back."""
-        packing = pack_windows(layout, token_slots, qkv.shape[1] > token_slots.shape[1])
+        token_ids = None if selection is None else selection.token_ids
+        if not self.w_msa.squeezes(qkv):
+            return self._attend_slots(qkv, layout, token_ids)
+        num_tokens = len(layout.slot_ids) if token_ids is None else token_ids.shape[1]
+        windows = hw_shape, self.window_size, self.shift_size
+        summarised = qkv.shape[1] > num_tokens
+        packing = pack_windows(token_ids, len(qkv), *windows, summarised=summarised)
         return self._attend_packing(qkv, packing)
 
     def _attend_packing(self, qkv: Tensor, packing: WindowPacking) -> Tensor:
@@ -254,24 +256,23 @@ class ShiftWindowMSA(BaseModule):
         )
         return out.unflatten(0, qkv.shape[:2])
 
-    def _attend_slots(
-        self, qkv: Tensor, layout: WindowLayout, token_slots: Tensor, dense: bool
-    ) -> Tensor:
+    def _attend_slots(self, qkv: Tensor, layout: WindowLayout, token_ids: Tensor | None) -> Tensor:
         """Write packed rows to all slots of all windows, attend, read them back.
 
         Every shape follows from that of the arguments, as torch.compile and CUDA graphs need it.
         """
         batch, _, channels = qkv.shape
         windows, slots = layout.token_ids.shape
+        places = layout.slot_ids if token_ids is None else layout.slot_ids[token_ids]
         # Images vary fastest among windows, so that the border windows of a batch are one slice.
         image = torch.arange(batch, device=qkv.device)[:, None]
-        rows = ((token_slots // slots * batch + image) * slots + token_slots % slots).flatten()
-        num_tokens = token_slots.shape[1]
+        rows = ((places // slots * batch + image) * slots + places % slots).flatten()
+        num_tokens = places.shape[-1]
         tokens, summaries = qkv.split_with_sizes([num_tokens, qkv.shape[1] - num_tokens], dim=1)
         blank = self._blank(qkv) if layout.has_padding else qkv.new_zeros(())
         filled = blank.expand(batch * windows * slots, channels)
         filled = filled.index_copy(0, rows, tokens.flatten(0, 1)).view(batch * windows, slots, -1)
-        if dense:
+        if token_ids is None:
             out = self._attend_dense(filled, layout, batch)
             return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
         mask = self._active_mask(layout, rows, batch, qkv.dtype, summaries.shape[1] > 0)
@@ -283,12 +284,15 @@ class ShiftWindowMSA(BaseModule):
         summaries = out[:, slots:].reshape(-1, batch, channels // 3).transpose(0, 1)
         return torch.cat([tokens.view(batch, -1, channels // 3), summaries], dim=1)
 
-    def _attend_windows(self, qkv: Tensor, layout: WindowLayout, selection: Selection) -> Tensor:
+    def _attend_windows(
+        self, qkv: Tensor, hw_shape: tuple[int, int], layout: WindowLayout, selection: Selection
+    ) -> Tensor:
         """Attend within the active windows only, which are packed already: (B, T, C)."""
         batch, num_slots, channels = qkv.shape
         slots = layout.token_ids.shape[1]
         if self.w_msa.squeezes(qkv):
-            return self._attend_packing(qkv, pack_whole_windows(layout, selection.unit_ids, batch))
+            windows = hw_shape, self.window_size, self.shift_size
+            return self._attend_packing(qkv, pack_whole_windows(selection.unit_ids, *windows))
         if selection.has_padding:
             padding = selection.token_ids == layout.slot_ids.shape[0]
             qkv = torch.where(padding[..., None], self._blank(qkv), qkv)

@@ -1,8 +1,9 @@
 """Pure tensor functions: index tables, top-k selection, gather and scatter of tokens."""
 
+from .chunks import channel_parts, in_chunks
 from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
 from .packing import Bucket, WindowPacking, pack_whole_windows, pack_windows
-from .precision import autocasts, full_precision
+from .runtime import autocasts, eager_on_cpu, full_precision
 from .select import (
     ROUNDINGS,
     Selection,
@@ -25,7 +26,10 @@ __all__ = [
     'WindowPacking',
     'autocasts',
     'behind_prefix',
+    'channel_parts',
+    'in_chunks',
     'best_places',
+    'eager_on_cpu',
     'full_precision',
     'keep_mask',
     'map_units',

@@ -4,17 +4,20 @@ Shape letters: B images, M windows of a map, L slots of a window, T active token
 packed rows of an image (its active tokens, then its summaries), P places, E border windows.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import WindowLayout
+from .layout import window_layout
 
 # Windows whose numbers of occupied slots round up to the same multiple of this are one bucket.
 _STEP = 8
 _MIN_WINDOWS = 16
+# As many as layouts of windows.
+_CACHED_TABLES = 128
 
 
 class Bucket(NamedTuple):
@@ -59,125 +62,178 @@ class WindowPacking(NamedTuple):
 
 
 def pack_windows(
-    layout: WindowLayout, token_slots: Tensor, summarised: bool = False
+    token_ids: Tensor | None,
+    batch: int,
+    hw_shape: tuple[int, int],
+    window_size: int,
+    shift_size: int,
+    summarised: bool = False,
 ) -> WindowPacking:
-    """Squeeze the windows of a batch.
+    """Squeeze the windows of a batch on the CPU.
 
     A slot is occupied by an active token or by padding, which serves as a key; and each window by
-    the summary of its idle tokens, if it has any. Sizes are read back from the device.
+    the summary of its idle tokens, if it has any.
 
     Args:
-        layout: The windows of one image.
-        token_slots: (B, T), place of each active token in the flattened (M * L) slots.
+        token_ids: (B, T), the active tokens; None if all are.
+        batch: B.
+        hw_shape: Height and width of the map in tokens.
+        window_size: Side of a window in tokens.
+        shift_size: Cyclic shift of the windows in tokens.
         summarised: Whether the rows of each image end with a summary for each window.
     """
-    batch, num_tokens = token_slots.shape
-    windows, slots = layout.token_ids.shape
-    columns = slots + 1
-    device = token_slots.device
-    # Images vary fastest among windows, so that the border windows of a batch are the last ones.
-    image = torch.arange(batch, device=device)[:, None]
-    cells = (token_slots // slots * batch + image) * columns + token_slots % slots
-    if summarised:
-        summaries = torch.arange(windows * batch, device=device).view(windows, batch).t()
-        cells = torch.cat([cells, summaries * columns + slots], dim=1)
-    padding = F.pad(layout.token_ids == len(layout.slot_ids), (0, 1)).repeat_interleave(batch, 0)
-    occupied = _occupied(cells[:, :num_tokens], padding, summarised)
-    whole = occupied[:, :slots].all(1) & ~occupied[:, slots]
-    widths = _widths(occupied.sum(1), slots + int(summarised))
-
-    by_width = widths.sort(stable=True)
-    ends = by_width.values.cumsum(0)
-    starts = torch.empty_like(ends)
-    starts[by_width.indices] = ends - by_width.values
-    (taken,) = occupied.flatten().nonzero(as_tuple=True)
-    places = (starts[:, None] + occupied.cumsum(1) - 1).flatten()[taken]
-    nothing = occupied.numel()
-    owners = torch.full((int(ends[-1]),), nothing, device=device)
-    owners[places] = taken
-    return WindowPacking(
-        rows=_rows_of_cells(cells.flatten(), nothing)[owners],
-        slots=torch.where(owners < nothing, owners % columns, columns),
-        regions=_regions(layout, batch)[owners],
-        buckets=_buckets(widths, whole, len(layout.regions) * batch),
-        num_rows=cells.numel(),
-        has_padding=layout.has_padding,
-    )
+    if token_ids is None:
+        return _pack_all(batch, hw_shape, window_size, shift_size)
+    tables = _cell_tables(batch, hw_shape, window_size, shift_size)
+    return _pack(token_ids.numpy(), tables, summarised)
 
 
-def pack_whole_windows(layout: WindowLayout, unit_ids: Tensor, batch: int) -> WindowPacking:
+def pack_whole_windows(
+    unit_ids: Tensor, hw_shape: tuple[int, int], window_size: int, shift_size: int
+) -> WindowPacking:
     """Windows whose slots are packed one after another already.
 
     Args:
-        layout: The windows of one image.
         unit_ids: (B, K), numbers of the windows.
-        batch: B.
+        hw_shape: Height and width of the map in tokens.
+        window_size: Side of a window in tokens.
+        shift_size: Cyclic shift of the windows in tokens.
     """
-    slots = layout.token_ids.shape[1]
-    windows = unit_ids.flatten()
-    tokens = layout.token_ids[windows].flatten()
-    rows = torch.arange(len(tokens), device=tokens.device)
-    regions = _regions(layout, 1)[:-1].view(-1, slots + 1)[:, :slots]
-    border = len(windows) if len(layout.regions) else 0
+    tables = _cell_tables(1, hw_shape, window_size, shift_size)
+    windows = unit_ids.flatten().numpy()
+    slots = window_size**2
+    padding = tables.padding[windows, :slots].reshape(-1)
+    rows = np.arange(len(padding))
+    regions = tables.regions[:-1].reshape(-1, slots + 1)[windows, :slots]
+    bordering = len(windows) if tables.num_border else 0
     return WindowPacking(
-        rows=torch.where(tokens < len(layout.slot_ids), rows, len(rows)),
-        slots=torch.arange(slots, device=tokens.device).repeat(len(windows)),
-        regions=regions[windows].flatten(),
-        buckets=(Bucket(0, len(windows), slots, border, True),),
+        rows=torch.from_numpy(np.where(padding, len(rows), rows)),
+        slots=torch.from_numpy(np.tile(np.arange(slots), len(windows))),
+        regions=torch.from_numpy(regions.reshape(-1)),
+        buckets=(Bucket(0, len(windows), slots, bordering, True),),
         num_rows=len(rows),
-        has_padding=layout.has_padding,
+        has_padding=bool(padding.any()),
     )
 
 
-def _widths(counts: Tensor, most: int) -> Tensor:
-    """Places for windows of so many occupied slots (W,), at most ``most``: a few different ones."""
-    rounded = (-(-counts // _STEP) * _STEP).clamp(max=most)
-    values, inverse, numbers = rounded.unique(return_inverse=True, return_counts=True)
-    merged, windows = values.tolist(), numbers.tolist()
-    for index, width in enumerate(merged[:-1]):
-        # A few windows cost less in the next bucket than in one of their own.
-        if width > 0 and windows[index] < _MIN_WINDOWS:
-            windows[index + 1] += windows[index]
-            merged[index] = None
-    for index in reversed(range(len(merged))):
-        if merged[index] is None:
-            merged[index] = merged[index + 1]
-    return torch.tensor(merged, device=counts.device)[inverse]
+class _CellTables(NamedTuple):
+    """What is known of the cells (M * B, L + 1), the slots and the summaries of all windows.
 
+    Images vary fastest among windows, so that the border windows of a batch are the last ones.
 
-def _rows_of_cells(cells: Tensor, num_cells: int) -> Tensor:
-    """Number of the packed row of each cell, of padding where there is none; empty ones last."""
-    rows = torch.full((num_cells + 1,), len(cells), device=cells.device)
-    rows[cells] = torch.arange(len(cells), device=cells.device)
-    rows[num_cells] = len(cells) + 1
-    return rows
-
-
-def _occupied(cells: Tensor, padding: Tensor, summarised: bool) -> Tensor:
-    """Which slots of which windows, and in the last column which summaries, have a place.
-
-    Args:
-        cells: (B, T), those of active tokens among the flattened (M * B, L + 1).
-        padding: (M * B, L + 1), which slots are padding.
-        summarised: Whether there are summaries.
+    Attributes:
+        tokens: (B, N), the cell of each token.
+        summaries: (B, M), the cell of each summary.
+        padding: (M * B, L + 1), which cells are padding.
+        padded: Numbers of the windows that hold padding.
+        slots: (M * B * (L + 1) + 1,), the slot of each cell, and L + 1 for an empty place.
+        regions: The same for its region, -1 for none.
+        num_border: How many windows, the last ones, hold slots of several regions.
     """
-    occupied = torch.zeros_like(padding)
-    occupied.view(-1)[cells.flatten()] = True
-    if summarised:
-        occupied[:, -1] = (~(occupied | padding))[:, :-1].any(1)
-    return occupied | (padding & occupied.any(1, keepdim=True))
+
+    tokens: np.ndarray
+    summaries: np.ndarray
+    padding: np.ndarray
+    padded: np.ndarray
+    slots: np.ndarray
+    regions: np.ndarray
+    num_border: int
 
 
-def _regions(layout: WindowLayout, batch: int) -> Tensor:
-    """Region of each of the flattened (M * B, L + 1) cells, then -1 for empty places."""
+@lru_cache(_CACHED_TABLES)
+def _cell_tables(
+    batch: int, hw_shape: tuple[int, int], window_size: int, shift_size: int
+) -> _CellTables:
+    layout = window_layout(*hw_shape, window_size, shift_size, torch.device('cpu'))
     windows, slots = layout.token_ids.shape
+    columns = slots + 1
     border = len(layout.regions)
-    regions = layout.token_ids.new_full((windows, batch, slots + 1), -1)
-    regions[windows - border :, :, :slots] = layout.regions[:, None]
-    return F.pad(regions.flatten(), (0, 1), value=-1)
+    image = np.arange(batch)[:, None] * columns
+    places = layout.slot_ids.numpy()
+    regions = np.full((windows, batch, columns), -1)
+    regions[windows - border :, :, :slots] = layout.regions.numpy()[:, None]
+    padding = np.zeros((windows, batch, columns), dtype=bool)
+    padding[:, :, :slots] = (layout.token_ids.numpy() == len(places))[:, None]
+    padding = padding.reshape(-1, columns)
+    return _CellTables(
+        tokens=places // slots * (batch * columns) + places % slots + image,
+        summaries=np.arange(windows) * (batch * columns) + slots + image,
+        padding=padding,
+        padded=np.flatnonzero(padding.any(1)),
+        slots=np.append(np.tile(np.arange(columns), windows * batch), columns),
+        regions=np.append(regions, -1),
+        num_border=border * batch,
+    )
 
 
-def _buckets(widths: Tensor, whole: Tensor, num_border: int) -> tuple[Bucket, ...]:
+@lru_cache(_CACHED_TABLES)
+def _pack_all(
+    batch: int, hw_shape: tuple[int, int], window_size: int, shift_size: int
+) -> WindowPacking:
+    tables = _cell_tables(batch, hw_shape, window_size, shift_size)
+    everything = np.tile(np.arange(tables.tokens.shape[1]), (batch, 1))
+    return _pack(everything, tables, summarised=False)
+
+
+def _pack(token_ids: np.ndarray, tables: _CellTables, summarised: bool) -> WindowPacking:
+    cells = np.take_along_axis(tables.tokens, token_ids, axis=1)
+    occupied = _occupied(cells, tables, summarised)
+    if summarised:
+        cells = np.concatenate([cells, tables.summaries], axis=1)
+    cells = cells.reshape(-1)
+
+    counts = occupied.sum(1)
+    widths = _widths(counts, occupied.shape[1] - (not summarised))
+    order = np.argsort(widths, kind='stable')
+    starts = np.empty_like(widths)
+    starts[order] = np.cumsum(widths[order]) - widths[order]
+    taken = np.flatnonzero(occupied)
+    places = np.arange(len(taken)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    nothing = occupied.size
+    owners = np.full(widths.sum(), nothing)
+    owners[places] = taken
+
+    rows = np.full(nothing + 1, len(cells))
+    rows[cells] = np.arange(len(cells))
+    rows[nothing] = len(cells) + 1
+    whole = occupied[:, :-1].all(1) & ~occupied[:, -1]
+    return WindowPacking(
+        rows=torch.from_numpy(rows[owners]),
+        slots=torch.from_numpy(tables.slots[owners]),
+        regions=torch.from_numpy(tables.regions[owners]),
+        buckets=_buckets(widths, whole, tables.num_border),
+        num_rows=len(cells),
+        has_padding=bool(len(tables.padded)),
+    )
+
+
+def _occupied(cells: np.ndarray, tables: _CellTables, summarised: bool) -> np.ndarray:
+    """Which cells (M * B, L + 1) have a place; cells (B, T) are those of active tokens."""
+    occupied = np.zeros_like(tables.padding)
+    occupied.reshape(-1)[cells] = True
+    if summarised:
+        occupied[:, -1] = ~(occupied | tables.padding)[:, :-1].all(1)
+    padded = tables.padded
+    occupied[padded] |= tables.padding[padded] & occupied[padded].any(1, keepdims=True)
+    return occupied
+
+
+def _widths(counts: np.ndarray, most: int) -> np.ndarray:
+    """Places for windows of so many occupied slots (W,), at most ``most``: a few different ones."""
+    rounded = np.minimum(-(-counts // _STEP) * _STEP, most)
+    values, inverse, numbers = np.unique(rounded, return_inverse=True, return_counts=True)
+    for index in range(len(values) - 1):
+        # A few windows cost less in the next bucket than in one of their own.
+        if values[index] > 0 and numbers[index] < _MIN_WINDOWS:
+            numbers[index + 1] += numbers[index]
+            numbers[index] = 0
+    for index in reversed(range(len(values) - 1)):
+        if numbers[index] == 0:
+            values[index] = values[index + 1]
+    return values[inverse]
+
+
+def _buckets(widths: np.ndarray, whole: np.ndarray, num_border: int) -> tuple[Bucket, ...]:
     """Group windows by width.
 
     Args:
@@ -186,13 +242,12 @@ def _buckets(widths: Tensor, whole: Tensor, num_border: int) -> tuple[Bucket, ..
         num_border: How many windows, the last ones, lie at the border of a shifted map.
     """
     buckets, first = [], 0
-    for width in widths.unique().tolist():
+    for width in np.unique(widths).tolist():
         if width == 0:
             continue
         chosen = widths == width
         number = int(chosen.sum())
         border = int(chosen[len(chosen) - num_border :].sum())
-        complete = bool(whole[chosen].all())
-        buckets.append(Bucket(first, number, width, border, complete))
+        buckets.append(Bucket(first, number, width, border, bool(whole[chosen].all())))
         first += number * width
     return tuple(buckets)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import UnitLayout
+from .runtime import eager_on_cpu
 
 
 class Selection(NamedTuple):
@@ -83,13 +84,26 @@ def select_units(
     """
     counts = tuple(num_active(keep_ratio, valid, rounding) for valid in layout.valid_units)
     unit_ids = _top_units(scores, counts)
-    tokens = layout.token_ids.flatten(0, 1)[unit_ids].flatten(1)
+    tokens = unit_ids if layout.in_order else _tokens_of(unit_ids, layout)
     return Selection(tokens, unit_ids, layout.has_padding)
 
 
 def best_places(scores: Tensor, count: int) -> Tensor:
     """Places of the ``count`` highest of (B, N) scores in each row, ascending: (B, count)."""
-    return scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return _ascending(scores.topk(count, dim=-1, sorted=False).indices, scores.shape[-1])
+
+
+def _ascending(places: Tensor, num_places: int) -> Tensor:
+    """Sort rows of distinct places (..., K) below ``num_places``."""
+    if not eager_on_cpu(places):
+        return places.sort(dim=-1).values
+    marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
+    return marks.scatter_(-1, places, True).nonzero()[:, -1].view(places.shape)
+
+
+def _tokens_of(unit_ids: Tensor, layout: UnitLayout) -> Tensor:
+    """Tokens of the units (B, K), padding included: (B, K * S)."""
+    return layout.token_ids.flatten(0, 1)[unit_ids].flatten(1)
 
 
 def behind_prefix(token_ids: Tensor, count: int) -> Tensor:
@@ -169,8 +183,9 @@ class _TakeRows(torch.autograd.Function):
 def _rows(selection: Selection, batch: int, num_tokens: int) -> Tensor:
     """Rows of the active tokens in the flattened (B * N) map; B * N for padding slots."""
     token_ids = selection.token_ids
-    offset = torch.arange(batch, device=token_ids.device)[:, None] * num_tokens
-    rows = token_ids + offset
+    rows = token_ids
+    if batch > 1:
+        rows = rows + torch.arange(batch, device=rows.device)[:, None] * num_tokens
     if selection.has_padding:
         rows = torch.where(token_ids == num_tokens, batch * num_tokens, rows)
     return rows.flatten()
@@ -188,7 +203,8 @@ def _top_units(scores: Tensor, counts: tuple[int, ...]) -> Tensor:
         ranks = torch.arange(most, device=scores.device)
         top = torch.where(ranks < tables.limits[:, None], top, units)
     first = torch.arange(groups, device=scores.device) * units
-    top = (top.sort(dim=-1).values + first[:, None]).flatten(1)
+    top = top.sort(dim=-1).values if uneven else _ascending(top, units)
+    top = (top + first[:, None]).flatten(1)
     return top[:, tables.places] if uneven else top
 
 

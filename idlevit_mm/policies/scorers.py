@@ -8,12 +8,13 @@ Scores must not be negative where a policy makes summaries of idle tokens (EViT,
 """
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Selection, UnitLayout
+from ..ops import Selection, UnitLayout, in_chunks
 from ..registry import SCORERS
 
 
@@ -102,7 +103,12 @@ class MeanDistance(Scorer):
     """Euclidean distance of a token from the mean token of its map: what stands out is kept."""
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return torch.linalg.vector_norm(x - x.mean(dim=1, keepdim=True), dim=-1)
+        means = x.mean(dim=1, keepdim=True)
+        distances = [
+            in_chunks(partial(_distance, other=mean), image, x.shape[-1])
+            for image, mean in zip(x.split(1), means.split(1), strict=True)
+        ]
+        return torch.cat(distances).squeeze(-1)
 
 
 @SCORERS.register_module('activation_norm')
@@ -219,3 +225,8 @@ class ClassAttention(Scorer):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
         raise NotImplementedError('class_attention is read from the attention of the block')
+
+
+def _distance(x: Tensor, other: Tensor) -> Tensor:
+    """Euclidean distance of tokens (B, N, C) from (B, 1, C): (B, N, 1)."""
+    return torch.linalg.vector_norm(x - other, dim=-1, keepdim=True)

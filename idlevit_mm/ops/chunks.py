@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .runtime import eager_on_cpu
+
 # Numbers of the widest intermediate result that are held at a time: 4 MiB in float32.
 _CHUNK = 2**20
 _MIN_ROWS = 256
@@ -31,7 +33,7 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Te
     """
     batch, tokens, channels = x.shape
     most = max(_CHUNK // width, _MIN_ROWS)
-    if batch * tokens <= most or not _pays(x):
+    if batch * tokens <= most or torch.is_grad_enabled() or not eager_on_cpu(x):
         return function(x)
     pieces = x.reshape(1, -1, channels).split(most, dim=1)
     first = function(pieces[0])
@@ -53,17 +55,8 @@ def channel_parts(channels: int, pixels: int, x: Tensor) -> list[slice]:
         The parts, in order; a single one where cutting does not pay.
     """
     number = -(-channels * pixels // _MAP_CHUNK)
-    if number == 1 or not _pays(x):
+    if number == 1 or torch.is_grad_enabled() or not eager_on_cpu(x):
         return [slice(0, channels)]
     # Multiples of the vector registers of all processors.
     size = -(-channels // number // 32) * 32
     return [slice(start, min(start + size, channels)) for start in range(0, channels, size)]
-
-
-def _pays(x: Tensor) -> bool:
-    return (
-        x.device.type == 'cpu'
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )

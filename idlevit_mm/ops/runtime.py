@@ -1,8 +1,9 @@
-"""Computing in the precision of the tensors themselves, whatever autocast says."""
+"""How the code is being run: by whom, where, and in which precision."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def autocasts(device_type: str) -> bool:
@@ -15,3 +16,13 @@ def full_precision(device_type: str) -> AbstractContextManager:
     if device_type == 'meta':
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether operations on x run on the CPU at once, so that shapes may follow from values."""
+    return (
+        x.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+    )
