@@ -1,5 +1,7 @@
 """The feed-forward network of PVT and PVTv2 on packed tokens."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
@@ -7,6 +9,7 @@ from mmcv.cnn.bricks.drop import build_dropout
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import Selection, channel_parts, put_tokens, take_tokens
 from .linear import linear
@@ -107,26 +110,84 @@ def _convolve(
     selection: Selection | None,
 ) -> Tensor:
     """Depth-wise convolution of the active tokens among the map."""
-
-    def convolve(tokens: Tensor) -> Tensor:
-        padding = weight.shape[-1] // 2
-        return to_tokens(
-            F.conv2d(to_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
-        )
-
     if selection is None:
-        return convolve(x)
+        return _depthwise(x, weight, bias, hw_shape)
     num_active = selection.token_ids.shape[1]
     x, summaries = x[:, :num_active], x[:, num_active:]
     # Idle tokens are like their summary, where there is one.
-    blank = summaries if summaries.shape[1] else x.new_zeros(())
-    canvas = blank.expand(x.shape[0], hw_shape[0] * hw_shape[1], x.shape[2])
-    canvas = put_tokens(canvas, selection, x)
-    out = take_tokens(convolve(canvas), selection)
+    blank = summaries if summaries.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = _ConvolveActive.apply(x, blank, weight, bias, hw_shape, selection)
     if summaries.shape[1]:
         alike = summaries * weight.sum(dim=(1, 2, 3)) + (0.0 if bias is None else bias)
-        out = torch.cat([out, alike.to(out.dtype)], dim=1)
+        out = torch.cat([out, alike], dim=1)
     return out
+
+
+class _ConvolveActive(torch.autograd.Function):
+    """Depth-wise convolution that keeps the active tokens for the backward pass, not their map."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        blank: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hw_shape: tuple[int, int],
+        selection: Selection,
+    ) -> Tensor:
+        canvas = _canvas(x, blank, hw_shape, selection)
+        return take_tokens(_depthwise(canvas, weight, bias, hw_shape), selection)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, blank, weight, bias, ctx.hw_shape, selection = inputs
+        ctx.save_for_backward(x, blank, weight, selection.token_ids)
+        ctx.selection = selection._replace(token_ids=None)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, blank, weight, token_ids = ctx.saved_tensors
+        selection = ctx.selection._replace(token_ids=token_ids)
+        canvas = _canvas(x, blank, ctx.hw_shape, selection)
+        grad_map = put_tokens(torch.zeros_like(canvas), selection, grad)
+        channels, padding = len(weight), weight.shape[-1] // 2
+        grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            to_map(grad_map, ctx.hw_shape),
+            to_map(canvas, ctx.hw_shape),
+            weight,
+            [channels],
+            stride=[1, 1],
+            padding=[padding, padding],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=channels,
+            output_mask=[True, True, ctx.has_bias],
+        )
+        grad_canvas = to_tokens(grad_canvas)
+        grad_x = take_tokens(grad_canvas, selection)
+        grad_blank = None
+        if ctx.needs_input_grad[1]:
+            grad_blank = (grad_canvas.sum(1) - grad_x.sum(1))[:, None]
+        return grad_x, grad_blank, grad_weight, grad_bias, None, None
+
+
+def _canvas(x: Tensor, blank: Tensor, hw_shape: tuple[int, int], selection: Selection) -> Tensor:
+    """Active tokens in their places, blank (B, 1, C) in the others: (B, N, C)."""
+    return put_tokens(blank.expand(-1, hw_shape[0] * hw_shape[1], -1), selection, x)
+
+
+def _depthwise(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, hw_shape: tuple[int, int]
+) -> Tensor:
+    """Convolve all tokens (B, N, C) of a map by weight (C, 1, side, side)."""
+    padding = weight.shape[-1] // 2
+    out = F.conv2d(to_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
+    return to_tokens(out)
 
 
 def _of(bias: Tensor | None, part: slice) -> Tensor | None:
