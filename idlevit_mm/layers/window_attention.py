@@ -30,6 +30,9 @@ from .linear import Linear, linear
 from .share import kept_share
 from .window_core import attend_squeezed
 
+# Slots of all heads for which launching the operations of a bucket of windows pays.
+_MIN_PLACES = 2**13
+
 
 class WindowMSA(BaseModule):
     """Parameters and core of window attention with relative position bias (arXiv 2103.14030).
@@ -241,7 +244,13 @@ class ShiftWindowMSA(BaseModule):
         num_tokens = len(layout.slot_ids) if token_ids is None else token_ids.shape[1]
         windows = hw_shape, self.window_size, self.shift_size
         summarised = qkv.shape[1] > num_tokens
-        packing = pack_windows(token_ids, len(qkv), *windows, summarised=summarised)
+        packing = pack_windows(
+            token_ids,
+            len(qkv),
+            *windows,
+            summarised=summarised,
+            min_places=_MIN_PLACES // self.num_heads,
+        )
         return self._attend_packing(qkv, packing)
 
     def _attend_packing(self, qkv: Tensor, packing: WindowPacking) -> Tensor:

@@ -15,7 +15,6 @@ from .layout import window_layout
 
 # Windows whose numbers of occupied slots round up to the same multiple of this are one bucket.
 _STEP = 8
-_MIN_WINDOWS = 16
 # As many as layouts of windows.
 _CACHED_TABLES = 128
 
@@ -68,6 +67,7 @@ def pack_windows(
     window_size: int,
     shift_size: int,
     summarised: bool = False,
+    min_places: int = 1,
 ) -> WindowPacking:
     """Squeeze the windows of a batch on the CPU.
 
@@ -81,11 +81,12 @@ def pack_windows(
         window_size: Side of a window in tokens.
         shift_size: Cyclic shift of the windows in tokens.
         summarised: Whether the rows of each image end with a summary for each window.
+        min_places: Buckets of fewer places are joined with the next wider one.
     """
     if token_ids is None:
         return _pack_all(batch, hw_shape, window_size, shift_size)
     tables = _cell_tables(batch, hw_shape, window_size, shift_size)
-    return _pack(token_ids.numpy(), tables, summarised)
+    return _pack(token_ids.numpy(), tables, summarised, min_places)
 
 
 def pack_whole_windows(
@@ -172,10 +173,12 @@ def _pack_all(
 ) -> WindowPacking:
     tables = _cell_tables(batch, hw_shape, window_size, shift_size)
     everything = np.tile(np.arange(tables.tokens.shape[1]), (batch, 1))
-    return _pack(everything, tables, summarised=False)
+    return _pack(everything, tables)
 
 
-def _pack(token_ids: np.ndarray, tables: _CellTables, summarised: bool) -> WindowPacking:
+def _pack(
+    token_ids: np.ndarray, tables: _CellTables, summarised: bool = False, min_places: int = 1
+) -> WindowPacking:
     cells = np.take_along_axis(tables.tokens, token_ids, axis=1)
     occupied = _occupied(cells, tables, summarised)
     if summarised:
@@ -183,7 +186,7 @@ def _pack(token_ids: np.ndarray, tables: _CellTables, summarised: bool) -> Windo
     cells = cells.reshape(-1)
 
     counts = occupied.sum(1)
-    widths = _widths(counts, occupied.shape[1] - (not summarised))
+    widths = _widths(counts, occupied.shape[1] - (not summarised), min_places)
     order = np.argsort(widths, kind='stable')
     starts = np.empty_like(widths)
     starts[order] = np.cumsum(widths[order]) - widths[order]
@@ -218,13 +221,12 @@ def _occupied(cells: np.ndarray, tables: _CellTables, summarised: bool) -> np.nd
     return occupied
 
 
-def _widths(counts: np.ndarray, most: int) -> np.ndarray:
+def _widths(counts: np.ndarray, most: int, min_places: int) -> np.ndarray:
     """Places for windows of so many occupied slots (W,), at most ``most``: a few different ones."""
     rounded = np.minimum(-(-counts // _STEP) * _STEP, most)
     values, inverse, numbers = np.unique(rounded, return_inverse=True, return_counts=True)
     for index in range(len(values) - 1):
-        # A few windows cost less in the next bucket than in one of their own.
-        if values[index] > 0 and numbers[index] < _MIN_WINDOWS:
+        if 0 < values[index] * numbers[index] < min_places:
             numbers[index + 1] += numbers[index]
             numbers[index] = 0
     for index in reversed(range(len(values) - 1)):
