@@ -42,6 +42,18 @@ COPIES = frozenset(
         'zeros_like',
     )
 )
+# Those that add by index; index_put does where it accumulates.
+INDEX_ADDITIONS = frozenset(
+    f'aten::{name}'
+    for name in (
+        'index_add',
+        'index_add_',
+        'scatter_add',
+        'scatter_add_',
+        'embedding_dense_backward',
+        'col2im',
+    )
+)
 MATRIX_PRODUCTS = frozenset(('aten::addmm', 'aten::mm'))
 
 
@@ -51,16 +63,16 @@ class Operations(TorchDispatchMode):
     Attributes:
         counts: How often each operation ran, by name.
         copied: Sizes, in numbers, of the results of operations that only copy.
+        index_additions: How many operations added to places that an index names.
         product_rows: Rows of the left factor of each plain matrix product.
-        allocated: Bytes of all results that are no views, kept or not.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.copied: list[int] = []
+        self.index_additions = 0
         self.product_rows: list[int] = []
-        self.allocated = 0
 
     @property
     def launches(self) -> int:
@@ -84,17 +96,18 @@ class Operations(TorchDispatchMode):
             return result
         name = func.name().split('.')[0]
         self.counts[name] += 1
-        self.allocated += sum(out.numel() * out.element_size() for out in fresh)
         if name in COPIES:
             self.copied += [out.numel() for out in outputs]
+        if name in INDEX_ADDITIONS or ('index_put' in name and True in args[3:4]):
+            self.index_additions += 1
         if name in MATRIX_PRODUCTS:
             factor = next(arg for arg in reversed(inputs[:-1]) if arg.dim() == 2)
             self.product_rows.append(math.prod(factor.shape[:-1]))
         return result
 
 
-def count(function: Any, *args: Any) -> Operations:
-    """Count the operations of a call without gradients."""
-    with torch.no_grad(), Operations() as operations:
+def count(function: Any, *args: Any, gradients: bool = False) -> Operations:
+    """Count the operations of a call; those of a backward pass within it too."""
+    with torch.set_grad_enabled(gradients), Operations() as operations:
         function(*args)
     return operations
