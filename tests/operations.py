@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -64,7 +63,7 @@ class Operations(TorchDispatchMode):
         counts: How often each operation ran, by name.
         copied: Sizes, in numbers, of the results of operations that only copy.
         index_additions: How many operations added to places that an index names.
-        product_rows: Rows of the left factor of each plain matrix product.
+        products: Multiply-adds of each plain matrix product.
     """
 
     def __init__(self) -> None:
@@ -72,7 +71,7 @@ class Operations(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
         self.copied: list[int] = []
         self.index_additions = 0
-        self.product_rows: list[int] = []
+        self.products: list[int] = []
 
     @property
     def launches(self) -> int:
@@ -101,8 +100,8 @@ class Operations(TorchDispatchMode):
         if name in INDEX_ADDITIONS or ('index_put' in name and True in args[3:4]):
             self.index_additions += 1
         if name in MATRIX_PRODUCTS:
-            factor = next(arg for arg in reversed(inputs[:-1]) if arg.dim() == 2)
-            self.product_rows.append(math.prod(factor.shape[:-1]))
+            left, right = inputs[-2:]
+            self.products.append(left.numel() * right.shape[1])
         return result
 
 

@@ -18,22 +18,31 @@ class Problem:
     """A batch of maps of which some tokens are active.
 
     Args:
-        layout: The windows of one map.
+        hw_shape: Height and width of the map in tokens.
+        window: Side of a window in tokens.
+        shift: Cyclic shift of the windows in tokens.
         active: (B, T), ids of the active tokens of each image.
         summarised: Whether each window has a row for the summary of its idle tokens.
     """
 
-    layout: WindowLayout
+    hw_shape: tuple[int, int]
+    window: int
+    shift: int
     active: Tensor
-    summarised: bool
+    summarised: bool = False
+
+    @property
+    def layout(self) -> WindowLayout:
+        return window_layout(*self.hw_shape, self.window, self.shift, CPU)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a window."""
+        return self.window**2
 
     @property
     def batch(self) -> int:
         return len(self.active)
-
-    @property
-    def token_slots(self) -> Tensor:
-        return self.layout.slot_ids[self.active]
 
     @property
     def rows(self) -> int:
@@ -41,11 +50,12 @@ class Problem:
         return self.active.shape[1] + self.summarised * len(self.layout.token_ids)
 
     def pack(self) -> WindowPacking:
-        return pack_windows(self.layout, self.token_slots, self.summarised)
+        windows = self.hw_shape, self.window, self.shift
+        return pack_windows(self.active, self.batch, *windows, self.summarised)
 
     def occupied(self) -> dict[tuple[int, int], list[int]]:
         """Slots that have a place, ascending, of each (image, window) that has any; L: summary."""
-        num_tokens, slots = len(self.layout.slot_ids), self.layout.token_ids.shape[1]
+        num_tokens, slots = len(self.layout.slot_ids), self.slots
         found = {}
         for image, active in enumerate(self.active.tolist()):
             chosen = set(active)
@@ -60,7 +70,7 @@ class Problem:
 
     def row(self, image: int, window: int, slot: int) -> int | None:
         """Number of the packed row in a slot; None for padding."""
-        if slot == self.layout.token_ids.shape[1]:
+        if slot == self.slots:
             return image * self.rows + self.active.shape[1] + window
         token = int(self.layout.token_ids[window, slot])
         if token == len(self.layout.slot_ids):
@@ -70,7 +80,7 @@ class Problem:
     def region(self, window: int, slot: int) -> int:
         """Region of a slot; -1 where it sees all slots of its window."""
         first = len(self.layout.token_ids) - len(self.layout.regions)
-        if window < first or slot == self.layout.token_ids.shape[1]:
+        if window < first or slot == self.slots:
             return -1
         return int(self.layout.regions[window - first, slot])
 
@@ -86,11 +96,10 @@ def problem(
     seed: int = 0,
 ) -> Problem:
     """``count`` random tokens of each image are active; all where it is None."""
-    layout = window_layout(height, width, window, shift, CPU)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch, height * width, generator=generator)
     active = scores.topk(height * width if count is None else count).indices.sort().values
-    return Problem(layout, active, summarised)
+    return Problem((height, width), window, shift, active, summarised)
 
 
 @st.composite
@@ -111,7 +120,9 @@ def problems(draw: st.DrawFn, most: int = 15, windows: tuple[int, int] = (1, 7))
     )
 
 
-def one_full_window(window: int, summarised: bool = True) -> Problem:
-    """Two windows, of which all tokens of the first are active and none of the second."""
-    layout = window_layout(window, 2 * window, window, 0, CPU)
-    return Problem(layout, layout.token_ids[:1].sort().values, summarised)
+def full_and_idle_windows(window: int) -> Problem:
+    """Every other window has all its tokens active, the others none; many of both."""
+    hw_shape = 5 * window, 10 * window
+    layout = window_layout(*hw_shape, window, 0, CPU)
+    active = layout.token_ids[::2].reshape(1, -1).sort().values
+    return Problem(hw_shape, window, 0, active, summarised=True)

@@ -16,12 +16,12 @@ from backbone_zoo import (
     randomize,
 )
 from policy_cases import CASES
-from window_cases import one_full_window
+from window_cases import full_and_idle_windows
 
-from idlevit_mm.layers import FeedForward, MergePatches, ShiftWindowMSA, chunks, window_core
+from idlevit_mm.layers import FeedForward, MergePatches, ShiftWindowMSA, window_core
 from idlevit_mm.layers.ffn import MixFFN
 from idlevit_mm.layers.window_attention import WindowMSA
-from idlevit_mm.ops import Selection
+from idlevit_mm.ops import Selection, chunks
 
 # One is a single row of tokens, one a single column.
 SIZES = ((1, 3, 97, 131), (3, 3, 45, 58), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
@@ -55,16 +55,14 @@ class Calls:
 @pytest.fixture
 def paths(monkeypatch):
     """Watches which path windows take."""
-    return Calls(
-        monkeypatch, (ShiftWindowMSA, '_attend_squeezed'), (ShiftWindowMSA, '_attend_slots')
-    )
+    return Calls(monkeypatch, (ShiftWindowMSA, '_attend_packing'), (WindowMSA, 'attend'))
 
 
 def force_static(monkeypatch):
     monkeypatch.setattr(WindowMSA, 'squeezes', lambda self, qkv: False)
 
 
-def assert_both_paths_equal(model, x, paths, monkeypatch, windows_alone=False):
+def assert_both_paths_equal(model, x, paths, monkeypatch):
     """Outputs, choices, and gradients of all parameters and of the image."""
     tol = TOLERANCE[x.dtype]
     outs, grads = gradients(model, x)
@@ -74,10 +72,9 @@ def assert_both_paths_equal(model, x, paths, monkeypatch, windows_alone=False):
         force_static(patch)
         static_outs, static_grads = gradients(model, x)
         static = paths.take()
-    assert squeezed['_attend_slots'] == 0
-    assert static['_attend_squeezed'] == 0
-    assert squeezed['_attend_squeezed'] == static['_attend_slots']
-    assert windows_alone or static['_attend_slots'] > 0
+    assert squeezed['attend'] == static['_attend_packing'] == 0
+    assert squeezed['_attend_packing'] > 0
+    assert static['attend'] > 0
     for stage, other in zip(masks, model.keep_masks, strict=True):
         for mask, other_mask in zip(stage, other, strict=True):
             assert torch.equal(mask, other_mask)
@@ -103,8 +100,7 @@ def test_squeezed_equals_static(variant, size, keep, paths, monkeypatch):
 def test_squeezed_equals_static_with_every_policy(case, keep, paths, monkeypatch):
     model = case.build(case.ratios(keep)).double()
     x = image((2, 3, 45, 58), dtype=torch.float64)
-    alone = case.policy.get('scope') == 'windows' or case.policy['type'] == 'SparseViT'
-    assert_both_paths_equal(model, x, paths, monkeypatch, windows_alone=alone)
+    assert_both_paths_equal(model, x, paths, monkeypatch)
 
 
 @pytest.mark.parametrize('context', ['active', 'summary', 'all'])
@@ -169,15 +165,16 @@ def test_static_windows_equal_the_twin(variant, keep, monkeypatch):
 )
 @pytest.mark.parametrize('window', [3, 7])
 def test_summaries_beside_a_full_window(window, monkeypatch):
-    case = one_full_window(window)
+    case = full_and_idle_windows(window)
     attention = randomize(ShiftWindowMSA(8, 2, window)).double().eval()
     selection = Selection(case.active, case.active, False)
     x = torch.randn(1, case.rows, 8, dtype=torch.float64)
-    got = attention(x, (window, 2 * window), selection)
+    got = attention(x, case.hw_shape, selection)
     force_static(monkeypatch)
-    want = attention(x, (window, 2 * window), selection)
-    # The summary of the full window stands for nothing.
-    there = torch.arange(case.rows) != case.active.shape[1]
+    want = attention(x, case.hw_shape, selection)
+    # Summaries of full windows stand for nothing.
+    there = torch.ones(case.rows, dtype=torch.bool)
+    there[case.active.shape[1] :: 2] = False
     assert_close(got[:, there], want[:, there], 1e-10)
 
 
@@ -198,7 +195,7 @@ def test_which_path_is_taken(name, static, paths):
             torch.jit.trace(lambda x: attention(x, (5, 7), None), x, check_trace=False)
         else:
             attention(x, (5, 7), None)
-    assert paths.take() == {'_attend_squeezed': 1 - static, '_attend_slots': static}
+    assert paths.take() == {'_attend_packing': 1 - static, 'attend': static}
 
 
 def test_dropout_of_weights_acts_in_training_alone(paths):
@@ -206,10 +203,10 @@ def test_dropout_of_weights_acts_in_training_alone(paths):
     x = torch.randn(1, 35, 8)
     attention.train()
     assert not torch.equal(attention(x, (5, 7), None), attention(x, (5, 7), None))
-    assert paths.take()['_attend_slots'] == 2
+    assert paths.take()['attend'] == 2
     attention.eval()
     assert torch.equal(attention(x, (5, 7), None), attention(x, (5, 7), None))
-    assert paths.take()['_attend_squeezed'] == 2
+    assert paths.take()['_attend_packing'] == 2
 
 
 @parametrize((*FAMILIES, BY_NAME['swin-w7'], BY_NAME['pvt-conv-norm'], BY_NAME['vit-conv-stem']))
@@ -258,13 +255,17 @@ def test_wide_hidden_maps_in_pieces(monkeypatch):
         assert_close(a, b, 1e-11)
 
 
-def test_training_after_copies_and_inference(paths):
-    """Nothing of one path stays behind in the module."""
-    model = swin(BY_NAME['swin-w7'], 0.5).train()
-    x = image((1, 3, 45, 58), dtype=torch.float64)
+@pytest.mark.parametrize('keep', [1.0, 0.5])
+@pytest.mark.parametrize('scope', ['map', 'windows'])
+def test_tables_of_inference_serve_training(scope, keep, paths):
+    """A map size that is met first in inference mode leaves its tables for training."""
+    model = swin(BY_NAME['swin-w7'], keep, policy=dict(scope=scope)).train()
+    x = image((1, 3, 61, 47 if scope == 'map' else 53), dtype=torch.float64)
     with torch.inference_mode():
-        model(x)
+        want = model.eval()(x)
     twin = copy.deepcopy(model)
-    for a, b in zip(gradients(twin, x)[0], gradients(model, x)[0], strict=True):
-        assert a.shape == b.shape
-    assert paths.take()['_attend_slots'] == 0
+    outs, grads = gradients(twin, x)
+    for a, b in zip(outs, want, strict=True):
+        assert_close(a, b, 1e-11)
+    assert all(grad is not None for grad in grads.values())
+    assert paths.take()['attend'] == 0

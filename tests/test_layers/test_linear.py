@@ -1,5 +1,7 @@
 """Linear layers by way of convolutions equal ``F.linear``."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,18 @@ from operations import count
 
 from idlevit_mm.layers import Linear, linear
 
-ROWS = 256
-SHAPES = ((1, 5), (ROWS - 1, 5), (ROWS, 5), (2, 301, 5), (2, 17, 19, 5), (0, 5))
+# Multiply-adds from which on a convolution is taken.
+MOST = 2**23
+SHAPES = ((1, 5), (255, 5), (256, 5), (2, 301, 5), (2, 17, 19, 5), (0, 5))
 CONVOLUTION = 'aten::convolution'
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Convolutions from 256 rows on for the small matrices here."""
+    # The module is hidden behind the function of its name.
+    module = importlib.import_module('idlevit_mm.layers.linear')
+    monkeypatch.setattr(module, '_MIN_PRODUCT', 256 * 5 * 7)
 
 
 def parts(shape, bias=True, dtype=torch.float32, out=7):
@@ -24,6 +35,7 @@ def by_convolution(*args):
     return CONVOLUTION in count(linear, *args).counts
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_values_and_gradients(shape, bias):
@@ -38,6 +50,7 @@ def test_values_and_gradients(shape, bias):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures('eager')
 def test_second_derivatives():
     args = parts((300, 3), out=2)
     seconds = []
@@ -47,6 +60,7 @@ def test_second_derivatives():
     torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('view', ['transposed', 'every other', 'expanded'])
 def test_strided_inputs_and_parts_of_a_weight(view):
     x = {
@@ -59,24 +73,29 @@ def test_strided_inputs_and_parts_of_a_weight(view):
     torch.testing.assert_close(linear(*args), F.linear(*args), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(('rows', 'chosen'), [(ROWS - 1, False), (ROWS, True), (4 * ROWS, True)])
-def test_convolution_from_a_number_of_rows_on(rows, chosen):
-    assert by_convolution(*parts((rows, 5))) == chosen
+@pytest.mark.parametrize(('rows', 'chosen'), [(2047, False), (2048, True), (5000, True)])
+def test_convolution_from_a_number_of_multiply_adds_on(rows, chosen):
+    assert MOST == 2048 * 64 * 64
+    assert by_convolution(*parts((rows, 64), out=64)) == chosen
 
 
+@pytest.mark.usefixtures('eager')
 def test_nothing_is_copied():
     x, weight, bias = parts((2, 300, 16), out=8)
+    assert by_convolution(x, weight, bias)
     operations = count(linear, x, weight, bias)
     assert operations.copied == []
     assert operations.launches == 1, operations.counts
 
 
+@pytest.mark.usefixtures('eager')
 def test_double_precision_is_the_plain_product():
     args = parts((400, 5), dtype=torch.float64)
     assert not by_convolution(*args)
     assert torch.equal(linear(*args), F.linear(*args))
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_is_the_plain_product(dtype):
     args = parts((400, 5))
@@ -88,12 +107,14 @@ def test_autocast_is_the_plain_product(dtype):
     assert by_convolution(*args), 'and again outside'
 
 
+@pytest.mark.usefixtures('eager')
 def test_no_convolution_where_onednn_is_switched_off():
     args = parts((400, 5))
     with torch.backends.mkldnn.flags(enabled=False):
         assert not by_convolution(*args)
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 def test_traced_graphs_hold_matrix_products():
     layer = Linear(5, 7)
@@ -105,6 +126,7 @@ def test_traced_graphs_hold_matrix_products():
     torch.testing.assert_close(traced(x), layer(x))
 
 
+@pytest.mark.usefixtures('eager')
 def test_compiled_layer():
     torch._dynamo.reset()
     layer = Linear(5, 7)
@@ -114,11 +136,13 @@ def test_compiled_layer():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures('eager')
 def test_other_devices_take_the_plain_product():
     out = linear(*(t.to('meta') for t in parts((400, 5))))
     assert out.shape == (400, 7)
 
 
+@pytest.mark.usefixtures('eager')
 def test_layer_is_a_linear_layer_with_its_state():
     layer, plain = Linear(5, 7), torch.nn.Linear(5, 7)
     layer.load_state_dict(plain.state_dict(), strict=True)

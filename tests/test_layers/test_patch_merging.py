@@ -6,7 +6,8 @@ from backbone_zoo import assert_close, assert_same_gradients, gradients, randomi
 from mmcv.cnn.bricks.transformer import PatchMerging
 from operations import count
 
-from idlevit_mm.layers import MergePatches, chunks
+from idlevit_mm.layers import MergePatches
+from idlevit_mm.ops import chunks
 
 SIZES = ((8, 6), (7, 5), (1, 9), (6, 1), (1, 1))
 LN = dict(type='LN')

@@ -5,9 +5,9 @@ import torch
 from backbone_zoo import assert_close
 from torch import nn
 
-from idlevit_mm.layers import FeedForward, MixFFN, chunks, in_chunks
-from idlevit_mm.layers.chunks import channel_parts
-from idlevit_mm.ops import Selection
+from idlevit_mm.layers import FeedForward, MixFFN
+from idlevit_mm.ops import Selection, chunks, in_chunks
+from idlevit_mm.ops.chunks import channel_parts
 
 DROP_PATH = dict(type='DropPath', drop_prob=0.5)
 
