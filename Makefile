@@ -5,6 +5,8 @@
 PYTHON ?=
 # More arguments for pytest, as in: make test PYTEST_ARGS='-k swin -x'
 PYTEST_ARGS ?=
+# More arguments for the benchmark, as in: make bench BENCH_ARGS='--out speed.json'
+BENCH_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 # Any Python from 3.8 on can run the set-up, which then looks for one that fits.
@@ -14,7 +16,7 @@ BOOT = $(shell for p in $(PYTHON) python3 python3.11 python3.12 python3.10 pytho
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format doctor clean distclean
+.PHONY: help setup demo test bench lint format doctor clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +34,10 @@ demo: setup ## Write data, train a detector and a segmentor, test both, show tab
 
 test: lint ## Lint, type check and all tests
 	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+bench: setup ## Time three backbones against mmdet's on the CPU (less than a minute)
+	@$(VENV_PYTHON) tools/analysis_tools/benchmark.py swin-t pvt-s pvtv2-b2 --device cpu \
+		--shapes 224x224 --keep-ratios 1.0 0.5 --rounds 7 --warmup 1 --max-seconds 8 $(BENCH_ARGS)
 
 lint: setup ## Lint, formatting and types only
 	@$(VENV_PYTHON) -m ruff check .

@@ -285,6 +285,7 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     return torch.where(mask.flatten(1)[..., None], y, x)
 
 
+@pytest.mark.usefixtures('each_window_path')
 @pytest.mark.parametrize('scope', ['map', 'window_tokens', 'windows'])
 @pytest.mark.parametrize('name', ['swin', 'swin-w7'])
 @pytest.mark.parametrize('scorer', ['mean_distance', 'random'])
@@ -363,6 +364,7 @@ def test_pvt_equals_masked_reference(name, scorer, size):
                 assert_close(out, want, 1e-9, f'stage {s} block {b}')
 
 
+@pytest.mark.usefixtures('each_window_path')
 @pytest.mark.parametrize('scope', ['map', 'window_tokens', 'windows'])
 @pytest.mark.parametrize('size', [(2, 3, 64, 80), (2, 3, 45, 50)])
 def test_idle_tokens_are_no_keys_in_swin(scope, size):

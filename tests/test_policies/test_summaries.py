@@ -98,6 +98,7 @@ def naive_swin(block, x, hw, active, weights, spreads):
     return out
 
 
+@pytest.mark.usefixtures('each_window_path')
 @torch.no_grad()
 @pytest.mark.parametrize('hw', [(8, 8), (9, 11), (1, 6), (3, 13)])
 @pytest.mark.parametrize('shifted', [False, True])

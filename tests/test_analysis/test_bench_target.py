@@ -1,0 +1,71 @@
+"""``make bench`` asks the benchmark for something that exists, and for little of it."""
+
+import importlib.util
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from idlevit_mm.analysis.cases import expand
+from idlevit_mm.analysis.models import parse_shapes
+from idlevit_mm.analysis.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+TOOL = 'tools/analysis_tools/benchmark.py'
+
+
+def make(*args):
+    result = subprocess.run(
+        ['make', '--no-print-directory', *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def arguments():
+    """What the tool is called with, as it reads it."""
+    (line,) = [
+        line for line in make('-n', 'bench').replace('\\\n', ' ').splitlines() if TOOL in line
+    ]
+    spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool.parse_args(shlex.split(line.split(TOOL)[1]))
+
+
+def test_targets_and_conditions_exist(arguments):
+    assert set(arguments.targets) <= set(PRESETS)
+    cases = expand(
+        arguments.targets,
+        part=arguments.part,
+        shapes=parse_shapes(arguments.shapes),
+        batches=arguments.batches,
+        dtypes=arguments.dtypes,
+        modes=arguments.mode,
+        compiles=arguments.compile,
+        device=arguments.device,
+        threads=1,
+        channels_last=arguments.channels_last,
+    )
+    assert len(cases) == len(arguments.targets)
+
+
+def test_it_ends_soon_and_compares_with_the_dense_class(arguments):
+    assert arguments.max_seconds * len(arguments.targets) <= 40
+    assert arguments.device == 'cpu'
+    assert not arguments.no_host
+    assert 1.0 in arguments.keep_ratios
+
+
+def test_it_is_among_the_targets_shown():
+    assert 'make bench ' in make('help')
+
+
+def test_ci_runs_it_after_the_tests():
+    steps = [line for line in (ROOT / '.ci' / 'run').read_text().splitlines() if 'make ' in line]
+    assert 'test' in steps[-2]
+    assert steps[-1].split()[-1] == 'bench'
+    # Nothing hides its exit code.
+    assert '||' not in steps[-1]
