@@ -49,9 +49,9 @@ class Problem:
         """Packed rows of an image."""
         return self.active.shape[1] + self.summarised * len(self.layout.token_ids)
 
-    def pack(self) -> WindowPacking:
+    def pack(self, min_places: int = 1) -> WindowPacking:
         windows = self.hw_shape, self.window, self.shift
-        return pack_windows(self.active, self.batch, *windows, self.summarised)
+        return pack_windows(self.active, self.batch, *windows, self.summarised, min_places)
 
     def occupied(self) -> dict[tuple[int, int], list[int]]:
         """Slots that have a place, ascending, of each (image, window) that has any; L: summary."""

@@ -94,7 +94,7 @@ class IdlePVTBlock(IdleBlock):
         transform = partial(self._transform, hw_shape=hw_shape, selection=plan.selection)
         if self.ffn.use_conv:
             return transform(active)
-        return in_chunks(transform, active, self.ffn.layers[0].out_channels)
+        return in_chunks(transform, active, self.ffn.layers[0].out_channels, self.training)
 
     def _transform(
         self, active: Tensor, hw_shape: tuple[int, int], selection: Selection | None

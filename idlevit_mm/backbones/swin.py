@@ -108,7 +108,8 @@ class IdleSwinBlock(IdleBlock):
         if plan.selection is not None and self.policy.idle_context:
             context = self.norm1(x)
         branch = self.attn(self.norm1(active), hw_shape, plan.selection, whole, context)
-        return in_chunks(self._transform, active + branch, self.ffn.feedforward_channels)
+        width = self.ffn.feedforward_channels
+        return in_chunks(self._transform, active + branch, width, self.training)
 
     def _transform(self, active: Tensor) -> Tensor:
         return self.ffn(self.norm2(active), identity=active)

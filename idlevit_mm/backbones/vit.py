@@ -146,7 +146,7 @@ class IdleViTBlock(IdleBlock):
 
     def _transform(self, active: Tensor) -> Tensor:
         width = self.ffn.feedforward_channels
-        return in_chunks(self._transform_tokens, active, width)
+        return in_chunks(self._transform_tokens, active, width, self.training)
 
     def _transform_tokens(self, active: Tensor) -> Tensor:
         return active + self.residual_scale * self.ffn(self.ln2(active))

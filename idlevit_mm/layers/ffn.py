@@ -11,7 +11,7 @@ from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import Selection, channel_parts, put_tokens, take_tokens
+from ..ops import Selection, channel_parts, fill_map, take_tokens
 from .linear import linear
 from .shape import to_map, to_tokens
 
@@ -84,7 +84,7 @@ class MixFFN(BaseModule):
             return self.dropout_layer(self._part(x, hw_shape, selection, slice(0, hidden)))
         # Channels of the convolution are independent: a large map is never there as a whole.
         numbers = x.shape[0] * hw_shape[0] * hw_shape[1]
-        first, *others = channel_parts(hidden, numbers, x)
+        first, *others = channel_parts(hidden, numbers, x, self.training)
         out = self._part(x, hw_shape, selection, first)
         for part in others:
             out += self._part(x, hw_shape, selection, part)
@@ -153,7 +153,7 @@ class _ConvolveActive(torch.autograd.Function):
         x, blank, weight, token_ids = ctx.saved_tensors
         selection = ctx.selection._replace(token_ids=token_ids)
         canvas = _canvas(x, blank, ctx.hw_shape, selection)
-        grad_map = put_tokens(torch.zeros_like(canvas), selection, grad)
+        grad_map = _canvas(grad, torch.zeros_like(blank), ctx.hw_shape, selection)
         channels, padding = len(weight), weight.shape[-1] // 2
         grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             to_map(grad_map, ctx.hw_shape),
@@ -178,7 +178,7 @@ class _ConvolveActive(torch.autograd.Function):
 
 def _canvas(x: Tensor, blank: Tensor, hw_shape: tuple[int, int], selection: Selection) -> Tensor:
     """Active tokens in their places, blank (B, 1, C) in the others: (B, N, C)."""
-    return put_tokens(blank.expand(-1, hw_shape[0] * hw_shape[1], -1), selection, x)
+    return fill_map(blank, hw_shape[0] * hw_shape[1], selection, x)
 
 
 def _depthwise(

@@ -58,16 +58,16 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == 'cpu'
+        # Exported graphs hold matrix products, as everybody expects.
+        not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+        and x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() > _MAX_NATIVE
+        and (x.numel() > _MAX_NATIVE or not torch.is_grad_enabled())
         and x.numel() * weight.shape[0] >= _MIN_PRODUCT
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
-        # Exported graphs hold matrix products, as everybody expects.
-        and not torch.jit.is_tracing()
-        and not torch.onnx.is_in_onnx_export()
     )
 
 

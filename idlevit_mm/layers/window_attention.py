@@ -31,7 +31,7 @@ from .share import kept_share
 from .window_core import attend_squeezed
 
 # Slots of all heads for which launching the operations of a bucket of windows pays.
-_MIN_PLACES = 2**13
+_MIN_PLACES = 2**11
 
 
 class WindowMSA(BaseModule):

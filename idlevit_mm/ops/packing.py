@@ -186,7 +186,7 @@ def _pack(
     cells = cells.reshape(-1)
 
     counts = occupied.sum(1)
-    widths = _widths(counts, occupied.shape[1] - (not summarised), min_places)
+    widths = _widths(counts, occupied.shape[1] - 1, min_places)
     order = np.argsort(widths, kind='stable')
     starts = np.empty_like(widths)
     starts[order] = np.cumsum(widths[order]) - widths[order]
@@ -204,7 +204,7 @@ def _pack(
         rows=torch.from_numpy(rows[owners]),
         slots=torch.from_numpy(tables.slots[owners]),
         regions=torch.from_numpy(tables.regions[owners]),
-        buckets=_buckets(widths, whole, tables.num_border),
+        buckets=_buckets(widths, whole, occupied.shape[1] - 1, tables.num_border),
         num_rows=len(cells),
         has_padding=bool(len(tables.padded)),
     )
@@ -221,9 +221,9 @@ def _occupied(cells: np.ndarray, tables: _CellTables, summarised: bool) -> np.nd
     return occupied
 
 
-def _widths(counts: np.ndarray, most: int, min_places: int) -> np.ndarray:
-    """Places for windows of so many occupied slots (W,), at most ``most``: a few different ones."""
-    rounded = np.minimum(-(-counts // _STEP) * _STEP, most)
+def _widths(counts: np.ndarray, slots: int, min_places: int) -> np.ndarray:
+    """Places for windows of so many occupied slots (W,): a few different numbers."""
+    rounded = np.maximum(np.minimum(-(-counts // _STEP) * _STEP, slots), counts)
     values, inverse, numbers = np.unique(rounded, return_inverse=True, return_counts=True)
     for index in range(len(values) - 1):
         if 0 < values[index] * numbers[index] < min_places:
@@ -235,12 +235,15 @@ def _widths(counts: np.ndarray, most: int, min_places: int) -> np.ndarray:
     return values[inverse]
 
 
-def _buckets(widths: np.ndarray, whole: np.ndarray, num_border: int) -> tuple[Bucket, ...]:
+def _buckets(
+    widths: np.ndarray, whole: np.ndarray, slots: int, num_border: int
+) -> tuple[Bucket, ...]:
     """Group windows by width.
 
     Args:
         widths: (M * B,), places of each window, 0 for those that are left out.
         whole: (M * B,), which windows hold all their slots and nothing else.
+        slots: L.
         num_border: How many windows, the last ones, lie at the border of a shifted map.
     """
     buckets, first = [], 0
@@ -250,6 +253,7 @@ def _buckets(widths: np.ndarray, whole: np.ndarray, num_border: int) -> tuple[Bu
         chosen = widths == width
         number = int(chosen.sum())
         border = int(chosen[len(chosen) - num_border :].sum())
-        buckets.append(Bucket(first, number, width, border, bool(whole[chosen].all())))
+        complete = width == slots and bool(whole[chosen].all())
+        buckets.append(Bucket(first, number, width, border, complete))
         first += number * width
     return tuple(buckets)

@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def autocasts(device_type: str) -> bool:
@@ -25,4 +27,6 @@ def eager_on_cpu(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.onnx.is_in_onnx_export()
+        and not isinstance(x, FakeTensor)
+        and get_proxy_mode() is None
     )

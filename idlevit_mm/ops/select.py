@@ -155,6 +155,25 @@ def put_tokens(x: Tensor, selection: Selection, values: Tensor) -> Tensor:
     return flat.index_copy(0, rows, values)[: batch * num_tokens].view(batch, num_tokens, channels)
 
 
+def fill_map(blank: Tensor, num_tokens: int, selection: Selection, values: Tensor) -> Tensor:
+    """A map of nothing but blank and the active tokens, without gradient.
+
+    Args:
+        blank: (B, 1, C), what stands in the places of idle tokens.
+        num_tokens: N.
+        selection: Active units of each image, none of which is padding.
+        values: (B, T, C), the active tokens.
+
+    Returns:
+        (B, N, C).
+    """
+    batch, _, channels = blank.shape
+    filled = blank.expand(-1, num_tokens, -1).clone(memory_format=torch.contiguous_format)
+    rows = _rows(selection, batch, num_tokens)
+    filled.view(-1, channels).index_copy_(0, rows, values.reshape(-1, channels))
+    return filled
+
+
 class _TakeRows(torch.autograd.Function):
     """index_select over distinct rows, whose backward copies rows instead of adding them.
 

@@ -158,11 +158,6 @@ def test_static_windows_equal_the_twin(variant, keep, monkeypatch):
             assert not torch.equal(before[mask], after[mask])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason='full windows of a packing with summaries see an empty place as a key where the '
-    'number of slots is no multiple of 8, which that of the default window is not',
-)
 @pytest.mark.parametrize('window', [3, 7])
 def test_summaries_beside_a_full_window(window, monkeypatch):
     case = full_and_idle_windows(window)

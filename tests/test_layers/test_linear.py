@@ -12,7 +12,7 @@ from idlevit_mm.layers import Linear, linear
 # Multiply-adds from which on a convolution is taken.
 MOST = 2**23
 SHAPES = ((1, 5), (255, 5), (256, 5), (2, 301, 5), (2, 17, 19, 5), (0, 5))
-CONVOLUTION = 'aten::convolution'
+CONVOLUTION = 'aten::mkldnn_convolution'
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def eager(monkeypatch):
     # The module is hidden behind the function of its name.
     module = importlib.import_module('idlevit_mm.layers.linear')
     monkeypatch.setattr(module, '_MIN_PRODUCT', 256 * 5 * 7)
+    monkeypatch.setattr(module, '_MAX_NATIVE', 0)
 
 
 def parts(shape, bias=True, dtype=torch.float32, out=7):

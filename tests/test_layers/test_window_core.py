@@ -90,11 +90,6 @@ def test_single_precision(summarised):
     assert_equals_naive(case, 1e-5, torch.float32)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason='full windows of a packing with summaries hold an empty place, which is not hidden as '
-    'a key because the bucket counts as complete',
-)
 @pytest.mark.parametrize('window', [3, 5, 7])
 def test_full_windows_beside_summarised_ones(window):
     assert_equals_naive(full_and_idle_windows(window))

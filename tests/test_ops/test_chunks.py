@@ -125,25 +125,15 @@ def test_channel_by_channel_equals_the_whole_map(keep, summarised, monkeypatch):
     assert len(calls) == 4, 'nothing was cut'
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason='pieces are cut without asking for the mode: in training mode without gradients, '
-    'stochastic depth drops tokens that happen to share a piece instead of images',
-)
 @pytest.mark.usefixtures('tiny')
 def test_stochastic_depth_drops_images_without_gradients_too():
     branch = FeedForward(8, 16, dropout_layer=DROP_PATH, add_identity=False).train()
     with torch.no_grad():
-        out = in_chunks(branch, torch.randn(6, 25, 8), 16)
+        out = in_chunks(branch, torch.randn(6, 25, 8), 16, branch.training)
     dropped = (out == 0).all(-1)
     assert torch.equal(dropped.any(1), dropped.all(1)), 'images are dropped in part'
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason='pieces are cut without asking for the mode: in training mode without gradients, every '
-    'part of the hidden channels draws its own dropout of the output',
-)
 @pytest.mark.usefixtures('tiny')
 def test_dropout_of_the_output_is_drawn_once_without_gradients_too():
     module = ffn(True, ffn_drop=0.5).train()
