@@ -180,4 +180,5 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
     yield Call(_within('attention core', attention), F, 'scaled_dot_product_attention')
     yield Call(_within('projections', attention), F, 'linear')
     yield Call(_within('projections', attention), F, 'conv2d')
+    yield Call(_within('projections', attention), torch, 'mkldnn_convolution')
     yield Call(_within('norms', ['rest', *attention]), F, 'layer_norm')

@@ -224,15 +224,17 @@ def _occupied(cells: np.ndarray, tables: _CellTables, summarised: bool) -> np.nd
 def _widths(counts: np.ndarray, slots: int, min_places: int) -> np.ndarray:
     """Places for windows of so many occupied slots (W,): a few different numbers."""
     rounded = np.maximum(np.minimum(-(-counts // _STEP) * _STEP, slots), counts)
-    values, inverse, numbers = np.unique(rounded, return_inverse=True, return_counts=True)
-    for index in range(len(values) - 1):
-        if 0 < values[index] * numbers[index] < min_places:
-            numbers[index + 1] += numbers[index]
-            numbers[index] = 0
-    for index in reversed(range(len(values) - 1)):
-        if numbers[index] == 0:
-            values[index] = values[index + 1]
-    return values[inverse]
+    numbers = np.bincount(rounded)
+    width_of = np.arange(len(numbers))
+    present = (np.flatnonzero(numbers[1:]) + 1).tolist()
+    joined, windows = [], 0
+    for width in present:
+        joined.append(width)
+        windows += int(numbers[width])
+        if windows * width >= min_places or width == present[-1]:
+            width_of[joined] = width
+            joined, windows = [], 0
+    return width_of[rounded]
 
 
 def _buckets(
@@ -247,13 +249,12 @@ def _buckets(
         num_border: How many windows, the last ones, lie at the border of a shifted map.
     """
     buckets, first = [], 0
-    for width in np.unique(widths).tolist():
-        if width == 0:
-            continue
-        chosen = widths == width
-        number = int(chosen.sum())
-        border = int(chosen[len(chosen) - num_border :].sum())
-        complete = width == slots and bool(whole[chosen].all())
-        buckets.append(Bucket(first, number, width, border, complete))
+    numbers = np.bincount(widths)
+    borders = np.bincount(widths[len(widths) - num_border :], minlength=len(numbers))
+    num_whole = np.count_nonzero(whole)
+    for width in (np.flatnonzero(numbers[1:]) + 1).tolist():
+        number = int(numbers[width])
+        complete = width == slots and number == num_whole
+        buckets.append(Bucket(first, number, width, int(borders[width]), complete))
         first += number * width
     return tuple(buckets)

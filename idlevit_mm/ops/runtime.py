@@ -14,10 +14,8 @@ def autocasts(device_type: str) -> bool:
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
-    """Switch autocast off; the meta device has none."""
-    if device_type == 'meta':
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    """Switch autocast off where it is on."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def eager_on_cpu(x: Tensor) -> bool:

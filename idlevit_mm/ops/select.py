@@ -98,7 +98,8 @@ def _ascending(places: Tensor, num_places: int) -> Tensor:
     if not eager_on_cpu(places):
         return places.sort(dim=-1).values
     marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
-    return marks.scatter_(-1, places, True).nonzero()[:, -1].view(places.shape)
+    found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
+    return found if found.numel() == found.shape[-1] else found % num_places
 
 
 def _tokens_of(unit_ids: Tensor, layout: UnitLayout) -> Tensor:
@@ -131,7 +132,8 @@ def take_tokens(x: Tensor, selection: Selection) -> Tensor:
     """
     batch, num_tokens, channels = x.shape
     rows = _rows(selection, batch, num_tokens)
-    taken = _TakeRows.apply(x.reshape(batch * num_tokens, channels), rows, selection.has_padding)
+    take = _TakeRows.apply if torch.is_grad_enabled() else _TakeRows.forward
+    taken = take(x.reshape(batch * num_tokens, channels), rows, selection.has_padding)
     return taken.view(batch, -1, channels)
 
 
