@@ -181,4 +181,5 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
     yield Call(_within('projections', attention), F, 'linear')
     yield Call(_within('projections', attention), F, 'conv2d')
     yield Call(_within('projections', attention), torch, 'mkldnn_convolution')
+    yield Call(_within('projections', attention), torch.ops.mkldnn, '_linear_pointwise')
     yield Call(_within('norms', ['rest', *attention]), F, 'layer_norm')

@@ -1,8 +1,9 @@
-"""Linear layers that are as fast on the CPU as convolutions.
+"""Linear layers by oneDNN on the CPU.
 
 Shape letters: I channels in, O channels out.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, register_fl
 
 from ..ops import eager_on_cpu
 
-# Multiply-adds below which making the views takes longer than is won.
+# Multiply-adds below which calling it takes longer than is won.
 _MIN_PRODUCT = 2**23
 # Where PyTorch prefers its own kernel for the gradients of a single image.
 _MAX_NATIVE = 20480
@@ -30,8 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a linear map to the last dimension, as ``F.linear`` does.
 
     On the CPU PyTorch gives float32 matrices to MKL, which takes its slow path on processors other
-    than Intel's, but 1x1 convolutions to oneDNN, which is twice as fast there, forward and
-    backward, and no slower elsewhere.
+    than Intel's. oneDNN, which computes its convolutions, is twice as fast there, forward and
+    backward.
 
     Args:
         x: (..., I).
@@ -41,8 +42,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., O).
     """
-    if not _by_convolution(x, weight):
+    if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
+    if eager_on_cpu(x) and not torch.is_grad_enabled():
+        # A part of a weight whose rows do not lie together would take oneDNN's reference path.
+        weight = weight.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     # One image, one pixel wide, in channels-last memory: no copy on either side.
     column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     out = _convolve(column, weight[:, :, None, None], bias)
@@ -56,7 +61,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
 
 
-def _by_convolution(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         # Exported graphs hold matrix products, as everybody expects.
         not torch.jit.is_tracing()
@@ -71,10 +76,18 @@ def _by_convolution(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _operations(x: list[int], weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+def _convolution(x: list[int], weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
     return conv_flop_count(x, weight, out_shape)
 
 
-# PyTorch's counter knows convolutions by other names only, and would take linear layers for free.
-if torch.ops.aten.mkldnn_convolution not in flop_registry:
-    register_flop_formula(torch.ops.aten.mkldnn_convolution)(_operations)
+def _product(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+# PyTorch's counter does not know these, and would take linear layers for free.
+for _operation, _formula in (
+    (torch.ops.aten.mkldnn_convolution, _convolution),
+    (torch.ops.mkldnn._linear_pointwise, _product),
+):
+    if _operation not in flop_registry:
+        register_flop_formula(_operation)(_formula)

@@ -13,8 +13,6 @@ from .runtime import eager_on_cpu
 # Numbers of the widest intermediate result that are held at a time: 4 MiB in float32.
 _CHUNK = 2**20
 _MIN_ROWS = 256
-# The same for features of a whole map, which are cut by channels.
-_MAP_CHUNK = 2**22
 
 
 def in_chunks(
@@ -58,7 +56,7 @@ def channel_parts(channels: int, pixels: int, x: Tensor, training: bool = False)
     Returns:
         The parts, in order; a single one where cutting does not pay.
     """
-    number = -(-channels * pixels // _MAP_CHUNK)
+    number = -(-channels * pixels // _CHUNK)
     if number == 1 or not _pays(x, training):
         return [slice(0, channels)]
     # Multiples of the vector registers of all processors.

@@ -223,7 +223,7 @@ def test_pieces_equal_the_whole(variant, keep, monkeypatch):
     calls.take()
     monkeypatch.setattr(chunks, '_CHUNK', 1)
     monkeypatch.setattr(chunks, '_MIN_ROWS', 50)
-    monkeypatch.setattr(chunks, '_MAP_CHUNK', 1)
+    monkeypatch.setattr(chunks, '_CHUNK', 1)
     monkeypatch.setattr(window_core, '_CHUNK', 500)
     with torch.no_grad():
         got, pieces = model(x), calls.take()
@@ -243,7 +243,7 @@ def test_wide_hidden_maps_in_pieces(monkeypatch):
     calls = Calls(monkeypatch, (MixFFN, '_part'))
     with torch.no_grad():
         want, whole = model(x), calls.take()['_part']
-        monkeypatch.setattr(chunks, '_MAP_CHUNK', 1)
+        monkeypatch.setattr(chunks, '_CHUNK', 1)
         got, pieces = model(x), calls.take()['_part']
     assert pieces >= 3 * whole
     for a, b in zip(got, want, strict=True):

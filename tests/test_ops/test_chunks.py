@@ -16,7 +16,7 @@ DROP_PATH = dict(type='DropPath', drop_prob=0.5)
 def tiny(monkeypatch):
     monkeypatch.setattr(chunks, '_CHUNK', 1)
     monkeypatch.setattr(chunks, '_MIN_ROWS', 10)
-    monkeypatch.setattr(chunks, '_MAP_CHUNK', 1)
+    monkeypatch.setattr(chunks, '_CHUNK', 1)
 
 
 class Watched:
@@ -88,7 +88,7 @@ def test_width_decides_how_many_tokens_a_piece_has(monkeypatch):
 @pytest.mark.parametrize('pixels', [1, 7, 64, 1000])
 @pytest.mark.parametrize('most', [1, 500, 2**14])
 def test_channel_parts_follow_one_another(channels, pixels, most, monkeypatch):
-    monkeypatch.setattr(chunks, '_MAP_CHUNK', most)
+    monkeypatch.setattr(chunks, '_CHUNK', most)
     with torch.no_grad():
         parts = channel_parts(channels, pixels, torch.zeros(1))
     covered = [channel for part in parts for channel in range(channels)[part]]
@@ -119,7 +119,7 @@ def test_channel_by_channel_equals_the_whole_map(keep, summarised, monkeypatch):
     calls = []
     part = module._part
     monkeypatch.setattr(module, '_part', lambda *args: calls.append(1) or part(*args))
-    monkeypatch.setattr(chunks, '_MAP_CHUNK', 1)
+    monkeypatch.setattr(chunks, '_CHUNK', 1)
     with torch.no_grad():
         assert_close(module(x, hw, selection), whole, 1e-12)
     assert len(calls) == 4, 'nothing was cut'
