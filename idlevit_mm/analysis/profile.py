@@ -175,6 +175,7 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
         if name.startswith('idlevit_mm.'):
             yield Call(_within('gathering'), module, 'take_tokens')
             yield Call(_within('scattering'), module, 'put_tokens')
+            yield Call(_within('scattering'), module, 'fill_map')
             yield Call(_within('gathering'), module, 'pack_windows')
             yield Call(_within('attention core', attention), module, 'attend_squeezed')
     yield Call(_within('attention core', attention), F, 'scaled_dot_product_attention')
