@@ -92,10 +92,10 @@ GUARDS: tuple[Guard, ...] = (
     Guard('swin', 0.5, 'training MiB allocated', 128.09, 134.5),
     Guard('swin', 0.5, 'training peak MiB', 22.27, 23.4),
     Guard('swin', 0.5, 'training peak of mmdet', 0.7, 0.74),
-    Guard('pvt', 1.0, 'launches per block', 38.33, 43),
-    Guard('pvt', 1.0, 'map copies per block', 0.33, 0.34),
+    Guard('pvt', 1.0, 'launches per block', 50.33, 55),
+    Guard('pvt', 1.0, 'map copies per block', 1, 1.0),
     Guard('pvt', 1.0, 'largest product', 4259840, 8388608),
-    Guard('pvt', 1.0, 'MiB allocated', 164.67, 173.0),
+    Guard('pvt', 1.0, 'MiB allocated', 199.45, 209.4),
     Guard('pvt', 1.0, 'peak MiB', 20.41, 21.5),
     Guard('pvt', 1.0, 'training launches per block', 53.33, 59),
     Guard('pvt', 1.0, 'training additions by index', 0, 0),
@@ -104,17 +104,17 @@ GUARDS: tuple[Guard, ...] = (
     Guard('pvt', 0.5, 'launches per block', 42.33, 47),
     Guard('pvt', 0.5, 'map copies per block', 1, 1.0),
     Guard('pvt', 0.5, 'largest product', 4259840, 8388608),
-    Guard('pvt', 0.5, 'MiB allocated', 116.14, 122.0),
+    Guard('pvt', 0.5, 'MiB allocated', 128.08, 134.5),
     Guard('pvt', 0.5, 'peak MiB', 20.48, 21.6),
     Guard('pvt', 0.5, 'training launches per block', 86, 95),
     Guard('pvt', 0.5, 'training additions by index', 0, 0),
     Guard('pvt', 0.5, 'training MiB allocated', 62.67, 65.9),
     Guard('pvt', 0.5, 'training peak MiB', 15.77, 16.6),
     Guard('pvt', 0.5, 'training peak of mmdet', 0.72, 0.77),
-    Guard('pvtv2', 1.0, 'launches per block', 27, 30),
-    Guard('pvtv2', 1.0, 'map copies per block', 0.2, 0.2),
+    Guard('pvtv2', 1.0, 'launches per block', 34.2, 38),
+    Guard('pvtv2', 1.0, 'map copies per block', 0.6, 0.6),
     Guard('pvtv2', 1.0, 'largest product', 4587520, 8388608),
-    Guard('pvtv2', 1.0, 'MiB allocated', 237.63, 249.5),
+    Guard('pvtv2', 1.0, 'MiB allocated', 271.41, 285.0),
     Guard('pvtv2', 1.0, 'peak MiB', 33.5, 35.2),
     Guard('pvtv2', 1.0, 'training launches per block', 58, 64),
     Guard('pvtv2', 1.0, 'training additions by index', 0, 0),
@@ -123,7 +123,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard('pvtv2', 0.5, 'launches per block', 51.4, 57),
     Guard('pvtv2', 0.5, 'map copies per block', 6.6, 6.6),
     Guard('pvtv2', 0.5, 'largest product', 5046272, 8388608),
-    Guard('pvtv2', 0.5, 'MiB allocated', 243.33, 255.6),
+    Guard('pvtv2', 0.5, 'MiB allocated', 261.48, 274.6),
     Guard('pvtv2', 0.5, 'peak MiB', 39.08, 41.1),
     Guard('pvtv2', 0.5, 'training launches per block', 115, 127),
     Guard('pvtv2', 0.5, 'training additions by index', 0, 0),
@@ -259,7 +259,7 @@ def cut_too_small(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_windows_too_small(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('layers.window_core'), '_CHUNK', 1)
+    patch.setattr(module('layers.window_squeezed'), '_CHUNK', 1)
 
 
 def undo_squeezing(patch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def undo_squeezing(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_weights_for_backward(patch: pytest.MonkeyPatch) -> None:
-    attend = module('layers.window_core')._Attend
+    attend = module('layers.window_squeezed')._Attend
     patch.setattr(attend, 'apply', lambda *args: attend.forward(*args))
 
 

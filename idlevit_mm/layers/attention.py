@@ -4,12 +4,18 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, K keys, C
 D channels of a head.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor
 
+from ..ops import autocasts, eager_on_cpu, in_chunks
 from .linear import linear
+
+# Pairs of a query and a key of one head, below which launching many operations costs more.
+_MIN_PAIRS = 2**18
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -42,6 +48,46 @@ def mean_query_attention(
     keys = weight[channels : 2 * channels].unflatten(0, (num_heads, -1))
     folded = torch.einsum('bad,adc->bac', query * scale, keys)
     return (folded @ x.transpose(1, 2)).softmax(dim=-1)
+
+
+def head_by_head_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether ``attend_head_by_head`` is the faster way for (B, T, C) and (B, K, C)."""
+    return (
+        query.shape[1] * key.shape[1] >= _MIN_PAIRS
+        and query.dtype == key.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and eager_on_cpu(query)
+        and not autocasts('cpu')
+    )
+
+
+def attend_head_by_head(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention as linear layers whose weights are keys and values, on the CPU.
+
+    PyTorch's fused attention gives its products to MKL; see ``linear``.
+
+    Args:
+        query: (B, T, C).
+        key: (B, K, C).
+        value: (B, K, C).
+        num_heads: A.
+
+    Returns:
+        (B, T, C).
+    """
+    out = torch.empty_like(query)
+    scale = (query.shape[2] // num_heads) ** -0.5
+    for image in range(len(query)):
+        parts = (part[image].chunk(num_heads, dim=1) for part in (query, key, value, out))
+        for queries, keys, values, target in zip(*parts, strict=True):
+            attend = partial(_weigh, keys=keys * scale, values=values.t().contiguous())
+            target.copy_(in_chunks(attend, queries[None], len(keys))[0])
+    return out
+
+
+def _weigh(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of one head: queries (1, T, D), scaled keys (K, D), values (D, K)."""
+    return linear(linear(queries, keys).softmax(dim=-1), values)
 
 
 class PackedAttention(MultiheadAttention):
@@ -85,11 +131,15 @@ class PackedAttention(MultiheadAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The branch of projected queries (B, T, C), keys and values (B, K, C): (B, T, C)."""
-        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
-        dropout = self.attn.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        if not self.training and head_by_head_pays(query, key):
+            out = attend_head_by_head(query, key, value, self.num_heads)
+        else:
+            query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+            dropout = self.attn.dropout if self.training else 0.0
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            out = out.transpose(1, 2).flatten(2)
         projection = self.attn.out_proj
-        out = linear(out.transpose(1, 2).flatten(2), projection.weight, projection.bias)
+        out = linear(out, projection.weight, projection.bias)
         return self.dropout_layer(self.proj_drop(out))
 
     def mean_query_attention(self, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ C channels, A heads, M windows, L slots of a window (window_size ** 2), E border
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import build_dropout
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
@@ -17,7 +16,6 @@ from ..ops import (
     Selection,
     WindowLayout,
     WindowPacking,
-    autocasts,
     eager_on_cpu,
     pack_whole_windows,
     pack_windows,
@@ -28,7 +26,14 @@ from ..ops import (
 from .attention import mean_query_attention
 from .linear import Linear, linear
 from .share import kept_share
-from .window_core import attend_squeezed
+from .window_slots import (
+    WindowCore,
+    attend_slots,
+    attend_whole_windows,
+    hide,
+    region_mask,
+)
+from .window_squeezed import attend_squeezed
 
 # Slots of all heads for which launching the operations of a bucket of windows pays.
 _MIN_PLACES = 2**11
@@ -84,43 +89,22 @@ class WindowMSA(BaseModule):
 
     def squeezes(self, qkv: Tensor) -> bool:
         """Whether windows are squeezed to their occupied slots, whose number the data decide."""
-        return (
-            eager_on_cpu(qkv)
-            and qkv.dtype in (torch.float32, torch.float64)
-            and not autocasts('cpu')
-            and not (self.training and self.attn_drop.p > 0)
-        )
+        return eager_on_cpu(qkv) and not (self.training and self.attn_drop.p > 0)
 
-    def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
-        """Attention within whole windows.
-
-        Args:
-            qkv: (windows, L, 3 * C).
-            mask: (windows or 1, A, L, L), added to the logits.
-
-        Returns:
-            (windows, L, C).
-        """
-        windows, slots, _ = qkv.shape
-        qkv = qkv.view(windows, slots, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    def core(self) -> WindowCore:
+        """What attention within windows needs beside queries, keys and values."""
+        bias = self.qkv.bias
+        # Padding is zero after the norm.
+        blank = self.qkv.weight.new_zeros(len(self.qkv.weight)) if bias is None else bias
         dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask.to(qkv.dtype),
-            dropout_p=dropout,
-            scale=self.scale,
-        )
-        return out.transpose(1, 2).reshape(windows, slots, -1)
+        return WindowCore(self.position_bias(), blank, self.num_heads, self.scale, dropout)
 
 
 class ShiftWindowMSA(BaseModule):
     """Window attention of the active tokens of a map.
 
-    Projections run on the packed active tokens. The core runs on whole windows: the packed tokens
-    are written to their slots, idle slots are masked as keys, and the active slots are read back.
+    Projections run on the packed active tokens. The core runs on windows squeezed to their active
+    tokens where the number of these may decide about shapes, otherwise on all slots of all windows.
 
     Padding slots are never active. As keys they are seen as in the dense block, where the map is
     padded after the norm so that their key and value are the biases: an idle block then tends to
@@ -170,14 +154,11 @@ class ShiftWindowMSA(BaseModule):
             whole: Whether the units of the selection are whole windows.
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
         """
-        layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
         if selection is not None and context is not None:
             qkv = self._project_queries(x, context, selection)
-            out = take_tokens(self._attend_map(qkv, hw_shape, layout, None), selection)
-        elif selection is not None and whole:
-            out = self._attend_windows(self.w_msa.qkv(x), hw_shape, layout, selection)
+            out = take_tokens(self._attend(qkv, hw_shape, None), selection)
         else:
-            out = self._attend_map(self.w_msa.qkv(x), hw_shape, layout, selection)
+            out = self._attend(self.w_msa.qkv(x), hw_shape, selection, whole)
         return self.drop(self.w_msa.proj_drop(self.w_msa.proj(out)))
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
@@ -230,131 +211,39 @@ class ShiftWindowMSA(BaseModule):
         inner = len(bias) - len(layout.regions)
         return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
 
-    def _attend_map(
+    def _attend(
         self,
         qkv: Tensor,
         hw_shape: tuple[int, int],
-        layout: WindowLayout,
         selection: Selection | None,
+        whole: bool = False,
     ) -> Tensor:
         """Attention of packed tokens, and of summaries behind them: (B, T + R, C)."""
-        token_ids = None if selection is None else selection.token_ids
-        if not self.w_msa.squeezes(qkv):
-            return self._attend_slots(qkv, layout, token_ids)
-        num_tokens = len(layout.slot_ids) if token_ids is None else token_ids.shape[1]
+        core = self.w_msa.core()
+        if self.w_msa.squeezes(qkv):
+            packing = self._packing(qkv, hw_shape, selection, whole)
+            return attend_squeezed(qkv, core, packing)
+        layout = window_layout(*hw_shape, self.window_size, self.shift_size, qkv.device)
+        if selection is not None and whole:
+            return attend_whole_windows(qkv, core, layout, selection)
+        return attend_slots(qkv, core, layout, None if selection is None else selection.token_ids)
+
+    def _packing(
+        self, qkv: Tensor, hw_shape: tuple[int, int], selection: Selection | None, whole: bool
+    ) -> WindowPacking:
         windows = hw_shape, self.window_size, self.shift_size
-        summarised = qkv.shape[1] > num_tokens
-        packing = pack_windows(
-            token_ids,
-            len(qkv),
+        if selection is not None and whole:
+            return pack_whole_windows(selection.unit_ids, *windows)
+        batch, rows, _ = qkv.shape
+        if selection is None:
+            return pack_windows(None, batch, *windows)
+        return pack_windows(
+            selection.token_ids,
+            batch,
             *windows,
-            summarised=summarised,
+            summarised=rows > selection.token_ids.shape[1],
             min_places=_MIN_PLACES // self.num_heads,
         )
-        return self._attend_packing(qkv, packing)
-
-    def _attend_packing(self, qkv: Tensor, packing: WindowPacking) -> Tensor:
-        bias = self.w_msa.position_bias()[0].to(qkv.dtype)
-        out = attend_squeezed(
-            qkv.flatten(0, 1),
-            self._blank(qkv).expand(qkv.shape[2]),
-            bias,
-            packing,
-            self.num_heads,
-            self.w_msa.scale,
-        )
-        return out.unflatten(0, qkv.shape[:2])
-
-    def _attend_slots(self, qkv: Tensor, layout: WindowLayout, token_ids: Tensor | None) -> Tensor:
-        """Write packed rows to all slots of all windows, attend, read them back.
-
-        Every shape follows from that of the arguments, as torch.compile and CUDA graphs need it.
-        """
-        batch, _, channels = qkv.shape
-        windows, slots = layout.token_ids.shape
-        places = layout.slot_ids if token_ids is None else layout.slot_ids[token_ids]
-        # Images vary fastest among windows, so that the border windows of a batch are one slice.
-        image = torch.arange(batch, device=qkv.device)[:, None]
-        rows = ((places // slots * batch + image) * slots + places % slots).flatten()
-        num_tokens = places.shape[-1]
-        tokens, summaries = qkv.split_with_sizes([num_tokens, qkv.shape[1] - num_tokens], dim=1)
-        blank = self._blank(qkv) if layout.has_padding else qkv.new_zeros(())
-        filled = blank.expand(batch * windows * slots, channels)
-        filled = filled.index_copy(0, rows, tokens.flatten(0, 1)).view(batch * windows, slots, -1)
-        if token_ids is None:
-            out = self._attend_dense(filled, layout, batch)
-            return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
-        mask = self._active_mask(layout, rows, batch, qkv.dtype, summaries.shape[1] > 0)
-        if summaries.shape[1]:
-            extra = summaries.transpose(0, 1).reshape(batch * windows, 1, channels)
-            filled = torch.cat([filled, extra], dim=1)
-        out = self.w_msa.attend(filled, mask)
-        tokens = out[:, :slots].flatten(0, 1).index_select(0, rows)
-        summaries = out[:, slots:].reshape(-1, batch, channels // 3).transpose(0, 1)
-        return torch.cat([tokens.view(batch, -1, channels // 3), summaries], dim=1)
-
-    def _attend_windows(
-        self, qkv: Tensor, hw_shape: tuple[int, int], layout: WindowLayout, selection: Selection
-    ) -> Tensor:
-        """Attend within the active windows only, which are packed already: (B, T, C)."""
-        batch, num_slots, channels = qkv.shape
-        slots = layout.token_ids.shape[1]
-        if self.w_msa.squeezes(qkv):
-            windows = hw_shape, self.window_size, self.shift_size
-            return self._attend_packing(qkv, pack_whole_windows(selection.unit_ids, *windows))
-        if selection.has_padding:
-            padding = selection.token_ids == layout.slot_ids.shape[0]
-            qkv = torch.where(padding[..., None], self._blank(qkv), qkv)
-        mask = self.w_msa.position_bias().to(qkv.dtype)
-        if len(layout.regions):
-            mask = mask + self._regions_of(layout, selection.unit_ids, qkv.dtype)
-        out = self.w_msa.attend(qkv.view(-1, slots, channels), mask)
-        return out.view(batch, num_slots, -1)
-
-    def _attend_dense(self, filled: Tensor, layout: WindowLayout, batch: int) -> Tensor:
-        bias = self.w_msa.position_bias()
-        borders = len(layout.regions) * batch
-        if not borders:
-            return self.w_msa.attend(filled, bias)
-        inner = len(filled) - borders
-        bordering = bias + region_mask(layout, bias.dtype).repeat_interleave(batch, dim=0)
-        parts = [self.w_msa.attend(filled[inner:], bordering)]
-        if inner:
-            parts.insert(0, self.w_msa.attend(filled[:inner], bias))
-        return torch.cat(parts)
-
-    def _active_mask(
-        self, layout: WindowLayout, rows: Tensor, batch: int, dtype: torch.dtype, summarised: bool
-    ) -> Tensor:
-        """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L).
-
-        With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
-        """
-        windows, slots = layout.token_ids.shape
-        inside = (layout.token_ids < len(layout.slot_ids)).repeat_interleave(batch, dim=0)
-        keys = hide(inside.flatten(), dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
-        mask = self.w_msa.position_bias().to(dtype) + keys[:, None, None]
-        borders = len(layout.regions) * batch
-        if borders:
-            regions = region_mask(layout, dtype).repeat_interleave(batch, dim=0)
-            mask[-borders:] += regions
-        if summarised:
-            mask = F.pad(mask, (0, 1, 0, 1))
-            mask[..., -1, :-1] += keys[:, None]
-            nothing_idle = (keys == 0.0).all(dim=1)
-            mask[..., -1] += hide(nothing_idle, dtype)[:, None, None]
-        return mask
-
-    def _regions_of(self, layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Region mask of the given windows (B, K): (B * K, 1, L, L); zero inside the map."""
-        inner = len(layout.token_ids) - len(layout.regions)
-        regions = F.pad(region_mask(layout, dtype), (0, 0, 0, 0, 0, 0, 1, 0))
-        return regions[(windows.flatten() - (inner - 1)).clamp(min=0)]
-
-    def _blank(self, qkv: Tensor) -> Tensor:
-        """Query, key and value of padding, which is zero after the norm: their bias."""
-        bias = self.w_msa.qkv.bias
-        return qkv.new_zeros(()) if bias is None else bias.to(qkv.dtype)
 
 
 def relative_position_index(window_size: int) -> Tensor:
@@ -372,16 +261,3 @@ def _fill_slots(tokens: Tensor, layout: WindowLayout) -> Tensor:
     windows, slots = layout.token_ids.shape
     filled = tokens.new_zeros(()).expand(batch, windows * slots, channels)
     return filled.index_copy(1, layout.slot_ids, tokens).unflatten(1, (windows, slots))
-
-
-def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:
-    """Mask of slot pairs of different regions of the border windows: (E, 1, L, L)."""
-    different = layout.regions[:, :, None] != layout.regions[:, None, :]
-    return hide(different, dtype)[:, None]
-
-
-def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask: far below any logit where True, yet finite so that a hidden row is not NaN."""
-    return hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill(
-        hidden, torch.finfo(dtype).min / 4
-    )

@@ -12,31 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import Bucket, WindowPacking
+from ..ops import Bucket, WindowPacking, full_precision
+from .window_slots import WindowCore, hidden_logit
 
 # Attention weights of one head that are held at a time: they stay in the cache.
 _CHUNK = 2**18
 
 
-def attend_squeezed(
-    qkv: Tensor, blank: Tensor, bias: Tensor, packing: WindowPacking, num_heads: int, scale: float
-) -> Tensor:
-    """Attention within the windows of a packing.
+def attend_squeezed(qkv: Tensor, core: WindowCore, packing: WindowPacking) -> Tensor:
+    """Attention within the windows of a packing; without dropout.
 
     Args:
-        qkv: (R, 3 * C), queries, keys and values of the packed rows.
-        blank: (3 * C,), those of padding.
-        bias: (A, L, L), added to the logits of slot pairs; summaries have none.
+        qkv: (B, R, 3 * C), queries, keys and values of the packed rows.
+        core: What else is needed; summaries have no position bias.
         packing: The windows.
-        num_heads: A.
-        scale: Factor of the logits.
 
     Returns:
-        (R, C); zero for rows that have no place.
+        (B, R, C); zero for rows that have no place.
     """
+    # Small products are no faster in half precision.
+    exact = torch.promote_types(core.bias.dtype, torch.float32)
     # A row and a column for summaries, and one for empty places, which are hidden as keys.
-    table = F.pad(F.pad(bias, (0, 1, 0, 2)), (0, 1), value=_hidden(bias))
-    return _Attend.apply(qkv, blank, table, packing, num_heads, scale)
+    table = F.pad(core.bias[0].to(exact), (0, 1, 0, 2))
+    table = F.pad(table, (0, 1), value=hidden_logit(exact))
+    with full_precision(qkv.device.type):
+        rows = qkv.flatten(0, 1)
+        blank = core.blank.to(qkv.dtype)
+        out = _Attend.apply(rows, blank, table, packing, core.num_heads, core.scale)
+    return out.unflatten(0, qkv.shape[:2])
 
 
 class _Attend(torch.autograd.Function):
@@ -59,14 +62,14 @@ class _Attend(torch.autograd.Function):
         out = qkv.new_zeros(len(qkv) + 1, qkv.shape[1] // 3)
         for chunk in _chunks(packing):
             rows = _rows(packing, chunk)
-            placed = _place(qkv, blank, rows, packing)
+            placed = _place(qkv, blank, rows, packing).to(table.dtype)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
-            target = qkv.new_empty(len(rows), out.shape[1])
+            target = placed.new_empty(len(rows), out.shape[1])
             mask = _mask(table, packing, chunk)
             for heads in _head_groups(num_heads, chunk):
                 weights = _weights(mask[heads], query[heads], key[heads], scale)
                 _heads(target, chunk, num_heads)[heads] = weights @ value[heads]
-            out.index_copy_(0, rows.clamp(max=len(qkv)), target)
+            out.index_copy_(0, rows.clamp(max=len(qkv)), target.to(out.dtype))
         return out[:-1]
 
     @staticmethod
@@ -80,15 +83,17 @@ class _Attend(torch.autograd.Function):
         qkv, blank, table = ctx.saved_tensors
         num_heads, scale, packing = ctx.num_heads, ctx.scale, ctx.packing
         grad_qkv = qkv.new_zeros(len(qkv) + 1, qkv.shape[1])
-        grad_blank, grad_table = torch.zeros_like(blank), torch.zeros_like(table)
+        grad_table = torch.zeros_like(table)
+        grad_blank = grad_table.new_zeros(blank.shape)
         nothing = grad.new_zeros(grad.shape[1])
         for chunk in _chunks(packing):
             rows = _rows(packing, chunk)
-            placed = _place(qkv, blank, rows, packing)
+            placed = _place(qkv, blank, rows, packing).to(table.dtype)
             grad_placed = torch.empty_like(placed)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
             grad_query, grad_key, grad_value = _heads(grad_placed, chunk, 3 * num_heads).chunk(3)
-            grad_out = _heads(_fill(grad, nothing, rows), chunk, num_heads)
+            grad_rows = _fill(grad, nothing, rows).to(table.dtype)
+            grad_out = _heads(grad_rows, chunk, num_heads)
             mask = _mask(table, packing, chunk)
             for heads in _head_groups(num_heads, chunk):
                 weights = _weights(mask[heads], query[heads], key[heads], scale)
@@ -98,15 +103,10 @@ class _Attend(torch.autograd.Function):
                 grad_query[heads] = (logits @ key[heads]).mul_(scale)
                 grad_key[heads] = (logits.transpose(2, 3) @ query[heads]).mul_(scale)
                 _add_pairs(grad_table[heads], logits, packing, chunk)
-            grad_qkv.index_copy_(0, rows.clamp(max=len(qkv)), grad_placed)
+            grad_qkv.index_copy_(0, rows.clamp(max=len(qkv)), grad_placed.to(qkv.dtype))
             if packing.has_padding:
                 grad_blank += grad_placed[rows == len(qkv)].sum(0)
-        return grad_qkv[:-1], grad_blank, grad_table, None, None, None
-
-
-def _hidden(like: Tensor) -> float:
-    """Far below any logit, yet finite so that a hidden row is not NaN."""
-    return torch.finfo(like.dtype).min / 4
+        return grad_qkv[:-1], grad_blank.to(blank.dtype), grad_table, None, None, None
 
 
 def _chunks(packing: WindowPacking) -> Iterator[Bucket]:
@@ -173,7 +173,7 @@ def _mask(table: Tensor, packing: WindowPacking, chunk: Bucket) -> Tensor:
         regions = _slots(packing, chunk, 'regions')
         one, other = regions[:, :, None], regions[:, None, :]
         apart = (one != other) & (one >= 0) & (other >= 0)
-        mask = mask.masked_fill(apart, _hidden(table))
+        mask = mask.masked_fill(apart, hidden_logit(table.dtype))
     return mask
 
 

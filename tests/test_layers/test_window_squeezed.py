@@ -5,8 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from window_cases import Problem, full_and_idle_windows, problem, problems
 
-from idlevit_mm.layers import window_core
-from idlevit_mm.layers.window_core import attend_squeezed
+from idlevit_mm.layers import window_squeezed
+from idlevit_mm.layers.window_slots import WindowCore
+from idlevit_mm.layers.window_squeezed import attend_squeezed
 
 HEADS, CHANNELS = 2, 6
 quick = settings(deadline=None, max_examples=40, derandomize=True)
@@ -27,7 +28,8 @@ def tensors(case, seed=0, dtype=torch.float64):
 
 
 def attend(case, qkv, blank, bias, scale=0.7):
-    return attend_squeezed(qkv, blank, bias, case.pack(), HEADS, scale)
+    core = WindowCore(bias[None], blank, HEADS, scale, dropout=0.0)
+    return attend_squeezed(qkv[None], core, case.pack())[0]
 
 
 def naive(case, qkv, blank, bias, scale=0.7):
@@ -105,9 +107,9 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
         out = attend(case, *args)
         return out.detach(), *torch.autograd.grad((out * weight).sum(), args)
 
-    whole, pieces = run(), len(list(window_core._chunks(case.pack())))
-    monkeypatch.setattr(window_core, '_CHUNK', chunk)
-    assert len(list(window_core._chunks(case.pack()))) > pieces, 'nothing was cut'
+    whole, pieces = run(), len(list(window_squeezed._chunks(case.pack())))
+    monkeypatch.setattr(window_squeezed, '_CHUNK', chunk)
+    assert len(list(window_squeezed._chunks(case.pack()))) > pieces, 'nothing was cut'
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert_equals_naive(case)
@@ -116,8 +118,8 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
 @pytest.mark.parametrize(('most', 'sizes'), [(1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
 def test_heads_in_groups(most, sizes, monkeypatch):
     bucket = problem(14, 14, 7).pack().buckets[0]
-    monkeypatch.setattr(window_core, '_CHUNK', most * bucket.num_windows * bucket.width**2)
-    groups = list(window_core._head_groups(5, bucket))
+    monkeypatch.setattr(window_squeezed, '_CHUNK', most * bucket.num_windows * bucket.width**2)
+    groups = list(window_squeezed._head_groups(5, bucket))
     assert [group.stop - group.start for group in groups] == sizes
     assert [head for group in groups for head in range(5)[group]] == list(range(5))
 
@@ -126,12 +128,12 @@ def test_heads_in_groups(most, sizes, monkeypatch):
 @quick
 def test_pieces_cover_all_windows_and_borders_stay_apart(case: Problem):
     packing = case.pack()
-    before = window_core._CHUNK
-    window_core._CHUNK = 150
+    before = window_squeezed._CHUNK
+    window_squeezed._CHUNK = 150
     try:
-        pieces = list(window_core._chunks(packing))
+        pieces = list(window_squeezed._chunks(packing))
     finally:
-        window_core._CHUNK = before
+        window_squeezed._CHUNK = before
     end = 0
     for piece in pieces:
         assert piece.first == end

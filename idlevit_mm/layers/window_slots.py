@@ -1,0 +1,161 @@
+"""Attention within windows of which all slots are there: shapes follow from those of the input.
+
+That is what torch.compile and CUDA graphs need. Packed tokens are written to their slots, idle ones
+are masked as keys, and active slots are read back.
+
+Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
+C channels, A heads, M windows, L slots of a window, E border windows.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import Selection, WindowLayout
+
+
+class WindowCore(NamedTuple):
+    """What attention within windows needs beside queries, keys and values.
+
+    Attributes:
+        bias: (1, A, L, L), relative position bias of slot pairs.
+        blank: (3 * C,), query, key and value of padding.
+        num_heads: A.
+        scale: Factor of the logits.
+        dropout: Of the attention weights.
+    """
+
+    bias: Tensor
+    blank: Tensor
+    num_heads: int
+    scale: float
+    dropout: float
+
+    def to(self, dtype: torch.dtype) -> 'WindowCore':
+        """The same in another precision."""
+        bias, blank = self.bias.to(dtype), self.blank.to(dtype)
+        return WindowCore(bias, blank, self.num_heads, self.scale, self.dropout)
+
+
+def attend_slots(
+    qkv: Tensor, core: WindowCore, layout: WindowLayout, token_ids: Tensor | None
+) -> Tensor:
+    """Attention of active tokens and of summaries among all windows of a map.
+
+    Args:
+        qkv: (B, T + R, 3 * C), R is M or 0.
+        core: What else is needed.
+        layout: The windows.
+        token_ids: (B, T), the active tokens; None if all are.
+
+    Returns:
+        (B, T + R, C).
+    """
+    core = core.to(qkv.dtype)
+    batch, _, channels = qkv.shape
+    windows, slots = layout.token_ids.shape
+    places = layout.slot_ids if token_ids is None else layout.slot_ids[token_ids]
+    # Images vary fastest among windows, so that the border windows of a batch are one slice.
+    image = torch.arange(batch, device=qkv.device)[:, None]
+    rows = ((places // slots * batch + image) * slots + places % slots).flatten()
+    num_tokens = places.shape[-1]
+    tokens, summaries = qkv.split_with_sizes([num_tokens, qkv.shape[1] - num_tokens], dim=1)
+    blank = core.blank if layout.has_padding else qkv.new_zeros(())
+    filled = blank.expand(batch * windows * slots, channels)
+    filled = filled.index_copy(0, rows, tokens.flatten(0, 1)).view(batch * windows, slots, -1)
+    if token_ids is None:
+        out = _attend_dense(filled, core, layout, batch)
+        return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
+    mask = _active_mask(core.bias, layout, rows, batch, summaries.shape[1] > 0)
+    if summaries.shape[1]:
+        extra = summaries.transpose(0, 1).reshape(batch * windows, 1, channels)
+        filled = torch.cat([filled, extra], dim=1)
+    out = _attend(filled, core, mask)
+    tokens = out[:, :slots].flatten(0, 1).index_select(0, rows)
+    summaries = out[:, slots:].reshape(-1, batch, channels // 3).transpose(0, 1)
+    return torch.cat([tokens.view(batch, -1, channels // 3), summaries], dim=1)
+
+
+def attend_whole_windows(
+    qkv: Tensor, core: WindowCore, layout: WindowLayout, selection: Selection
+) -> Tensor:
+    """Attention within active windows, which are packed already: (B, T, 3 * C) to (B, T, C)."""
+    core = core.to(qkv.dtype)
+    batch, num_slots, channels = qkv.shape
+    slots = layout.token_ids.shape[1]
+    if selection.has_padding:
+        padding = selection.token_ids == layout.slot_ids.shape[0]
+        qkv = torch.where(padding[..., None], core.blank, qkv)
+    mask = core.bias
+    if len(layout.regions):
+        mask = mask + _regions_of(layout, selection.unit_ids, qkv.dtype)
+    return _attend(qkv.view(-1, slots, channels), core, mask).view(batch, num_slots, -1)
+
+
+def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+    """Mask of slot pairs of different regions of the border windows: (E, 1, L, L)."""
+    different = layout.regions[:, :, None] != layout.regions[:, None, :]
+    return hide(different, dtype)[:, None]
+
+
+def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask: far below any logit where True, yet finite so that a hidden row is not NaN."""
+    return hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill(hidden, hidden_logit(dtype))
+
+
+def hidden_logit(dtype: torch.dtype) -> float:
+    """What hides a key."""
+    return torch.finfo(dtype).min / 4
+
+
+def _attend(qkv: Tensor, core: WindowCore, mask: Tensor) -> Tensor:
+    """Attention within windows: qkv (windows, L, 3 * C), mask (windows or 1, A, L, L)."""
+    windows, slots, _ = qkv.shape
+    query, key, value = qkv.view(windows, slots, 3, core.num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=core.dropout, scale=core.scale
+    )
+    return out.transpose(1, 2).reshape(windows, slots, -1)
+
+
+def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch: int) -> Tensor:
+    borders = len(layout.regions) * batch
+    if not borders:
+        return _attend(filled, core, core.bias)
+    inner = len(filled) - borders
+    regions = region_mask(layout, core.bias.dtype).repeat_interleave(batch, dim=0)
+    parts = [_attend(filled[inner:], core, core.bias + regions)]
+    if inner:
+        parts.insert(0, _attend(filled[:inner], core, core.bias))
+    return torch.cat(parts)
+
+
+def _active_mask(
+    bias: Tensor, layout: WindowLayout, rows: Tensor, batch: int, summarised: bool
+) -> Tensor:
+    """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L).
+
+    With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
+    """
+    windows, slots = layout.token_ids.shape
+    inside = (layout.token_ids < len(layout.slot_ids)).repeat_interleave(batch, dim=0)
+    keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
+    mask = bias + keys[:, None, None]
+    borders = len(layout.regions) * batch
+    if borders:
+        mask[-borders:] += region_mask(layout, bias.dtype).repeat_interleave(batch, dim=0)
+    if summarised:
+        mask = F.pad(mask, (0, 1, 0, 1))
+        mask[..., -1, :-1] += keys[:, None]
+        nothing_idle = (keys == 0.0).all(dim=1)
+        mask[..., -1] += hide(nothing_idle, bias.dtype)[:, None, None]
+    return mask
+
+
+def _regions_of(layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Region mask of the given windows (B, K): (B * K, 1, L, L); zero inside the map."""
+    inner = len(layout.token_ids) - len(layout.regions)
+    regions = F.pad(region_mask(layout, dtype), (0, 0, 0, 0, 0, 0, 1, 0))
+    return regions[(windows.flatten() - (inner - 1)).clamp(min=0)]
