@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import Bucket, WindowPacking, full_precision
+from ..ops import Bucket, WindowPacking
 from .window_slots import WindowCore, hidden_logit
 
 # Attention weights of one head that are held at a time: they stay in the cache.
@@ -30,15 +30,12 @@ def attend_squeezed(qkv: Tensor, core: WindowCore, packing: WindowPacking) -> Te
     Returns:
         (B, R, C); zero for rows that have no place.
     """
-    # Small products are no faster in half precision.
-    exact = torch.promote_types(core.bias.dtype, torch.float32)
+    core = core.to(qkv.dtype)
     # A row and a column for summaries, and one for empty places, which are hidden as keys.
-    table = F.pad(core.bias[0].to(exact), (0, 1, 0, 2))
-    table = F.pad(table, (0, 1), value=hidden_logit(exact))
-    with full_precision(qkv.device.type):
-        rows = qkv.flatten(0, 1)
-        blank = core.blank.to(qkv.dtype)
-        out = _Attend.apply(rows, blank, table, packing, core.num_heads, core.scale)
+    table = F.pad(core.bias[0], (0, 1, 0, 2))
+    table = F.pad(table, (0, 1), value=hidden_logit(table.dtype))
+    rows = qkv.flatten(0, 1)
+    out = _Attend.apply(rows, core.blank, table, packing, core.num_heads, core.scale)
     return out.unflatten(0, qkv.shape[:2])
 
 
@@ -62,14 +59,14 @@ class _Attend(torch.autograd.Function):
         out = qkv.new_zeros(len(qkv) + 1, qkv.shape[1] // 3)
         for chunk in _chunks(packing):
             rows = _rows(packing, chunk)
-            placed = _place(qkv, blank, rows, packing).to(table.dtype)
+            placed = _place(qkv, blank, rows, packing)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
-            target = placed.new_empty(len(rows), out.shape[1])
+            target = qkv.new_empty(len(rows), out.shape[1])
             mask = _mask(table, packing, chunk)
             for heads in _head_groups(num_heads, chunk):
                 weights = _weights(mask[heads], query[heads], key[heads], scale)
                 _heads(target, chunk, num_heads)[heads] = weights @ value[heads]
-            out.index_copy_(0, rows.clamp(max=len(qkv)), target.to(out.dtype))
+            out.index_copy_(0, rows.clamp(max=len(qkv)), target)
         return out[:-1]
 
     @staticmethod
@@ -83,17 +80,15 @@ class _Attend(torch.autograd.Function):
         qkv, blank, table = ctx.saved_tensors
         num_heads, scale, packing = ctx.num_heads, ctx.scale, ctx.packing
         grad_qkv = qkv.new_zeros(len(qkv) + 1, qkv.shape[1])
-        grad_table = torch.zeros_like(table)
-        grad_blank = grad_table.new_zeros(blank.shape)
+        grad_blank, grad_table = torch.zeros_like(blank), torch.zeros_like(table)
         nothing = grad.new_zeros(grad.shape[1])
         for chunk in _chunks(packing):
             rows = _rows(packing, chunk)
-            placed = _place(qkv, blank, rows, packing).to(table.dtype)
+            placed = _place(qkv, blank, rows, packing)
             grad_placed = torch.empty_like(placed)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
             grad_query, grad_key, grad_value = _heads(grad_placed, chunk, 3 * num_heads).chunk(3)
-            grad_rows = _fill(grad, nothing, rows).to(table.dtype)
-            grad_out = _heads(grad_rows, chunk, num_heads)
+            grad_out = _heads(_fill(grad, nothing, rows), chunk, num_heads)
             mask = _mask(table, packing, chunk)
             for heads in _head_groups(num_heads, chunk):
                 weights = _weights(mask[heads], query[heads], key[heads], scale)
@@ -103,10 +98,10 @@ class _Attend(torch.autograd.Function):
                 grad_query[heads] = (logits @ key[heads]).mul_(scale)
                 grad_key[heads] = (logits.transpose(2, 3) @ query[heads]).mul_(scale)
                 _add_pairs(grad_table[heads], logits, packing, chunk)
-            grad_qkv.index_copy_(0, rows.clamp(max=len(qkv)), grad_placed.to(qkv.dtype))
+            grad_qkv.index_copy_(0, rows.clamp(max=len(qkv)), grad_placed)
             if packing.has_padding:
                 grad_blank += grad_placed[rows == len(qkv)].sum(0)
-        return grad_qkv[:-1], grad_blank.to(blank.dtype), grad_table, None, None, None
+        return grad_qkv[:-1], grad_blank, grad_table, None, None, None
 
 
 def _chunks(packing: WindowPacking) -> Iterator[Bucket]:

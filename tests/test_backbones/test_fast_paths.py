@@ -183,7 +183,7 @@ def test_summaries_beside_a_full_window(window, monkeypatch):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize(
     ('name', 'static'),
-    [('plain', 0), ('dropout', 1), ('bfloat16', 0), ('autocast', 0), ('trace', 1), ('meta', 1)],
+    [('plain', 0), ('dropout', 1), ('bfloat16', 1), ('autocast', 1), ('trace', 1), ('meta', 1)],
 )
 def test_which_path_is_taken(name, static, paths):
     rate = 0.5 if name == 'dropout' else 0.0
