@@ -178,6 +178,7 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
             yield Call(_within('scattering'), module, 'fill_map')
             yield Call(_within('gathering'), module, 'pack_windows')
             yield Call(_within('attention core', attention), module, 'attend_squeezed')
+            yield Call(_within('attention core', attention), module, 'attend_head_by_head')
     yield Call(_within('attention core', attention), F, 'scaled_dot_product_attention')
     yield Call(_within('projections', attention), F, 'linear')
     yield Call(_within('projections', attention), F, 'conv2d')
