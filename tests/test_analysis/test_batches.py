@@ -79,7 +79,7 @@ def test_counting_over_a_data_set(scenes, run_tool, tmp_path, capsys):
     assert counts['96x96']['keep 1'] == dense['parts']
     assert dense['low'] == dense['high']
     # How active tokens share out among windows depends on the image.
-    assert counts['96x96']['keep 0.5'] == pytest.approx(idle['parts'], rel=0.01)
+    assert counts['96x96']['keep 0.5'] == pytest.approx(idle['parts'], rel=0.05)
     assert counts['64x64']['keep 0.5']['total'] < idle['low'] <= idle['high']
 
 
