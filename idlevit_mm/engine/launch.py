@@ -7,8 +7,10 @@ line and exit code 2.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import datetime
+import logging
 import os
 import pickle
 import sys
@@ -76,9 +78,19 @@ def _leave_together() -> None:
     A process that leaves while its threads still talk to the others aborts, and torchrun then calls
     a finished training a failed one.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    alone = torch.distributed.get_world_size() == 1
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if not alone:
+        # What still refers to the group, such as a model, keeps its threads until the interpreter
+        # is torn down, which aborts now and then. So do what ends a process, but not that.
+        atexit._run_exitfuncs()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
