@@ -1,4 +1,4 @@
-"""The feed-forward network of PVT and PVTv2 on packed tokens."""
+"""Feed-forward networks on packed tokens: Swin's and ViT's, and those of PVT and PVTv2."""
 
 from typing import Any
 
