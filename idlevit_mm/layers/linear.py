@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from ..ops import eager_on_cpu
+from ..ops import autocasts, eager_on_cpu
 
 # Multiply-adds below which calling it takes longer than is won.
 _MIN_PRODUCT = 2**23
@@ -44,21 +44,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if eager_on_cpu(x) and not torch.is_grad_enabled():
+    eager = eager_on_cpu(x)
+    if eager and not torch.is_grad_enabled():
         # A part of a weight whose rows do not lie together would take oneDNN's reference path.
         weight = weight.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     # One image, one pixel wide, in channels-last memory: no copy on either side.
     column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = _convolve(column, weight[:, :, None, None], bias)
+    kernel = weight[:, :, None, None]
+    if eager:
+        # With one thread F.conv2d would not choose oneDNN for 1x1 kernels.
+        out = torch.mkldnn_convolution(column, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
+    else:
+        out = F.conv2d(column, kernel, bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not eager_on_cpu(x):
-        return F.conv2d(x, weight, bias)
-    # With one thread F.conv2d would not choose oneDNN for 1x1 kernels.
-    return torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -72,7 +71,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= _MIN_PRODUCT
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled('cpu')
+        and not autocasts('cpu')
     )
 
 

@@ -58,7 +58,7 @@ class _Attend(torch.autograd.Function):
         # The last row takes what belongs to no packed row.
         out = qkv.new_zeros(len(qkv) + 1, qkv.shape[1] // 3)
         for chunk in _chunks(packing):
-            rows = _rows(packing, chunk)
+            rows = _of(packing.rows, chunk).flatten()
             placed = _place(qkv, blank, rows, packing)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
             target = qkv.new_empty(len(rows), out.shape[1])
@@ -83,7 +83,7 @@ class _Attend(torch.autograd.Function):
         grad_blank, grad_table = torch.zeros_like(blank), torch.zeros_like(table)
         nothing = grad.new_zeros(grad.shape[1])
         for chunk in _chunks(packing):
-            rows = _rows(packing, chunk)
+            rows = _of(packing.rows, chunk).flatten()
             placed = _place(qkv, blank, rows, packing)
             grad_placed = torch.empty_like(placed)
             query, key, value = _heads(placed, chunk, 3 * num_heads).chunk(3)
@@ -126,9 +126,10 @@ def _head_groups(num_heads: int, chunk: Bucket) -> Iterator[slice]:
         yield slice(first, min(first + most, num_heads))
 
 
-def _rows(packing: WindowPacking, chunk: Bucket) -> Tensor:
-    """Numbers of the packed rows in the places of a chunk: (n * w,)."""
-    return packing.rows[chunk.first : chunk.first + chunk.num_windows * chunk.width]
+def _of(places: Tensor, chunk: Bucket) -> Tensor:
+    """What is known of the places of a chunk: (n, w) of (P,)."""
+    number, width = chunk.num_windows, chunk.width
+    return places[chunk.first : chunk.first + number * width].view(number, width)
 
 
 def _place(qkv: Tensor, blank: Tensor, rows: Tensor, packing: WindowPacking) -> Tensor:
@@ -150,22 +151,17 @@ def _heads(rows: Tensor, chunk: Bucket, parts: int) -> Tensor:
     return rows.view(chunk.num_windows, chunk.width, parts, -1).movedim(2, 0)
 
 
-def _slots(packing: WindowPacking, chunk: Bucket, name: str) -> Tensor:
-    number, width = chunk.num_windows, chunk.width
-    return getattr(packing, name)[chunk.first : chunk.first + number * width].view(number, width)
-
-
 def _mask(table: Tensor, packing: WindowPacking, chunk: Bucket) -> Tensor:
     """What is added to the logits: (A, n, w, w), or (A, 1, w, w) where all windows are alike."""
     width, side = chunk.width, table.shape[-1]
     if chunk.complete:
         mask = table[:, None, :width, :width]
     else:
-        slots = _slots(packing, chunk, 'slots')
+        slots = _of(packing.slots, chunk)
         pairs = slots[:, :, None] * side + slots[:, None, :]
         mask = table.flatten(1).index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
     if chunk.num_border:
-        regions = _slots(packing, chunk, 'regions')
+        regions = _of(packing.regions, chunk)
         one, other = regions[:, :, None], regions[:, None, :]
         apart = (one != other) & (one >= 0) & (other >= 0)
         mask = mask.masked_fill(apart, hidden_logit(table.dtype))
@@ -199,7 +195,7 @@ def _add_pairs(
         grad_table[:, : chunk.width, : chunk.width] += grad_logits.sum(1)
         return
     # Two products with slots as unit vectors: adding by index is slower and not deterministic.
-    slots = _slots(packing, chunk, 'slots')
+    slots = _of(packing.slots, chunk)
     units = grad_logits.new_zeros(*slots.shape, grad_table.shape[2])
     units.scatter_(2, slots[..., None], 1.0)
     by_key = (grad_logits @ units).flatten(1, 2)
