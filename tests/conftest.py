@@ -20,3 +20,21 @@ def each_window_path(request, monkeypatch):
         from idlevit_mm.layers.window_attention import WindowMSA
 
         monkeypatch.setattr(WindowMSA, 'squeezes', lambda self, qkv: False)
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    """Folder of a handful of digit scenes of an odd size, 4 to train and 3 to validate."""
+    from idlevit_mm.datasets.digit_scenes import write_digit_scenes
+
+    folder = tmp_path_factory.mktemp('data') / 'digit_scenes'
+    write_digit_scenes(
+        folder,
+        size=(70, 90),
+        num_train=4,
+        num_val=3,
+        num_digits=(1, 3),
+        digit_scale=(16, 40),
+        progress=False,
+    )
+    return folder

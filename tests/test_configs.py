@@ -23,7 +23,6 @@ from idlevit_mm.datasets.digit_scenes import (  # noqa: E402
     PALETTE,
     SEMANTIC_CLASSES,
     SEMANTIC_PALETTE,
-    write_digit_scenes,
 )
 from idlevit_mm.engine import ResumableRunner  # noqa: E402
 
@@ -394,21 +393,6 @@ def test_what_decays_in_a_plain_vit(name: str) -> None:
     assert 'backbone.layers.0.ln2.bias' in norms
     # mmseg's recipe frees names with "norm", which a plain ViT has not.
     assert free == (tables if 'ade20k' in name else tables | norms)
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('data') / 'digit_scenes'
-    write_digit_scenes(
-        root,
-        size=(70, 90),
-        num_train=4,
-        num_val=3,
-        num_digits=(1, 3),
-        digit_scale=(16, 40),
-        progress=False,
-    )
-    return root
 
 
 @pytest.mark.parametrize('name', SCRATCH)
