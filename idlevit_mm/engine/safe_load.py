@@ -4,7 +4,8 @@ A checkpoint is a pickle, and a pickle may call any function of any module. torc
 reads with ``weights_only=True``, which refuses everything but tensors and plain containers, and
 with it the checkpoints of mmengine 0.10, whose log histories are numpy arrays in a class of its
 own. :func:`allow_mmengine_globals` adds exactly those classes to torch's list of safe ones;
-nothing here switches the safe reader off.
+nothing here switches the safe reader off. The fork onedl-mmengine does so by itself when the safe
+reader refuses a file; that way back is closed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -87,16 +89,36 @@ def mmengine_globals() -> list[Any]:
     return entries
 
 
+def _read_strictly(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """Stand in for the function that all of onedl-mmengine's loaders read with."""
+    strict = True if weights_only is None else weights_only
+    return torch.load(file, map_location=map_location, weights_only=strict)
+
+
+def _close_the_way_back() -> None:
+    """Keep onedl-mmengine from reading a refused checkpoint again, by the unsafe reader.
+
+    Its own function also lets a checkpoint use ``getattr`` on anything, and when it is done it
+    takes those classes off torch's list that :func:`allow_mmengine_globals` has added. OpenMMLab's
+    mmengine has no such function.
+    """
+    if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
+        mmengine.runner.checkpoint._safe_torch_load = _read_strictly
+
+
 def allow_mmengine_globals() -> None:
     """Let torch's safe reader accept the checkpoints that mmengine writes.
 
     Adds to a list that belongs to the process; it may be called any number of times and takes
     nothing away. ``import idlevit_mm`` calls it, so a script of one's own that imports the
     package, or a config with ``custom_imports=dict(imports=['idlevit_mm'])``, can resume and test
-    as well. torch < 2.4 has no such list and needs none: its own default is the unsafe reader.
+    as well. With onedl-mmengine, whose loaders would read what this list refuses by the unsafe
+    reader, they refuse it too. torch < 2.4 has no such list and needs none: its own default is the
+    unsafe reader.
     """
     if hasattr(torch.serialization, 'add_safe_globals'):
         torch.serialization.add_safe_globals(mmengine_globals())
+        _close_the_way_back()
 
 
 def _foreign_globals(path: Path, reason: str) -> list[str]:
