@@ -127,7 +127,8 @@ def _renamed(
     old_names: str,
 ) -> Conversion:
     renamed: StateDict = {}
-    dropped, unknown = [], []
+    dropped: list[str] = []
+    unknown: list[str] = []
     for key, value in state.items():
         for old, new, transform in table:
             if (name := _translated(key, old, new)) is not None:
