@@ -34,12 +34,12 @@ def is_local(path: Any) -> bool:
     return isinstance(path, (str, os.PathLike)) and '://' not in str(path)
 
 
-def read_checkpoint(source: str | os.PathLike, logger: Any = None) -> dict[str, Any]:
+def read_checkpoint(source: str | os.PathLike, logger: Any = 'silent') -> dict[str, Any]:
     """Read a checkpoint from anywhere; tensors and mmengine's records only.
 
     Args:
         source: File, address, or ``timm://`` and the name of a model.
-        logger: Where mmengine says what it fetches; None for nowhere.
+        logger: Where mmengine says what it fetches: a logger, or the name of one.
 
     Returns:
         The checkpoint, or the bare state dict if the source is one.
@@ -65,7 +65,7 @@ def read_checkpoint(source: str | os.PathLike, logger: Any = None) -> dict[str, 
         ) from error
 
 
-def read_weights(source: str | os.PathLike, logger: Any = None) -> StateDict:
+def read_weights(source: str | os.PathLike, logger: Any = 'silent') -> StateDict:
     """Read the weights of a checkpoint from anywhere, by name.
 
     Args:
@@ -175,7 +175,8 @@ def _check_timm_name(name: str, filename: str) -> None:
         what, known = 'no such weights', timm.list_pretrained(f'{model}.*')
     else:
         return
-    similar = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    begun = [one for one in known if one.startswith(name)]
+    similar = (begun + difflib.get_close_matches(name, known, n=3, cutoff=0.3))[:3]
     hint = f'; similar: {", ".join(similar)}' if similar else ''
     raise UsageError(f'checkpoint {filename}: timm {timm.__version__} has {what}{hint}')
 
