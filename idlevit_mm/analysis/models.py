@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from idlevit_mm.backbones import IdleMixVisionTransformer, IdleVisionTransformer
-from idlevit_mm.checkpoints import compare, read_weights
+from idlevit_mm.checkpoints import WeightsReport, compare, read_weights, split_backbone
 from idlevit_mm.errors import UsageError
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
@@ -82,6 +82,25 @@ def _load_weights(model: nn.Module, checkpoint: str | Path) -> None:
             f'checkpoint {checkpoint} does not fit {type(model).__name__}: it {misfit}'
         )
     model.load_state_dict(weights, strict=True)
+
+
+def compare_with_config(
+    weights: dict[str, torch.Tensor], config: str | Path | Config
+) -> WeightsReport:
+    """Compare weights with what the model of a config has.
+
+    Args:
+        weights: weights of the whole model, or of its backbone alone.
+        config: a config file or a read config.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+    """
+    model = MODELS.build(load_config(config).model)
+    state, others = split_backbone(weights)
+    if others:
+        return compare(model.state_dict(), weights)
+    return compare(getattr(model, 'backbone', model).state_dict(), state, policy_too=False)
 
 
 @contextmanager

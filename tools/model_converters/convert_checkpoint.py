@@ -7,7 +7,8 @@ necks and heads; the other formats take the backbone alone.
 
 import argparse
 
-from idlevit_mm.converters import TARGETS, convert_file
+from idlevit_mm.analysis.models import compare_with_config
+from idlevit_mm.converters import OPENMMLAB, TARGETS, convert_file
 from idlevit_mm.engine.launch import run_tool
 
 
@@ -27,14 +28,24 @@ def parse_args() -> argparse.Namespace:
         metavar='PIXELS',
         help='resize absolute position tables to images of this side, or height and width',
     )
+    parser.add_argument(
+        '--config', help='also compare what is written with the model of this config file'
+    )
     args = parser.parse_args()
+    if args.config is not None and TARGETS[args.to] != OPENMMLAB:
+        parser.error('--config goes with --to mmdet or --to mmseg')
     if args.img_size is not None and len(args.img_size) > 2:
         parser.error(f'--img-size takes one number or two, not {len(args.img_size)}')
     return args
 
 
 def convert(
-    source: str, target: str, to: str, window_size: int | None, img_size: list[int] | None
+    source: str,
+    target: str,
+    to: str,
+    window_size: int | None,
+    img_size: list[int] | None,
+    config: str | None,
 ) -> None:
     """Convert, and print what became of the weights."""
     size = None if img_size is None else (img_size[0], img_size[-1])
@@ -42,6 +53,9 @@ def convert(
     print(f'{source}: {converted.source.title}')
     print(f'{target}: {converted.target.title}')
     print('\n'.join(converted.report.lines()))
+    if config is not None:
+        print(f'compared with the model of {config}:')
+        print('\n'.join(compare_with_config(converted.weights, config).lines()))
 
 
 if __name__ == '__main__':
