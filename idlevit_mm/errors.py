@@ -9,6 +9,10 @@ class UsageError(RuntimeError):
     """
 
 
+class MissingFileError(UsageError, FileNotFoundError):
+    """A file that was named is not there."""
+
+
 class UnsafeCheckpointError(UsageError):
     """A checkpoint holds more than tensors and mmengine's own records."""
 

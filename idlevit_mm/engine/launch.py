@@ -25,6 +25,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint
 from ..errors import UnsafeCheckpointError, UsageError
 from .checks import (
     check_datasets,
@@ -32,11 +33,9 @@ from .checks import (
     check_teachers,
     check_weights,
     find_resumable,
-    is_local,
     leaf_datasets,
 )
 from .runner import ResumableRunner
-from .safe_load import allow_mmengine_globals, load_checkpoint
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
 _WAIT_FOR_RANK_0 = 10  # seconds

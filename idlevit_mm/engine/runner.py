@@ -12,9 +12,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import DataLoader
 
+from ..checkpoints import allow_mmengine_globals
 from ..hooks import ExactResumeHook
 from ..hooks.replay import ReplayDataLoader, run_seed
-from .safe_load import allow_mmengine_globals
 
 
 @RUNNERS.register_module()
