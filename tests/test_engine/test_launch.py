@@ -238,14 +238,56 @@ def test_test_errors(config, arguments, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what is missing without CUDA')
-def test_errors_without_accelerator(config, monkeypatch):
+def test_errors_without_accelerator(config):
     with pytest.raises(UsageError, match='--amp needs an accelerator'):
         train_from_config(config, amp=True)
-    with pytest.raises(UsageError, match='--launcher slurm needs CUDA'):
-        train_from_config(config, launcher='slurm')
-    monkeypatch.delenv('RANK', raising=False)
-    with pytest.raises(UsageError, match='without RANK'):
-        train_from_config(config, launcher='pytorch')
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'absent', 'starter'),
+    [
+        ('pytorch', 'RANK', 'dist_train.sh'),
+        ('slurm', 'SLURM_PROCID', 'slurm_train.sh'),
+        ('mpi', 'OMPI_COMM_WORLD_RANK', 'mpirun'),
+    ],
+)
+def test_a_launcher_that_did_not_start_the_process(config, monkeypatch, launcher, absent, starter):
+    monkeypatch.delenv(absent, raising=False)
+    with pytest.raises(UsageError, match=f'--launcher {launcher} without {absent} .*{starter}'):
+        train_from_config(config, launcher=launcher)
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'first'),
+    [
+        ('localhost', 'localhost'),
+        ('a,b', 'a'),
+        ('node[03-05,9],login', 'node03'),
+        ('gpu-[7,9]-ib', 'gpu-7-ib'),
+        ('node[12]', 'node12'),
+    ],
+)
+def test_the_first_machine_of_slurms_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
+def test_slurm_places_a_process(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')  # put back afterwards
+        monkeypatch.delenv(name)
+    told = dict(PROCID=5, NTASKS=16, LOCALID=1, NODELIST='n[04-07]', JOB_ID=123456)
+    for name, value in told.items():
+        monkeypatch.setenv(f'SLURM_{name}', str(value))
+    launch._place_process('slurm')
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    assert [os.environ[name] for name in names] == ['5', '16', '1', 'n04', '23456']
+
+
+def test_a_work_dir_that_cannot_be_written_to(config):
+    with pytest.raises(
+        UsageError, match=r'work dir /proc/nowhere cannot be written to: .*--work-dir'
+    ):
+        train_from_config(config, work_dir='/proc/nowhere')
 
 
 def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):
