@@ -74,13 +74,15 @@ def torchrun_options(
 def first_cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """Rank and record of the process that most likely ended the others.
 
-    One that was killed comes first: the others then fail on the connection to it. SIGTERM is how
-    torchrun itself ends what is left.
+    One that was killed comes first, since the others then fail on the connection to it; one that
+    was ended by SIGTERM comes last, which is how torchrun ends what is left.
     """
 
-    def order(item: tuple[int, Any]) -> tuple[bool, int]:
-        code = item[1].exitcode
-        return code >= 0 or code == -signal.SIGTERM, item[1].timestamp
+    def order(item: tuple[int, Any]) -> tuple[int, int]:
+        code, timestamp = item[1].exitcode, item[1].timestamp
+        if code == -signal.SIGTERM:
+            return 2, timestamp
+        return (0 if code < 0 else 1), timestamp
 
     return min(failures.items(), key=order)
 

@@ -23,7 +23,7 @@ def _run(rank, world, folder, function, arguments):
     os._exit(0)
 
 
-def run_ranks(folder, function, *arguments, world=2):
+def run_ranks(folder, function, *arguments, world=2, codes=None):
     """What a function returns on each rank.
 
     Args:
@@ -31,6 +31,7 @@ def run_ranks(folder, function, *arguments, world=2):
         function: Gets the rank, then the arguments.
         arguments: Further arguments.
         world: Number of processes.
+        codes: Exit codes to expect, where these are not those of success; then nothing is returned.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,5 +44,7 @@ def run_ranks(folder, function, *arguments, world=2):
         process.start()
     for process in processes:
         process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0] * world
+    assert [process.exitcode for process in processes] == (codes or [0] * world)
+    if codes:
+        return None
     return [torch.load(folder / f'result_{rank}.pth', weights_only=False) for rank in range(world)]

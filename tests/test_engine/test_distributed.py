@@ -9,10 +9,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'test_losses'))  # for toys.p
 import pytest
 import torch
 from mmengine.hooks import EMAHook, Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS, DefaultScope
 from mmengine.runner import Runner
 from ranks import run_ranks
 from toy import toy_runner
-from toys import Images, ToyModel, all_losses, checkpoint_of, runner_settings
+from toys import (
+    Images,
+    ToyModel,
+    all_losses,
+    checkpoint_of,
+    real_batch,
+    real_model,
+    runner_settings,
+)
 
 from idlevit_mm.engine import ResumableRunner, SettingError, load_checkpoint
 from idlevit_mm.engine.sharding import FullyShardedModel, optimizers_of
@@ -176,6 +186,62 @@ def test_two_processes_train_like_one_on_the_joined_batch(teacher_of, variant, c
         for index, entries in states[1].items():
             for name, value in entries.items():
                 torch.testing.assert_close(states[0][index][name], value, rtol=1e-7, atol=1e-14)
+
+
+def in_scope(library):
+    """Runners of other tests leave their own."""
+    scope = 'mmseg' if library == 'segmentor' else 'mmdet'
+    return DefaultScope.overwrite_default_scope(scope)
+
+
+def steps_of(rank, library):
+    with in_scope(library):
+        return real_steps(rank, library)
+
+
+def real_steps(rank, library):
+    """Losses and weights of two training steps of a real model, by wrapper."""
+    steps = {}
+    for wrapper in WRAPPERS:
+        torch.manual_seed(0)
+        model = MODEL_WRAPPERS.build(dict(WRAPPERS[wrapper], module=real_model(library)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if wrapper == 'fsdp':
+            model.shard([optimizer])
+        model.train()
+        losses = []
+        for step in range(2):
+            torch.manual_seed(10 * step + rank)
+            batch = real_batch(library)
+            batch['inputs'] = [part + 30 * rank + 7 * step for part in batch['inputs']]
+            values = model.train_step(batch, OptimWrapper(optimizer))
+            losses.append({name: float(value) for name, value in values.items()})
+        steps[wrapper] = (
+            losses,
+            {name: whole(value) for name, value in model.module.state_dict().items()},
+        )
+        if wrapper == 'fsdp' and rank:
+            steps[wrapper] = losses, None
+        model.eval()
+        with torch.no_grad():
+            assert len(model.val_step(real_batch(library))) == 2
+    return steps
+
+
+@pytest.mark.parametrize('library', ['retinanet', 'faster_rcnn', 'segmentor'])
+def test_real_models_train_alike_by_both(tmp_path, library):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    with in_scope(library):
+        real_model(library)  # imports what the processes then share
+    first, second = run_ranks(tmp_path, steps_of, library)
+    for steps in (first, second):
+        for one, other in zip(steps['fsdp'][0], steps['ddp'][0], strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+    assert first['ddp'][0] != second['ddp'][0], 'both processes saw the same data'
+    for name, value in first['ddp'][1].items():
+        if 'num_batches' not in name and 'running' not in name:
+            torch.testing.assert_close(first['fsdp'][1][name], value, rtol=1e-3, atol=1e-4)
 
 
 class Losses(Hook):

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import uuid
+import zipfile
 
 import pytest
 import torch
@@ -171,6 +172,58 @@ def test_faults_of_other_origin_keep_their_traceback(one_image):
             cfg_options=dict(custom_hooks=[dict(type='FaultyHook')]),
         )
     assert not isinstance(error.value, UsageError)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(params=['empty', 'cut off', 'text', 'archive', 'malicious', 'list'])
+def bad_checkpoint(request, tmp_path):
+    """Path of a file that is no checkpoint; nothing must make the folder `harm` beside it."""
+    path = tmp_path / 'bad.pth'
+    good = dict(state_dict={'backbone.w': torch.ones(1000)}, optimizer={}, meta=dict(iter=1))
+    if request.param == 'malicious':
+        torch.save(dict(good, extra=Malicious(str(tmp_path / 'harm'))), path)
+    elif request.param == 'list':
+        torch.save([torch.ones(3)], path)
+    elif request.param == 'archive':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('readme.txt', 'no weights')
+    else:
+        torch.save(good, path)
+        data = path.read_bytes()
+        path.write_bytes({'empty': b'', 'cut off': data[: len(data) // 2]}.get(request.param, b'x'))
+    return path
+
+
+TEACHER = dict(
+    type='AuxiliaryLossHook',
+    losses=[dict(type='FeatureDistillation', teacher=dict(checkpoint='bad.pth'))],
+)
+ROLES = {
+    'load_from': dict(cfg_options=dict(load_from='bad.pth')),
+    'resume': dict(resume='bad.pth'),
+    'init_cfg': dict(
+        cfg_options={'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='bad.pth')}
+    ),
+    'teacher': dict(cfg_options=dict(custom_hooks=[TEACHER])),
+    'test': dict(checkpoint='bad.pth'),
+}
+
+
+@pytest.mark.parametrize('role', ROLES)
+def test_bad_checkpoints_are_one_line(one_image, bad_checkpoint, capsys, role):
+    tool = evaluate_from_config if role == 'test' else train_from_config
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(tool, config=one_image, **ROLES[role])
+    assert exit_.value.code == 2
+    assert re.fullmatch(r'error: .*bad\.pth.*\n', capsys.readouterr().err)
+    assert not (bad_checkpoint.parent / 'harm').exists()
 
 
 TRAIN_ERRORS = [
