@@ -148,10 +148,10 @@ def check_pretrained(cfg: Any) -> None:
 
 
 def check_teachers(cfg: Any) -> None:
-    """Check that the files exist that teachers of ``AuxiliaryLossHook`` are read from.
+    """Check that the files can be read that teachers of ``AuxiliaryLossHook`` are built from.
 
     Raises:
-        UsageError: A file of this machine is missing.
+        UsageError: A file of this machine is missing, or a checkpoint is broken or unsafe.
     """
     for number, hook in enumerate(cfg.get('custom_hooks') or ()):
         losses = hook.get('losses') if isinstance(hook, dict) else None
@@ -162,6 +162,8 @@ def check_teachers(cfg: Any) -> None:
                     raise UsageError(
                         f'custom_hooks.{number}.losses.{place}.teacher.{key}={path} does not exist'
                     )
+                if is_local(path) and key == 'checkpoint':
+                    load_checkpoint(path)
 
 
 def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
