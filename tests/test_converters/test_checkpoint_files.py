@@ -213,11 +213,11 @@ def test_report():
     )
     report.resized['a'] = (1,), (2,)
     assert report.summary() == (
-        '1 weights; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
+        '1 weight; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
         'missing: b, c, x.policy.w; not used: e0, e1, e2, e3, e4 and 2 more'
     )
     lines = report.lines()
-    assert lines[:3] == ['1 weights', '1 resized:', '  a (1,) to (2,)']
+    assert lines[:3] == ['1 weight', '1 resized:', '  a (1,) to (2,)']
     assert lines[-8:] == ['7 not used:', *(f'  e{i}' for i in range(7))]
-    assert WeightsReport(matched=['a']).lines() == ['1 weights']
+    assert WeightsReport(matched=['a']).lines() == ['1 weight']
     assert compare(own, own).misfit() == ''
