@@ -1,6 +1,7 @@
 """Weights from files, addresses and timm; to .pth and .safetensors files; and what is told."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -187,6 +188,18 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
     with pytest.raises(UsageError, match='needs timm, which cannot be imported'):
         read_weights('timm://vit_tiny_patch16_224')
+
+
+def test_without_safetensors(monkeypatch, tmp_path):
+    """OpenMMLab does not bring it; the package then imports all the same."""
+    write_weights(WEIGHTS, tmp_path / 'w.safetensors')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        read_weights(tmp_path / 'w.safetensors')
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        write_weights(WEIGHTS, tmp_path / 'x.safetensors')
+    code = 'import sys; sys.modules.update(safetensors=None, timm=None); import idlevit_mm'
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 # --- the report ------------------------------------------------------------------------------
