@@ -1,9 +1,18 @@
 from ..checkpoints import allow_mmengine_globals, load_checkpoint, strip_checkpoint
-from ..errors import BrokenCheckpointError, SettingError, UnsafeCheckpointError, UsageError
+from ..errors import (
+    BrokenCheckpointError,
+    CheckpointError,
+    SettingError,
+    UnsafeCheckpointError,
+    UsageError,
+)
 from .runner import ResumableRunner
+from .sharding import FullyShardedModel
 
 __all__ = [
     'BrokenCheckpointError',
+    'CheckpointError',
+    'FullyShardedModel',
     'ResumableRunner',
     'SettingError',
     'UnsafeCheckpointError',

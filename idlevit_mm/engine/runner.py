@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
@@ -67,6 +70,14 @@ class ResumableRunner(Runner):
             self.register_hook(ExactResumeHook())
         if isinstance(self.model, FullyShardedModel):
             self.register_hook(ShardHook())
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger; a log file that cannot be written is said once, without a traceback."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                _complain_once(handler)
+        return logger
 
     def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
         """Build the visualizer; what it cannot write because the disk is full is left out."""
@@ -162,3 +173,19 @@ class ResumableRunner(Runner):
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
+
+
+def _complain_once(handler: logging.FileHandler) -> None:
+    """Replace the traceback that a log file prints for each line on a full disk."""
+    report = handler.handleError
+    said: list[OSError] = []
+
+    def complain(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            report(record)
+        elif not said:
+            said.append(error)
+            print(f'log file {handler.baseFilename} cannot be written: {error}', file=sys.stderr)
+
+    handler.handleError = complain  # type: ignore[method-assign]
