@@ -1,7 +1,7 @@
-"""State dicts of the official Swin, PVT and SegFormer releases, renamed for mmdet's and mmseg's modules.
+"""State dicts of official Swin, PVT and SegFormer releases, renamed as mmdet's and mmseg's modules.
 
-Swin: https://github.com/microsoft/Swin-Transformer. PVT: https://github.com/whai362/PVT. SegFormer,
-whose backbone is named as PVTv2: https://github.com/NVlabs/SegFormer.
+Swin: https://github.com/microsoft/Swin-Transformer. PVT: https://github.com/whai362/PVT.
+SegFormer, whose backbone has the names of PVTv2: https://github.com/NVlabs/SegFormer.
 """
 
 import re
