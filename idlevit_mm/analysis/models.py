@@ -6,6 +6,7 @@ Only functions that need mmdet or mmseg import them.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from idlevit_mm.backbones import IdleVisionTransformer
+from idlevit_mm.backbones import IdleMixVisionTransformer, IdleVisionTransformer
 from idlevit_mm.engine.safe_load import load_checkpoint
 from idlevit_mm.errors import UsageError
 
@@ -135,7 +136,7 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """The dense class of mmdet, or of mmseg for a plain ViT, with the weights of an idle backbone.
+    """The dense class of mmdet, or of mmseg for MiT and plain ViT, with an idle backbone's weights.
 
     Args:
         backbone: a built idle backbone.
@@ -170,12 +171,12 @@ _Dense = tuple[Any, dict[str, Any], dict[str, torch.Tensor]]
 
 
 def _dense_pyramid(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> _Dense:
-    """Class, settings and weights of mmdet's dense twin."""
-    from mmdet.models import backbones
-
+    """Class, settings and weights of the dense twin in mmdet, or of MiT in mmseg."""
+    library = 'mmseg' if isinstance(backbone, IdleMixVisionTransformer) else 'mmdet'
+    backbones = importlib.import_module(f'{library}.models').backbones
     dense_class = getattr(backbones, type(backbone).__name__.removeprefix(IDLE_PREFIX), None)
     if dense_class is None or dense_class is type(backbone):
-        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in mmdet')
+        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in {library}')
     return dense_class, backbone_cfg, backbone.state_dict()
 
 

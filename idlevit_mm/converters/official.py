@@ -1,6 +1,7 @@
-"""State dicts of the official Swin and PVT releases, renamed for mmdet's and mmseg's modules.
+"""State dicts of official Swin, PVT and SegFormer releases, renamed as mmdet's and mmseg's modules.
 
 Swin: https://github.com/microsoft/Swin-Transformer. PVT: https://github.com/whai362/PVT.
+SegFormer, whose backbone has the names of PVTv2: https://github.com/NVlabs/SegFormer.
 """
 
 import re
@@ -30,7 +31,7 @@ def is_official_swin(state: StateDict) -> bool:
 
 
 def is_official_pvt(state: StateDict) -> bool:
-    """Whether keys are those of the official PVT releases."""
+    """Whether keys are those of the official PVT and SegFormer releases."""
     return any(_PVT_BLOCK.match(key) for key in state)
 
 
@@ -54,7 +55,7 @@ def swin_from_official(state: StateDict) -> StateDict:
 
 
 def pvt_from_official(state: StateDict) -> StateDict:
-    """Rename an official PVT or PVTv2 state dict, joining query and key-value projections."""
+    """Rename an official PVT, PVTv2 or MiT state dict, joining query and key-value projections."""
     converted = {}
     has_position = any(key.startswith('pos_embed') for key in state)
     has_conv = any('.dwconv.' in key for key in state)
