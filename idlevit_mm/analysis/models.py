@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from idlevit_mm.backbones import IdleMixVisionTransformer, IdleVisionTransformer
-from idlevit_mm.engine.safe_load import load_checkpoint
+from idlevit_mm.checkpoints import WeightsReport, compare, read_weights, split_backbone
 from idlevit_mm.errors import UsageError
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
@@ -76,26 +76,31 @@ def load_model(
 
 def _load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """Load all weights of a model, or say in one line why these are others."""
-    weights = load_checkpoint(checkpoint)
-    weights = weights.get('state_dict', weights)
-    own = model.state_dict()
-    reasons = [
-        f'{len(names)} {what} (such as {names[0]})'
-        for what, names in (
-            ('weights are missing', [name for name in own if name not in weights]),
-            ('are unknown to the model', [name for name in weights if name not in own]),
-            (
-                'have another shape',
-                [n for n in own if n in weights and own[n].shape != weights[n].shape],
-            ),
-        )
-        if names
-    ]
-    if reasons:
+    weights = read_weights(checkpoint)
+    if misfit := compare(model.state_dict(), weights).misfit():
         raise UsageError(
-            f'checkpoint {checkpoint} does not fit {type(model).__name__}: {"; ".join(reasons)}'
+            f'checkpoint {checkpoint} does not fit {type(model).__name__}: it {misfit}'
         )
     model.load_state_dict(weights, strict=True)
+
+
+def compare_with_config(
+    weights: dict[str, torch.Tensor], config: str | Path | Config
+) -> WeightsReport:
+    """Compare weights with what the model of a config has.
+
+    Args:
+        weights: weights of the whole model, or of its backbone alone.
+        config: a config file or a read config.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+    """
+    model = MODELS.build(load_config(config).model)
+    state, others = split_backbone(weights)
+    if others:
+        return compare(model.state_dict(), weights)
+    return compare(getattr(model, 'backbone', model).state_dict(), state, policy_too=False)
 
 
 @contextmanager

@@ -410,7 +410,7 @@ def test_recipe_builds(name: str) -> None:
         settings.type = 'OptimWrapper'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
-        optimised = [id(p) for group in wrapper.param_groups for p in group['params']]
+        optimised = [id(p) for group in wrapper.optimizer.param_groups for p in group['params']]
         assert sorted(optimised) == sorted(id(p) for p in model.parameters())
         for scheduler in copy.deepcopy(cfg.param_scheduler):
             converts = scheduler.pop('convert_to_iter_based', False)
