@@ -23,3 +23,15 @@ class SettingError(UsageError, ValueError):
     For what a hook or a backbone finds after the model has been built and before the first
     iteration; a ValueError raised while the config is built becomes a ``UsageError`` there.
     """
+
+
+class BadSampleError(UsageError):
+    """An image or its annotations cannot be used; the message names the file.
+
+    A data loading worker hands its exception on as the text of a traceback. Only what was said
+    first, at its end, is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        marker = f'{type(self).__name__}: '
+        super().__init__(message.rsplit(marker, 1)[-1].strip())

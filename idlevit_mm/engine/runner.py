@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..hooks import ExactResumeHook
 from ..hooks.replay import ReplayDataLoader, run_seed
+from .bad_samples import check_built, guard, naming_the_data
 from .safe_load import allow_mmengine_globals
 
 
@@ -27,6 +28,8 @@ class ResumableRunner(Runner):
     - Checkpoints appear under their name only when they are complete, and an outdated one is
       deleted only then.
     - Checkpoints are read by torch's safe reader.
+    - An unusable image is left out of training with a warning; in validation and testing it is an
+      error that names the file (:mod:`idlevit_mm.engine.bad_samples`).
 
     ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
     mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
@@ -35,6 +38,8 @@ class ResumableRunner(Runner):
     """
 
     _train_dataloader: Any
+    _val_dataloader: Any
+    _test_dataloader: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         allow_mmengine_globals()
@@ -62,11 +67,7 @@ class ResumableRunner(Runner):
         config: Any = self._train_dataloader
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
             return super().build_train_loop(loop)
-        loader = self.build_dataloader(
-            config,
-            seed=self.seed,
-            diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
-        )
+        loader = self._open('train', config)
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
@@ -76,6 +77,40 @@ class ResumableRunner(Runner):
             return super().build_train_loop(loop)
         finally:
             self._train_dataloader = config
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the validation loop on data that were looked at."""
+        config: Any = self._val_dataloader
+        if isinstance(loop, BaseLoop) or not isinstance(config, dict):
+            return super().build_val_loop(loop)
+        self._val_dataloader = self._open('val', config)
+        try:
+            return super().build_val_loop(loop)
+        finally:
+            self._val_dataloader = config
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the test loop on data that were looked at."""
+        config: Any = self._test_dataloader
+        if isinstance(loop, BaseLoop) or not isinstance(config, dict):
+            return super().build_test_loop(loop)
+        self._test_dataloader = self._open('test', config)
+        try:
+            return super().build_test_loop(loop)
+        finally:
+            self._test_dataloader = config
+
+    def _open(self, phase: str, config: dict) -> DataLoader:
+        """Build a data loader; what is wrong with its data is said by name."""
+        with naming_the_data(phase, config):
+            loader = self.build_dataloader(
+                config,
+                seed=self.seed,
+                diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
+            )
+        check_built(loader.dataset, self.model, phase)
+        guard(loader.dataset, training=phase == 'train')
+        return loader
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
