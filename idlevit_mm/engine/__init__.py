@@ -1,5 +1,6 @@
 from ..checkpoints import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 from ..errors import (
+    BadSampleError,
     BrokenCheckpointError,
     CheckpointError,
     SettingError,
@@ -10,6 +11,7 @@ from .runner import ResumableRunner
 from .sharding import FullyShardedModel
 
 __all__ = [
+    'BadSampleError',
     'BrokenCheckpointError',
     'CheckpointError',
     'FullyShardedModel',
