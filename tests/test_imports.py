@@ -25,12 +25,17 @@ ALLOWED = {
     'backbones': {'blocks', 'policies', 'layers', 'ops', 'converters', 'registry', 'errors'},
     'necks': {'layers', 'registry'},
     'losses': {'policies', 'layers', 'ops', 'registry', 'errors'},
-    'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'},
+    'visualization': set(),
+    'hooks': {
+        *('losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'),
+        'visualization',
+    },
     'datasets': {'registry'},
     'engine': {'hooks', 'losses', 'datasets', 'registry', 'backbones', 'version', 'errors'},
     'analysis': {
         *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
         *('blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
+        'visualization',
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
@@ -38,6 +43,7 @@ CORE = (
     *('errors', 'registry', 'ops', 'layers', 'policies', 'blocks', 'backbones', 'necks'),
     'converters',
     'losses',
+    'visualization',
 )
 FOREIGN = ('mmdet', 'mmseg')
 

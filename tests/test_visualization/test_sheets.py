@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from idlevit_mm.analysis.pictures import (
+from idlevit_mm.visualization.sheets import (
     COLOURS,
     IGNORED,
     Box,
