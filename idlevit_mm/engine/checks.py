@@ -57,12 +57,13 @@ def _data_hint(path: str, root: str | None, key: str) -> str:
     if 'adechallenge' in lower or 'ade20k' in lower:
         source = (
             'Download ADEChallengeData2016 from http://sceneparsing.csail.mit.edu and unpack or '
-            f'link it as {place}'
+            f'link it as {place} (docs/data.md; python tools/prepare_data.py ade20k checks it)'
         )
     elif 'coco' in lower:
         source = (
             'Download COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org '
-            f'and unpack or link it as {place}'
+            f'and unpack or link it as {place} (docs/data.md; python tools/prepare_data.py coco '
+            'checks it)'
         )
     else:
         source = f'Put the data at {place}'

@@ -398,12 +398,12 @@ def check_data(root: Path) -> list[Finding]:
             'coco',
             ['annotations/instances_train2017.json', 'annotations/instances_val2017.json']
             + ['train2017', 'val2017'],
-            'needed only for configs/coco: unpack COCO 2017 there, or link to it',
+            'needed only for configs/coco; see: python tools/prepare_data.py coco',
         ),
         'ADE20K': (
             'ade/ADEChallengeData2016',
             ade_parts,
-            'needed only for configs/ade20k: unpack ADEChallengeData2016 there, or link to it',
+            'needed only for configs/ade20k; see: python tools/prepare_data.py ade20k',
         ),
         'digit scenes, COCO layout': (
             'digit_scenes/coco',
@@ -488,7 +488,7 @@ def print_report(findings: Sequence[Finding], plain: bool = False) -> int:
                 print(f'\n{section}' if finding is not findings[0] else section)
             mark = {OK: ' ', NOTE: '-', WRONG: '!'}[finding.status]
             print(f'{mark} {finding.name:<{width}}  {finding.value}')
-            if finding.status == NOTE and finding.remedy:
+            if finding.status != OK and finding.remedy:
                 print(f'  {"":<{width}}  {finding.remedy}')
         print()
     print(closing)
@@ -512,7 +512,7 @@ def _print_rich(findings: Sequence[Finding]) -> bool:
             section = finding.section
             table.add_row(Text(section, style='bold'))
         value = Text(finding.value, overflow='fold')
-        if finding.status == NOTE and finding.remedy:
+        if finding.status != OK and finding.remedy:
             value.append(f'\n{finding.remedy}', style='dim')
         status = Text(finding.status, style=colours[finding.status])
         table.add_row(Text(f'  {finding.name}'), status, value)
