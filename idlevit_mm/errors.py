@@ -9,6 +9,10 @@ class UsageError(RuntimeError):
     """
 
 
+class MissingFileError(UsageError, FileNotFoundError):
+    """A file that was named is not there."""
+
+
 class UnsafeCheckpointError(UsageError):
     """A checkpoint holds more than tensors and mmengine's own records."""
 
@@ -23,3 +27,7 @@ class SettingError(UsageError, ValueError):
     For what a hook or a backbone finds after the model has been built and before the first
     iteration; a ValueError raised while the config is built becomes a ``UsageError`` there.
     """
+
+
+class CheckpointError(UsageError):
+    """A training has nothing to show for its end: a checkpoint could not be written."""

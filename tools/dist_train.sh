@@ -15,10 +15,5 @@ CONFIG=$1
 PROCESSES=$2
 TOOLS=$(cd "$(dirname "$0")" && pwd)
 
-PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node-rank="${NODE_RANK:-0}" \
-    --master-addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master-port="${PORT:-29500}" \
-    --nproc-per-node="$PROCESSES" \
-    "$TOOLS/train.py" "$CONFIG" --launcher pytorch "${@:3}"
+PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$TOOLS/dist_run.py" \
+    "$PROCESSES" "$TOOLS/train.py" "$CONFIG" --launcher pytorch "${@:3}"

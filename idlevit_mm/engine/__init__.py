@@ -1,6 +1,6 @@
+from ..checkpoints import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 from ..errors import BrokenCheckpointError, SettingError, UnsafeCheckpointError, UsageError
 from .runner import ResumableRunner
-from .safe_load import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 
 __all__ = [
     'BrokenCheckpointError',

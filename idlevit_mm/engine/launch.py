@@ -13,11 +13,13 @@ import datetime
 import logging
 import os
 import pickle
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -25,6 +27,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint
 from ..errors import UnsafeCheckpointError, UsageError
 from .checks import (
     check_datasets,
@@ -32,20 +35,31 @@ from .checks import (
     check_teachers,
     check_weights,
     find_resumable,
-    is_local,
     leaf_datasets,
 )
 from .runner import ResumableRunner
-from .safe_load import allow_mmengine_globals, load_checkpoint
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
 _WAIT_FOR_RANK_0 = 10  # seconds
+# Where a launcher tells a process its rank, the number of processes and its rank on its machine.
+_LAUNCHERS = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+_STARTED_BY = {
+    'pytorch': 'tools/dist_train.sh, tools/dist_test.sh or torchrun',
+    'slurm': 'tools/slurm_train.sh, tools/slurm_test.sh or srun',
+    'mpi': "Open MPI's mpirun",
+}
 _PICKLES = ('.pkl', '.pickle')
 _FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
 
 
 def _rank() -> int:
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
+    return next(
+        (int(os.environ[names[0]]) for names in _LAUNCHERS.values() if names[0] in os.environ), 0
+    )
 
 
 def _say(message: str) -> None:
@@ -56,20 +70,44 @@ def _say(message: str) -> None:
 def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     """Call a function for the command line: user errors become one line and exit code 2.
 
-    Setting the environment variable ``IDLEVIT_MM_TRACEBACK=1`` shows the traceback instead.
+    The loss of another process of a distributed run becomes one line and exit code 1. Setting the
+    environment variable ``IDLEVIT_MM_TRACEBACK=1`` shows the traceback instead.
     """
     try:
         function(**arguments)
         _leave_together()
-    except UsageError as error:
-        if os.environ.get(TRACEBACK_VARIABLE, '0') not in ('', '0'):
+    except RuntimeError as error:
+        usage = isinstance(error, UsageError)
+        message = str(error) if usage else _lost_process(error)
+        if message is None or os.environ.get(TRACEBACK_VARIABLE, '0') not in ('', '0'):
             raise
         if _rank() > 0:
             # Rank 0 most likely fails on the same thing, and the launcher then ends this process
             # before it repeats the message. What is wrong on this machine alone still gets said.
             time.sleep(_WAIT_FOR_RANK_0)
-        print(f'error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f'error: {message}', file=sys.stderr, flush=True)
+        if _in_group():
+            _end_now(2 if usage else 1)
+        sys.exit(2 if usage else 1)
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _lost_process(error: RuntimeError) -> str | None:
+    """What to tell a person if an error means that another process is gone; else None."""
+    network = isinstance(error, getattr(torch.distributed, 'DistError', ()))
+    if not _in_group() or not (
+        network or re.search(r'\bgloo\b|Connection \w+ by peer', str(error))
+    ):
+        return None
+    return (
+        f'process {_rank()} of {torch.distributed.get_world_size()} lost the connection to '
+        f'another one, which has ended or cannot be reached ({_reason(error)[-200:]}). If that one '
+        'does not say why, memory may have run out there. Checkpoints are whole: start the same '
+        'command again, a training with --resume'
+    )
 
 
 def _leave_together() -> None:
@@ -78,19 +116,26 @@ def _leave_together() -> None:
     A process that leaves while its threads still talk to the others aborts, and torchrun then calls
     a finished training a failed one.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _in_group():
         return
     alone = torch.distributed.get_world_size() == 1
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if not alone:
-        # What still refers to the group, such as a model, keeps its threads until the interpreter
-        # is torn down, which aborts now and then. So do what ends a process, but not that.
-        atexit._run_exitfuncs()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _end_now(0)
+
+
+def _end_now(code: int) -> NoReturn:
+    """End a process that is or was one of a group.
+
+    What refers to the group, such as a model, keeps its threads until the interpreter is torn
+    down, which aborts now and then. So do what ends a process, but not that.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -149,6 +194,19 @@ def _set_work_dir(cfg: Config, config: str, work_dir: str | None) -> None:
         cfg.work_dir = os.path.join('work_dirs', Path(config).stem)
     if os.path.exists(cfg.work_dir) and not os.path.isdir(cfg.work_dir):
         raise UsageError(f'work dir {cfg.work_dir} is a file')
+
+
+def _check_work_dir(work_dir: str) -> None:
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        # Asking for permission tells neither of full disks nor of read-only file systems.
+        with tempfile.TemporaryFile(dir=work_dir) as file:
+            file.write(b'x')
+    except OSError as error:
+        raise UsageError(
+            f'work dir {work_dir} cannot be written to: {error.strerror or error}. Make room, '
+            'or name another one with --work-dir'
+        ) from error
 
 
 def _use_amp(cfg: Config) -> None:
@@ -256,27 +314,20 @@ def _sync_batch_norms(config: Any) -> Iterator[dict]:
 def _prepare_launcher(cfg: Config, launcher: str) -> None:
     """Open the process group on machines without CUDA; mmengine only knows how to with it."""
     cfg.launcher = launcher
-    if launcher == 'none' or get_device() != 'cpu':
+    if launcher == 'none':
         return
-    if launcher != 'pytorch':
-        raise UsageError(
-            f'--launcher {launcher} needs CUDA, which is not available here. On CPUs, use '
-            'tools/dist_train.sh or tools/dist_test.sh'
-        )
-    absent = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR') if name not in os.environ]
-    if absent:
-        raise UsageError(
-            f'--launcher pytorch without {absent[0]} in the environment: start it by '
-            'tools/dist_train.sh, tools/dist_test.sh or torchrun'
-        )
+    _place_process(launcher)
+    if get_device() != 'cpu':
+        return
     _say('CUDA is not available: distributed on CPUs with the gloo backend.')
     env = cfg.setdefault('env_cfg', ConfigDict())
     dist = env.setdefault('dist_cfg', ConfigDict())
     dist.backend = 'gloo'
     wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
-    wrapper.setdefault('broadcast_buffers', False)
-    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
-    wrapper.device_ids = None
+    if wrapper.setdefault('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+        wrapper.setdefault('broadcast_buffers', False)
+        wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+        wrapper.device_ids = None
     layers = list(_sync_batch_norms(cfg.get('model')))
     for layer in layers:
         layer['type'] = 'BN'
@@ -287,6 +338,36 @@ def _prepare_launcher(cfg: Config, launcher: str) -> None:
         torch.distributed.init_process_group(
             'gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout)
         )
+
+
+def _place_process(launcher: str) -> None:
+    """Tell torch by its own variables which of the processes this one is, and where they meet.
+
+    Raises:
+        UsageError: The launcher did not start this process.
+    """
+    env = os.environ
+    names = _LAUNCHERS[launcher]
+    needed = [*names, *(['SLURM_NODELIST'] if launcher == 'slurm' else ['MASTER_ADDR'])]
+    absent = [name for name in needed if name not in env]
+    if absent:
+        raise UsageError(
+            f'--launcher {launcher} without {absent[0]} in the environment: start it by '
+            f'{_STARTED_BY[launcher]}'
+        )
+    for ours, theirs in zip(_LAUNCHERS['pytorch'], names, strict=True):
+        env[ours] = env[theirs]
+    if launcher == 'slurm':
+        env.setdefault('MASTER_ADDR', first_host(env['SLURM_NODELIST']))
+        # Jobs that share a machine must not share a port.
+        env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 9500)) % 10000))
+    env.setdefault('MASTER_PORT', '29500')
+
+
+def first_host(nodes: str) -> str:
+    """First machine of a list as Slurm writes it: ``node[03-05,9],login`` starts with node03."""
+    match = re.match(r'([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)', nodes)
+    return ''.join(part or '' for part in match.groups()) if match else nodes
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -360,6 +441,7 @@ def train_from_config(
         check_pretrained(cfg)
     check_teachers(cfg)
     check_datasets(cfg, ('train', 'val') if cfg.get('val_cfg') is not None else ('train',))
+    _check_work_dir(cfg.work_dir)
     _prepare_launcher(cfg, launcher)
 
     runner = build_runner(cfg)
@@ -418,6 +500,7 @@ def evaluate_from_config(
     if tta:
         _augment(cfg, task)
     check_datasets(cfg, ('test',))
+    _check_work_dir(cfg.work_dir)
     _prepare_launcher(cfg, launcher)
 
     runner = build_runner(cfg)

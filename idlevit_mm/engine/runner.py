@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
-from mmengine.dist import get_rank, master_only
+from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
+from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
+from ..checkpoints import allow_mmengine_globals
 from ..hooks import ExactResumeHook
+from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
-from .safe_load import allow_mmengine_globals
+from .sharding import FullyShardedModel, ShardHook, optimizers_of
 
 
 @RUNNERS.register_module()
@@ -27,6 +33,9 @@ class ResumableRunner(Runner):
     - Checkpoints appear under their name only when they are complete, and an outdated one is
       deleted only then.
     - Checkpoints are read by torch's safe reader.
+    - A full disk does not end the training: what cannot be written to logs is left out, and
+      :class:`idlevit_mm.hooks.AtomicCheckpointHook` goes on without the checkpoint.
+    - A model wrapped as :class:`FullyShardedModel` is sharded before the first iteration.
 
     ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
     mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
@@ -56,6 +65,44 @@ class ResumableRunner(Runner):
         super().register_hooks(default_hooks, custom_hooks)
         if not any(isinstance(hook, ExactResumeHook) for hook in self.hooks):
             self.register_hook(ExactResumeHook())
+        if isinstance(self.model, FullyShardedModel):
+            self.register_hook(ShardHook())
+
+    def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
+        """Build the visualizer; what it cannot write because the disk is full is left out."""
+        built = super().build_visualizer(visualizer)
+        for backend in built._vis_backends.values():
+            for method in ('add_scalar', 'add_scalars', 'add_image'):
+                if method not in vars(backend):  # visualizers are shared between runners
+                    setattr(backend, method, self._forgiving(getattr(backend, method)))
+        return built
+
+    def _forgiving(self, write: Callable[..., None]) -> Callable[..., None]:
+        """Let a function that writes logs fail without ending the training."""
+
+        @functools.wraps(write)
+        def forgiving(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except OSError as error:
+                self.logger.error(f'The log cannot be written and lacks an entry: {error}')
+
+        return forgiving
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate to the real batch size, accumulated gradients included.
+
+        mmengine counts processes times ``batch_size``; an update also averages over
+        ``accumulative_counts`` batches.
+        """
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+        counts = getattr(optim_wrapper, '_accumulative_counts', 1)
+        if auto_scale_lr is None or not auto_scale_lr.get('enable') or counts == 1:
+            return
+        self.logger.info(f'Scaling the LR by another {counts}: accumulative_counts={counts}.')
+        for optimizer in optimizers_of(optim_wrapper):
+            for group in optimizer.param_groups:
+                group['lr'] *= counts
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
@@ -77,16 +124,41 @@ class ResumableRunner(Runner):
         finally:
             self._train_dataloader = config
 
-    @master_only
-    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint under a provisional name and rename it when it is complete."""
-        backend_args = kwargs.get('backend_args')
-        local = isinstance(get_file_backend(out_dir, backend_args=backend_args), LocalBackend)
-        if not local or kwargs.get('file_client_args') or (args and args[0]):
-            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save a checkpoint under a provisional name and rename it when it is complete.
+
+        The main process writes. With a sharded model the others must call this too.
+
+        Raises:
+            OSError: It cannot be written; nothing is left of it, what was there is untouched.
+        """
+        if not is_main_process():
+            if isinstance(self.model, FullyShardedModel):
+                # Gathering is collective: the same calls, in the order of the main process.
+                self.model.module.state_dict()
+                if save_optimizer:
+                    self.optim_wrapper.state_dict()
             return
-        part = os.path.join(out_dir, f'.{filename}.part')
-        super().save_checkpoint(out_dir, os.path.basename(part), *args, **kwargs)
-        with open(part, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(part, os.path.join(out_dir, filename))
+        options = (file_client_args, save_optimizer, *args)
+        backend = get_file_backend(out_dir, backend_args=kwargs.get('backend_args'))
+        if not isinstance(backend, LocalBackend) or file_client_args:
+            super().save_checkpoint(out_dir, filename, *options, **kwargs)
+            return
+        part = os.path.join(out_dir, provisional_name(filename))
+        try:
+            super().save_checkpoint(out_dir, os.path.basename(part), *options, **kwargs)
+            with open(part, 'rb+') as file:
+                os.fsync(file.fileno())
+            os.replace(part, os.path.join(out_dir, filename))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            raise

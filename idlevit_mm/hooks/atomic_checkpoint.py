@@ -1,64 +1,229 @@
-"""Checkpoints that a kill at any moment leaves whole."""
+"""Checkpoints that neither a kill at any moment nor a full disk can harm."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+
+from ..errors import CheckpointError
+
+
+def provisional_name(filename: str) -> str:
+    """Name of a file until it is complete; hidden, and none that ``--resume`` looks at."""
+    return f'.{filename}.part'
 
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, in an order that always leaves one checkpoint to resume from.
 
-    Differences: an outdated checkpoint is deleted after its successor is written, not before
-    (with ``max_keep_ckpts=1`` a kill in between lost everything); the note ``last_checkpoint`` is
-    replaced in one step; and after a resume the best score found by a repeated validation is
-    stored in the last checkpoint as well. All arguments are those of ``CheckpointHook``.
+    Differences:
+
+    - An outdated checkpoint, a best one too, is deleted after its successor is written, not before
+      (with ``max_keep_ckpts=1`` a kill in between lost everything). The note ``last_checkpoint`` is
+      replaced in one step.
+    - A checkpoint that cannot be written (full disk, quota, lost file system) does not end the
+      training: the older ones stay, an error is logged, and the next one is due as usual. If the
+      last one of the training could not be written, the training ends in an error, on all
+      processes.
+    - After a resume the best score found by a repeated validation is stored in the last checkpoint
+      as well.
+
+    All arguments are those of ``CheckpointHook``. With a runner other than
+    ``idlevit_mm.engine.ResumableRunner`` a failed or killed write may leave an incomplete file.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unwritten: dict[str, str] = {}  # which newest checkpoints are not there, and why
 
     def before_train(self, runner: Any) -> None:
         """Prepare the folders, and take up the last checkpoint of the run being resumed."""
         super().before_train(runner)
+        self._unwritten.clear()
         last = runner.message_hub.runtime_info.get('last_ckpt')
         if runner.iter > 0 and last is not None and self.file_backend.isfile(last):
             self.last_ckpt = last
+        if is_main_process() and isinstance(self.file_backend, LocalBackend):
+            # What a run left that was killed while it wrote.
+            for part in Path(self.out_dir).glob(provisional_name('*.pth')):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    def after_train(self, runner: Any) -> None:
+        """Publish the checkpoint after training.
+
+        Raises:
+            CheckpointError: The last or the best checkpoint could not be written.
+        """
+        for kind, problem in self._unwritten.items():
+            raise CheckpointError(
+                f'the training went on to its end, but its {kind} checkpoint could not be '
+                f'written: {problem}. The newest one is: {self.last_ckpt}. Make room and start '
+                'the same command again with --resume'
+            )
+        super().after_train(runner)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        if isinstance(runner, _WatchedRunner):
+            runner = runner.wrapped  # the last checkpoint is not one of the best
+        hub = runner.message_hub
+        last, info = self.last_ckpt, dict(hub.runtime_info)
+        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+
+        # A checkpoint names itself and those that are kept beside it.
         outdated = None
-        if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
-            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+        if self.max_keep_ckpts > 0 and (not kept or kept[-1] != step):
+            if len(kept) == self.max_keep_ckpts:
                 outdated = self.keep_ckpt_ids.popleft()
             self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-
+            hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
-        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
-            filename,
-            self.file_client_args,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
+        hub.update_info('last_ckpt', self.last_ckpt)
+
+        def write() -> None:
+            runner.save_checkpoint(
+                self.out_dir,
+                filename,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if is_main_process():
+                _write_note(runner.work_dir, str(self.last_ckpt))
+
+        if self._succeeds('last', filename, write, runner):
+            if outdated is not None:
+                self._delete(self.filename_tmpl.format(outdated), runner)
+            return
+        self.last_ckpt = last
+        _put_back(hub, info, ('last_ckpt', 'keep_ckpt_ids'))
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(kept)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        before, info = self._best_paths(), dict(runner.message_hub.runtime_info)
+        # mmengine deletes the best one so far before it writes a better one, if it knows of it.
+        self._set_best_paths(dict.fromkeys(before))
+        watched = _WatchedRunner(runner, self)
+        with contextlib.suppress(_NotWritten):
+            super()._save_best_checkpoint(watched, metrics)
+        after = self._best_paths()
+        for key, path in after.items():
+            old = before.get(key, before.get('auto'))
+            if path is None or os.path.basename(path) not in watched.written:
+                after[key] = old
+                suffix = f'_{key}' if len(after) > 1 else ''
+                names = (f'best_score{suffix}', f'best_ckpt{suffix}')
+                _put_back(runner.message_hub, info, names)
+            elif old is not None and old != path:
+                self._delete(os.path.basename(old), runner)
+        self._set_best_paths(after)
+
+    def _best_paths(self) -> dict[str, str | None]:
+        """Best checkpoint so far by the name of its score."""
+        if len(self.key_indicators) == 1:
+            return {self.key_indicators[0]: self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best_paths(self, paths: dict[str, str | None]) -> None:
+        if len(self.key_indicators) == 1:
+            (self.best_ckpt_path,) = paths.values()
+        else:
+            self.best_ckpt_path_dict = paths
+
+    def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
+        """Let the main process write a file; tell all processes whether it could."""
+        problem = None
+        try:
+            write()
+        except OSError as error:
+            problem = f'{error.strerror or error} ({self.out_dir})'
+        shared = [problem]
+        broadcast_object_list(shared)
+        if shared[0] is None:
+            self._unwritten.pop(kind, None)
+            return True
+        self._unwritten[kind] = shared[0]
+        runner.logger.error(
+            f'Checkpoint {name} could not be written: {shared[0]}. What was saved before is '
+            'untouched; the training goes on and saves again when the next checkpoint is due.'
         )
+        return False
+
+    def _delete(self, name: str, runner: Any) -> None:
+        """Delete an outdated checkpoint."""
         if not is_main_process():
             return
-
-        note = os.path.join(runner.work_dir, 'last_checkpoint')
-        part = os.path.join(runner.work_dir, '.last_checkpoint.part')
-        with open(part, 'w') as file:
-            file.write(str(self.last_ckpt))
-        os.replace(part, note)
-
-        if outdated is not None:
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated))
+        path = self.file_backend.join_path(self.out_dir, name)
+        try:
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
+        except OSError as error:
+            runner.logger.warning(f'The outdated checkpoint {path} cannot be deleted: {error}')
+
+
+class _NotWritten(Exception):
+    """Leaves mmengine's code that would report a best checkpoint which is not there."""
+
+
+class _WatchedRunner:
+    """A runner that notes which checkpoints it has written.
+
+    Args:
+        runner: What does the work.
+        hook: What reports failures.
+
+    Attributes:
+        wrapped: The runner itself.
+        written: Names of files.
+    """
+
+    def __init__(self, runner: Any, hook: AtomicCheckpointHook) -> None:
+        self.wrapped = runner
+        self._hook = hook
+        self.written: set[str] = set()
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        def write() -> None:
+            self.wrapped.save_checkpoint(out_dir, filename, *args, **kwargs)
+
+        if not self._hook._succeeds('best', filename, write, self.wrapped):
+            raise _NotWritten
+        self.written.add(filename)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+def _write_note(work_dir: str, last: str) -> None:
+    """Replace the note that names the last checkpoint in one step."""
+    part = os.path.join(work_dir, provisional_name('last_checkpoint'))
+    with open(part, 'w') as file:
+        file.write(last)
+    os.replace(part, os.path.join(work_dir, 'last_checkpoint'))
+
+
+def _put_back(hub: Any, info: dict[str, Any], names: Iterable[str]) -> None:
+    """Give entries of the message hub the values they had."""
+    for name in names:
+        if name in info:
+            hub.update_info(name, info[name])
+        else:
+            hub.pop_info(name, None)

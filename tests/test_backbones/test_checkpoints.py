@@ -28,7 +28,7 @@ FULL_SIZE = {
     'mit_b0': (
         'IdleMixVisionTransformer',
         'MixVisionTransformer',
-        dict(embed_dims=32, num_layers=[2, 2, 2, 2]),
+        dict(embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]),
     ),
     'deit_small': (
         'IdleVisionTransformer',

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import uuid
+import zipfile
 
 import pytest
 import torch
@@ -173,6 +174,58 @@ def test_faults_of_other_origin_keep_their_traceback(one_image):
     assert not isinstance(error.value, UsageError)
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(params=['empty', 'cut off', 'text', 'archive', 'malicious', 'list'])
+def bad_checkpoint(request, tmp_path):
+    """Path of a file that is no checkpoint; nothing must make the folder `harm` beside it."""
+    path = tmp_path / 'bad.pth'
+    good = dict(state_dict={'backbone.w': torch.ones(1000)}, optimizer={}, meta=dict(iter=1))
+    if request.param == 'malicious':
+        torch.save(dict(good, extra=Malicious(str(tmp_path / 'harm'))), path)
+    elif request.param == 'list':
+        torch.save([torch.ones(3)], path)
+    elif request.param == 'archive':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('readme.txt', 'no weights')
+    else:
+        torch.save(good, path)
+        data = path.read_bytes()
+        path.write_bytes({'empty': b'', 'cut off': data[: len(data) // 2]}.get(request.param, b'x'))
+    return path
+
+
+TEACHER = dict(
+    type='AuxiliaryLossHook',
+    losses=[dict(type='FeatureDistillation', teacher=dict(checkpoint='bad.pth'))],
+)
+ROLES = {
+    'load_from': dict(cfg_options=dict(load_from='bad.pth')),
+    'resume': dict(resume='bad.pth'),
+    'init_cfg': dict(
+        cfg_options={'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='bad.pth')}
+    ),
+    'teacher': dict(cfg_options=dict(custom_hooks=[TEACHER])),
+    'test': dict(checkpoint='bad.pth'),
+}
+
+
+@pytest.mark.parametrize('role', ROLES)
+def test_bad_checkpoints_are_one_line(one_image, bad_checkpoint, capsys, role):
+    tool = evaluate_from_config if role == 'test' else train_from_config
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(tool, config=one_image, **ROLES[role])
+    assert exit_.value.code == 2
+    assert re.fullmatch(r'error: .*bad\.pth.*\n', capsys.readouterr().err)
+    assert not (bad_checkpoint.parent / 'harm').exists()
+
+
 TRAIN_ERRORS = [
     (dict(resume='nowhere.pth'), r'--resume nowhere\.pth does not exist'),
     (dict(resume='weights.pth'), r'weights only.*load_from=weights\.pth'),
@@ -238,14 +291,56 @@ def test_test_errors(config, arguments, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what is missing without CUDA')
-def test_errors_without_accelerator(config, monkeypatch):
+def test_errors_without_accelerator(config):
     with pytest.raises(UsageError, match='--amp needs an accelerator'):
         train_from_config(config, amp=True)
-    with pytest.raises(UsageError, match='--launcher slurm needs CUDA'):
-        train_from_config(config, launcher='slurm')
-    monkeypatch.delenv('RANK', raising=False)
-    with pytest.raises(UsageError, match='without RANK'):
-        train_from_config(config, launcher='pytorch')
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'absent', 'starter'),
+    [
+        ('pytorch', 'RANK', 'dist_train.sh'),
+        ('slurm', 'SLURM_PROCID', 'slurm_train.sh'),
+        ('mpi', 'OMPI_COMM_WORLD_RANK', 'mpirun'),
+    ],
+)
+def test_a_launcher_that_did_not_start_the_process(config, monkeypatch, launcher, absent, starter):
+    monkeypatch.delenv(absent, raising=False)
+    with pytest.raises(UsageError, match=f'--launcher {launcher} without {absent} .*{starter}'):
+        train_from_config(config, launcher=launcher)
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'first'),
+    [
+        ('localhost', 'localhost'),
+        ('a,b', 'a'),
+        ('node[03-05,9],login', 'node03'),
+        ('gpu-[7,9]-ib', 'gpu-7-ib'),
+        ('node[12]', 'node12'),
+    ],
+)
+def test_the_first_machine_of_slurms_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
+def test_slurm_places_a_process(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')  # put back afterwards
+        monkeypatch.delenv(name)
+    told = dict(PROCID=5, NTASKS=16, LOCALID=1, NODELIST='n[04-07]', JOB_ID=123456)
+    for name, value in told.items():
+        monkeypatch.setenv(f'SLURM_{name}', str(value))
+    launch._place_process('slurm')
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    assert [os.environ[name] for name in names] == ['5', '16', '1', 'n04', '23456']
+
+
+def test_a_work_dir_that_cannot_be_written_to(config):
+    with pytest.raises(
+        UsageError, match=r'work dir /proc/nowhere cannot be written to: .*--work-dir'
+    ):
+        train_from_config(config, work_dir='/proc/nowhere')
 
 
 def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):

@@ -1,0 +1,346 @@
+"""The launchers, with real processes: several machines, Slurm, and a process that is killed."""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from idlevit_mm.engine import load_checkpoint
+from idlevit_mm.engine.launch import run_tool
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools'
+
+PARTS = """
+import os, signal
+import mmengine.runner.runner as module
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from toy import ToyData, ToyMetric, ToyModel
+
+module.collect_env = dict  # it starts compilers to log their versions
+DATASETS.register_module(module=ToyData)
+METRICS.register_module(module=ToyMetric)
+
+@MODELS.register_module()
+class ToyNet(ToyModel):
+    def __init__(self, decode_head):
+        super().__init__()
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if os.environ.get('KILL') == f'{runner.rank} at {runner.iter + 1}':
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+# A model with a head for segmentation, which is what tools/test.py wants to know.
+CONFIG = """
+custom_imports = dict(imports=['idlevit_mm', 'toy_parts'], allow_failed_imports=False)
+default_scope = 'mmengine'
+model = dict(type='ToyNet', decode_head=dict())
+train_dataloader = dict(
+    dataset=dict(type='ToyData', size=12),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_size=2,
+    num_workers=0,
+)
+val_dataloader = dict(
+    dataset=dict(type='ToyData', size=5),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    batch_size=2,
+    num_workers=0,
+)
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(type='ToyMetric')
+train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=2)
+val_cfg = test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01))
+custom_hooks = [dict(type='KillHook')]
+randomness = dict(seed=0)
+"""
+# Starts tasks as srun does, and ends the others if one fails.
+SRUN = """
+import json, os, subprocess, sys, time
+arguments = sys.argv[1:]
+start = next(i for i, text in enumerate(arguments) if 'python' in os.path.basename(text))
+options = arguments[:start]
+with open(os.environ['SRUN_LOG'], 'w') as file:
+    json.dump(arguments, file)
+tasks = int(next(o for o in options if o.startswith('--ntasks=')).split('=')[1])
+shared = dict(SLURM_NTASKS=str(tasks), SLURM_NODELIST='localhost', SLURM_JOB_ID=os.environ['JOB'])
+processes = [
+    subprocess.Popen(
+        arguments[start:],
+        env=dict(os.environ, SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **shared),
+    )
+    for task in range(tasks)
+]
+while any(process.poll() is None for process in processes):
+    failed = [process for process in processes if process.poll()]
+    for process in processes if failed else ():
+        process.kill()
+    time.sleep(0.1)
+sys.exit(max(abs(process.returncode) for process in processes))
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """Folder with a config, what it imports, and an srun."""
+    folder = tmp_path_factory.mktemp('scale')
+    (folder / 'toy_parts.py').write_text(PARTS)
+    (folder / 'toy_config.py').write_text(CONFIG)
+    (folder / 'bin').mkdir()
+    srun = folder / 'bin' / 'srun'
+    srun.write_text(f'#!{sys.executable}\n{SRUN}')
+    srun.chmod(0o755)
+    return folder
+
+
+def start(place, tool, *arguments, **environment):
+    """Start a shell tool; its output goes to a pipe."""
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'PYTHON': sys.executable,
+        'PYTHONPATH': os.pathsep.join([str(place), str(Path(__file__).parent), str(ROOT)]),
+        'PATH': os.pathsep.join([str(place / 'bin'), os.environ['PATH']]),
+        'SRUN_LOG': str(place / 'srun.json'),
+        'JOB': str(free_port()),
+        'CUDA_VISIBLE_DEVICES': '',
+        **{name: str(value) for name, value in environment.items()},
+    }
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        if name not in environment or name in os.environ:
+            environment.pop(name, None)
+    return subprocess.Popen(
+        ['bash', str(TOOLS / tool), *map(str, arguments)],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def state(path):
+    checkpoint = load_checkpoint(path)
+    return {**checkpoint['state_dict'], **checkpoint['optimizer']['state'][0]}
+
+
+@pytest.fixture(scope='module')
+def runs(place):
+    """Output of a training on two machines, and of one that was killed and then resumed."""
+    machines = dict(NNODES=2, PORT=free_port())
+    options = ('toy_config.py', 1, '--work-dir', 'whole')
+    whole = [
+        start(
+            place, 'dist_train.sh', *options, **machines, NODE_RANK=number, MASTER_ADDR='127.0.0.1'
+        )
+        for number in (0, 1)
+    ]
+    output = dict(whole=[finish(process) for process in whole])
+    output['killed'] = finish(
+        start(
+            place,
+            'dist_train.sh',
+            *('toy_config.py', 2, '--work-dir', 'parts'),
+            PORT=free_port(),
+            KILL='0 at 8',
+        ),
+        code=128 + 9,
+    )
+    output['left'] = sorted(p.name for p in (place / 'parts').iterdir() if p.suffix != '.py')
+    output['resumed'] = finish(
+        start(
+            place,
+            'slurm_train.sh',
+            *('short', 'toy', 'toy_config.py', 'parts', '--resume'),
+            GPUS=2,
+            CPU_ONLY=1,
+            SRUN_ARGS='--mem=1G --exclusive',
+        )
+    )
+    output['srun'] = json.loads((place / 'srun.json').read_text())
+    return output
+
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='gloo between processes')
+
+
+@pytest.mark.e2e
+def test_two_machines_train_together(place, runs):
+    assert 'distributed on CPUs with the gloo backend' in runs['whole'][0]
+    assert 'world_size' not in runs['whole'][1], 'only the first process logs'
+    assert sorted(p.name for p in (place / 'whole').glob('epoch_*')) == [
+        f'epoch_{epoch}.pth' for epoch in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.e2e
+def test_a_killed_process_ends_the_job(place, runs):
+    lines = runs['killed'].strip().splitlines()
+    assert lines[-1].startswith('error: process 0 was ended by SIGKILL')
+    assert lines[-1].endswith(
+        'start the same command again with --resume to go on from the last one'
+    )
+    assert 'Traceback' not in runs['killed']
+    work_dir = [name for name in runs['left'] if not name.startswith('20')]
+    assert work_dir == ['epoch_1.pth', 'epoch_2.pth', 'last_checkpoint']
+
+
+@pytest.mark.e2e
+def test_slurm_resumes_what_was_killed(place, runs):
+    assert f'Resuming from {place}/parts/epoch_2.pth' in runs['resumed']
+    assert runs['resumed'].count('Resuming from') == 1
+    one, two = state(place / 'whole' / 'epoch_4.pth'), state(place / 'parts' / 'epoch_4.pth')
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert runs['srun'][:8] == [
+        *('-p', 'short', '--job-name=toy', '--ntasks=2', '--ntasks-per-node=2'),
+        *('--cpus-per-task=5', '--kill-on-bad-exit=1', '--mem=1G'),
+    ]
+    assert runs['srun'][-5:] == ['--work-dir', 'parts', '--resume', '--launcher', 'slurm']
+
+
+@pytest.mark.e2e
+def test_testing_by_both_launchers(place, runs):
+    checkpoint = 'whole/epoch_4.pth'
+    processes = [
+        start(
+            place,
+            'dist_test.sh',
+            *('toy_config.py', checkpoint, 2, '--work-dir', 'tested_0'),
+            PORT=free_port(),
+        ),
+        start(
+            place,
+            'slurm_test.sh',
+            *('short', 'toy', 'toy_config.py', checkpoint, '--work-dir', 'tested_1'),
+            GPUS=1,
+        ),
+    ]
+    for process in processes:
+        finish(process)
+    scores = [json.loads(path.read_text())['toy/acc'] for path in place.glob('tested_*/*/*.json')]
+    assert len(scores) == 2
+    assert scores[0] == scores[1]
+    options = json.loads((place / 'srun.json').read_text())
+    assert '--gres=gpu:1' in options
+    assert '--ntasks=1' in options
+    assert '--ntasks-per-node=1' in options
+
+
+# ------------------------------------------------------------------------- what can be said before
+
+USAGE = [
+    ('dist_train.sh', ['c.py'], {}, r'usage: .*dist_train\.sh CONFIG PROCESSES'),
+    ('dist_test.sh', ['c.py', 'c.pth'], {}, r'usage: .*dist_test\.sh CONFIG CHECKPOINT PROC'),
+    ('slurm_train.sh', ['short'], {}, r'usage: .*slurm_train\.sh PARTITION'),
+    ('slurm_test.sh', ['short'], {}, r'usage: .*slurm_test\.sh PARTITION'),
+    ('slurm_train.sh', ['p', 'j', 'c', 'w'], dict(GPUS='x'), "GPUS='x' must be a whole number"),
+    ('dist_train.sh', ['c.py', '0'], {}, "PROCESSES='0' must be a whole number from 1 on"),
+    ('dist_test.sh', ['c.py', 'c.pth', 'two'], {}, "PROCESSES='two' must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(('tool', 'arguments', 'environment', 'message'), USAGE)
+def test_usage_errors_are_one_line(place, tool, arguments, environment, message):
+    output = finish(start(place, tool, *arguments, **environment), code=2)
+    assert re.fullmatch(f'error: .*{message}.*\n', output)
+
+
+def test_no_srun(place):
+    output = finish(start(place, 'slurm_train.sh', *'pjcw', PATH='/usr/bin:/bin'), code=2)
+    assert 'there is no srun on this machine' in output
+
+
+@pytest.fixture(scope='module')
+def dist_run():
+    spec = importlib.util.spec_from_file_location('dist_run', TOOLS / 'dist_run.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_options_of_torchrun(dist_run):
+    assert dist_run.torchrun_options('4', {}) == [
+        *('--nnodes=1', '--node-rank=0', '--master-addr=127.0.0.1', '--master-port=29500'),
+        '--nproc-per-node=4',
+    ]
+    told = dict(NNODES='3', NODE_RANK='2', MASTER_ADDR='10.0.0.1', PORT='1234')
+    assert dist_run.torchrun_options('8', told, num_gpus=8) == [
+        *('--nnodes=3', '--node-rank=2', '--master-addr=10.0.0.1', '--master-port=1234'),
+        '--nproc-per-node=8',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('processes', 'environment', 'gpus', 'message'),
+    [
+        ('-1', {}, 0, "PROCESSES='-1'"),
+        ('', {}, 0, "PROCESSES=''"),
+        ('9', {}, 8, 'PROCESSES=9, but this machine has 8 GPUs'),
+        ('2', dict(NNODES='0'), 0, "NNODES='0'"),
+        ('2', dict(NNODES='2'), 0, 'NNODES=2 needs MASTER_ADDR'),
+        ('2', dict(NODE_RANK='1'), 0, 'NODE_RANK=1 must be below NNODES=1'),
+        ('2', dict(PORT='http'), 0, "PORT='http'"),
+    ],
+)
+def test_settings_with_which_nothing_starts(dist_run, processes, environment, gpus, message):
+    with pytest.raises(dist_run.LaunchError, match=message):
+        dist_run.torchrun_options(processes, environment, gpus)
+
+
+@pytest.mark.parametrize(
+    ('codes', 'first'),
+    [({0: 1, 1: -9}, 1), ({0: -15, 1: 1}, 1), ({0: 2, 1: 2}, 0), ({0: -15, 1: 1, 2: -11}, 2)],
+)
+def test_the_first_cause(dist_run, codes, first):
+    failures = {
+        rank: SimpleNamespace(exitcode=code, timestamp=rank) for rank, code in codes.items()
+    }
+    assert dist_run.first_cause(failures)[0] == first
+
+
+def test_descriptions(dist_run):
+    assert 'ended by SIGKILL (by a person' in dist_run.description(3, -9, 'tools/train.py')
+    assert '--resume' in dist_run.description(3, 1, 'tools/train.py')
+    assert 'ended by SIGSEGV. Start' in dist_run.description(3, -11, 'tools/test.py')
+    assert 'exit code 1; it says why above' in dist_run.description(3, 1, 'tools/test.py')
+
+
+def lose_the_other(rank, folder):
+    if rank == 1:
+        os._exit(9)
+    sys.stderr = open(folder / 'said', 'w')  # noqa: SIM115 (the process ends with it)
+    run_tool(lambda: torch.distributed.all_reduce(torch.ones(3)))
+
+
+def test_a_process_says_that_it_lost_another(tmp_path):
+    run_ranks(tmp_path, lose_the_other, tmp_path, codes=[1, 9])
+    said = (tmp_path / 'said').read_text()
+    assert said.startswith('error: process 0 of 2 lost the connection to another one')
+    assert said.endswith('a training with --resume\n')
+    assert said.count('\n') == 1
