@@ -249,7 +249,6 @@ def test_wrapped_for_distributed_training(tmp_path, samples):
     ('arguments', 'drawn'),
     [
         (dict(max_pictures=1), ['00_000000']),
-        (dict(max_pictures=3), ['00_000000', '01_000001', '02_000002']),
         (dict(max_pictures=None), ['00_000000', '01_000001', '02_000002', '03_000000']),
         (dict(interval=2), ['00_000000', '01_000001', '02_000000']),
         (dict(draw=False), []),
