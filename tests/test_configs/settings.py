@@ -27,6 +27,8 @@ ALL = sorted(
 )
 DIGITS = [name for name in ALL if name.startswith('digit_scenes/')]
 ABSENT = '<absent>'
+# The configs of the forks onedl-* name a mirror of OpenMMLab's server.
+MIRROR, SERVER = 'https://mmassets.onedl.ai/', 'https://download.openmmlab.com/'
 COMPARED = (
     'default_scope',
     'model',
@@ -110,7 +112,7 @@ def is_plain(name: str) -> bool:
 
 
 def flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """Leaves of nested settings by dotted key; None counts as not set."""
+    """Leaves of nested settings by dotted key; None counts as not set, a mirror as its server."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from flat(item, f'{prefix}.{key}' if prefix else str(key))
@@ -120,6 +122,8 @@ def flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
         yield f'{prefix}.length', len(value)
         for index, item in enumerate(value):
             yield from flat(item, f'{prefix}.{index}')
+    elif isinstance(value, str):
+        yield prefix, value.replace(MIRROR, SERVER)
     elif value is not None:
         yield prefix, tuple(value) if isinstance(value, (list, tuple)) else value
 

@@ -101,7 +101,7 @@ def test_twins(name: str) -> None:
     dense.model.backbone.keep_ratios = sparse.model.backbone.keep_ratios
     assert differences(sparse, dense) == {}
     changed = {key.split('.')[0] for key in differences(sparse, finetune)}
-    assert changed == {'train_cfg', 'optim_wrapper', 'param_scheduler'}
+    assert changed == {'train_cfg', 'optim_wrapper', 'param_scheduler', 'load_from'}
     assert finetune.load_from == (
         f'work_dirs/{stem}_dense_digits/epoch_{dense.train_cfg.max_epochs}.pth'
     )

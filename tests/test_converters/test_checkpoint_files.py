@@ -1,11 +1,13 @@
 """Weights from files, addresses and timm; to .pth and .safetensors files; and what is told."""
 
+import functools
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 
 from idlevit_mm.checkpoints import (
     WeightsReport,
@@ -140,8 +142,10 @@ def test_downloads_are_read_safely(served, tmp_path, monkeypatch):
     for variable in (None, '1'):
         if variable:
             monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', variable)
-        with pytest.raises(UnsafeCheckpointError, match=r'evil\.pth is refused as unsafe'):
-            read_weights(f'{address}evil.pth')
+        # A runner's `load_from` goes by mmengine's own function.
+        for reader in (read_weights, functools.partial(load_checkpoint, torch.nn.Identity())):
+            with pytest.raises(UnsafeCheckpointError, match=r'evil\.pth is refused as unsafe'):
+                reader(f'{address}evil.pth')
         assert not made.exists()
         assert os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD') == variable
         assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
@@ -149,8 +153,9 @@ def test_downloads_are_read_safely(served, tmp_path, monkeypatch):
 
 def test_addresses_that_lead_nowhere(served):
     _, address = served
-    with pytest.raises(UsageError, match=r'gone\.pth cannot be fetched \(HTTPError: .*404'):
-        read_weights(f'{address}gone.pth')
+    for reader in (read_weights, functools.partial(load_checkpoint, torch.nn.Identity())):
+        with pytest.raises(UsageError, match=r'gone\.pth cannot be fetched \(HTTPError: .*404'):
+            reader(f'{address}gone.pth')
     with pytest.raises(UsageError, match='openmmlab://nothing cannot be fetched'):
         read_weights('openmmlab://nothing')
 
@@ -189,6 +194,18 @@ def test_without_timm(monkeypatch):
         read_weights('timm://vit_tiny_patch16_224')
 
 
+def test_without_safetensors(monkeypatch, tmp_path):
+    """OpenMMLab does not bring it; the package then imports all the same."""
+    write_weights(WEIGHTS, tmp_path / 'w.safetensors')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        read_weights(tmp_path / 'w.safetensors')
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        write_weights(WEIGHTS, tmp_path / 'x.safetensors')
+    code = 'import sys; sys.modules.update(safetensors=None, timm=None); import idlevit_mm'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
@@ -213,11 +230,11 @@ def test_report():
     )
     report.resized['a'] = (1,), (2,)
     assert report.summary() == (
-        '1 weights; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
+        '1 weight; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
         'missing: b, c, x.policy.w; not used: e0, e1, e2, e3, e4 and 2 more'
     )
     lines = report.lines()
-    assert lines[:3] == ['1 weights', '1 resized:', '  a (1,) to (2,)']
+    assert lines[:3] == ['1 weight', '1 resized:', '  a (1,) to (2,)']
     assert lines[-8:] == ['7 not used:', *(f'  e{i}' for i in range(7))]
-    assert WeightsReport(matched=['a']).lines() == ['1 weights']
+    assert WeightsReport(matched=['a']).lines() == ['1 weight']
     assert compare(own, own).misfit() == ''
