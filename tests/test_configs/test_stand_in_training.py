@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from settings import CONFIGS, flat, load
+from config_zoo import CONFIGS, flat, load
 
 from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine.launch import train_from_config
