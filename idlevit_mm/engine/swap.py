@@ -109,11 +109,20 @@ class Change:
         backbone: The backbone.
         drops: Arguments that only the dense class has, at their defaults.
         updates: Arguments to set, beside ``type``.
+        around: Settings of the model around it.
     """
 
     backbone: Backbone
     drops: tuple[str, ...]
     updates: Mapping[str, Any]
+    around: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Dotted names of all settings that it touches."""
+        inside = [f'{self.backbone.name}.{key}' for key in ('type', *self.drops, *self.updates)]
+        holder = '.'.join(map(str, self.backbone.path[:-1]))
+        return inside + [f'{holder}.{key}' for key in self.around]
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
         known = ', '.join(f'{library}.{name}' for library, name in TWINS)
         raise UsageError(f'no backbone to convert; found: {kinds}; convertible: {known}')
     _check_hooks(cfg, settings)
-    return [_plan_backbone(backbone, settings) for backbone in wanted]
+    return [_plan_backbone(backbone, settings, _holder(cfg, backbone)) for backbone in wanted]
 
 
 def differences(before: Any, after: Any, key: str = '') -> Differences:
@@ -356,7 +365,15 @@ def _full_name(backbone: Backbone) -> str:
 # Deciding
 
 
-def _plan_backbone(backbone: Backbone, settings: Settings) -> Change:
+def _holder(cfg: Mapping[str, Any], backbone: Backbone) -> Any:
+    """The part of the config that holds a backbone."""
+    part: Any = cfg
+    for key in backbone.path[:-1]:
+        part = part[key]
+    return part
+
+
+def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Change:
     kind = f'{backbone.name} ({_full_name(backbone)})'
     assert backbone.twin is not None
     if any(isinstance(key, int) for key in backbone.path):
@@ -367,9 +384,13 @@ def _plan_backbone(backbone: Backbone, settings: Settings) -> Change:
     dense, idle = _arguments(dense_class), _arguments(idle_class)
     given = {key: backbone.config[key] for key in backbone.config if key not in _NOT_ARGUMENTS}
     foreign = [name for name in given if name not in idle]
-    for name in foreign:
-        if name not in dense or not _equal(given[name], dense[name]):
-            raise UsageError(f'{kind}: {backbone.twin} has no {name}={given[name]!r}')
+    needed = [
+        f'{name}={given[name]!r}'
+        for name in foreign
+        if name not in dense or not _equal(given[name], dense[name])
+    ]
+    if needed:
+        raise UsageError(f'{kind}: {backbone.twin} has no {", ".join(needed)}')
     if settings.load_from is None:
         _check_init_cfg(kind, backbone.twin, given.get('init_cfg'))
 
@@ -386,9 +407,12 @@ def _plan_backbone(backbone: Backbone, settings: Settings) -> Change:
     _check_weights(kind, _built(kind, dense_class, given), network)
     if settings.random_ratios and all(r == 1.0 for stage in network.keep_ratios for r in stage):
         raise UsageError('--random-ratios leaves blocks with keep ratio 1.0 dense, and all have it')
+    around: dict[str, Any] = {}
     if settings.load_from is not None:
         updates |= {name: None for name in _WEIGHTS if given.get(name) is not None}
-    return Change(backbone, tuple(foreign), updates)
+        # Segmentors hand theirs to the backbone.
+        around = {} if holder.get('pretrained') is None else {'pretrained': None}
+    return Change(backbone, tuple(foreign), updates, around)
 
 
 def _dense_class(backbone: Backbone) -> type[nn.Module]:
@@ -489,15 +513,11 @@ def _check_hooks(cfg: Mapping[str, Any], settings: Settings) -> None:
 
 def _check_changed(config: str, changed: Differences, changes: list[Change]) -> None:
     """Check that the written config changes nothing but what it is meant to."""
-    meant = [f'{change.backbone.name}.{key}' for change in changes for key in _touched(change)]
+    meant = [name for change in changes for name in change.names]
     meant += ['custom_imports', 'custom_hooks', 'load_from', 'resume']
     others = [key for key in changed if not any(key == m or key.startswith(f'{m}.') for m in meant)]
     if others:
         raise UsageError(f'{config} cannot be inherited without changing {", ".join(others)}')
-
-
-def _touched(change: Change) -> tuple[str, ...]:
-    return ('type', *change.drops, *change.updates)
 
 
 # Writing
@@ -582,7 +602,9 @@ def _new_style_text(
 
 def _patch(change: Change, kind: Any) -> Any:
     """Nested dict that sets what changes in one backbone."""
-    return nested(tuple(map(str, change.backbone.path)), {'type': kind, **change.updates})
+    *holder, last = map(str, change.backbone.path)
+    inside = {last: {'type': kind, **change.updates}}
+    return nested(tuple(holder), {**change.around, **inside})
 
 
 def _options(settings: Settings) -> str:
