@@ -1,10 +1,13 @@
 # Everything starts from a bare machine: Python 3.10-3.12 with venv, gcc, g++, git and make.
 # The targets do their own set-up, which takes no time when nothing has changed.
 
-# Interpreter for .venv; empty: the first of python3.11, 3.12, 3.10 that is complete.
+# Interpreter for the environments; empty: the first of python3.11, 3.12, 3.10 that is complete.
 PYTHON ?=
 # More arguments for pytest, as in: make test PYTEST_ARGS='-k swin -x'
 PYTEST_ARGS ?=
+# A process per core, at most four: each holds torch, mmdet and mmseg. A file's tests stay together,
+# as they share fixtures.
+PYTEST_PROCESSES := -n auto --maxprocesses 4 --dist loadfile
 # More arguments for the benchmark, as in: make bench BENCH_ARGS='--out speed.json'
 BENCH_ARGS ?=
 
@@ -14,26 +17,37 @@ BOOT = $(shell for p in $(PYTHON) python3 python3.11 python3.12 python3.10 pytho
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1 && echo "$$p" && break; \
 	done)
 
+# Makes the environment of a stack (tools/setup_env.py: STACKS).
+define set-up
+boot="$(BOOT)"; \
+if [ -z "$$boot" ]; then \
+	echo 'No Python was found. Install Python 3.10, 3.11 or 3.12, or name it: make PYTHON=...' >&2; \
+	exit 1; \
+fi; \
+"$$boot" tools/setup_env.py --python '$(PYTHON)' --stack $(1)
+endef
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test bench lint format doctor clean distclean
+.PHONY: help setup setup-onedl demo test test-onedl bench lint format doctor clean distclean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv with everything in it (first time: minutes; afterwards: nothing to do)
-	@boot="$(BOOT)"; \
-	if [ -z "$$boot" ]; then \
-		echo 'No Python was found. Install Python 3.10, 3.11 or 3.12, or name it: make PYTHON=...' >&2; \
-		exit 1; \
-	fi; \
-	"$$boot" tools/setup_env.py --python '$(PYTHON)'
+	@$(call set-up,openmmlab)
+
+setup-onedl: ## Make .venv-onedl with the forks onedl-* in place of the official packages
+	@$(call set-up,onedl)
 
 demo: setup ## Write data, train a detector and a segmentor, test both, show table and pictures
 	@$(VENV_PYTHON) tools/demo.py
 
 test: lint ## Lint, type check and all tests
-	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
+
+test-onedl: setup-onedl ## All tests with the forks onedl-*
+	@.venv-onedl/bin/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
 bench: setup ## Time three backbones against mmdet's on the CPU (less than a minute)
 	@$(VENV_PYTHON) tools/analysis_tools/benchmark.py swin-t pvt-s pvtv2-b2 --device cpu \
@@ -51,9 +65,9 @@ format: setup ## Put the code into the project's format
 doctor: setup ## Tell what is installed, what works and what is wrong
 	@$(VENV_PYTHON) tools/doctor.py
 
-clean: ## Remove build output and caches; keep .venv, data and runs
+clean: ## Remove build output and caches; keep the environments, data and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv too; compiled wheels outside the checkout stay
-	@rm -rf .venv
+distclean: clean ## Remove the environments too; compiled wheels outside the checkout stay
+	@rm -rf .venv .venv-onedl

@@ -41,7 +41,7 @@ setup(
     install_requires=[],
     extras_require={
         'demo': ['ftfy', 'matplotlib', 'pycocotools', 'regex', 'rich', 'scikit-learn'],
-        'dev': ['hypothesis', 'mypy', 'pytest', 'ruff'],
+        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -32,6 +32,8 @@ _PVT = dict(
     out_indices=(0, 1),
 )
 _PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
+_MIT = {key: value for key, value in _PVT.items() if key != 'mlp_ratios'}
+_MIT |= dict(patch_sizes=[7, 3], mlp_ratio=2)
 # Nothing in a plain ViT needs whole multiples: an odd grid of 9 by 13 patches.
 _VIT = dict(
     img_size=(36, 52),
@@ -111,8 +113,11 @@ _SWIN_TWINS = {
 _PVT_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformer'}
 _VIT_TWINS = {'mmseg': 'mmseg.models.backbones.vit:VisionTransformer'}
 _PVT2_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformerV2'}
+_MIT_TWINS = {'mmseg': 'mmseg.models.backbones.mit:MixVisionTransformer'}
 _SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
 _V2_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (2, 3, 40, 17), (1, 3, 17, 17))
+# The second stage of the last two is one row of tokens, and one token.
+_MIT_SIZES = (*_V2_SIZES[:2], (2, 3, 40, 17), (2, 3, 5, 40), (1, 3, 5, 8))
 _VIT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
 _PVT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 8, 8))
 
@@ -150,6 +155,17 @@ def _pvt2(name: str, **kwargs: Any) -> Variant:
     )
 
 
+def _mit(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleMixVisionTransformer',
+        kwargs={**_MIT, **kwargs},
+        twins=_MIT_TWINS,
+        scopes=('map',),
+        sizes=_MIT_SIZES,
+    )
+
+
 def _vit(name: str, twins: dict[str, str] = _VIT_TWINS, **kwargs: Any) -> Variant:
     return Variant(
         name=name,
@@ -172,10 +188,28 @@ _FOUR_STAGES = dict(
     out_indices=(0, 1, 2, 3),
 )
 
+# Patches of even size and without overlap, a stride of 3, another norm and activation.
+_ODD_MIT = dict(
+    embed_dims=6,
+    num_stages=3,
+    num_layers=[1, 1, 2],
+    num_heads=[3, 1, 2],
+    patch_sizes=[4, 2, 5],
+    strides=[3, 2, 1],
+    sr_ratios=[2, 1, 2],
+    mlp_ratio=3,
+    qkv_bias=False,
+    drop_path_rate=0.4,
+    act_cfg=dict(type='ReLU'),
+    norm_cfg=dict(type='LN'),
+    out_indices=(0, 2),
+)
+
 FAMILIES = (
     _swin('swin', window_size=4),
     _pvt('pvt'),
     _pvt2('pvtv2', **_FOUR_STAGES),
+    _mit('mit'),
     _vit('vit'),
 )
 _OTHERS = (
@@ -186,6 +220,7 @@ _OTHERS = (
     _pvt('pvt-no-abs', use_abs_pos_embed=False, qkv_bias=False, drop_path_rate=0.4),
     _pvt('pvt-conv-norm', use_conv_ffn=True, norm_after_stage=True),
     _pvt2('pvtv2-plain', **{**_FOUR_STAGES, 'qkv_bias': False, 'norm_cfg': dict(type='LN')}),
+    _mit('mit-odd', **_ODD_MIT),
     _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
     _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
     # mmseg's class without class token embeds one all the same; LV-ViT it has not at all.

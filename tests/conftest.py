@@ -38,3 +38,25 @@ def scenes(tmp_path_factory):
         progress=False,
     )
     return folder
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Folder whose files are at ``http://127.0.0.1:PORT/``: the folder and that address."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_args):
+            pass
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown()
+    server.server_close()

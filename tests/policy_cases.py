@@ -9,7 +9,7 @@ import pytest
 from backbone_zoo import BY_NAME, Variant, randomize
 from torch import nn
 
-FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'vit', 'vit-no-cls')
+FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls')
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,28 @@ ALLOWED = {
     'layers': {'ops', 'registry'},
     'policies': {'layers', 'ops', 'registry'},
     'blocks': {'policies', 'layers', 'ops', 'registry'},
-    'converters': {'errors'},
-    'backbones': {'blocks', 'policies', 'layers', 'ops', 'converters', 'registry', 'errors'},
+    'checkpoints': {'errors'},
+    'converters': {'checkpoints', 'layers', 'errors'},
+    'backbones': {
+        *('blocks', 'policies', 'layers', 'ops', 'converters', 'checkpoints', 'registry', 'errors'),
+    },
     'necks': {'layers', 'registry'},
-    'losses': {'policies', 'layers', 'ops', 'registry', 'errors'},
+    'losses': {'policies', 'layers', 'ops', 'checkpoints', 'registry', 'errors'},
     'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'},
     'datasets': {'registry'},
-    'engine': {'hooks', 'losses', 'datasets', 'registry', 'backbones', 'version', 'errors'},
+    'engine': {
+        *('hooks', 'losses', 'datasets', 'registry', 'backbones', 'checkpoints', 'version'),
+        'errors',
+    },
     'analysis': {
         *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
-        *('blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
+        *('checkpoints', 'blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
 CORE = (
     *('errors', 'registry', 'ops', 'layers', 'policies', 'blocks', 'backbones', 'necks'),
+    'checkpoints',
     'converters',
     'losses',
 )

@@ -1,9 +1,10 @@
-"""Sets up the environment of this checkout: `.venv` with pinned packages and compiled mmcv ops.
+"""Sets up an environment of this checkout: `.venv` with pinned packages and compiled mmcv ops.
 
 `make setup`, `make demo` and `make test` call it; it needs nothing but Python's standard library
-and does nothing when nothing has changed. Whatever Python starts it, the environment gets Python
-3.10, 3.11 or 3.12. Steps that were finished stay finished: after a failure or an interruption the
-same command goes on from there, in the middle of compiling mmcv too.
+and does nothing when nothing has changed. `--stack onedl` (`make setup-onedl`) makes `.venv-onedl`
+instead, with the maintained forks that own the same import names. Whatever Python starts it, the
+environment gets Python 3.10, 3.11 or 3.12. Steps that were finished stay finished: after a failure
+or an interruption the same command goes on from there, in the middle of compiling mmcv too.
 
 Environment variables:
     PYTHON: the interpreter to build the environment with (same as --python).
@@ -35,6 +36,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -131,7 +133,7 @@ ADVICE = (
     (
         r'torchvision::nms|operator torchvision',
         'torch and torchvision are of different builds, usually a +cpu build of one of them: '
-        "check the extra indexes in 'pip config list', then remove .venv.",
+        "check the extra indexes in 'pip config list', then remove the environment.",
     ),
     (
         r'No matching distribution found|Could not find a version that satisfies',
@@ -147,6 +149,50 @@ ADVICE = (
         'The pinned versions contradict each other: was requirements/ edited?',
     ),
 )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The packages behind the import names mmengine, mmcv, mmdet and mmseg.
+
+    Attributes:
+        name: What `--stack` calls it; `requirements/NAME.txt` lists its packages without mmcv.
+        venv: Folder of its environment in the checkout.
+        mmcv: The package that is compiled; `requirements/MMCV.txt` names it.
+        mmdet: The package of mmdet.
+        mmseg: The package of mmseg.
+    """
+
+    name: str
+    venv: str
+    mmcv: str
+    mmdet: str
+    mmseg: str
+
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """Returns the files that each step depends on, in the order of the steps."""
+        return {
+            'venv': (),
+            'torch': ('requirements/constraints.txt', 'requirements/torch.txt'),
+            'libraries': (
+                f'requirements/{self.name}.txt',
+                'requirements/runtime.txt',
+                'requirements/dev.txt',
+            ),
+            'opencv': ('requirements/opencv.txt',),
+            'mmcv': (f'requirements/{self.mmcv}.txt',),
+            'package': ('setup.py', 'pyproject.toml', 'idlevit_mm/version.py'),
+            'check': (),
+        }
+
+
+STACKS = {
+    stack.name: stack
+    for stack in (
+        Stack('openmmlab', '.venv', 'mmcv', 'mmdet', 'mmsegmentation'),
+        Stack('onedl', '.venv-onedl', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation'),
+    )
+}
 
 
 class SetupError(Exception):
@@ -677,18 +723,20 @@ def cache_root(env: Mapping[str, str], fallback: Path) -> Path:
         return fallback
 
 
-def wheel_key(version: str, torch: str, python: Sequence[int], variant: str) -> str:
+def wheel_key(package: str, version: str, torch: str, python: Sequence[int], variant: str) -> str:
     """Returns the name of the cache folder of one build of mmcv.
 
     Args:
-        version: Version of mmcv.
+        package: The package that is built: mmcv or onedl-mmcv.
+        version: Its version.
         torch: Version of torch with its local tag: 2.11.0+cu130.
         python: Major and minor version of Python.
         variant: `cpu`, or CUDA's version and the devices: `cu130-sm90`.
     """
     place = f'{platform.system()}_{platform.machine()}'.lower()
     tag = f'cp{python[0]}{python[1]}'
-    return re.sub(r'[^A-Za-z0-9._+-]', '_', f'mmcv-{version}-torch-{torch}-{tag}-{place}-{variant}')
+    text = f'{package}-{version}-torch-{torch}-{tag}-{place}-{variant}'
+    return re.sub(r'[^A-Za-z0-9._+-]', '_', text)
 
 
 def wheel_problem(path: Path) -> str:
@@ -811,23 +859,15 @@ def find_compiler(env: Mapping[str, str]) -> str | None:
 
 
 class Setup:
-    """Sets up the environment of one checkout.
+    """Sets up one environment of a checkout.
 
     Args:
         root: The checkout.
         python: The interpreter asked for, empty to choose one.
         progress: Shows the steps; by default on standard output.
+        stack: The packages to install.
     """
 
-    FILES: Mapping[str, tuple[str, ...]] = {
-        'venv': (),
-        'torch': ('requirements/constraints.txt', 'requirements/torch.txt'),
-        'libraries': ('requirements/runtime.txt', 'requirements/dev.txt'),
-        'opencv': ('requirements/opencv.txt',),
-        'mmcv': ('requirements/mmcv.txt',),
-        'package': ('setup.py', 'pyproject.toml', 'idlevit_mm/version.py'),
-        'check': (),
-    }
     # What a finished step has left in site-packages; without it, it was removed by hand.
     TRACES: Mapping[str, tuple[str, ...]] = {
         'torch': ('torch/version.py', 'torchvision/version.py'),
@@ -837,13 +877,21 @@ class Setup:
         'package': ('idlevit_mm-*.dist-info',),
     }
 
-    def __init__(self, root: Path, python: str = '', progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        python: str = '',
+        progress: Progress | None = None,
+        stack: Stack = STACKS['openmmlab'],
+    ) -> None:
         self.root = root
         self.wanted_python = python
-        self.progress = progress or Progress(len(self.FILES))
-        self.venv = root / '.venv'
+        self.stack = stack
+        self.files = stack.files()
+        self.progress = progress or Progress(len(self.files))
+        self.venv = root / stack.venv
         self.python = str(self.venv / 'bin' / 'python')
-        self.logs = root / 'build' / 'setup'
+        self.logs = root / 'build' / 'setup' / stack.name
         self.constraints = root / 'requirements' / 'constraints.txt'
         self.pins = read_pins(self.constraints)
         self.state = State(self.venv / STATE_NAME)
@@ -853,16 +901,16 @@ class Setup:
         self.interrupted = self.waited = False
         self.lock: FileLock | None = None
 
-    # The order of the steps is the order of FILES.
     def titles(self) -> dict[str, str]:
         """Returns what each step is called on the screen."""
-        pin = self.pins
+        pin, stack = self.pins, self.stack
+        packages = [f'{name} {pin[name]}' for name in (stack.mmdet, stack.mmseg)]
         return {
-            'venv': f'Python {".".join(map(str, self.base["version"]))} in .venv',
+            'venv': f'Python {".".join(map(str, self.base["version"]))} in {stack.venv}',
             'torch': f'torch {pin["torch"]}, torchvision {pin["torchvision"]}',
-            'libraries': f'mmdet {pin["mmdet"]}, mmsegmentation {pin["mmsegmentation"]} and others',
+            'libraries': f'{", ".join(packages)} and others',
             'opencv': f'opencv {pin["opencv-python-headless"]}, headless',
-            'mmcv': f'mmcv {pin["mmcv"]} with ops',
+            'mmcv': f'{stack.mmcv} {pin[stack.mmcv]} with ops',
             'package': 'idlevit_mm, editable',
             'check': 'check of the whole',
         }
@@ -877,10 +925,10 @@ class Setup:
             platform.machine(),
             os.environ.get('IDLEVIT_MM_OPS', ''),
         ]
-        return chain_keys(self.FILES, identity, self.root)
+        return chain_keys(self.files, identity, self.root)
 
     def choose_python(self) -> None:
-        """Takes the interpreter of a working `.venv`, or looks for one."""
+        """Takes the interpreter of an environment that works, or looks for one."""
         inside = describe_python(self.python)
         if self.wanted_python or python_problem(inside):
             self.base = find_python(self.wanted_python)
@@ -893,7 +941,7 @@ class Setup:
             return False
         self.choose_python()
         return self.state.steps == self.keys(self.base['version']) and all(
-            map(self._still_there, self.FILES)
+            map(self._still_there, self.files)
         )
 
     def run(self, force: bool = False) -> bool:
@@ -907,7 +955,10 @@ class Setup:
         """
         if not force and self.up_to_date():
             return False
-        with FileLock(self.logs / 'lock', self._waiting) as self.lock:
+        # Without a Python there is nothing to wait for.
+        self.choose_python()
+        # One lock for all stacks: they install the same checkout.
+        with FileLock(self.logs.parent / 'lock', self._waiting) as self.lock:
             # Another set-up of this checkout may have finished everything meanwhile.
             self.state = State(self.venv / STATE_NAME)
             self.choose_python()
@@ -915,7 +966,7 @@ class Setup:
             if force:
                 self.state.steps = {}
             self._preflight()
-            names = list(self.FILES)
+            names = list(self.files)
             for index, name in enumerate(names):
                 if self.state.steps.get(name) == keys[name] and self._still_there(name):
                     continue
@@ -958,7 +1009,8 @@ class Setup:
         if 'mmcv' in self.state.steps or self._site('mmcv/_ext.*.so'):
             return
         tag = 'cp{}{}'.format(*self.base['version'][:2])
-        pattern = f'wheels/mmcv-{self.pins["mmcv"]}-torch-{self.pins["torch"]}*-{tag}-*/*.whl'
+        package, pin = self.stack.mmcv, self.pins
+        pattern = f'wheels/{package}-{pin[package]}-torch-{pin["torch"]}*-{tag}-*/*.whl'
         if any(self._cache().glob(pattern)):
             return
         if find_compiler(os.environ) is None:
@@ -987,7 +1039,7 @@ class Setup:
             raise SetupError(
                 f'{self.venv} was not made by this set-up, and it does not run, has no pip or has '
                 'another Python than is wanted',
-                "move it away or remove it ('rm -rf .venv').",
+                f"move it away or remove it ('rm -rf {self.stack.venv}').",
             )
 
     def _venv_usable(self) -> bool:
@@ -1077,7 +1129,9 @@ class Setup:
 
     def step_libraries(self) -> None:
         """Installs everything else that is not compiled."""
-        self._install(*self._requirements('runtime', 'dev'))
+        # What comes as source only is built with the pinned setuptools of the step before.
+        names = (self.stack.name, 'runtime', 'dev')
+        self._install('--no-build-isolation', *self._requirements(*names))
 
     def step_opencv(self) -> None:
         """Puts the headless cv2 over the one that needs libGL."""
@@ -1096,7 +1150,7 @@ class Setup:
 
     def _mmcv_problem(self, variant: str) -> str:
         devices = ['cpu'] if variant == 'cpu' else ['cpu', 'cuda']
-        return probe(self.python, PROBE_MMCV, self.pins['mmcv'], *devices)[1]
+        return probe(self.python, PROBE_MMCV, self.pins[self.stack.mmcv], *devices)[1]
 
     def _install_wheel(self, wheel: Path) -> None:
         arguments = ('--no-compile', '--no-deps', '--no-index', '--force-reinstall', str(wheel))
@@ -1106,7 +1160,7 @@ class Setup:
         """Installs mmcv with ops that work with this torch: as it is, from the cache, or built."""
         output, why = probe(self.python, PROBE_TORCH)
         if why:
-            raise SetupError(f'torch does not work: {why}', 'remove .venv.')
+            raise SetupError(f'torch does not work: {why}', f'remove {self.stack.venv}.')
         info = json.loads(output.splitlines()[-1])
         choice = os.environ.get('IDLEVIT_MM_OPS') or 'auto'
         variant = cuda_variant(info, choice, toolkit_version)
@@ -1126,7 +1180,8 @@ class Setup:
             return self._provide_mmcv(info, 'cpu')
 
     def _provide_mmcv(self, info: Mapping, variant: str) -> str:
-        key = wheel_key(self.pins['mmcv'], info['torch'], self.base['version'], variant)
+        package = self.stack.mmcv
+        key = wheel_key(package, self.pins[package], info['torch'], self.base['version'], variant)
         folder = self._cache() / 'wheels' / key
 
         def waiting(holder: str) -> None:
@@ -1145,7 +1200,7 @@ class Setup:
             if problem:
                 wheel.unlink()
                 raise SetupError(
-                    f'mmcv was compiled but does not work: {problem}',
+                    f'{package} was compiled but does not work: {problem}',
                     'compiler and Python may not fit this torch: try another PYTHON=... or CXX=...',
                     self.log,
                 )
@@ -1176,7 +1231,7 @@ class Setup:
         self._pip(
             'wheel', '-v', '--no-deps', '--no-build-isolation', '--use-pep517',
             '--wheel-dir', str(output), str(source),
-            what='compiling mmcv', env=env, follow=follow,
+            what=f'compiling {self.stack.mmcv}', env=env, follow=follow,
         )  # fmt: skip
         built = next(output.glob('*.whl'))
         target = folder / built.name
@@ -1187,16 +1242,16 @@ class Setup:
         return target
 
     def _unpack_mmcv(self, work: Path, env: Mapping[str, str]) -> Path:
-        done = work / 'unpacked'
+        done, package = work / 'unpacked', self.stack.mmcv
         if not done.is_file():
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             self._pip(
-                'download', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv',
-                '-c', str(self.constraints), *self._requirements('mmcv'), '-d', str(work),
-                what='downloading the source of mmcv', env=env,
+                'download', '--no-deps', '--no-build-isolation', '--no-binary', package,
+                '-c', str(self.constraints), *self._requirements(package), '-d', str(work),
+                what=f'downloading the source of {package}', env=env,
             )  # fmt: skip
-            archive = next(work.glob('mmcv-*.tar.gz'))
+            archive = next(work.glob('*.tar.gz'))
             with tarfile.open(archive) as tar:
                 if hasattr(tarfile, 'data_filter'):
                     tar.extractall(work, filter='data')
@@ -1226,12 +1281,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=os.environ.get('PYTHON', ''),
         help='interpreter to build the environment with (default: the first that fits)',
     )
+    parser.add_argument(
+        '--stack',
+        choices=sorted(STACKS),
+        default='openmmlab',
+        help='whose mmengine, mmcv, mmdet and mmseg: the official packages, into .venv (default), '
+        'or the forks onedl-*, into .venv-onedl',
+    )
     parser.add_argument('--force', action='store_true', help='do every step again')
     args = parser.parse_args(arguments)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, terminate)
-    setup = Setup(ROOT, args.python)
+    setup = Setup(ROOT, args.python, stack=STACKS[args.stack])
     started = time.monotonic()
     try:
         if setup.run(args.force):

@@ -6,6 +6,7 @@ Only functions that need mmdet or mmseg import them.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from idlevit_mm.backbones import IdleVisionTransformer
-from idlevit_mm.engine.safe_load import load_checkpoint
+from idlevit_mm.backbones import IdleMixVisionTransformer, IdleVisionTransformer
+from idlevit_mm.checkpoints import WeightsReport, compare, read_weights, split_backbone
 from idlevit_mm.errors import UsageError
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
@@ -75,26 +76,31 @@ def load_model(
 
 def _load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """Load all weights of a model, or say in one line why these are others."""
-    weights = load_checkpoint(checkpoint)
-    weights = weights.get('state_dict', weights)
-    own = model.state_dict()
-    reasons = [
-        f'{len(names)} {what} (such as {names[0]})'
-        for what, names in (
-            ('weights are missing', [name for name in own if name not in weights]),
-            ('are unknown to the model', [name for name in weights if name not in own]),
-            (
-                'have another shape',
-                [n for n in own if n in weights and own[n].shape != weights[n].shape],
-            ),
-        )
-        if names
-    ]
-    if reasons:
+    weights = read_weights(checkpoint)
+    if misfit := compare(model.state_dict(), weights).misfit():
         raise UsageError(
-            f'checkpoint {checkpoint} does not fit {type(model).__name__}: {"; ".join(reasons)}'
+            f'checkpoint {checkpoint} does not fit {type(model).__name__}: it {misfit}'
         )
     model.load_state_dict(weights, strict=True)
+
+
+def compare_with_config(
+    weights: dict[str, torch.Tensor], config: str | Path | Config
+) -> WeightsReport:
+    """Compare weights with what the model of a config has.
+
+    Args:
+        weights: weights of the whole model, or of its backbone alone.
+        config: a config file or a read config.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+    """
+    model = MODELS.build(load_config(config).model)
+    state, others = split_backbone(weights)
+    if others:
+        return compare(model.state_dict(), weights)
+    return compare(getattr(model, 'backbone', model).state_dict(), state, policy_too=False)
 
 
 @contextmanager
@@ -135,7 +141,7 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """The dense class of mmdet, or of mmseg for a plain ViT, with the weights of an idle backbone.
+    """The dense class of mmdet, or of mmseg for MiT and plain ViT, with an idle backbone's weights.
 
     Args:
         backbone: a built idle backbone.
@@ -170,12 +176,12 @@ _Dense = tuple[Any, dict[str, Any], dict[str, torch.Tensor]]
 
 
 def _dense_pyramid(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> _Dense:
-    """Class, settings and weights of mmdet's dense twin."""
-    from mmdet.models import backbones
-
+    """Class, settings and weights of the dense twin in mmdet, or of MiT in mmseg."""
+    library = 'mmseg' if isinstance(backbone, IdleMixVisionTransformer) else 'mmdet'
+    backbones = importlib.import_module(f'{library}.models').backbones
     dense_class = getattr(backbones, type(backbone).__name__.removeprefix(IDLE_PREFIX), None)
     if dense_class is None or dense_class is type(backbone):
-        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in mmdet')
+        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in {library}')
     return dense_class, backbone_cfg, backbone.state_dict()
 
 

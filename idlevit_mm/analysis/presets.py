@@ -1,7 +1,7 @@
 """Published backbones by name, and timm's twins of them.
 
 A preset needs no config file and no mmdet. Settings are those of the papers: Swin arXiv
-2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797.
+2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ def _pvtv2(embed_dims: int, num_layers: Sequence[int], timm: str) -> Preset:
     return Preset(dict(backbone, type='IdlePyramidVisionTransformerV2'), timm)
 
 
+def _mit(embed_dims: int, num_layers: Sequence[int]) -> Preset:
+    backbone = dict(embed_dims=embed_dims, num_layers=num_layers, num_heads=(1, 2, 5, 8))
+    return Preset(dict(backbone, type='IdleMixVisionTransformer', drop_path_rate=0.1))
+
+
 PRESETS: dict[str, Preset] = {
     'swin-t': _swin(6, 'swin_tiny_patch4_window7_224'),
     'swin-s': _swin(18, 'swin_small_patch4_window7_224'),
@@ -55,6 +60,9 @@ PRESETS: dict[str, Preset] = {
     'pvtv2-b0': _pvtv2(32, (2, 2, 2, 2), 'pvt_v2_b0'),
     'pvtv2-b1': _pvtv2(64, (2, 2, 2, 2), 'pvt_v2_b1'),
     'pvtv2-b2': _pvtv2(64, (3, 4, 6, 3), 'pvt_v2_b2'),
+    'mit-b0': _mit(32, (2, 2, 2, 2)),
+    'mit-b1': _mit(64, (2, 2, 2, 2)),
+    'mit-b2': _mit(64, (3, 4, 6, 3)),
 }
 
 # What makes an architecture; the rest (policy, weights, freezing, rates) leaves the work alone.
@@ -111,7 +119,7 @@ def _architecture(backbone: Mapping[str, Any]) -> dict[str, Any]:
     cls = MODELS.get(backbone['type'])
     if cls is None:
         return dict(backbone)
-    # PVTv2's own signature is `**kwargs`: its parent says what the defaults are.
+    # PVTv2 and MiT take `**kwargs`: their parent says what the other defaults are.
     parameters: dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):
         parameters |= inspect.signature(ancestor.__init__).parameters

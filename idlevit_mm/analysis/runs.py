@@ -274,14 +274,10 @@ def machine() -> str:
 
 def versions() -> str:
     """Versions of Python and the libraries that a measurement depends on."""
-    from importlib.metadata import PackageNotFoundError, version
+    from ..engine.doctor import PROVIDERS, installed
 
+    names = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'numpy')
+    packages = installed(package for name in names for package in PROVIDERS[name])
     found = [f'Python {platform.python_version()}']
-    for name in (
-        *('torch', 'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'timm', 'numpy'),
-    ):
-        try:
-            found.append(f'{name} {version(name)}')
-        except PackageNotFoundError:
-            continue
+    found += [f'{package} {version}' for package, version in packages.items()]
     return ', '.join(found)

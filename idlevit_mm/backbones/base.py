@@ -3,6 +3,7 @@
 Shape letters: B images, H and W of a stage's map in tokens, N = H * W.
 """
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -10,14 +11,22 @@ from typing import Any
 
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord
+from ..checkpoints import (
+    TIMM,
+    StateDict,
+    WeightsReport,
+    compare,
+    read_weights,
+    shortened,
+    split_backbone,
+    with_shapes,
+)
+from ..converters import Fitted, Format, detect
 from ..errors import SettingError
 from ..policies import KeepRatios, normalize_keep_ratios
-
-StateDict = dict[str, Tensor]
 
 GELU = dict(type='GELU')
 
@@ -30,10 +39,11 @@ class IdleBackbone(BaseModule, ABC):
         out_indices: Stages whose maps are returned; blocks where there is one stage.
         frozen_stages: Number of stages without gradients and in eval mode, the patch embedding
             included; 0 freezes the patch embedding alone, -1 nothing.
-        convert_weights: Whether a checkpoint named in ``init_cfg`` may have the keys of the
-            official release.
+        convert_weights: Whether a checkpoint named in ``init_cfg`` may have other names than
+            mmdet's and mmseg's: those of timm or of a release; its keys tell which.
         pretrained: Deprecated spelling of ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
-        init_cfg: Where the weights come from.
+        init_cfg: Where the weights come from: ``dict(type='Pretrained', checkpoint=...)`` with a
+            ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm.
 
     Raises:
         TypeError: ``pretrained`` is no string.
@@ -41,11 +51,14 @@ class IdleBackbone(BaseModule, ABC):
             ``pretrained`` and ``init_cfg`` are given.
 
     Attributes:
+        family: What its checkpoints are called in ``converters``.
         keep_ratios: One list per stage with one ratio per block; a family sets them at the end of
             its constructor by ``set_keep_ratios``.
         records: What each stage did in the last forward pass.
         record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
+
+    family: str
 
     def __init__(
         self,
@@ -124,6 +137,7 @@ class IdleBackbone(BaseModule, ABC):
         """Draw new weights, or load the checkpoint named in ``init_cfg``.
 
         Raises:
+            UsageError: The checkpoint cannot be read.
             SettingError: ``init_cfg`` names no checkpoint, or its weights do not fit this backbone.
         """
         if self.init_cfg is None:
@@ -147,13 +161,14 @@ class IdleBackbone(BaseModule, ABC):
         for module in self._frozen_modules():
             yield from module.parameters()
 
-    def _from_official(self, state: StateDict) -> StateDict:
-        """Rename the keys of an official release; return others as they are."""
-        return state
+    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        """Resize position tables to the sizes of this backbone.
 
-    def _fit_tables(self, state: StateDict) -> StateDict:
-        """Resize position tables to the sizes of this backbone."""
-        return state
+        Args:
+            state: Weights by the names of this backbone.
+            is_foreign: Whether they had others in their file.
+        """
+        return Fitted(state, {})
 
     def _init_from_checkpoint(self) -> None:
         logger = MMLogger.get_current_instance()
@@ -163,40 +178,56 @@ class IdleBackbone(BaseModule, ABC):
                 f'init_cfg={self.init_cfg!r} of {type(self).__name__}; allowed: None or '
                 "dict(type='Pretrained', checkpoint=...)"
             )
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger=logger)
-        state = _strip_prefixes(_state_dict_of(checkpoint))
-        if self.convert_weights:
-            state = self._from_official(state)
-        state = self._fit_tables(state)
-        self._check_fit(state, path)
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        loaded = len(self.state_dict()) - len(missing)
-        logger.info(
-            f'{type(self).__name__}: {loaded} weights loaded from {path}'
-            f'{_listed("missing", missing)}{_listed("not used", unexpected)}'
-        )
+        state, _ = split_backbone(read_weights(path, logger))
+        found = detect(state)
+        self._check_format(found, path)
+        dropped: list[str] = []
+        if found is not None:
+            state, dropped, _ = found.decode(state)
+        fitted = self._fit_tables(state, found is not None and found.is_foreign)
+        report = compare(self.state_dict(), fitted.state, policy_too=False)
+        report.resized, report.dropped = fitted.resized, dropped
+        self._check_fit(report, path, state)
+        self.load_state_dict(fitted.state, strict=False)
+        title = '' if found is None else f' ({found.title})'
+        # Norms of outputs start anew where a classifier was; weights of blocks hardly ever should.
+        partly = _of_stages(report.missing) or _of_stages(report.unexpected)
+        level = logging.WARNING if partly else logging.INFO
+        logger.log(level, f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
 
-    def _check_fit(self, state: StateDict, path: str) -> None:
-        own = self.state_dict()
-        common = own.keys() & state.keys()
-        if not common:
-            hint = (
-                '' if self.convert_weights else '; set convert_weights=True for official releases'
-            )
+    def _check_format(self, found: Format | None, path: str) -> None:
+        """Refuse the weights of another family, and names that shall not be converted."""
+        if found is None:
+            return
+        if found.family != self.family:
             raise SettingError(
                 f'checkpoint {path!r} has no weight of {type(self).__name__}: '
-                f'its keys begin with {sorted(state)[:3]}{hint}'
+                f'its keys are those of {found.title}'
             )
-        wrong = [
-            f'{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}'
-            for key in sorted(common)
-            if own[key].shape != state[key].shape
-        ]
-        if wrong:
+        if found.is_foreign and not self.convert_weights:
             raise SettingError(
-                f'checkpoint {path!r} has another shape than {type(self).__name__}: '
-                f'{"; ".join(wrong[:3])}{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}'
+                f'checkpoint {path!r} has no weight by the names of {type(self).__name__}: its '
+                f'keys are those of {found.title}; set convert_weights=True to convert them'
             )
+
+    def _check_fit(self, report: WeightsReport, path: str, state: StateDict) -> None:
+        """Refuse weights that are others than this backbone's."""
+        name = type(self).__name__
+        if not report.matched and not report.mismatched:
+            raise SettingError(
+                f'checkpoint {path!r} has no weight of {name}: its keys begin with '
+                f'{shortened(sorted(state), 3)}'
+            )
+        if report.mismatched:
+            listed = with_shapes(report.mismatched, 'not')
+            raise SettingError(
+                f'checkpoint {path!r} has another shape than {name}: {shortened(listed, 3)}'
+            )
+        # A model's name stands for one architecture; a file may well be a part of it.
+        lacking, unknown = _of_stages(report.missing), _of_stages(report.unexpected)
+        if str(path).startswith(TIMM) and (lacking or unknown):
+            what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'
+            raise SettingError(f'checkpoint {path!r} is of another size than {name}: it {what}')
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -220,27 +251,6 @@ def _pretrained_cfg(pretrained: Any, init_cfg: dict[str, Any] | None) -> dict[st
     return dict(type='Pretrained', checkpoint=pretrained)
 
 
-def _state_dict_of(checkpoint: dict[str, Any]) -> StateDict:
-    for key in ('state_dict', 'model'):
-        if key in checkpoint:
-            return checkpoint[key]
-    return checkpoint
-
-
-def _strip_prefixes(state: StateDict) -> StateDict:
-    """Remove what wrappers put before keys, and all but the backbone of a whole model."""
-    for prefix in ('module.', 'backbone.'):
-        if any(key.startswith(prefix) for key in state):
-            state = {
-                key.removeprefix(prefix): value
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
-    return state
-
-
-def _listed(title: str, keys: Sequence[str]) -> str:
-    if not keys:
-        return ''
-    more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
-    return f'; {title}: {", ".join(keys[:5])}{more}'
+def _of_stages(keys: Sequence[str]) -> list[str]:
+    """Those weights that are no part of outputs, embeddings or classifiers."""
+    return [key for key in keys if key.startswith(('stages.', 'layers.'))]

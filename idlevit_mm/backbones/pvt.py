@@ -17,18 +17,18 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord, run_blocks
-from ..converters import is_official_pvt, pvt_from_official
+from ..checkpoints import StateDict
+from ..converters import Fitted, fit_pvt
 from ..layers import (
     AbsolutePositionEmbedding,
     MixFFN,
     SpatialReductionAttention,
     pad_to,
-    resize_position_table,
     to_map,
 )
 from ..ops import Selection, in_chunks, take_tokens
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, StateDict, image_size
+from .base import GELU, IdleBackbone, image_size
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 
@@ -147,7 +147,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         act_cfg: Activation of the feed-forward networks.
         norm_cfg: Norm layers.
         pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be an official PVT release.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be a PVT release or one of timm.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         frozen_stages: Number of frozen stages; 0 for the first patch embedding alone, -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
@@ -160,6 +160,8 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
         ValueError: A value is not allowed, or lists have different lengths.
     """
+
+    family = 'pvt'
 
     def __init__(
         self,
@@ -301,21 +303,14 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             yield self.layers[0][0]
         yield from self.layers[: max(self.frozen_stages, 0)]
 
-    def _from_official(self, state: StateDict) -> StateDict:
-        return pvt_from_official(state) if is_official_pvt(state) else state
-
-    def _fit_tables(self, state: StateDict) -> StateDict:
-        fitted = dict(state)
-        for index, (_, blocks, _) in enumerate(self.layers):
-            key = f'layers.{index}.1.0.pos_embed'
-            if key in fitted and isinstance(blocks[0], AbsolutePositionEmbedding):
-                places = fitted[key].shape[1]
-                side = round(places**0.5)
-                if places != math.prod(blocks[0].pos_shape) and side * side == places:
-                    fitted[key] = resize_position_table(
-                        fitted[key], (side, side), blocks[0].pos_shape, mode='bilinear'
-                    )
-        return fitted
+    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        tables = ((index, blocks[0]) for index, (_, blocks, _) in enumerate(self.layers))
+        shapes = {
+            index: table.pos_shape
+            for index, table in tables
+            if isinstance(table, AbsolutePositionEmbedding)
+        }
+        return fit_pvt(state, shapes)
 
 
 @MODELS.register_module()

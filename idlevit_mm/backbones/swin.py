@@ -16,13 +16,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord, run_blocks, weighted_mean
-from ..converters import is_official_swin, swin_from_official
+from ..checkpoints import StateDict
+from ..converters import Fitted, fit_swin
 from ..layers import (
     FeedForward,
     MergePatches,
     ShiftWindowMSA,
     resize_position_table,
-    resize_relative_position_table,
     to_map,
 )
 from ..ops import (
@@ -36,7 +36,7 @@ from ..ops import (
     window_units,
 )
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, StateDict, image_size
+from .base import GELU, IdleBackbone, image_size
 
 LAYER_NORM = dict(type='LN')
 
@@ -208,7 +208,8 @@ class IdleSwinTransformer(IdleBackbone):
         norm_cfg: Norm layers.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be an official Swin release.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be a Swin release or one of
+            timm.
         frozen_stages: Number of frozen stages; 0 for the patch embedding alone, -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
             stage with one per block. 1.0 is the dense backbone. Also a schedule by name; see
@@ -222,6 +223,8 @@ class IdleSwinTransformer(IdleBackbone):
         TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
         ValueError: A value is not allowed, or lists have different lengths.
     """
+
+    family = 'swin'
 
     def __init__(
         self,
@@ -260,6 +263,7 @@ class IdleSwinTransformer(IdleBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
+        self.window_size = window_size
         self.use_abs_pos_embed = use_abs_pos_embed
         patch_norm_cfg = norm_cfg if patch_norm else None
         self.patch_embed = PatchEmbed(
@@ -355,30 +359,10 @@ class IdleSwinTransformer(IdleBackbone):
         if self.frozen_stages >= 0 and self.use_abs_pos_embed:
             yield self.absolute_pos_embed
 
-    def _from_official(self, state: StateDict) -> StateDict:
-        return swin_from_official(state) if is_official_swin(state) else state
-
-    def _fit_tables(self, state: StateDict) -> StateDict:
-        own = self.state_dict()
-        fitted = {}
-        for key, value in state.items():
-            if key == 'absolute_pos_embed' and key in own and value.dim() == 3:
-                value = _square_to(value, self.pos_shape)
-            elif key.endswith('relative_position_bias_table') and key in own:
-                value = resize_relative_position_table(value, own[key].shape[0])
-            elif key.endswith('relative_position_index'):
-                continue
-            fitted[key] = value
-        return fitted
+    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        pos_shape = self.pos_shape if self.use_abs_pos_embed else None
+        return fit_swin(state, self.window_size, pos_shape)
 
 
 def _merge(channels: int, stride: int, norm_cfg: dict | None) -> MergePatches:
     return MergePatches(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)
-
-
-def _square_to(table: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Resize the table of a square image unless it has the right number of places already."""
-    if table.shape[1] == shape[0] * shape[1]:
-        return table
-    side = round(table.shape[1] ** 0.5)
-    return resize_position_table(table, (side, side), shape, mode='bicubic')

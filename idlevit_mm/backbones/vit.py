@@ -4,7 +4,6 @@ Shape letters: B images, N tokens of the map (H * W), P tokens before the map (1
 without), T active tokens, R summaries of idle tokens, C channels, A heads.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import IdleBlock, run_blocks
-from ..converters import is_lvvit, is_timm_vit, lvvit_from_official, vit_from_timm
+from ..checkpoints import StateDict
+from ..converters import Fitted, fit_vit
 from ..layers import (
     ConvStemEmbed,
     FeedForward,
@@ -28,7 +28,7 @@ from ..layers import (
 )
 from ..ops import Selection, behind_prefix, in_chunks
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, StateDict, image_size
+from .base import GELU, IdleBackbone, image_size
 
 _PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
 _LVVIT = dict(mlp_ratio=3, stem='conv', residual_scale=0.5, norm_cfg=dict(type='LN', eps=1e-5))
@@ -187,7 +187,8 @@ class IdleVisionTransformer(IdleBackbone):
         interpolate_mode: How the position table is resized.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be one of timm, DeiT or LV-ViT.
+        convert_weights: Whether the checkpoint of ``init_cfg`` may be one of timm, DeiT, LV-ViT,
+            IdleViT or mmpretrain.
         frozen_stages: Number of frozen blocks, the embedding included; 0 for the embedding alone,
             -1 for none.
         keep_ratios: Share of active tokens: one for all blocks, or a list with one per block. 1.0
@@ -203,6 +204,8 @@ class IdleVisionTransformer(IdleBackbone):
     Attributes:
         shape: What ``arch`` and the arguments that override it come to, by argument.
     """
+
+    family = 'vit'
 
     def __init__(
         self,
@@ -371,30 +374,9 @@ class IdleVisionTransformer(IdleBackbone):
             if self.num_prefix:
                 yield self.cls_token
 
-    def _from_official(self, state: StateDict) -> StateDict:
-        if is_timm_vit(state):
-            return self._fit_square(vit_from_timm(state))
-        return self._fit_square(lvvit_from_official(state)) if is_lvvit(state) else state
-
-    def _fit_tables(self, state: StateDict) -> StateDict:
-        table = state.get('pos_embed')
-        # A table of as many places is taken to be one of this image size.
-        same = table is not None and table.shape[1:2] == self.pos_embed.shape[1:2]
-        return state if same else self._fit_square(state)
-
-    def _fit_square(self, state: StateDict) -> StateDict:
-        """Resize the position table of a square image."""
-        table = state.get('pos_embed')
-        if table is None or table.dim() != 3:
-            return state
-        side = math.isqrt(table.shape[1])
-        first = table.shape[1] - side * side
-        if first > 1 or first < self.num_prefix:
-            return state  # not the table of a square image, or one without class token
-        places = table[:, first:]
-        places = resize_position_table(places, (side, side), self.pos_shape, self.interpolate_mode)
-        fitted = torch.cat([table[:, : self.num_prefix], places], dim=1)
-        return {**state, 'pos_embed': fitted}
+    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        # Files of timm and of releases are of square images.
+        return fit_vit(state, self.pos_shape, self.num_prefix, self.interpolate_mode, is_foreign)
 
 
 def _shape(arch: str, **given: Any) -> dict[str, Any]:

@@ -1,16 +1,24 @@
-"""Key maps between released checkpoints and the names of mmdet and mmseg."""
+"""Names of weights in mmdet, mmseg, timm, mmpretrain and the releases, in both directions."""
 
-from .official import is_official_pvt, is_official_swin, pvt_from_official, swin_from_official
-from .timm import is_lvvit, is_timm_vit, lvvit_from_official, vit_from_timm, vit_to_timm
+from .convert import TARGETS, Converted, convert_file, convert_weights
+from .formats import FORMATS, OPENMMLAB, Format, detect, format_of, known_format
+from .renaming import Conversion
+from .tables import Fitted, fit_pvt, fit_swin, fit_vit
 
 __all__ = [
-    'is_lvvit',
-    'is_official_pvt',
-    'is_official_swin',
-    'is_timm_vit',
-    'lvvit_from_official',
-    'pvt_from_official',
-    'swin_from_official',
-    'vit_from_timm',
-    'vit_to_timm',
+    'FORMATS',
+    'OPENMMLAB',
+    'TARGETS',
+    'Conversion',
+    'Converted',
+    'Fitted',
+    'Format',
+    'convert_file',
+    'convert_weights',
+    'detect',
+    'fit_pvt',
+    'fit_swin',
+    'fit_vit',
+    'format_of',
+    'known_format',
 ]

@@ -322,6 +322,23 @@ def photo_columns(split: str, width: int) -> tuple[int, int]:
     return (0, cut) if split == 'train' else (cut, width)
 
 
+def encoded(suffix: str, image: np.ndarray, options: list[int] | None = None) -> bytes:
+    """Content of an image file.
+
+    Args:
+        suffix: ``'.jpg'`` or ``'.png'``.
+        image: (H, W, 3) BGR or (H, W) uint8.
+        options: OpenCV's, of the form ``[cv2.IMWRITE_JPEG_QUALITY, 95]``.
+
+    Raises:
+        RuntimeError: OpenCV was built without this format.
+    """
+    done, data = cv2.imencode(suffix, image, options or [])
+    if not done:
+        raise RuntimeError(f'OpenCV cannot encode {suffix} images')
+    return data.tobytes()
+
+
 def _integer(name: str, value: object, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
         raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}')
@@ -468,7 +485,7 @@ def _write_scenes(root: Path, params: DigitScenesParams) -> Iterator[None]:
         for index in range(params.count(split)):
             scene = render_scene(params, split, index)
             name = f'{index:06d}'
-            jpeg = _encoded('.jpg', scene.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            jpeg = encoded('.jpg', scene.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
             if 'coco' in params.layouts:
                 (root / f'coco/{split}/{name}.jpg').write_bytes(jpeg)
                 images.append(
@@ -484,7 +501,7 @@ def _write_scenes(root: Path, params: DigitScenesParams) -> Iterator[None]:
             if 'ade' in params.layouts:
                 folder = _ADE_SPLITS[split]
                 (root / f'ade/images/{folder}/{name}.jpg').write_bytes(jpeg)
-                png = _encoded('.png', scene.semantic_map(), [])
+                png = encoded('.png', scene.semantic_map())
                 (root / f'ade/annotations/{folder}/{name}.png').write_bytes(png)
             yield
         if 'coco' in params.layouts:
@@ -516,13 +533,6 @@ def _coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[s
             }
         )
     return annotations
-
-
-def _encoded(suffix: str, image: np.ndarray, options: list[int]) -> bytes:
-    done, data = cv2.imencode(suffix, image, options)
-    if not done:
-        raise RuntimeError(f'OpenCV cannot encode {suffix} images')
-    return data.tobytes()
 
 
 def _expected_files(params: DigitScenesParams) -> Iterator[str]:

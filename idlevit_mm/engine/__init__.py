@@ -1,4 +1,6 @@
+from ..checkpoints import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 from ..errors import (
+    BadSampleError,
     BrokenCheckpointError,
     CheckpointError,
     SettingError,
@@ -6,10 +8,10 @@ from ..errors import (
     UsageError,
 )
 from .runner import ResumableRunner
-from .safe_load import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 from .sharding import FullyShardedModel
 
 __all__ = [
+    'BadSampleError',
     'BrokenCheckpointError',
     'CheckpointError',
     'FullyShardedModel',

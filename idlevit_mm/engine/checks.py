@@ -9,15 +9,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import is_local, load_checkpoint, shortened, unwrapped, weights_of
 from ..errors import BrokenCheckpointError, UsageError
-from .safe_load import load_checkpoint
-
-_MAX_NAMED = 5
-
-
-def is_local(path: Any) -> bool:
-    """Whether a path names a file of this machine rather than an address or a model alias."""
-    return isinstance(path, (str, os.PathLike)) and '://' not in str(path)
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
@@ -57,12 +50,13 @@ def _data_hint(path: str, root: str | None, key: str) -> str:
     if 'adechallenge' in lower or 'ade20k' in lower:
         source = (
             'Download ADEChallengeData2016 from http://sceneparsing.csail.mit.edu and unpack or '
-            f'link it as {place}'
+            f'link it as {place} (docs/data.md; python tools/prepare_data.py ade20k checks it)'
         )
     elif 'coco' in lower:
         source = (
             'Download COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org '
-            f'and unpack or link it as {place}'
+            f'and unpack or link it as {place} (docs/data.md; python tools/prepare_data.py coco '
+            'checks it)'
         )
     else:
         source = f'Put the data at {place}'
@@ -224,21 +218,6 @@ def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     return None, passed_over
 
 
-def state_dict_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint by name, without the prefix that distributed wrappers add."""
-    weights = checkpoint.get('state_dict', checkpoint)
-    return {
-        name.removeprefix('module.'): value
-        for name, value in weights.items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _capped(names: list[str]) -> str:
-    more = f' and {len(names) - _MAX_NAMED} more' if len(names) > _MAX_NAMED else ''
-    return ', '.join(names[:_MAX_NAMED]) + more
-
-
 def check_weights(
     model: torch.nn.Module, checkpoint: dict[str, Any], path: str, purpose: str
 ) -> list[str]:
@@ -262,7 +241,7 @@ def check_weights(
     while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
         model = inner
     wanted = model.state_dict()
-    given = state_dict_of(checkpoint)
+    given = unwrapped(weights_of(checkpoint))
     if not given:
         raise UsageError(f'checkpoint {path} holds no weights')
 
@@ -277,7 +256,7 @@ def check_weights(
         )
         raise UsageError(
             f'checkpoint {path} shares no backbone weights with the model: it holds '
-            f'{_capped(list(given))}; the model has {_capped(sorted(backbone))}. {advice}'
+            f'{shortened(list(given))}; the model has {shortened(sorted(backbone))}. {advice}'
         )
 
     warnings = []
@@ -298,20 +277,20 @@ def check_weights(
     if wrong:
         listed = [f'{n} {tuple(a)} but the model has {tuple(b)}' for n, (a, b) in wrong.items()]
         raise UsageError(
-            f'checkpoint {path} has other shapes than the model: {_capped(listed)}. Use the '
+            f'checkpoint {path} has other shapes than the model: {shortened(listed)}. Use the '
             'config that the checkpoint was trained with'
         )
     if other_classes:
         listed = [f'{n} {tuple(a)} to {tuple(b)}' for n, (a, b) in other_classes.items()]
         warnings.append(
             f'{path} was trained with another number of classes; these are initialised anew: '
-            f'{_capped(listed)}'
+            f'{shortened(listed)}'
         )
 
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing and purpose != 'load_from':
         raise UsageError(
-            f'checkpoint {path} lacks weights of the model: {_capped(missing)}. Use the config '
+            f'checkpoint {path} lacks weights of the model: {shortened(missing)}. Use the config '
             'that the checkpoint was trained with'
         )
     return warnings

@@ -31,7 +31,7 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
         'opencv-contrib-python',
     ),
     'mmengine': ('mmengine', 'mmengine-lite', 'onedl-mmengine'),
-    'mmcv': ('mmcv', 'mmcv-lite', 'onedl-mmcv', 'onedl-mmcv-lite'),
+    'mmcv': ('mmcv', 'mmcv-lite', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
     'timm': ('timm',),
@@ -39,8 +39,49 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 # Without these the backbones do not even import.
 NEEDED = ('torch', 'numpy', 'cv2', 'mmengine', 'mmcv', 'idlevit_mm')
-SETUP = "in a checkout: 'make setup'; in an environment of your own: "
 PROBE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Packages that are made for each other: OpenMMLab's own, or the forks of the same names.
+
+    Attributes:
+        title: What the report calls it.
+        target: The target of make that installs it.
+        remedies: By import name, what brings a package that is missing.
+    """
+
+    title: str
+    target: str
+    remedies: Mapping[str, str]
+
+    @property
+    def setup(self) -> str:
+        """The first half of a remedy; the second one is for other environments."""
+        return f"in a checkout: 'make {self.target}'; in an environment of your own: "
+
+
+OPENMMLAB = Stack(
+    "OpenMMLab's own packages",
+    'setup',
+    {
+        'mmengine': "'pip install mmengine'",
+        'mmcv': "'pip install mmcv-lite' (backbones only) or a build of mmcv for this torch",
+        'mmdet': "'pip install mmdet' (3.3.0 asks for mmcv below 2.2), for detectors",
+        'mmseg': "'pip install mmsegmentation ftfy regex', for segmentors",
+    },
+)
+ONEDL = Stack(
+    'the forks onedl-*',
+    'setup-onedl',
+    {
+        'mmengine': "'pip install onedl-mmengine'",
+        'mmcv': "'pip install --no-build-isolation onedl-mmcv', which compiles its ops",
+        'mmdet': "'pip install onedl-mmdetection', for detectors",
+        'mmseg': "'pip install onedl-mmsegmentation', for segmentors",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -238,6 +279,62 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def stack_of(package: str) -> Stack:
+    """Returns the stack that a package belongs to."""
+    return ONEDL if package.startswith('onedl-') else OPENMMLAB
+
+
+def group_stacks(versions: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """Returns the installed packages of each stack, by the stack's title.
+
+    Args:
+        versions: By import name, the installed packages that provide it and their versions.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in OPENMMLAB.remedies:
+        for package in versions.get(name, {}):
+            groups.setdefault(stack_of(package).title, []).append(package)
+    return groups
+
+
+def likely_stack(versions: Mapping[str, Mapping[str, str]]) -> Stack:
+    """Returns the stack that remedies speak of: the forks where nothing but forks is installed."""
+    return ONEDL if list(group_stacks(versions)) == [ONEDL.title] else OPENMMLAB
+
+
+def check_stack(
+    answers: Mapping[str, Mapping[str, Any]], versions: Mapping[str, Mapping[str, str]]
+) -> list[Finding]:
+    """Returns a finding on whose packages are installed, none where there are none.
+
+    Two packages that own the same folder are always wrong. Others of two stacks are made for other
+    versions of each other, but may work.
+
+    Args:
+        answers: What the probes said, by import name.
+        versions: By import name, the installed packages that provide it and their versions.
+    """
+    groups = group_stacks(versions)
+    if len(groups) < 2:
+        return [Finding('Packages', 'stack', title) for title in groups]
+    parts = [f'{title} ({", ".join(packages)})' for title, packages in groups.items()]
+    names = list(OPENMMLAB.remedies)
+    harm = any(
+        len(versions.get(name, {})) > 1 or 'error' in answers.get(name, {}) for name in names
+    )
+    packages = ' '.join(package for group in groups.values() for package in group)
+    return [
+        Finding(
+            'Packages',
+            'stack',
+            f'mixed: {" and ".join(parts)} have the same import names',
+            WRONG if harm else NOTE,
+            f"'pip uninstall {packages}', then install one stack: '{OPENMMLAB.target}' or "
+            f"'{ONEDL.target}' of make do so, each in an environment of its own",
+        )
+    ]
+
+
 def check_packages(
     answers: Mapping[str, Mapping[str, Any]], versions: Mapping[str, Mapping[str, str]]
 ) -> list[Finding]:
@@ -247,20 +344,18 @@ def check_packages(
         answers: What the probes said, by import name.
         versions: By import name, the installed packages that provide it and their versions.
     """
+    stack = likely_stack(versions)
     remedies = {
         'torch': "'pip install torch torchvision'",
         'torchvision': "reinstall torch and torchvision together, from one index: a '+cpu' build "
         'of one does not load the other',
         'numpy': "'pip install numpy'",
         'cv2': "'pip install --force-reinstall opencv-python-headless'",
-        'mmengine': "'pip install mmengine'",
-        'mmcv': "'pip install mmcv-lite' (backbones only) or a build of mmcv for this torch",
-        'mmdet': "'pip install mmdet' (3.3.0 asks for mmcv below 2.2), for detectors",
-        'mmseg': "'pip install mmsegmentation ftfy regex', for segmentors",
+        **stack.remedies,
         'timm': "'pip install timm', to read timm's checkpoints",
         'idlevit_mm': "'pip install -e .'",
     }
-    findings = []
+    findings = check_stack(answers, versions)
     for name, remedy in remedies.items():
         packages = versions.get(name, {})
         label = ' + '.join(f'{package} {version}' for package, version in packages.items())
@@ -276,12 +371,12 @@ def check_packages(
             )
         elif 'error' in answer and answer.get('missing') == name and not packages:
             status = WRONG if name in NEEDED else NOTE
-            finding = Finding('Packages', name, 'not installed', status, SETUP + remedy)
+            finding = Finding('Packages', name, 'not installed', status, stack.setup + remedy)
         elif 'error' in answer:
             value = f'{label or "not installed"}; does not import: {answer["error"]}'
             if answer.get('missing') and answer['missing'] != name:
                 remedy = f"'pip install' what provides the module {answer['missing']}"
-            finding = Finding('Packages', name, value, WRONG, SETUP + remedy)
+            finding = Finding('Packages', name, value, WRONG, stack.setup + remedy)
         elif name == 'idlevit_mm':
             value = f'{label or "from the working directory"}: {", ".join(answer["value"])}'
             finding = Finding('Packages', name, value)
@@ -298,7 +393,7 @@ def check_ops(
     answers: Mapping[str, Mapping[str, Any]], versions: Mapping[str, Mapping[str, str]]
 ) -> list[Finding]:
     """Returns findings on mmcv's compiled operators and on CUDA."""
-    findings = []
+    findings, stack = [], likely_stack(versions)
     lite = [name for name in versions.get('mmcv', {}) if name.endswith('-lite')]
     answer = answers['ops on cpu']
     needed_by = [name for name in ('mmdet',) if versions.get(name)]
@@ -322,8 +417,8 @@ def check_ops(
                 answer['error'],
                 WRONG,
                 'mmcv was built for another torch, or without ops: '
-                + SETUP
-                + 'build mmcv again (MMCV_WITH_OPS=1, pip install --no-build-isolation)',
+                + stack.setup
+                + 'build it again (MMCV_WITH_OPS=1, pip install --no-build-isolation)',
             )
         )
 
@@ -348,8 +443,9 @@ def check_ops(
                 'mmcv.ops on CUDA',
                 answer['error'],
                 WRONG,
-                f"mmcv was built for the CPU only: with the CUDA toolkit {built}, 'make setup "
-                "IDLEVIT_MM_OPS=cuda'; or train on the CPU with CUDA_VISIBLE_DEVICES=''",
+                f'mmcv was built for the CPU only: with the CUDA toolkit {built}, '
+                f"'make {stack.target} IDLEVIT_MM_OPS=cuda'; or train on the CPU with "
+                "CUDA_VISIBLE_DEVICES=''",
             )
         )
     return findings
@@ -398,12 +494,12 @@ def check_data(root: Path) -> list[Finding]:
             'coco',
             ['annotations/instances_train2017.json', 'annotations/instances_val2017.json']
             + ['train2017', 'val2017'],
-            'needed only for configs/coco: unpack COCO 2017 there, or link to it',
+            'needed only for configs/coco; see: python tools/prepare_data.py coco',
         ),
         'ADE20K': (
             'ade/ADEChallengeData2016',
             ade_parts,
-            'needed only for configs/ade20k: unpack ADEChallengeData2016 there, or link to it',
+            'needed only for configs/ade20k; see: python tools/prepare_data.py ade20k',
         ),
         'digit scenes, COCO layout': (
             'digit_scenes/coco',
@@ -488,7 +584,7 @@ def print_report(findings: Sequence[Finding], plain: bool = False) -> int:
                 print(f'\n{section}' if finding is not findings[0] else section)
             mark = {OK: ' ', NOTE: '-', WRONG: '!'}[finding.status]
             print(f'{mark} {finding.name:<{width}}  {finding.value}')
-            if finding.status == NOTE and finding.remedy:
+            if finding.status != OK and finding.remedy:
                 print(f'  {"":<{width}}  {finding.remedy}')
         print()
     print(closing)
@@ -512,7 +608,7 @@ def _print_rich(findings: Sequence[Finding]) -> bool:
             section = finding.section
             table.add_row(Text(section, style='bold'))
         value = Text(finding.value, overflow='fold')
-        if finding.status == NOTE and finding.remedy:
+        if finding.status != OK and finding.remedy:
             value.append(f'\n{finding.remedy}', style='dim')
         status = Text(finding.status, style=colours[finding.status])
         table.add_row(Text(f'  {finding.name}'), status, value)

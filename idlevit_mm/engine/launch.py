@@ -27,6 +27,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint
 from ..errors import UnsafeCheckpointError, UsageError
 from .checks import (
     check_datasets,
@@ -34,11 +35,9 @@ from .checks import (
     check_teachers,
     check_weights,
     find_resumable,
-    is_local,
     leaf_datasets,
 )
 from .runner import ResumableRunner
-from .safe_load import allow_mmengine_globals, load_checkpoint
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
 _WAIT_FOR_RANK_0 = 10  # seconds
@@ -221,6 +220,15 @@ def _use_amp(cfg: Config) -> None:
         raise UsageError('--amp needs an accelerator; mixed precision does not train on the CPU')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _check_amp(cfg: Config) -> None:
+    """Refuse a config's mixed precision where mmengine would fail with it later."""
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and get_device() == 'cpu':
+        raise UsageError(
+            'the config trains in mixed precision (optim_wrapper.type is AmpOptimWrapper), which '
+            'needs an accelerator; on the CPU: --cfg-options optim_wrapper.type=OptimWrapper'
+        )
 
 
 def _scale_lr(cfg: Config) -> None:
@@ -435,6 +443,7 @@ def train_from_config(
     _set_work_dir(cfg, config, work_dir)
     if amp:
         _use_amp(cfg)
+    _check_amp(cfg)
     if auto_scale_lr:
         _scale_lr(cfg)
     checkpoint = _choose_start(cfg, config, resume)

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmengine.dist import get_rank, is_main_process
@@ -19,10 +19,11 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
+from ..checkpoints import allow_mmengine_globals
 from ..hooks import ExactResumeHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
-from .safe_load import allow_mmengine_globals
+from .bad_samples import check_built, guard, naming_the_data
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 
 
@@ -39,6 +40,8 @@ class ResumableRunner(Runner):
     - A full disk does not end the training: what cannot be written to logs is left out, and
       :class:`idlevit_mm.hooks.AtomicCheckpointHook` goes on without the checkpoint.
     - A model wrapped as :class:`FullyShardedModel` is sharded before the first iteration.
+    - An unusable image is left out of training with a warning; in validation and testing it is an
+      error that names the file (:mod:`idlevit_mm.engine.bad_samples`).
 
     ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
     mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
@@ -47,6 +50,8 @@ class ResumableRunner(Runner):
     """
 
     _train_dataloader: Any
+    _val_dataloader: Any
+    _test_dataloader: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         allow_mmengine_globals()
@@ -117,23 +122,48 @@ class ResumableRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
-        config: Any = self._train_dataloader
+        with self._opened('train', loop):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the validation loop on data that were looked at."""
+        with self._opened('val', loop):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the test loop on data that were looked at."""
+        with self._opened('test', loop):
+            return super().build_test_loop(loop)
+
+    @contextlib.contextmanager
+    def _opened(self, phase: str, loop: BaseLoop | dict) -> Iterator[None]:
+        """Have the data loader of a phase built while its loop is."""
+        name = f'_{phase}_dataloader'
+        config = getattr(self, name)
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
-            return super().build_train_loop(loop)
-        loader = self.build_dataloader(
-            config,
-            seed=self.seed,
-            diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
-        )
-        # Iterable data sets and loaders without batches have no index to tie a seed to.
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-            loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
+            yield
+            return
         # The loop takes the built loader; scale_lr and others still read the config.
-        self._train_dataloader = loader
+        setattr(self, name, self._open(phase, config))
         try:
-            return super().build_train_loop(loop)
+            yield
         finally:
-            self._train_dataloader = config
+            setattr(self, name, config)
+
+    def _open(self, phase: str, config: dict) -> DataLoader:
+        """Build a data loader; what is wrong with its data is said by name."""
+        with naming_the_data(phase, config):
+            loader = self.build_dataloader(
+                config,
+                seed=self.seed,
+                diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
+            )
+        check_built(loader.dataset, self.model, phase)
+        guard(loader.dataset, training=phase == 'train')
+        # Iterable data sets and loaders without batches have no index to tie a seed to.
+        if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+            loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
+        return loader
 
     def save_checkpoint(
         self,

@@ -13,7 +13,7 @@ from .reduction_attention import SpatialReductionAttention
 from .self_attention import SelfAttention
 from .shape import pad_to, to_map, to_tokens
 from .share import cell_means, kept_share
-from .window_attention import ShiftWindowMSA
+from .window_attention import ShiftWindowMSA, relative_position_index
 
 __all__ = [
     'AbsolutePositionEmbedding',
@@ -30,6 +30,7 @@ __all__ = [
     'kept_share',
     'linear',
     'pad_to',
+    'relative_position_index',
     'resize_position_table',
     'resize_relative_position_table',
     'to_map',

@@ -1,4 +1,4 @@
-"""Feed-forward networks on packed tokens: Swin's and ViT's, and those of PVT and PVTv2."""
+"""Feed-forward networks on packed tokens: Swin's and ViT's, and those of PVT, PVTv2 and MiT."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class FeedForward(FFN):
 
 
 class MixFFN(BaseModule):
-    """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (arXiv 2106.13797).
+    """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (2106.13797) and MiT.
 
     Hidden features of idle tokens are not computed: the convolution sees zeros in their places, or
     those of their summary where there is one. The summary itself has no place in the map; it is

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from ..errors import SettingError
+from ..checkpoints import compare, is_local, of_policy, read_weights
+from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
 _KEYS = ('checkpoint', 'config')
@@ -128,38 +128,22 @@ def check_description(description: Any) -> tuple[str, str]:
 
 
 def _check_file(argument: str, path: str) -> None:
-    if '://' not in path and not Path(path).is_file():
-        raise FileNotFoundError(f'{argument}={path!r} does not exist')
+    if is_local(path) and not Path(path).is_file():
+        raise MissingFileError(f'{argument}={path!r} does not exist')
 
 
 def _load(model: nn.Module, path: str) -> None:
     """Load all weights of the teacher, or say in one line why these are others."""
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    given = checkpoint.get('state_dict', checkpoint)
-    own = model.state_dict()
-    reasons = {
-        'lacks': _weights(own.keys() - given.keys()),
-        'has unknown': _weights(given.keys() - own.keys()),
-        'has another shape of': [
-            name for name in own.keys() & given.keys() if own[name].shape != given[name].shape
-        ],
-    }
-    wrong = [
-        f'{what} {len(names)} weights (such as {min(names)})'
-        for what, names in reasons.items()
-        if names
-    ]
-    if wrong:
+    given = read_weights(path)
+    # A dense network has no weights of policies, and does not ask those of a checkpoint.
+    report = compare(model.state_dict(), given, policy_too=False)
+    report.unexpected = [name for name in report.unexpected if not of_policy(name)]
+    if misfit := report.misfit():
         raise SettingError(
-            f'teacher.checkpoint={path!r} does not fit {type(model).__name__}: it '
-            f'{", ".join(wrong)}; name the config it was trained with as teacher.config'
+            f'teacher.checkpoint={path!r} does not fit {type(model).__name__}: it {misfit}; name '
+            'the config it was trained with as teacher.config'
         )
     model.load_state_dict(given, strict=False)
-
-
-def _weights(names: set[str]) -> list[str]:
-    """Names without those of policies, which a dense network does not ask."""
-    return [name for name in names if '.policy.' not in name]
 
 
 def find_modules(model: nn.Module, names: tuple[str, ...], argument: str, whose: str) -> None:

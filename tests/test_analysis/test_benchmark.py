@@ -174,6 +174,10 @@ def test_preset_of_a_config():
     assert preset_of({**config, 'keep_ratios': 0.7}) is PRESETS['pvtv2-b2']
     assert preset_of({**config, 'embed_dims': 48}) is None
     assert preset_of(dict(type='IdleSwinTransformer')) is PRESETS['swin-t']
+    mit = dict(type='IdleMixVisionTransformer', embed_dims=32, num_layers=[2, 2, 2, 2])
+    assert preset_of({**mit, 'num_heads': [1, 2, 5, 8]}) is PRESETS['mit-b0']
+    # The class's default, as in mmseg, is no published model.
+    assert preset_of(mit) is None
 
 
 # --- Candidates -------------------------------------------------------------------------------

@@ -332,6 +332,20 @@ def test_published_figure_of_a_whole_segmentor():
     assert counts['total'] == sum(counts.values()) / 2
 
 
+@pytest.mark.parametrize(('size', 'published'), [('b0', 8.4e9), ('b1', 15.9e9)])
+def test_published_figures_of_segformer(size, published):
+    mmseg = pytest.importorskip('mmseg')
+    configs = Path(mmseg.__file__).parent / '.mim' / 'configs' / 'segformer'
+    cfg = load_config(configs / f'segformer_mit-{size}_8xb2-160k_ade20k-512x512.py')
+    idle = {**cfg.model.backbone, 'type': 'IdleMixVisionTransformer', 'init_cfg': None}
+    totals = []
+    for backbone in ({**cfg.model.backbone, 'init_cfg': None}, idle):
+        cfg.model.backbone = backbone
+        model = MODELS.build(cfg.model).to('meta')
+        totals.append(model_multiply_adds(model, (512, 512))['total'])
+    assert totals[0] == totals[1] == pytest.approx(published, rel=0.01)
+
+
 def test_pretty():
     assert pretty(95_600_000_000) == '95.6 G'
     assert pretty(512_345_678) == '512 M'

@@ -33,6 +33,14 @@ PVT2 = dict(
     sr_ratios=[4, 2, 1, 1],
     mlp_ratios=[2, 2, 2, 2],
 )
+MIT = dict(
+    type='IdleMixVisionTransformer',
+    embed_dims=8,
+    num_layers=[1, 1, 1, 1],
+    num_heads=[1, 1, 1, 2],
+    mlp_ratio=2,
+    convert_weights=True,
+)
 
 
 def _config(tmp_path, backbone):
@@ -107,6 +115,12 @@ def test_dense_class_of_mmdet_gives_the_same(cfg):
 def test_dense_class_of_mmseg_gives_the_same(options):
     pytest.importorskip('mmseg')
     dense = _same_as_dense({**VIT, **options}, (49, 79))
+    assert type(dense).__module__.startswith('mmseg.')
+
+
+def test_dense_mit_of_mmseg_gives_the_same():
+    pytest.importorskip('mmseg')
+    dense = _same_as_dense(dict(MIT, policy=dict(scorer='random')), (49, 79))
     assert type(dense).__module__.startswith('mmseg.')
 
 

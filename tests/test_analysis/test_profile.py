@@ -77,7 +77,7 @@ def test_dense_blocks_neither_score_nor_gather():
     assert profile.stages[1]['scoring'] > 0
 
 
-@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2'])
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'mit'])
 @pytest.mark.parametrize('part', ['attention core', 'projections', 'norms'])
 def test_who_pays_for_a_function(monkeypatch, name, part):
     clock = _Clock()

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from importlib import metadata
 
 import pytest
 from mmengine.config import Config, DictAction
@@ -179,3 +180,11 @@ def test_data_folder_is_moved_everywhere():
 def test_shown_paths_are_relative_inside_the_repository(tmp_path):
     assert runs.shown(runs.REPOSITORY / 'tools' / 'train.py') == 'tools/train.py'
     assert runs.shown(tmp_path) == str(tmp_path.resolve())
+
+
+def test_versions_name_the_packages_that_are_installed():
+    """The import names alone would leave open which stack was measured."""
+    found = runs.versions().split(', ')
+    for name in ('torch', 'mmengine'):
+        for package in metadata.packages_distributions()[name]:
+            assert f'{package} {metadata.version(package)}' in found

@@ -1,12 +1,15 @@
 """State-dict keys are mmdet's, and checkpoints of all usual kinds load."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from backbone_zoo import BY_NAME, VARIANTS, assert_close, image, parametrize, randomize
 from mmengine.registry import MODELS
+
+from idlevit_mm.errors import SettingError
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'state_dict_keys'
 FULL_SIZE = {
@@ -21,6 +24,11 @@ FULL_SIZE = {
         'IdlePyramidVisionTransformerV2',
         'PyramidVisionTransformerV2',
         dict(embed_dims=32, num_layers=[2, 2, 2, 2]),
+    ),
+    'mit_b0': (
+        'IdleMixVisionTransformer',
+        'MixVisionTransformer',
+        dict(embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]),
     ),
     'deit_small': (
         'IdleVisionTransformer',
@@ -54,7 +62,7 @@ def test_keys_of_full_size_models_are_pinned(name):
 @pytest.mark.parametrize('name', FULL_SIZE)
 def test_pinned_keys_are_those_of_the_twin(name):
     _, theirs, kwargs = FULL_SIZE[name]
-    library = 'mmseg' if theirs == 'VisionTransformer' else 'mmdet'
+    library = 'mmseg' if theirs in ('VisionTransformer', 'MixVisionTransformer') else 'mmdet'
     backbones = pytest.importorskip(f'{library}.models.backbones')
     golden = json.loads((GOLDEN / f'{name}.json').read_text())
     assert shapes(getattr(backbones, theirs)(**kwargs)) == golden
@@ -217,7 +225,7 @@ def official_swin(state):
 
 
 def official_pvt(state, with_abs, with_conv, with_norm):
-    """State dict named as in the PVT authors' releases (``layers.1.1.3`` is ``block2.2``)."""
+    """State dict named as by the PVT and SegFormer authors (``layers.1.1.3`` is ``block2.2``)."""
     released = {}
     for key, value in state.items():
         _, stage, part, *rest = key.split('.')
@@ -318,6 +326,23 @@ def test_official_pvt_release_with_class_token(tmp_path):
     model = pretrained(variant, path, **options)
     assert_holds(model, state)
     assert_holds(model, pretrained_twin(variant, path, **options).state_dict())
+
+
+@pytest.mark.parametrize('wrap', ['state_dict', 'plain'])
+def test_official_segformer_release(wrap, tmp_path):
+    variant = BY_NAME['mit']
+    state = randomize(variant.build(), 5).state_dict()
+    released = official_pvt(state, with_abs=False, with_conv=True, with_norm=True)
+    path = save(tmp_path / 'mit.pth', WRAPPINGS[wrap](released))
+    assert_holds(pretrained(variant, path, keep_ratios=0.5, convert_weights=True), state)
+    with pytest.raises(SettingError, match=r'convert_weights=True'):
+        pretrained(variant, path)
+    mmseg = pytest.importorskip('mmseg')
+    tool = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'model_converters' / 'mit2mmseg.py'
+    theirs = runpy.run_path(str(tool))['convert_mit'](released)
+    assert theirs.keys() == state.keys()
+    for key, value in theirs.items():
+        assert torch.equal(value, state[key]), key
 
 
 @pytest.mark.parametrize('window', [3, 6])

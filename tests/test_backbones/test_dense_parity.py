@@ -182,10 +182,10 @@ def test_frozen_stages_of_swin(frozen_stages):
     assert_equal_to_twin(model, twin, image((2, 3, 32, 32)), 1e-5)
 
 
-@pytest.mark.parametrize('name', ['pvt', 'pvtv2'])
+@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit'])
 @pytest.mark.parametrize('frozen_stages', [-1, 1, 2])
 def test_frozen_stages_of_pvt(name, frozen_stages):
-    """mmdet's PVT has no such argument: n freezes all of the first n stages."""
+    """The dense classes have no such argument: n freezes all of the first n stages."""
     model = BY_NAME[name].build(frozen_stages=frozen_stages)
     randomize(model).train()
     _, grads = gradients(model, image((2, 3, 40, 48)))

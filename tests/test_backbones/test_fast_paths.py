@@ -235,8 +235,9 @@ def test_pieces_equal_the_whole(variant, keep, monkeypatch):
     with torch.no_grad():
         got, pieces = model(x), calls.take()
     # With a convolution hidden features are cut by channels, and 32 of them no further.
+    uncut = {'pvtv2', 'mit'}
     for name, number in whole.items():
-        if number and not (name == '_part' and variant.name == 'pvtv2'):
+        if number and not (name == '_part' and variant.name in uncut):
             assert pieces[name] > number, f'{name} was not cut'
     for a, b, c in zip(got, want, with_gradients, strict=True):
         assert_close(a, b, 1e-11)

@@ -341,7 +341,7 @@ def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn):
     return torch.where(mask.flatten(1)[..., None], y, x)
 
 
-@pytest.mark.parametrize('name', ['pvt', 'pvtv2'])
+@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit'])
 @pytest.mark.parametrize('scorer', ['mean_distance', 'random'])
 @pytest.mark.parametrize('size', [(2, 3, 64, 80), (1, 3, 97, 131)])
 def test_pvt_equals_masked_reference(name, scorer, size):
@@ -359,7 +359,7 @@ def test_pvt_equals_masked_reference(name, scorer, size):
                     hw,
                     heads=variant.kwargs['num_heads'][s],
                     reduction=variant.kwargs['sr_ratios'][s],
-                    conv_ffn=name == 'pvtv2',
+                    conv_ffn=name != 'pvt',
                 )
                 assert_close(out, want, 1e-9, f'stage {s} block {b}')
 
@@ -444,7 +444,8 @@ def token_wise_flops(variant, options, size):
             per_token = (4 + 2 * mlp) * c * c  # qkv, projection, MLP
         else:
             c, depth = kwargs['embed_dims'] * kwargs['num_heads'][s], kwargs['num_layers'][s]
-            per_token = (2 + 2 * kwargs['mlp_ratios'][s]) * c * c  # query, projection, MLP
+            mlp = kwargs['mlp_ratios'][s] if 'mlp_ratios' in kwargs else kwargs['mlp_ratio']
+            per_token = (2 + 2 * mlp) * c * c  # query, projection, MLP
         total += 2 * depth * n * per_token
     return total
 

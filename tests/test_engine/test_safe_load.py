@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 from toy import toy_runner
 
 from idlevit_mm.engine import (
@@ -115,6 +116,19 @@ def test_a_payload_is_refused_and_does_not_run(tmp_path, zipped):
     assert not made.exists()
     stripped = load_checkpoint(tmp_path / 'stripped.pth')
     assert torch.equal(stripped['state_dict']['w'], torch.ones(2))
+
+
+def test_mmengines_own_loaders_refuse_it_too_and_leave_the_list_alone(trained, tmp_path):
+    path, made = tmp_path / 'evil.pth', tmp_path / 'made'
+    torch.save({'state_dict': {'w': torch.ones(2)}, 'meta': Payload(made)}, path)
+    with pytest.raises(pickle.UnpicklingError, match='posix'):
+        CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+    assert not made.exists()
+
+    known = torch.serialization.get_safe_globals()
+    checkpoint = CheckpointLoader.load_checkpoint(str(trained / 'epoch_4.pth'), map_location='cpu')
+    assert isinstance(checkpoint['message_hub']['log_scalars']['train/loss'], HistoryBuffer)
+    assert set(torch.serialization.get_safe_globals()) == set(known)
 
 
 def test_getattr_reaches_mmengines_methods_only(tmp_path):

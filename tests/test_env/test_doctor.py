@@ -61,11 +61,59 @@ def test_a_package_that_lacks_another_one_names_it():
     assert 'ftfy' in finding.remedy
 
 
-def test_mixed_stacks_are_noticed():
-    versions = fine_versions(mmengine={'mmengine': '0.10.7', 'onedl-mmengine': '0.11.0'})
-    finding = by_name(doctor.check_packages(fine_answers(), versions))['mmengine']
-    assert finding.status == doctor.WRONG
-    assert 'onedl-mmengine 0.11.0' in finding.value
+OFFICIAL = {'mmengine': 'mmengine', 'mmcv': 'mmcv', 'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+FORKS = {
+    'mmengine': 'onedl-mmengine',
+    'mmcv': 'onedl-mmcv',
+    'mmdet': 'onedl-mmdetection',
+    'mmseg': 'onedl-mmsegmentation',
+}
+
+
+def stack_versions(packages):
+    return fine_versions(**{name: {package: '1.0'} for name, package in packages.items()})
+
+
+@pytest.mark.parametrize(
+    ('packages', 'title', 'target'),
+    [(OFFICIAL, 'OpenMMLab', "'make setup'"), (FORKS, 'onedl-', "'make setup-onedl'")],
+    ids=['official', 'forks'],
+)
+def test_either_stack_is_recognised(packages, title, target):
+    versions = stack_versions(packages)
+    stack = by_name(doctor.check_packages(fine_answers(), versions))['stack']
+    assert stack.status == doctor.OK
+    assert title in stack.value
+    for name, package in packages.items():
+        rest = {**versions, name: {}}
+        found = by_name(doctor.check_packages(fine_answers(**{name: missing(name)}), rest))[name]
+        assert target in found.remedy
+        assert package in found.remedy
+
+
+@pytest.mark.parametrize('name', list(OFFICIAL))
+def test_two_packages_in_one_folder_are_wrong(name):
+    both = {OFFICIAL[name]: '0.10.7', FORKS[name]: '0.10.12'}
+    versions = {**stack_versions(OFFICIAL), name: both}
+    findings = doctor.check_packages(fine_answers(), versions)
+    found = by_name(findings)
+    assert found[name].status == doctor.WRONG
+    assert 'overwrite each other' in found[name].value
+    assert f'{FORKS[name]} 0.10.12' in found[name].value
+    assert found['stack'].status == doctor.WRONG
+    assert doctor.verdict(findings)[0].count('mixed') == 1, 'the first thing that is wrong'
+
+
+@pytest.mark.parametrize('broken', [False, True])
+@pytest.mark.parametrize('name', list(OFFICIAL))
+def test_packages_of_both_stacks_are_told(name, broken):
+    versions = stack_versions({**OFFICIAL, name: FORKS[name]})
+    error = {'error': 'AssertionError: MMCV==2.3.6 is used but incompatible'}
+    answers = fine_answers(mmdet=error) if broken else fine_answers()
+    stack = by_name(doctor.check_packages(answers, versions))['stack']
+    assert stack.status == (doctor.WRONG if broken else doctor.NOTE)
+    assert FORKS[name] in stack.value
+    assert all(package in stack.remedy for package in (FORKS[name], 'pip uninstall'))
 
 
 def test_forks_are_named():

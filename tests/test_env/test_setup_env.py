@@ -1,5 +1,6 @@
 """The set-up's logic, without network, compiler or package index."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from idlevit_mm.engine import doctor
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def env():
     spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -78,8 +83,6 @@ def test_describes_the_running_python(env):
 
 
 def test_can_be_started_by_any_python_from_3_8(env):
-    import ast
-
     source = (ROOT / 'tools' / 'setup_env.py').read_text(encoding='utf-8')
     ast.parse(source, feature_version=(3, 8))
 
@@ -94,12 +97,8 @@ def requirement_names(name):
 
 def test_every_requirement_is_pinned():
     pinned = {line.split('==')[0] for line in requirement_names('constraints.txt')}
-    wanted = {
-        name
-        for part in ('torch', 'runtime', 'opencv', 'mmcv', 'dev')
-        for name in requirement_names(f'{part}.txt')
-    }
-    assert wanted <= pinned
+    parts = [path.name for path in (ROOT / 'requirements').glob('*.txt')]
+    assert {name for part in parts for name in requirement_names(part) if '=' not in name} <= pinned
     assert all('==' in line for line in requirement_names('constraints.txt'))
 
 
@@ -120,12 +119,40 @@ def test_reads_the_pins(env):
     pins = env.read_pins(ROOT / 'requirements' / 'constraints.txt')
     assert pins['torch'] == '2.11.0'
     assert pins['mmcv'] == '2.1.0'
+    assert pins['onedl-mmcv'] == '2.3.6'
     assert 'numpy' not in pins, 'it is pinned per Python version'
 
 
 def test_the_package_requires_nothing_that_pip_could_replace():
-    text = (ROOT / 'setup.py').read_text(encoding='utf-8')
-    assert 'install_requires=[],' in text
+    """Neither it nor its extras name a stack, or keep a package below a version."""
+    from packaging.requirements import Requirement
+
+    tree = ast.parse((ROOT / 'setup.py').read_text(encoding='utf-8'))
+    keywords = {
+        keyword.arg: keyword.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setup'
+        for keyword in node.keywords
+    }
+    assert ast.literal_eval(keywords['install_requires']) == []
+    extras = ast.literal_eval(keywords['extras_require'])
+    owned = {package for packages in doctor.PROVIDERS.values() for package in packages}
+    for requirement in (Requirement(text) for texts in extras.values() for text in texts):
+        assert requirement.name not in owned - {'timm'}
+        assert {bound.operator for bound in requirement.specifier} <= {'>=', '!='}
+
+
+def test_the_stacks_share_nothing_but_the_import_names(env):
+    """A package that both listed would make one environment depend on the other's pins."""
+    assert set(env.STACKS) == {'openmmlab', 'onedl'}
+    lists = []
+    for stack in env.STACKS.values():
+        names = {*requirement_names(f'{stack.name}.txt'), *requirement_names(f'{stack.mmcv}.txt')}
+        assert {stack.mmcv, stack.mmdet, stack.mmseg} < names
+        assert all(name.startswith('onedl-') == (stack.name == 'onedl') for name in names)
+        lists.append(names)
+    assert not lists[0] & lists[1]
+    assert len({stack.venv for stack in env.STACKS.values()}) == 2
 
 
 # ---------------------------------------------------------------------------------------- state
@@ -230,11 +257,12 @@ def test_cache_folder_that_cannot_be_written(env, tmp_path):
 
 def test_wheel_key_tells_every_build_apart(env):
     builds = [
-        ('2.1.0', '2.11.0+cu130', (3, 11), 'cpu'),
-        ('2.1.1', '2.11.0+cu130', (3, 11), 'cpu'),
-        ('2.1.0', '2.11.0+cpu', (3, 11), 'cpu'),
-        ('2.1.0', '2.11.0+cu130', (3, 12), 'cpu'),
-        ('2.1.0', '2.11.0+cu130', (3, 11), 'cu130-sm90'),
+        ('mmcv', '2.1.0', '2.11.0+cu130', (3, 11), 'cpu'),
+        ('onedl-mmcv', '2.1.0', '2.11.0+cu130', (3, 11), 'cpu'),
+        ('mmcv', '2.1.1', '2.11.0+cu130', (3, 11), 'cpu'),
+        ('mmcv', '2.1.0', '2.11.0+cpu', (3, 11), 'cpu'),
+        ('mmcv', '2.1.0', '2.11.0+cu130', (3, 12), 'cpu'),
+        ('mmcv', '2.1.0', '2.11.0+cu130', (3, 11), 'cu130-sm90'),
     ]
     keys = [env.wheel_key(*build) for build in builds]
     assert len(set(keys)) == len(builds)
@@ -324,11 +352,12 @@ def test_a_lock_is_waited_for(env, tmp_path):
 class FakeMmcv:
     """Stands for pip, the compiler and the check of the result."""
 
-    def __init__(self, env, tmp_path, monkeypatch):
+    def __init__(self, env, tmp_path, monkeypatch, stack):
         monkeypatch.setenv('IDLEVIT_MM_CACHE', str(tmp_path / 'cache'))
         (tmp_path / 'requirements').mkdir(exist_ok=True)
-        (tmp_path / 'requirements' / 'constraints.txt').write_text('mmcv==2.1.0\ntorch==2.11.0\n')
-        self.setup = env.Setup(tmp_path, progress=env.Progress(7, io.StringIO()))
+        pins = f'{stack.mmcv}==2.1.0\ntorch==2.11.0\n'
+        (tmp_path / 'requirements' / 'constraints.txt').write_text(pins)
+        self.setup = env.Setup(tmp_path, progress=env.Progress(7, io.StringIO()), stack=stack)
         self.setup.base = {'version': [3, 11, 7]}
         self.info = {'torch': '2.11.0+cu130'}
         self.built, self.installed, self.useless = [], [], set()
@@ -336,7 +365,7 @@ class FakeMmcv:
         monkeypatch.setattr(self.setup, '_install_wheel', self.install)
         monkeypatch.setattr(self.setup, '_mmcv_problem', self.problem)
         monkeypatch.setattr(self.setup, '_build_mmcv', self.build)
-        key = env.wheel_key('2.1.0', '2.11.0+cu130', (3, 11), 'cpu')
+        key = env.wheel_key(stack.mmcv, '2.1.0', '2.11.0+cu130', (3, 11), 'cpu')
         self.wheel = tmp_path / 'cache' / 'wheels' / key / 'mmcv-2.1.0.whl'
 
     def install(self, wheel):
@@ -353,9 +382,14 @@ class FakeMmcv:
         return self.setup._provide_mmcv(self.info, 'cpu')
 
 
+@pytest.fixture(params=['openmmlab', 'onedl'])
+def stack(env, request):
+    return env.STACKS[request.param]
+
+
 @pytest.fixture
-def mmcv(env, tmp_path, monkeypatch):
-    return FakeMmcv(env, tmp_path, monkeypatch)
+def mmcv(env, tmp_path, monkeypatch, stack):
+    return FakeMmcv(env, tmp_path, monkeypatch, stack)
 
 
 def test_builds_once_and_then_takes_the_wheel_from_the_cache(mmcv):
@@ -540,9 +574,9 @@ STEPS = ('venv', 'torch', 'libraries', 'opencv', 'mmcv', 'package', 'check')
 class Rehearsal:
     """A checkout whose steps only write down that they ran."""
 
-    def __init__(self, env, root, monkeypatch):
-        self.env, self.root, self.ran, self.failing = env, root, [], ''
-        for path in {path for paths in env.Setup.FILES.values() for path in paths}:
+    def __init__(self, env, root, monkeypatch, stack):
+        self.env, self.root, self.stack, self.ran, self.failing = env, root, stack, [], ''
+        for path in {path for paths in stack.files().values() for path in paths}:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text((ROOT / path).read_text(encoding='utf-8'))
         monkeypatch.setenv('IDLEVIT_MM_CACHE', str(root / 'cache'))
@@ -577,13 +611,14 @@ class Rehearsal:
     def set_up(self, **options):
         self.ran = []
         self.stream = io.StringIO()
-        setup = self.env.Setup(self.root, progress=self.env.Progress(7, self.stream))
+        progress = self.env.Progress(7, self.stream)
+        setup = self.env.Setup(self.root, progress=progress, stack=self.stack)
         return setup.run(**options)
 
 
 @pytest.fixture
-def rehearsal(env, tmp_path, monkeypatch):
-    return Rehearsal(env, tmp_path, monkeypatch)
+def rehearsal(env, tmp_path, monkeypatch, stack):
+    return Rehearsal(env, tmp_path, monkeypatch, stack)
 
 
 def test_runs_every_step_once(rehearsal):
@@ -612,28 +647,39 @@ def test_goes_on_after_a_failure_where_it_failed(rehearsal):
     [
         ('requirements/constraints.txt', 'torch'),
         ('requirements/dev.txt', 'libraries'),
-        ('requirements/mmcv.txt', 'mmcv'),
+        ('requirements/STACK.txt', 'libraries'),
+        ('requirements/MMCV.txt', 'mmcv'),
         ('pyproject.toml', 'package'),
     ],
 )
 def test_repeats_what_a_changed_file_touches(rehearsal, path, first):
     rehearsal.set_up()
+    path = path.replace('STACK', rehearsal.stack.name).replace('MMCV', rehearsal.stack.mmcv)
     with (rehearsal.root / path).open('a') as file:
         file.write('# changed\n')
     assert rehearsal.set_up()
     assert tuple(rehearsal.ran) == STEPS[STEPS.index(first) :]
 
 
+def test_the_environments_of_both_stacks_stand_side_by_side(env, tmp_path, monkeypatch):
+    rehearsals = [Rehearsal(env, tmp_path, monkeypatch, stack) for stack in env.STACKS.values()]
+    for rehearsal in rehearsals:
+        assert rehearsal.set_up()
+    for rehearsal in rehearsals:
+        assert not rehearsal.set_up()
+        assert (tmp_path / rehearsal.stack.venv / env.STATE_NAME).is_file()
+
+
 def test_notices_what_was_removed_by_hand(rehearsal):
     rehearsal.set_up()
-    for path in rehearsal.root.glob('.venv/lib/*/site-packages/mmcv/_ext*'):
+    for path in rehearsal.root.glob(f'{rehearsal.stack.venv}/lib/*/site-packages/mmcv/_ext*'):
         path.unlink()
     assert rehearsal.set_up()
     assert tuple(rehearsal.ran) == STEPS[4:]
 
 
 def test_leaves_an_environment_alone_that_somebody_else_made(rehearsal):
-    keep = rehearsal.root / '.venv' / 'mine.txt'
+    keep = rehearsal.root / rehearsal.stack.venv / 'mine.txt'
     keep.parent.mkdir()
     keep.write_text('hours of work')
     with pytest.raises(rehearsal.env.SetupError, match='was not made by this set-up') as caught:
@@ -674,11 +720,13 @@ def test_help_of_make_names_the_targets():
         ['make', '--no-print-directory', 'help'], cwd=ROOT, capture_output=True, text=True
     )
     names = [line.split()[1] for line in done.stdout.splitlines()]
-    assert {'help', 'setup', 'demo', 'test', 'lint', 'clean'} <= set(names)
+    wanted = {'help', 'setup', 'setup-onedl', 'demo', 'test', 'test-onedl', 'lint', 'clean'}
+    assert wanted <= set(names)
 
 
 def test_state_file_is_json(rehearsal):
     rehearsal.set_up()
-    state = json.loads((rehearsal.root / '.venv' / rehearsal.env.STATE_NAME).read_text())
+    venv = rehearsal.root / rehearsal.stack.venv
+    state = json.loads((venv / rehearsal.env.STATE_NAME).read_text())
     assert set(state['steps']) == set(STEPS)
     assert state['running'] == ''

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from torch import nn
 from toys import ToyModel, checkpoint_of
 
+from idlevit_mm.checkpoints import write_weights
 from idlevit_mm.engine.checks import check_teachers
 from idlevit_mm.errors import UsageError
 from idlevit_mm.hooks import add_losses
@@ -120,6 +121,23 @@ def test_kind_of_head():
 @pytest.fixture
 def checkpoint(tmp_path):
     return checkpoint_of(ToyModel(keep_ratios=1.0, seed=1), tmp_path / 'teacher.pth')
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_teacher_may_be_at_an_address(suffix, served):
+    """Recipes name the published checkpoint both as start and as teacher."""
+    folder, address = served
+    weights = ToyModel(keep_ratios=1.0, seed=1).state_dict()
+    write_weights(weights, folder / f'teacher{suffix}', 'state_dict')
+    loss = FeatureDistillation(dict(checkpoint=f'{address}teacher{suffix}'))
+    model = ToyModel()
+    add_losses(model, [loss])
+    assert model.loss(torch.ones(1, 3, 45, 58))['loss_distill_feature'] > 0
+    for name, value in weights.items():
+        assert torch.equal(loss.teacher.model.state_dict()[name], value), name
+    lost = FeatureDistillation(dict(checkpoint=f'{address}gone{suffix}'))
+    with pytest.raises(UsageError, match=rf'gone{suffix} cannot be fetched'):
+        add_losses(ToyModel(), [lost])
 
 
 def test_stages(checkpoint):

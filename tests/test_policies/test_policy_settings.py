@@ -80,7 +80,7 @@ def test_wrong_policies_are_refused(variant, name):
     assert '\n' not in message
 
 
-@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'vit-no-cls'])
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'mit', 'vit-no-cls'])
 @pytest.mark.parametrize('scorer', ['class_query', 'class_attention'])
 @pytest.mark.parametrize('policy', ['IdleViT', 'EViT', 'EvoViT'])
 def test_class_scorers_need_a_class_token(name, scorer, policy):
@@ -98,7 +98,7 @@ def test_class_attention_is_known_too_late_for_idlevit():
         BY_NAME['vit'].build(policy=dict(scorer='class_attention'))
 
 
-@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'vit', 'vit-no-cls'])
+@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls'])
 def test_sparsevit_needs_windows(name):
     with pytest.raises(ValueError, match=r"policy='SparseViT'.*windows.*map"):
         BY_NAME[name].build(policy=dict(type='SparseViT'))

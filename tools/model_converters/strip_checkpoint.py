@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from idlevit_mm.engine.safe_load import strip_checkpoint
+from idlevit_mm.checkpoints import strip_checkpoint
 from idlevit_mm.errors import UsageError
 
 

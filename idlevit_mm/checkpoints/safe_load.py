@@ -1,10 +1,11 @@
-"""Reading checkpoints without running code that they carry.
+"""Reading checkpoints of this machine without running code that they carry.
 
 A checkpoint is a pickle, and a pickle may call any function of any module. torch >= 2.6 therefore
 reads with ``weights_only=True``, which refuses everything but tensors and plain containers, and
 with it the checkpoints of mmengine 0.10, whose log histories are numpy arrays in a class of its
 own. :func:`allow_mmengine_globals` adds exactly those classes to torch's list of safe ones;
-nothing here switches the safe reader off.
+nothing here switches the safe reader off. The fork onedl-mmengine does so by itself when the safe
+reader refuses a file; that way back is closed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from ..errors import BrokenCheckpointError, UnsafeCheckpointError, UsageError
+from ..errors import BrokenCheckpointError, MissingFileError, UnsafeCheckpointError, UsageError
+from .weights import PLACES, place_of_weights, weights_of
+
+SAFETENSORS = '.safetensors'
 
 # torch.save writes a function that lives in a class as `getattr(class, name)`. These are the ones
 # that mmengine stores; getattr itself would let a file reach any attribute of any safe object.
@@ -87,19 +92,39 @@ def mmengine_globals() -> list[Any]:
     return entries
 
 
+def _read_strictly(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """Stand in for the function that all of onedl-mmengine's loaders read with."""
+    strict = True if weights_only is None else weights_only
+    return torch.load(file, map_location=map_location, weights_only=strict)
+
+
+def _close_the_way_back() -> None:
+    """Keep onedl-mmengine from reading a refused checkpoint again, by the unsafe reader.
+
+    Its own function also lets a checkpoint use ``getattr`` on anything, and when it is done it
+    takes those classes off torch's list that :func:`allow_mmengine_globals` has added. OpenMMLab's
+    mmengine has no such function.
+    """
+    if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
+        mmengine.runner.checkpoint._safe_torch_load = _read_strictly
+
+
 def allow_mmengine_globals() -> None:
     """Let torch's safe reader accept the checkpoints that mmengine writes.
 
     Adds to a list that belongs to the process; it may be called any number of times and takes
     nothing away. ``import idlevit_mm`` calls it, so a script of one's own that imports the
     package, or a config with ``custom_imports=dict(imports=['idlevit_mm'])``, can resume and test
-    as well. torch < 2.4 has no such list and needs none: its own default is the unsafe reader.
+    as well. With onedl-mmengine, whose loaders would read what this list refuses by the unsafe
+    reader, they refuse it too. torch < 2.4 has no such list and needs none: its own default is the
+    unsafe reader.
     """
     if hasattr(torch.serialization, 'add_safe_globals'):
         torch.serialization.add_safe_globals(mmengine_globals())
+        _close_the_way_back()
 
 
-def _foreign_globals(path: Path, reason: str) -> list[str]:
+def _foreign_globals(path: str | os.PathLike, reason: str) -> list[str]:
     """Names in the checkpoint that the safe reader does not know."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
@@ -111,45 +136,35 @@ def _foreign_globals(path: Path, reason: str) -> list[str]:
 
 
 def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a local checkpoint; tensors and mmengine's records only.
+    """Read a checkpoint of this machine; tensors and mmengine's records only.
 
     Args:
-        path: File written by ``torch.save``.
+        path: File written by ``torch.save``, or a ``.safetensors`` file.
         map_location: As in :func:`torch.load`.
 
     Returns:
         The checkpoint, or the bare state dict if the file is one.
 
     Raises:
-        UsageError: If there is no such file.
+        MissingFileError: If there is no such file.
         UnsafeCheckpointError: If the file holds any other class or function.
         BrokenCheckpointError: If it is no checkpoint, or an incomplete one.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UsageError(f'checkpoint {path} does not exist')
+        raise MissingFileError(f'checkpoint {path} does not exist')
     allow_mmengine_globals()
     try:
+        if path.suffix == SAFETENSORS:
+            return safetensors_torch().load_file(path, device=str(map_location))
         # Mapped, not read: most callers look at names and shapes only.
         checkpoint = torch.load(
             path, map_location=map_location, weights_only=True, mmap=_is_zip(path) or None
         )
+    except UsageError:
+        raise
     except Exception as error:
-        reason = str(error)
-        foreign = _foreign_globals(path, reason)
-        if foreign or 'Trying to call reduce' in reason or 'Can only' in reason:
-            names = ', '.join(foreign[:5]) or reason.splitlines()[0]
-            more = f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''
-            raise UnsafeCheckpointError(
-                f'checkpoint {path} is refused: it holds {names}{more}, and reading such things '
-                'can run code. Only tensors and the records of mmengine are read. To use the '
-                'weights, drop everything else first: python '
-                f'tools/model_converters/strip_checkpoint.py {path} stripped.pth'
-            ) from error
-        raise BrokenCheckpointError(
-            f'checkpoint {path} cannot be read ({_first_line(error)}): the file is incomplete, '
-            'damaged, or no checkpoint'
-        ) from error
+        raise reading_error(path, error) from error
     if not isinstance(checkpoint, dict):
         raise BrokenCheckpointError(
             f'checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of tensors'
@@ -157,12 +172,51 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[
     return checkpoint
 
 
+def safetensors_torch() -> Any:
+    """The module ``safetensors.torch``, which comes with timm, not with OpenMMLab.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        return importlib.import_module('safetensors.torch')
+    except ImportError as error:
+        raise UsageError(
+            f'{SAFETENSORS} files need safetensors, which cannot be imported: {error}'
+        ) from error
+
+
+def reading_error(source: str | os.PathLike, error: Exception) -> UsageError:
+    """What the reader's error means: a checkpoint that is not safe, or one that is damaged.
+
+    Args:
+        source: File or address of the checkpoint.
+        error: As torch or safetensors raised it.
+    """
+    reason = str(error)
+    foreign = _foreign_globals(source, reason)
+    if foreign or 'Trying to call reduce' in reason or 'Can only' in reason:
+        names = ', '.join(foreign[:5]) or reason.splitlines()[0]
+        more = f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''
+        return UnsafeCheckpointError(
+            f'checkpoint {source} is refused as unsafe: it holds {names}{more}, and reading such '
+            'things can run code. Only tensors and the records of mmengine are read. To use the '
+            'weights, drop everything else first: python '
+            f'tools/model_converters/strip_checkpoint.py {source} stripped.pth'
+        )
+    return BrokenCheckpointError(
+        f'checkpoint {source} cannot be read ({first_line(error)}): the file is incomplete, '
+        'damaged, or no checkpoint'
+    )
+
+
 def _is_zip(path: Path) -> bool:
     with open(path, 'rb') as file:
         return file.read(4) == b'PK\x03\x04'
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of one line."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -249,7 +303,7 @@ def strip_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> tu
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise UsageError(f'checkpoint {source} does not exist')
+        raise MissingFileError(f'checkpoint {source} does not exist')
     if target.exists():
         raise UsageError(f'{target} exists already; choose another name')
     reader = types.SimpleNamespace(
@@ -263,28 +317,14 @@ def strip_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> tu
             )
     except Exception as error:
         raise BrokenCheckpointError(
-            f'checkpoint {source} cannot be read ({_first_line(error)})'
+            f'checkpoint {source} cannot be read ({first_line(error)})'
         ) from error
 
-    weights: Any = checkpoint
-    dropped: list[str] = []
-    if isinstance(checkpoint, dict):
-        for key in ('state_dict', 'model', 'module'):
-            if isinstance(checkpoint.get(key), dict):
-                weights = checkpoint[key]
-                dropped = [str(k) for k in checkpoint if k != key]
-                break
-    tensors = (
-        {
-            str(key): value.detach().clone()
-            for key, value in weights.items()
-            if isinstance(value, torch.Tensor)
-        }
-        if isinstance(weights, dict)
-        else {}
-    )
+    place = place_of_weights(checkpoint) if isinstance(checkpoint, dict) else ''
+    dropped = [str(key) for key in checkpoint if key != place] if place else []
+    tensors = {key: value.detach().clone() for key, value in weights_of(checkpoint).items()}
     if not tensors:
-        raise UsageError(f'checkpoint {source} holds no tensors under state_dict, model or module')
+        raise UsageError(f'checkpoint {source} holds no tensors under {", ".join(PLACES)}')
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.save({'state_dict': tensors}, target)
     return len(tensors), dropped

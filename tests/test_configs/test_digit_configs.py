@@ -1,38 +1,25 @@
-"""Every config loads and builds; full-size ones are the reference recipes but for idling."""
+"""Every config of digit scenes builds, trains and tests."""
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS, DefaultScope
+from settings import ALL, CONFIGS, DIGITS, build, differences, is_plain, load
 
-pytest.importorskip('mmcv.ops')
-mmdet = pytest.importorskip('mmdet')
-mmseg = pytest.importorskip('mmseg')
-
-import torch  # noqa: E402
-from mmengine.config import Config, DictAction  # noqa: E402
-from mmengine.dataset import pseudo_collate  # noqa: E402
-from mmengine.optim import build_optim_wrapper  # noqa: E402
-from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope  # noqa: E402
-
-from idlevit_mm.datasets.digit_scenes import (  # noqa: E402
+from idlevit_mm.datasets.digit_scenes import (
     CLASSES,
     PALETTE,
     SEMANTIC_CLASSES,
     SEMANTIC_PALETTE,
 )
-from idlevit_mm.engine import ResumableRunner  # noqa: E402
+from idlevit_mm.engine import ResumableRunner
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
-ALL = sorted(
-    path.relative_to(CONFIGS).as_posix()
-    for path in CONFIGS.rglob('*.py')
-    if '_base_' not in path.parts
-)
-DIGITS = [name for name in ALL if name.startswith('digit_scenes/')]
 POLICIES = [name for name in DIGITS if '/policies/' in name]
 SCRATCH = [
     name
@@ -62,145 +49,10 @@ LOGGED = {
     'retinanet_idle-pvtv2_recipe': ['loss_distill_feature'],
     'fpn_idle-pvtv2_recipe': ['loss_distill_feature'],
 }
-ABSENT = '<absent>'
-
-# What a full-size config changes in its reference: value there, value here.
-IDLING = {
-    'model.backbone.keep_ratios': (ABSENT, 0.7),
-    'model.backbone.policy.scorer': (ABSENT, 'mean_distance'),
-    'model.backbone.policy.scope': (ABSENT, 'map'),
-}
-POWERS = {
-    'model.backbone.keep_ratios.type': (ABSENT, 'powers'),
-    'model.backbone.keep_ratios.keep_ratio': (ABSENT, 0.7),
-    'model.backbone.keep_ratios.first_idle': (ABSENT, 4),
-    'model.backbone.policy.type': (ABSENT, 'IdleViT'),
-    'model.backbone.policy.scorer': (ABSENT, 'class_query'),
-}
 # IdleViT's r, r^2, r^3 over the thirds of the blocks that idle, by the depth of a plain ViT.
 PLAIN_RATIOS = {
     8: [1.0] * 2 + [0.7] * 2 + [0.7**2] * 2 + [0.7**3] * 2,
-    12: [1.0] * 4 + [0.7] * 3 + [0.7**2] * 3 + [0.7**3] * 2,
 }
-REFERENCES = {
-    'coco/mask-rcnn_idle-swin-t_fpn_1x_coco.py': (
-        mmdet,
-        'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
-        {**IDLING, 'model.backbone.type': ('SwinTransformer', 'IdleSwinTransformer')},
-    ),
-    'coco/retinanet_idle-pvtv2-b2_fpn_1x_coco.py': (
-        mmdet,
-        'pvt/retinanet_pvtv2-b2_fpn_1x_coco.py',
-        {
-            **IDLING,
-            'model.backbone.type': ('PyramidVisionTransformerV2', 'IdlePyramidVisionTransformerV2'),
-            'model.backbone.convert_weights': (ABSENT, True),
-            'model.backbone.init_cfg.type': (ABSENT, 'Pretrained'),
-        },
-    ),
-    'ade20k/idle-swin-t_upernet_8xb2-160k_ade20k-512x512.py': (
-        mmseg,
-        'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
-        {
-            **IDLING,
-            'model.backbone.type': ('SwinTransformer', 'IdleSwinTransformer'),
-            'model.backbone.convert_weights': (ABSENT, False),
-            'auto_scale_lr.enable': (ABSENT, False),
-            'auto_scale_lr.base_batch_size': (ABSENT, 16),
-        },
-    ),
-    # mmdet has no plain ViT; the recipe is that of Swin.
-    'coco/mask-rcnn_idle-deit-s_simple-fpn_1x_coco.py': (
-        mmdet,
-        'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
-        {
-            'model.neck.type': ('FPN', 'SimpleFeaturePyramid'),
-            'model.neck.in_channels': ((96, 192, 384, 768), 384),
-            # The neck's default.
-            'model.neck.out_channels': (256, ABSENT),
-            # Norms of a plain ViT are named ln, so they are told by their kind.
-            'optim_wrapper.paramwise_cfg.norm_decay_mult': (ABSENT, 0.0),
-            'optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mult': (0.0, ABSENT),
-            'optim_wrapper.paramwise_cfg.custom_keys.pos_embed.decay_mult': (ABSENT, 0.0),
-            'optim_wrapper.paramwise_cfg.custom_keys.cls_token.decay_mult': (ABSENT, 0.0),
-            'optim_wrapper.paramwise_cfg.custom_keys.absolute_pos_embed.decay_mult': (0.0, ABSENT),
-            'optim_wrapper.paramwise_cfg.custom_keys.relative_position_bias_table.decay_mult': (
-                0.0,
-                ABSENT,
-            ),
-        },
-    ),
-    'ade20k/idle-deit-s_upernet_8xb2-160k_ade20k-512x512.py': (
-        mmseg,
-        'vit/vit_deit-s16_upernet_8xb2-160k_ade20k-512x512.py',
-        {
-            **POWERS,
-            'model.backbone.type': ('VisionTransformer', 'IdleVisionTransformer'),
-            'model.backbone.convert_weights': (ABSENT, True),
-            # The dense class's default, which ours has not.
-            'model.backbone.final_norm': (ABSENT, False),
-            # It changes BatchNorm only.
-            'model.backbone.norm_eval': (False, ABSENT),
-            # The reference inherits the 80k recipe, against its name and its published result.
-            'train_cfg.max_iters': (80000, 160000),
-            'train_cfg.val_interval': (8000, 16000),
-            'param_scheduler.1.end': (80000, 160000),
-            'default_hooks.checkpoint.interval': (8000, 16000),
-            'auto_scale_lr.enable': (ABSENT, False),
-            'auto_scale_lr.base_batch_size': (ABSENT, 16),
-        },
-    ),
-    # mmseg has no PVT; its PoolFormer repeats the recipe of Semantic FPN PVT.
-    'ade20k/fpn_idle-pvt-s_8xb4-40k_ade20k-512x512.py': (
-        mmseg,
-        'poolformer/fpn_poolformer_s12_8xb4-40k_ade20k-512x512.py',
-        {
-            'optim_wrapper.type': ('AmpOptimWrapper', 'OptimWrapper'),
-            'auto_scale_lr.enable': (ABSENT, False),
-            'auto_scale_lr.base_batch_size': (ABSENT, 32),
-        },
-    ),
-}
-COMPARED = (
-    'default_scope',
-    'model',
-    'optim_wrapper',
-    'param_scheduler',
-    'train_cfg',
-    'val_cfg',
-    'test_cfg',
-    'train_dataloader',
-    'val_dataloader',
-    'test_dataloader',
-    'val_evaluator',
-    'test_evaluator',
-    'default_hooks',
-    'env_cfg',
-    'log_processor',
-    'visualizer',
-    'tta_pipeline',
-    'tta_model',
-    'auto_scale_lr',
-    'randomness',
-)
-
-
-def load(name: str) -> Config:
-    return Config.fromfile(CONFIGS / name)
-
-
-def build(cfg: Config) -> torch.nn.Module:
-    if cfg.default_scope == 'mmdet':
-        from mmdet.utils import register_all_modules
-    else:
-        from mmseg.utils import register_all_modules
-    register_all_modules(init_default_scope=False)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return MODELS.build(cfg.model)
-
-
-def is_plain(name: str) -> bool:
-    return 'idle-vit' in name or 'idle-deit' in name
 
 
 def expected_ratios(name: str, depths: tuple[int, ...]) -> list[list[float]]:
@@ -211,45 +63,18 @@ def expected_ratios(name: str, depths: tuple[int, ...]) -> list[list[float]]:
     return [[0.7] * depth for depth in depths]
 
 
-def flat(value: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """Leaves of nested settings by dotted key; None counts as not set."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from flat(item, f'{prefix}.{key}' if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(
-        isinstance(item, (Mapping, list)) for item in value
-    ):
-        yield f'{prefix}.length', len(value)
-        for index, item in enumerate(value):
-            yield from flat(item, f'{prefix}.{index}')
-    elif value is not None:
-        yield prefix, tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def differences(
-    old: Config, new: Config, keys: tuple[str, ...] = COMPARED
-) -> dict[str, tuple[Any, Any]]:
-    before = dict(flat({key: old.get(key) for key in keys}))
-    after = dict(flat({key: new.get(key) for key in keys}))
-    return {
-        key: (before.get(key, ABSENT), after.get(key, ABSENT))
-        for key in before.keys() | after.keys()
-        if before.get(key, ABSENT) != after.get(key, ABSENT)
-    }
-
-
-def test_all_configs_are_there() -> None:
+def test_all_digit_configs_are_there() -> None:
     expected = {
         f'digit_scenes/{model}{kind}_digits.py'
         for model in MODEL_NAMES
         for kind in ('', '_dense', '_finetune')
     }
     policies = {f'digit_scenes/policies/{name}_digits.py' for name in LOGGED}
-    assert set(ALL) == expected | policies | set(REFERENCES)
+    assert set(DIGITS) == expected | policies
 
 
-@pytest.mark.parametrize('name', ALL)
-def test_config_builds(name: str) -> None:
+@pytest.mark.parametrize('name', DIGITS)
+def test_digit_config_builds(name: str) -> None:
     cfg = load(name)
     assert cfg.custom_imports == dict(imports=['idlevit_mm'], allow_failed_imports=False)
     assert not cfg.auto_scale_lr.enable
@@ -262,53 +87,7 @@ def test_config_builds(name: str) -> None:
         assert model.backbone.keep_ratios == [
             pytest.approx(stage) for stage in expected_ratios(name, model.backbone.depths)
         ]
-    single = cfg.train_dataloader.batch_size
-    assert cfg.auto_scale_lr.base_batch_size == (single if name in DIGITS else 8 * single)
-
-
-@pytest.mark.parametrize('name', REFERENCES)
-def test_full_size_recipes_are_the_references(name: str) -> None:
-    package, reference, expected = REFERENCES[name]
-    path = Path(package.__file__).parent / '.mim' / 'configs' / reference
-    if not path.exists():
-        pytest.skip(f'{package.__name__} was installed without its configs')
-    # The reference may import packages that only its own backbone needs.
-    theirs, ours = Config.fromfile(path, import_custom_modules=False), load(name)
-    if 'poolformer' in reference:
-        # Another backbone, no test-time augmentation, and repetitions of the data set, which an
-        # infinite sampler has no use for.
-        ours.pop('tta_pipeline')
-        ours.pop('tta_model')
-        theirs.pop('tta_model')
-        theirs.model.pop('backbone')
-        ours.model.pop('backbone')
-        theirs.train_dataloader.dataset = theirs.train_dataloader.dataset.dataset
-    if 'model.neck.type' in expected:
-        # Another backbone.
-        theirs.model.pop('backbone')
-        ours.model.pop('backbone')
-    if theirs.model.get('pretrained'):
-        # The old place of weights; the reference has them in a file of the same name.
-        path = theirs.model.pop('pretrained')
-        assert Path(path).name == Path(ours.checkpoint).name
-        theirs.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=ours.checkpoint)
-    assert differences(theirs, ours) == expected
-
-
-def test_pvt_small_backbone_is_the_reference() -> None:
-    path = Path(mmdet.__file__).parent / '.mim/configs/pvt/retinanet_pvt-s_fpn_1x_coco.py'
-    if not path.exists():
-        pytest.skip('mmdet was installed without its configs')
-    theirs = Config.fromfile(path)
-    ours = load('ade20k/fpn_idle-pvt-s_8xb4-40k_ade20k-512x512.py')
-    assert differences(theirs.model, ours.model, ('backbone',)) == {
-        'backbone.type': ('PyramidVisionTransformer', 'IdlePyramidVisionTransformer'),
-        'backbone.keep_ratios': (ABSENT, 0.7),
-        'backbone.policy.scorer': (ABSENT, 'mean_distance'),
-        'backbone.policy.scope': (ABSENT, 'map'),
-        'backbone.convert_weights': (ABSENT, True),
-        'backbone.init_cfg.type': (ABSENT, 'Pretrained'),
-    }
+    assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
 
 
 @pytest.mark.parametrize('name', SCRATCH)
@@ -322,7 +101,7 @@ def test_twins(name: str) -> None:
     dense.model.backbone.keep_ratios = sparse.model.backbone.keep_ratios
     assert differences(sparse, dense) == {}
     changed = {key.split('.')[0] for key in differences(sparse, finetune)}
-    assert changed == {'train_cfg', 'optim_wrapper', 'param_scheduler'}
+    assert changed == {'train_cfg', 'optim_wrapper', 'param_scheduler', 'load_from'}
     assert finetune.load_from == (
         f'work_dirs/{stem}_dense_digits/epoch_{dense.train_cfg.max_epochs}.pth'
     )

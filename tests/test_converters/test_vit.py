@@ -10,15 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
-from idlevit_mm.converters import (
-    is_lvvit,
-    is_official_pvt,
-    is_official_swin,
-    is_timm_vit,
-    lvvit_from_official,
-    vit_from_timm,
-    vit_to_timm,
-)
+from idlevit_mm.converters import detect, vit
 
 timm = pytest.importorskip('timm')
 
@@ -28,13 +20,38 @@ SAME = dict(embed_dims=24, num_layers=3, num_heads=3, norm_cfg=EPS, qkv_bias=Tru
 HEADS = ('head', 'head_dist', 'fc_norm', 'pre_logits')
 
 
+def vit_from_timm(state):
+    return vit.from_timm(state).state
+
+
+def vit_to_timm(state):
+    return vit.to_timm(state).state
+
+
+def lvvit_from_official(state):
+    return vit.from_lvvit(state).state
+
+
+def title_of(state):
+    found = detect(state)
+    return None if found is None else found.title
+
+
+def is_timm_vit(state):
+    return title_of(state) == 'timm vit_*, deit_* or DeiT'
+
+
+def is_lvvit(state):
+    return title_of(state) == 'LV-ViT release'
+
+
 def timm_model(name='deit_tiny_patch16_224', **kwargs):
     return randomize(timm.create_model(name, pretrained=False, **kwargs)).eval()
 
 
 def mmseg_vit(**kwargs):
-    vit = pytest.importorskip('mmseg.models.backbones.vit')
-    model = vit.VisionTransformer(patch_bias=True, final_norm=True, **kwargs)
+    theirs = pytest.importorskip('mmseg.models.backbones.vit')
+    model = theirs.VisionTransformer(patch_bias=True, final_norm=True, **kwargs)
     model.eval()  # mmseg's returns None
     return model
 
@@ -125,15 +142,28 @@ def test_missing_biases_are_zero():
         assert not bias.any()
 
 
+def test_names_of_mmpretrain():
+    """Those of its VisionTransformer, which is not among the requirements."""
+    mmseg = vit_from_timm(timm_model(**SMALL).state_dict())
+    theirs = vit.to_mmpretrain(mmseg).state
+    modules = ('ln1', 'attn.qkv', 'attn.proj', 'ln2', 'ffn.layers.0.0', 'ffn.layers.1')
+    names = {f'layers.{i}.{module}' for i in range(3) for module in modules}
+    names |= {'patch_embed.projection', 'ln1'}
+    leaves = {f'{name}.{leaf}' for name in names for leaf in ('weight', 'bias')}
+    assert theirs.keys() == leaves | {'cls_token', 'pos_embed'}
+    qkv = torch.equal(
+        theirs['layers.1.attn.qkv.weight'], mmseg['layers.1.attn.attn.in_proj_weight']
+    )
+    assert qkv
+    assert title_of({**theirs, 'head.layers.head.bias': torch.ones(5)}) == 'mmpretrain ViT'
+
+
 def test_other_networks_are_told_apart():
     ours = mmseg_vit(**SAME).state_dict()
     assert not is_timm_vit(ours)
     assert not is_lvvit(ours)
     swin = timm.create_model('swin_tiny_patch4_window7_224', depths=(1, 1), embed_dim=24)
     assert not is_timm_vit(swin.state_dict())
-    state = timm_model(**SMALL).state_dict()
-    assert not is_official_pvt(state)
-    assert not is_official_swin(state)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,4 @@
+_base_ = './fpn_idle-pvtv2-b1_8xb4-40k-dense_ade20k-512x512.py'
+
+checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth'
+model = dict(backbone=dict(num_layers=[3, 4, 6, 3], init_cfg=dict(checkpoint=checkpoint)))

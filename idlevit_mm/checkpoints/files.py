@@ -1,0 +1,219 @@
+"""Weights from anywhere, to a file: the one reader and the one writer.
+
+A source is a file of this machine, an address that mmengine's ``CheckpointLoader`` knows
+(``https://``, ``s3://``, ``openmmlab://``, ...), or ``timm://`` and the name of a timm model.
+Importing the module teaches ``CheckpointLoader`` the last, and ``.safetensors`` files, so that
+``load_from`` and other backbones can name them as well, and to read what it downloads safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmengine.runner.checkpoint
+import torch
+from mmengine.fileio import get
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from ..errors import BrokenCheckpointError, UsageError
+from .safe_load import (
+    SAFETENSORS,
+    first_line,
+    load_checkpoint,
+    reading_error,
+    safetensors_torch,
+)
+from .weights import StateDict, unwrapped, weights_of
+
+TIMM = 'timm://'
+SUFFIXES = ('.pth', '.pt', SAFETENSORS)
+
+
+def is_local(path: Any) -> bool:
+    """Whether a path names a file of this machine rather than an address or a model's name."""
+    return isinstance(path, (str, os.PathLike)) and '://' not in str(path)
+
+
+def read_checkpoint(source: str | os.PathLike, logger: Any = 'silent') -> dict[str, Any]:
+    """Read a checkpoint from anywhere; tensors and mmengine's records only.
+
+    Args:
+        source: File, address, or ``timm://`` and the name of a model.
+        logger: Where mmengine says what it fetches: a logger, or the name of one.
+
+    Returns:
+        The checkpoint, or the bare state dict if the source is one.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UnsafeCheckpointError: The checkpoint holds other classes or functions.
+        BrokenCheckpointError: It is no checkpoint, or an incomplete one.
+        UsageError: It cannot be fetched.
+    """
+    if is_local(source):
+        return load_checkpoint(source)
+    with _fetching_safely(source):
+        return CheckpointLoader.load_checkpoint(str(source), map_location='cpu', logger=logger)
+
+
+def read_weights(source: str | os.PathLike, logger: Any = 'silent') -> StateDict:
+    """Read the weights of a checkpoint from anywhere, by name.
+
+    Args:
+        source: As in ``read_checkpoint``.
+        logger: As in ``read_checkpoint``.
+
+    Raises:
+        UsageError: As in ``read_checkpoint``.
+        BrokenCheckpointError: There are no weights in it.
+    """
+    weights = unwrapped(weights_of(read_checkpoint(source, logger)))
+    if not weights:
+        raise BrokenCheckpointError(f'checkpoint {source} holds no weights')
+    return weights
+
+
+def check_target(target: str | os.PathLike) -> Path:
+    """The path of a file that ``write_weights`` will be able to write.
+
+    Raises:
+        UsageError: The file is there already, or its name ends otherwise.
+    """
+    path = Path(target)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f'target={path} must end in one of {", ".join(SUFFIXES)}')
+    if path.exists():
+        raise UsageError(f'{path} exists already; choose another name')
+    return path
+
+
+def write_weights(weights: StateDict, target: str | os.PathLike, place: str = '') -> None:
+    """Write weights to a new file, whole or not at all.
+
+    Args:
+        weights: Tensors by name.
+        target: A ``.pth`` or ``.safetensors`` file that does not exist.
+        place: Key under which a ``.pth`` file has them; '' for the bare state dict.
+
+    Raises:
+        UsageError: The file is there already, or its name ends otherwise.
+    """
+    path = check_target(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors wants each tensor in one piece and memory of its own.
+    own = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    unfinished = path.with_name(f'{path.name}.unfinished')
+    try:
+        if path.suffix == SAFETENSORS:
+            safetensors_torch().save_file(own, unfinished, metadata={'format': 'pt'})
+        else:
+            torch.save({place: own} if place else own, unfinished)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@CheckpointLoader.register_scheme(TIMM, force=True)
+def load_from_timm(filename: str, map_location: Any = None) -> StateDict:
+    """Weights of a pretrained model of timm: ``timm://swin_tiny_patch4_window7_224.ms_in1k``.
+
+    timm looks in its own cache first and downloads otherwise.
+
+    Raises:
+        UsageError: timm is not installed, has no such model or no weights of it, or cannot fetch
+            them.
+    """
+    name = filename.removeprefix(TIMM)
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(
+            f'checkpoint {filename} needs timm, which cannot be imported: {error}'
+        ) from error
+    _check_timm_name(name, filename)
+    try:
+        # A model draws its first weights; those of the training must not depend on that.
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise UsageError(
+            f'checkpoint {filename} cannot be fetched by timm ({type(error).__name__}: '
+            f'{first_line(error)}). Without network, download the file of that model elsewhere '
+            'and name its path instead'
+        ) from error
+    return {key: value.to(map_location or 'cpu') for key, value in model.state_dict().items()}
+
+
+@CheckpointLoader.register_scheme(
+    [rf'https?://\S+\{SAFETENSORS}$', rf'\S.*\{SAFETENSORS}$'], force=True
+)
+def load_from_safetensors(filename: str, map_location: Any = None) -> StateDict:
+    """Weights of a ``.safetensors`` file of this machine or at an address."""
+    if is_local(filename):
+        return load_checkpoint(filename, map_location or 'cpu')
+    weights = safetensors_torch().load(get(filename))
+    return {key: value.to(map_location or 'cpu') for key, value in weights.items()}
+
+
+def _check_timm_name(name: str, filename: str) -> None:
+    """Refuse names of models and of weights that timm does not know, naming similar ones."""
+    import timm
+
+    model, _, tag = name.partition('.')
+    if not timm.is_model(model):
+        what, known = 'no such model', timm.list_models()
+    elif tag and name not in timm.list_pretrained(f'{model}.*'):
+        what, known = 'no such weights', timm.list_pretrained(f'{model}.*')
+    else:
+        return
+    begun = [one for one in known if one.startswith(name)]
+    similar = (begun + difflib.get_close_matches(name, known, n=3, cutoff=0.3))[:3]
+    hint = f'; similar: {", ".join(similar)}' if similar else ''
+    raise UsageError(f'checkpoint {filename}: timm {timm.__version__} has {what}{hint}')
+
+
+def _download(url: str, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for the function with which mmengine downloads, whoever asks it to.
+
+    ``load_from``, resuming, testing and other backbones read addresses through mmengine alone.
+    """
+    with _fetching_safely(url):
+        return torch.hub.load_state_dict_from_url(url, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
+    """Make torch read safely where its caller forgets to ask, as torch.hub's downloads do.
+
+    Raises:
+        UsageError: As in ``read_checkpoint``.
+    """
+    names = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    except UsageError:
+        raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise reading_error(source, error) from error
+    except Exception as error:  # of the network, a storage's client, or the list of models
+        raise UsageError(
+            f'checkpoint {source} cannot be fetched ({type(error).__name__}: {first_line(error)})'
+        ) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+if hasattr(mmengine.runner.checkpoint, 'load_url'):
+    mmengine.runner.checkpoint.load_url = _download

@@ -1,0 +1,47 @@
+"""The weights of a checkpoint that has been read: where they lie and whose they are."""
+
+from typing import Any
+
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+# Where projects put their weights: OpenMMLab and timm, the releases of Swin and DeiT, DeepSpeed.
+PLACES = ('state_dict', 'model', 'module')
+WRAPPER = 'module.'
+BACKBONE = 'backbone.'
+
+
+def place_of_weights(checkpoint: dict[str, Any]) -> str:
+    """The key under which a checkpoint has its weights; '' where it is a state dict itself."""
+    return next((key for key in PLACES if isinstance(checkpoint.get(key), dict)), '')
+
+
+def weights_of(checkpoint: Any) -> StateDict:
+    """The tensors of a checkpoint by name; none where it has no weights."""
+    if not isinstance(checkpoint, dict):
+        return {}
+    place = place_of_weights(checkpoint)
+    weights = checkpoint[place] if place else checkpoint
+    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def unwrapped(weights: StateDict) -> StateDict:
+    """Names without what wrappers for several processes put before them."""
+    return {name.removeprefix(WRAPPER): value for name, value in weights.items()}
+
+
+def split_backbone(weights: StateDict) -> tuple[StateDict, StateDict]:
+    """The backbone of a detector or segmentor, its prefix removed, and everything else.
+
+    Weights of which no name begins with ``backbone.`` are those of a backbone alone.
+    """
+    if not any(name.startswith(BACKBONE) for name in weights):
+        return weights, {}
+    backbone, others = {}, {}
+    for name, value in weights.items():
+        if name.startswith(BACKBONE):
+            backbone[name.removeprefix(BACKBONE)] = value
+        else:
+            others[name] = value
+    return backbone, others

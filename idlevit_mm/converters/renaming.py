@@ -1,0 +1,174 @@
+"""Tables of names that are read in both directions.
+
+A pattern is a name in which ``{stage}`` stands for a number, ``{stage+1}`` for the same number
+plus one, and ``{leaf}`` for a last part such as ``weight``.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checkpoints import StateDict, of_policy, shortened
+from ..errors import SettingError
+
+Transform = Callable[[Tensor], Tensor]
+
+_FIELD = re.compile(r'\{(\w+)(?:\+(\d+))?\}')
+
+
+def same(value: Tensor) -> Tensor:
+    """The transform of a weight that only changes its name."""
+    return value
+
+
+class Rule(NamedTuple):
+    """Two names of one weight.
+
+    Attributes:
+        ours: Pattern of OpenMMLab's names.
+        theirs: Pattern of the other project's names.
+        decode: Their value to ours.
+        encode: Our value to theirs.
+    """
+
+    ours: str
+    theirs: str
+    decode: Transform = same
+    encode: Transform = same
+
+
+class Conversion(NamedTuple):
+    """Weights by their new names.
+
+    Attributes:
+        state: The weights.
+        dropped: Old names of weights that have no place among the new ones.
+        added: New names of weights that were made up without changing features.
+    """
+
+    state: StateDict
+    dropped: list[str]
+    added: list[str]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Names of one family of networks in OpenMMLab and in another project.
+
+    Attributes:
+        title: What the other project's names are called, for messages.
+        rules: All weights that both have.
+        theirs_only: What they have beyond that and a backbone does not need: classifiers, buffers.
+        ours_only: What a backbone has beyond that and they do not need.
+    """
+
+    title: str
+    rules: tuple[Rule, ...]
+    theirs_only: re.Pattern = field(default=re.compile(r'(?!)'))
+    ours_only: re.Pattern = field(default=re.compile(r'(?!)'))
+
+    def decode(self, state: StateDict) -> Conversion:
+        """Give weights OpenMMLab's names.
+
+        Raises:
+            SettingError: A weight has no counterpart.
+        """
+        table = tuple((rule.theirs, rule.ours, rule.decode) for rule in self.rules)
+        return _renamed(state, table, self.theirs_only.search, 'OpenMMLab', self.title)
+
+    def encode(self, state: StateDict) -> Conversion:
+        """Give weights the other project's names.
+
+        Raises:
+            SettingError: A weight has no counterpart.
+        """
+        table = tuple((rule.ours, rule.theirs, rule.encode) for rule in self.rules)
+
+        def dropped(key: str) -> bool:
+            return of_policy(key) or bool(self.ours_only.search(key))
+
+        return _renamed(state, table, dropped, self.title, 'OpenMMLab')
+
+
+def with_leaves(pairs: Iterable[tuple[str, str]], ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of a module's parts: each pair of names behind two prefixes, before ``.{leaf}``."""
+    return tuple(Rule(f'{ours}{one}.{{leaf}}', f'{theirs}{other}.{{leaf}}') for one, other in pairs)
+
+
+def with_qkv_biases(conversion: Conversion) -> Conversion:
+    """Add zero biases of query, key and value where the output has one and they have none.
+
+    mmcv's attention has all of its biases or none.
+    """
+    state, added = {}, list(conversion.added)
+    for key, value in conversion.state.items():
+        state[key] = value
+        bias = key.removesuffix('weight') + 'bias'
+        output_bias = bias.replace('in_proj_', 'out_proj.')
+        if (
+            key.endswith('.in_proj_weight')
+            and bias not in conversion.state
+            and output_bias in conversion.state
+        ):
+            state[bias] = value.new_zeros(value.shape[0])
+            added.append(bias)
+    return conversion._replace(state=state, added=added)
+
+
+def _renamed(
+    state: StateDict,
+    table: tuple[tuple[str, str, Transform], ...],
+    is_dropped: Callable[[str], object],
+    new_names: str,
+    old_names: str,
+) -> Conversion:
+    renamed: StateDict = {}
+    dropped: list[str] = []
+    unknown: list[str] = []
+    for key, value in state.items():
+        for old, new, transform in table:
+            if (name := _translated(key, old, new)) is not None:
+                renamed[name] = transform(value)
+                break
+        else:
+            (dropped if is_dropped(key) else unknown).append(key)
+    if unknown:
+        raise SettingError(
+            f'{len(unknown)} of {len(state)} weights in {old_names} names have no counterpart in '
+            f'{new_names} names: {shortened(unknown, 3)}; allowed: '
+            f'{", ".join(old for old, _, _ in table)}'
+        )
+    return Conversion(renamed, dropped, [])
+
+
+def _translated(key: str, old: str, new: str) -> str | None:
+    """The name under the pattern ``new`` of a key that fits ``old``; None for one that does not."""
+    match = _compiled(old).fullmatch(key)
+    if match is None:
+        return None
+    values = match.groupdict()
+    offsets = {name: int(offset or 0) for name, offset in _FIELD.findall(old)}
+    if any(int(values[name]) < offset for name, offset in offsets.items() if offset):
+        return None
+
+    def fill(field_: re.Match) -> str:
+        name = field_[1]
+        if name == 'leaf':
+            return values[name]
+        return str(int(values[name]) - offsets[name] + int(field_[2] or 0))
+
+    return _FIELD.sub(fill, new)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern:
+    parts, end = [], 0
+    for match in _FIELD.finditer(pattern):
+        parts.append(re.escape(pattern[end : match.start()]))
+        parts.append(rf'(?P<{match[1]}>{"[a-z_]+" if match[1] == "leaf" else "[0-9]+"})')
+        end = match.end()
+    return re.compile(''.join(parts) + re.escape(pattern[end:]))

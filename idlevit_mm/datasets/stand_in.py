@@ -1,0 +1,329 @@
+"""Tiny stand-ins for COCO 2017 and ADE20K, in exactly their formats.
+
+They let everything that reads those data sets run where these are not at hand. The images are
+digit scenes (:mod:`idlevit_mm.datasets.digit_scenes`) under the names, in the folders and with the
+annotations of the real ones, and with what surprises newcomers there: gaps between category ids, a
+crowd region, an image without annotations, a greyscale photograph, portrait and landscape formats.
+
+Shape legend: H image height, W image width (pixels).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from .digit_scenes import DigitScenesParams, Scene, encoded, render_scene
+from .formats import (
+    ADE20K_CLASSES,
+    ADE20K_FOLDER,
+    ADE20K_IMAGES,
+    COCO_CATEGORIES,
+    COCO_IMAGES,
+    ade20k_name,
+    coco_ann_file,
+    coco_file_name,
+)
+
+MIN_SIZE = 64
+# Height / width of successive images; none divides a stride, two follow each other upright.
+_ASPECTS = (0.75, 1.5, 0.67, 1.33, 1.0)
+# Digits 0 to 9 spread over all categories or classes, the first and the last among them.
+_COCO_OF_DIGIT = tuple(COCO_CATEGORIES[79 * digit // 9] for digit in range(10))
+_ADE20K_OF_DIGIT = tuple(ADE20K_CLASSES - 15 * digit for digit in range(10))
+_SCENE_SPLITS = {
+    'train2017': 'train',
+    'val2017': 'val',
+    'training': 'train',
+    'validation': 'val',
+}
+
+
+def image_size(size: int, index: int) -> tuple[int, int]:
+    """Height and width of an image, both odd; the longer side is about ``size``.
+
+    Args:
+        size: Length of the longer side in pixels.
+        index: Number of the image in its split, from 0.
+    """
+    longer = size - 4 * (index % 3)
+    aspect = _ASPECTS[index % len(_ASPECTS)]
+    height, width = (longer * aspect, longer) if aspect < 1 else (longer, longer / aspect)
+    return round(height) // 2 * 2 - 1, round(width) // 2 * 2 - 1
+
+
+def paint(split: str, index: int, size: int, seed: int) -> Scene:
+    """Paint the scene of one image.
+
+    Args:
+        split: A split of COCO 2017 or of ADE20K.
+        index: Number of the image in its split, from 0.
+        size: Length of the longer side in pixels.
+        seed: Seed, non-negative.
+    """
+    height, width = image_size(size, index)
+    shorter = min(height, width)
+    params = DigitScenesParams(
+        size=(height, width),
+        seed=seed,
+        num_digits=(2, 4),
+        digit_scale=(max(8, shorter // 5), max(8, shorter // 2)),
+    )
+    return render_scene(params, _SCENE_SPLITS[split], index)
+
+
+def polygons_of(mask: np.ndarray) -> list[list[float]]:
+    """Outlines of a mask (H, W) of zeros and ones as COCO writes them, x and y in turn.
+
+    Holes are filled and the outline runs through the centres of the outermost pixels, so it equals
+    the mask to a pixel only, as drawn outlines do. Parts of less than three corners are left out.
+    """
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [(line.reshape(-1) + 0.5).tolist() for line in outlines if len(line) >= 3]
+
+
+def run_lengths_of(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of a mask (H, W) down its columns, beginning with zeros."""
+    flat = mask.ravel(order='F').tolist()
+    runs = [(value, len(list(run))) for value, run in groupby(flat)]
+    return [*([0] if flat[0] else []), *(length for _, length in runs)]
+
+
+def coco_annotations(
+    scene: Scene, image_id: int, first_id: int, crowd: bool
+) -> list[dict[str, Any]]:
+    """Annotations of one image in COCO's spelling.
+
+    Args:
+        scene: The image.
+        image_id: Id of the image.
+        first_id: Id of the first annotation.
+        crowd: Join all digits but the first into one crowd region.
+
+    Returns:
+        Polygons for digits and, with ``crowd``, run lengths for the crowd region.
+    """
+    height, width = scene.owner.shape
+    annotations: list[dict[str, Any]] = []
+
+    def add(label: int, segmentation: Any, iscrowd: int) -> None:
+        rle = mask_utils.frPyObjects(segmentation, height, width)
+        rle = rle if isinstance(rle, dict) else mask_utils.merge(rle)
+        annotations.append(
+            {
+                'segmentation': segmentation,
+                'area': float(mask_utils.area(rle)),
+                'iscrowd': iscrowd,
+                'image_id': image_id,
+                'bbox': [float(side) for side in mask_utils.toBbox(rle)],
+                'category_id': _COCO_OF_DIGIT[label].id,
+                'id': first_id + len(annotations),
+            }
+        )
+
+    for index in range(1 if crowd else len(scene.labels)):
+        add(scene.labels[index], polygons_of(scene.mask(index)), 0)
+    if crowd:
+        region = (scene.owner > 1).astype(np.uint8)
+        counts = run_lengths_of(region)
+        add(scene.labels[1], {'counts': counts, 'size': [height, width]}, 1)
+    return annotations
+
+
+def ade20k_mask(scene: Scene, index: int) -> np.ndarray:
+    """(H, W) uint8 in ADE20K's coding: 0 other, 1 to 150 the classes.
+
+    The photograph is one class, another in each image; its lowest eighth is "other".
+    """
+    classes = [1 + index % ADE20K_CLASSES, *(_ADE20K_OF_DIGIT[label] for label in scene.labels)]
+    mask = np.array(classes, dtype=np.uint8)[scene.owner]
+    lowest = slice(-max(1, mask.shape[0] // 8), None)
+    mask[lowest][scene.owner[lowest] == 0] = 0
+    return mask
+
+
+def write_coco_stand_in(
+    folder: str | os.PathLike[str],
+    num_train: int = 4,
+    num_val: int = 3,
+    size: int = 160,
+    seed: int = 0,
+) -> bool:
+    """Write a stand-in for COCO 2017, unless the same one is already there.
+
+    In each split, the first image has a crowd region, the second is greyscale, and the last one
+    has no annotations if there are three or more. Ten of the 80 categories occur.
+
+    Args:
+        folder: COCO's folder: gets ``train2017``, ``val2017`` and ``annotations``.
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        size: Length of the longer side of an image in pixels, at least 64.
+        seed: Seed, non-negative.
+
+    Returns:
+        True if it was written, False if it was already there.
+
+    Raises:
+        ValueError: A value is outside what is allowed.
+        FileExistsError: The folder holds anything else.
+    """
+    _check(num_train=num_train, num_val=num_val, size=size, seed=seed)
+    counts = {'train2017': num_train, 'val2017': num_val}
+    return _write(Path(folder), dict(_coco_files(counts, size, seed)))
+
+
+def write_ade20k_stand_in(
+    folder: str | os.PathLike[str],
+    num_train: int = 4,
+    num_val: int = 3,
+    size: int = 160,
+    seed: int = 0,
+) -> bool:
+    """Write a stand-in for ADE20K (ADEChallengeData2016), unless the same one is already there.
+
+    Needs mmseg for the names of the classes.
+
+    Args:
+        folder: Gets ``ADEChallengeData2016`` with ``images``, ``annotations``,
+            ``objectInfo150.txt`` and ``sceneCategories.txt``.
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        size: Length of the longer side of an image in pixels, at least 64.
+        seed: Seed, non-negative.
+
+    Returns:
+        True if it was written, False if it was already there.
+
+    Raises:
+        ValueError: A value is outside what is allowed.
+        FileExistsError: ``ADEChallengeData2016`` holds anything else.
+    """
+    _check(num_train=num_train, num_val=num_val, size=size, seed=seed)
+    counts = {'training': num_train, 'validation': num_val}
+    return _write(Path(folder) / ADE20K_FOLDER, dict(_ade20k_files(counts, size, seed)))
+
+
+def _check(**values: int) -> None:
+    for name, value in values.items():
+        lowest = {'size': MIN_SIZE, 'seed': 0}.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise ValueError(f'{name} must be an integer of at least {lowest}, got {value!r}')
+
+
+def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Relative path and content of every file of the COCO stand-in."""
+    next_annotation = 1
+    for split in COCO_IMAGES:
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in range(counts[split]):
+            scene = paint(split, index, size, seed)
+            # Ids of the real first images; by their remainder the two splits never meet.
+            image_id = {'train2017': 9, 'val2017': 139}[split] + 16 * index
+            name = coco_file_name(image_id)
+            picture = cv2.cvtColor(scene.image, cv2.COLOR_BGR2GRAY) if index == 1 else scene.image
+            yield f'{split}/{name}', encoded('.jpg', picture)
+            height, width = scene.owner.shape
+            images.append(
+                {
+                    'license': 1,
+                    'file_name': name,
+                    'coco_url': '',
+                    'height': height,
+                    'width': width,
+                    'date_captured': '2017-01-01 00:00:00',
+                    'flickr_url': '',
+                    'id': image_id,
+                }
+            )
+            if index < 2 or index < counts[split] - 1:
+                annotations += coco_annotations(scene, image_id, next_annotation, index == 0)
+                next_annotation = annotations[-1]['id'] + 1
+        content = {
+            'info': {
+                'description': f'Stand-in for COCO 2017 {split}, made of digit scenes',
+                'url': '',
+                'version': '1.0',
+                'year': 2017,
+                'contributor': 'idlevit_mm',
+                'date_created': '2017/01/01',
+            },
+            'licenses': [{'url': '', 'id': 1, 'name': 'Material of scikit-learn, BSD-3-Clause'}],
+            'images': images,
+            'annotations': annotations,
+            'categories': [
+                {'supercategory': c.supercategory, 'id': c.id, 'name': c.name}
+                for c in COCO_CATEGORIES
+            ],
+        }
+        yield coco_ann_file(split), json.dumps(content, separators=(',', ':')).encode()
+
+
+def _ade20k_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Relative path and content of every file of the ADE20K stand-in."""
+    pixels = np.zeros(ADE20K_CLASSES + 1, dtype=np.int64)
+    shown = {split: np.zeros(ADE20K_CLASSES + 1, dtype=np.int64) for split in ADE20K_IMAGES}
+    scenes = []
+    for split in ADE20K_IMAGES:
+        for index in range(counts[split]):
+            scene = paint(split, index, size, seed)
+            mask = ade20k_mask(scene, index)
+            name = ade20k_name(split, index + 1)
+            yield f'images/{split}/{name}.jpg', encoded('.jpg', scene.image)
+            yield f'annotations/{split}/{name}.png', encoded('.png', mask)
+            number = np.bincount(mask.ravel(), minlength=ADE20K_CLASSES + 1)
+            pixels += number
+            shown[split] += number > 0
+            scenes.append(f'{name} misc\n')
+    yield 'sceneCategories.txt', ''.join(scenes).encode()
+    yield 'objectInfo150.txt', _object_info(pixels, shown).encode()
+
+
+def _object_info(pixels: np.ndarray, shown: Mapping[str, np.ndarray]) -> str:
+    """Table of the classes: share of the pixels, images that show them, whether they are stuff."""
+    from mmseg.datasets import ADE20KDataset
+
+    names = ADE20KDataset.METAINFO['classes']
+    lines = ['Idx\tRatio\tTrain\tVal\tStuff\tName\n']
+    for number, name in enumerate(names, start=1):
+        ratio = pixels[number] / pixels[1:].sum()
+        stuff = int(pixels[number] > 0 and number not in _ADE20K_OF_DIGIT)
+        lines.append(
+            f'{number}\t{ratio:.4f}\t{shown["training"][number]}\t{shown["validation"][number]}\t'
+            f'{stuff}\t{name.strip()}\n'
+        )
+    return ''.join(lines)
+
+
+def _write(root: Path, contents: Mapping[str, bytes]) -> bool:
+    """Write files into a folder that is empty, missing, or already holds exactly these."""
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f'{root} is not a folder')
+    present = {path.relative_to(root).as_posix() for path in root.rglob('*') if not path.is_dir()}
+    if present:
+        foreign = present - contents.keys()
+        differing = (
+            name
+            for name in present & contents.keys()
+            if (root / name).read_bytes() != contents[name]
+        )
+        example = min(foreign, default=None) or min(differing, default=None)
+        if example is not None:
+            raise FileExistsError(
+                f'{root} holds other files, such as {example!r}; nothing was written. Choose '
+                'another folder'
+            )
+    missing = contents.keys() - present
+    for name in sorted(missing):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(contents[name])
+    return bool(missing)

@@ -1,0 +1,428 @@
+"""Recipes for COCO and ADE20K: the reference's but for what is listed, and all of them build."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    PARAM_SCHEDULERS,
+    VISUALIZERS,
+    DefaultScope,
+)
+from mmengine.utils import import_modules_from_strings
+from settings import (
+    ABSENT,
+    ALL,
+    DIGITS,
+    Uninitialised,
+    build,
+    differences,
+    flat,
+    is_plain,
+    load,
+    load_reference,
+    mmdet,
+    mmseg,
+    shipped,
+)
+
+IDLING = {
+    'model.backbone.keep_ratios': (ABSENT, 1.0),
+    'model.backbone.policy.scorer': (ABSENT, 'mean_distance'),
+    'model.backbone.policy.scope': (ABSENT, 'map'),
+}
+SWIN = {**IDLING, 'model.backbone.type': ('SwinTransformer', 'IdleSwinTransformer')}
+# The references name the file alone; official releases have other names than OpenMMLab.
+OFFICIAL_WEIGHTS = {
+    'model.backbone.convert_weights': (ABSENT, True),
+    'model.backbone.init_cfg.type': (ABSENT, 'Pretrained'),
+}
+PVT = {
+    **IDLING,
+    **OFFICIAL_WEIGHTS,
+    'model.backbone.type': ('PyramidVisionTransformer', 'IdlePyramidVisionTransformer'),
+}
+PVTV2 = {
+    **IDLING,
+    **OFFICIAL_WEIGHTS,
+    'model.backbone.type': ('PyramidVisionTransformerV2', 'IdlePyramidVisionTransformerV2'),
+}
+MIT = {**IDLING, 'model.backbone.type': ('MixVisionTransformer', 'IdleMixVisionTransformer')}
+# These weights have OpenMMLab's names; mmseg's classes cannot convert others.
+OPENMMLAB_WEIGHTS = {'model.backbone.convert_weights': (ABSENT, False)}
+
+
+def scaling(batch: int) -> dict[str, tuple[Any, Any]]:
+    """mmseg's recipes do not say what batch size their learning rate is for."""
+    return {
+        'auto_scale_lr.enable': (ABSENT, False),
+        'auto_scale_lr.base_batch_size': (ABSENT, batch),
+    }
+
+
+def mask_rcnn(size: str, schedule: str) -> Config:
+    """mmdet has no Swin-S for 1x: that is Swin-T's recipe with Swin-S's backbone."""
+    if (size, schedule) == ('s', '1x'):
+        cfg = mask_rcnn('t', '1x')
+        cfg.model.backbone = mask_rcnn('s', 'amp-ms-crop-3x').model.backbone
+        return cfg
+    return load_reference(mmdet, f'swin/mask-rcnn_swin-{size}-p4-w7_fpn_{schedule}_coco.py')
+
+
+def cascade_mask_rcnn(size: str, schedule: str) -> Config:
+    """mmdet has none with Swin: Mask R-CNN's recipe with the heads of Cascade Mask R-CNN R-50."""
+    cfg = mask_rcnn(size, schedule)
+    model = load_reference(mmdet, 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py').model
+    cfg.model = {**model, 'backbone': cfg.model.backbone, 'neck': cfg.model.neck}
+    return cfg
+
+
+def retinanet(backbone: str) -> Config:
+    return load_reference(mmdet, f'pvt/retinanet_{backbone}_fpn_1x_coco.py')
+
+
+def dino() -> Config:
+    """mmdet has DINO with Swin-L on five scales: here R-50's on four, Swin-T from Mask R-CNN's."""
+    cfg = load_reference(mmdet, 'dino/dino-4scale_r50_8xb2-12e_coco.py')
+    cfg.model.backbone = mask_rcnn('t', '1x').model.backbone
+    return cfg
+
+
+def upernet(size: str) -> Config:
+    return load_reference(
+        mmseg, f'swin/swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+    )
+
+
+def semantic_fpn(backbone: str) -> Config:
+    """mmseg has no PVT, but its PoolFormer repeats PVT's recipe; the backbone is RetinaNet's."""
+    cfg = load_reference(mmseg, 'poolformer/fpn_poolformer_s12_8xb4-40k_ade20k-512x512.py')
+    model = retinanet(backbone).model
+    cfg.model.backbone = model.backbone
+    cfg.model.neck.in_channels = model.neck.in_channels
+    # Repetitions of the data set, which an infinite sampler has no use for.
+    cfg.train_dataloader.dataset = cfg.train_dataloader.dataset.dataset
+    # It has a model for test-time augmentation, but no pipeline.
+    cfg.tta_pipeline = load_reference(mmseg, '_base_/datasets/ade20k.py').tta_pipeline
+    return cfg
+
+
+def mask2former() -> Config:
+    return load_reference(mmseg, 'mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py')
+
+
+def segformer(size: str) -> Config:
+    return load_reference(mmseg, f'segformer/segformer_mit-{size}_8xb2-160k_ade20k-512x512.py')
+
+
+class Recipe(NamedTuple):
+    """A dense recipe.
+
+    Attributes:
+        reference: Makes the settings that it repeats.
+        expected: Where it differs from them: value there, value here.
+        published: Package, metafile and name of the reference's weights, if there are any.
+    """
+
+    reference: Callable[[], Config]
+    expected: Mapping[str, tuple[Any, Any]]
+    published: tuple[Any, str, str] | None = None
+
+
+RECIPES: dict[str, Recipe] = {}
+for size in ('t', 's'):
+    for schedule in ('1x', 'amp-ms-crop-3x'):
+        published = (
+            None
+            if (size, schedule) == ('s', '1x')
+            else (mmdet, 'swin/metafile.yml', f'mask-rcnn_swin-{size}-p4-w7_fpn_{schedule}_coco')
+        )
+        RECIPES[f'coco/mask_rcnn/mask-rcnn_idle-swin-{size}_fpn_{schedule}-dense_coco.py'] = Recipe(
+            lambda size=size, schedule=schedule: mask_rcnn(size, schedule), SWIN, published
+        )
+        RECIPES[
+            f'coco/cascade_mask_rcnn/'
+            f'cascade-mask-rcnn_idle-swin-{size}_fpn_{schedule}-dense_coco.py'
+        ] = Recipe(lambda size=size, schedule=schedule: cascade_mask_rcnn(size, schedule), SWIN)
+for backbone in ('pvt-t', 'pvt-s', 'pvtv2-b0', 'pvtv2-b1', 'pvtv2-b2'):
+    idling = PVTV2 if 'v2' in backbone else PVT
+    RECIPES[f'coco/retinanet/retinanet_idle-{backbone}_fpn_1x-dense_coco.py'] = Recipe(
+        lambda backbone=backbone: retinanet(backbone),
+        idling,
+        (mmdet, 'pvt/metafile.yml', f'retinanet_{backbone}_fpn_1x_coco'),
+    )
+    RECIPES[f'ade20k/semantic_fpn/fpn_idle-{backbone}_8xb4-40k-dense_ade20k-512x512.py'] = Recipe(
+        lambda backbone=backbone: semantic_fpn(backbone),
+        # PVT trains in full precision.
+        {**idling, **scaling(32), 'optim_wrapper.type': ('AmpOptimWrapper', 'OptimWrapper')},
+    )
+RECIPES['coco/dino/dino-4scale_idle-swin-t_8xb2-12e-dense_coco.py'] = Recipe(
+    dino,
+    {
+        **SWIN,
+        'model.backbone.out_indices': ((0, 1, 2, 3), (1, 2, 3)),
+        'model.neck.in_channels': ((512, 1024, 2048), (192, 384, 768)),
+        'auto_scale_lr.enable': (ABSENT, False),
+    },
+)
+for letter, size in (('t', 'tiny'), ('s', 'small')):
+    RECIPES[f'ade20k/upernet/idle-swin-{letter}_upernet_8xb2-160k-dense_ade20k-512x512.py'] = (
+        Recipe(
+            lambda size=size: upernet(size),
+            {**SWIN, **OPENMMLAB_WEIGHTS, **scaling(16)},
+            (
+                mmseg,
+                'swin/metafile.yaml',
+                f'swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512',
+            ),
+        )
+    )
+RECIPES['ade20k/mask2former/mask2former_idle-swin-t_8xb2-160k-dense_ade20k-512x512.py'] = Recipe(
+    mask2former,
+    {**SWIN, **OPENMMLAB_WEIGHTS},
+    (mmseg, 'mask2former/metafile.yaml', 'mask2former_swin-t_8xb2-160k_ade20k-512x512'),
+)
+for size in ('b0', 'b1', 'b2'):
+    RECIPES[f'ade20k/segformer/segformer_idle-mit-{size}_8xb2-160k-dense_ade20k-512x512.py'] = (
+        Recipe(
+            lambda size=size: segformer(size),
+            {**MIT, **OPENMMLAB_WEIGHTS, **scaling(16)},
+            (mmseg, 'segformer/metafile.yaml', f'segformer_mit-{size}_8xb2-160k_ade20k-512x512'),
+        )
+    )
+
+# Keep 0.7 from the weights of the backbone alone: the dense recipe with this one difference.
+FROM_BACKBONE = {
+    'coco/mask-rcnn_idle-swin-t_fpn_1x_coco.py': (
+        'coco/mask_rcnn/mask-rcnn_idle-swin-t_fpn_1x-dense_coco.py'
+    ),
+    'coco/retinanet_idle-pvtv2-b2_fpn_1x_coco.py': (
+        'coco/retinanet/retinanet_idle-pvtv2-b2_fpn_1x-dense_coco.py'
+    ),
+    'ade20k/idle-swin-t_upernet_8xb2-160k_ade20k-512x512.py': (
+        'ade20k/upernet/idle-swin-t_upernet_8xb2-160k-dense_ade20k-512x512.py'
+    ),
+    'ade20k/fpn_idle-pvt-s_8xb4-40k_ade20k-512x512.py': (
+        'ade20k/semantic_fpn/fpn_idle-pvt-s_8xb4-40k-dense_ade20k-512x512.py'
+    ),
+}
+
+
+def mask_rcnn_deit() -> Config:
+    """mmdet has no plain ViT; the recipe is that of Swin."""
+    cfg = mask_rcnn('t', '1x')
+    cfg.model.pop('backbone')
+    return cfg
+
+
+def upernet_deit() -> Config:
+    cfg = load_reference(mmseg, 'vit/vit_deit-s16_upernet_8xb2-160k_ade20k-512x512.py')
+    # The old place of weights, which names a file; ours is the address of the one of that name.
+    ours = load('ade20k/idle-deit-s_upernet_8xb2-160k_ade20k-512x512.py').checkpoint
+    assert Path(cfg.model.pop('pretrained')).name == Path(ours).name
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=ours)
+    return cfg
+
+
+PLAIN: dict[str, Recipe] = {
+    'coco/mask-rcnn_idle-deit-s_simple-fpn_1x_coco.py': Recipe(
+        mask_rcnn_deit,
+        {
+            'model.neck.type': ('FPN', 'SimpleFeaturePyramid'),
+            'model.neck.in_channels': ((96, 192, 384, 768), 384),
+            # The neck's default.
+            'model.neck.out_channels': (256, ABSENT),
+            # Norms of a plain ViT are named ln, so they are told by their kind.
+            'optim_wrapper.paramwise_cfg.norm_decay_mult': (ABSENT, 0.0),
+            'optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mult': (0.0, ABSENT),
+            'optim_wrapper.paramwise_cfg.custom_keys.pos_embed.decay_mult': (ABSENT, 0.0),
+            'optim_wrapper.paramwise_cfg.custom_keys.cls_token.decay_mult': (ABSENT, 0.0),
+            'optim_wrapper.paramwise_cfg.custom_keys.absolute_pos_embed.decay_mult': (0.0, ABSENT),
+            'optim_wrapper.paramwise_cfg.custom_keys.relative_position_bias_table.decay_mult': (
+                0.0,
+                ABSENT,
+            ),
+        },
+    ),
+    'ade20k/idle-deit-s_upernet_8xb2-160k_ade20k-512x512.py': Recipe(
+        upernet_deit,
+        {
+            'model.backbone.type': ('VisionTransformer', 'IdleVisionTransformer'),
+            'model.backbone.keep_ratios.type': (ABSENT, 'powers'),
+            'model.backbone.keep_ratios.keep_ratio': (ABSENT, 0.7),
+            'model.backbone.keep_ratios.first_idle': (ABSENT, 4),
+            'model.backbone.policy.type': (ABSENT, 'IdleViT'),
+            'model.backbone.policy.scorer': (ABSENT, 'class_query'),
+            'model.backbone.convert_weights': (ABSENT, True),
+            # The dense class's default, which ours has not.
+            'model.backbone.final_norm': (ABSENT, False),
+            # It changes BatchNorm only.
+            'model.backbone.norm_eval': (False, ABSENT),
+            # The reference inherits the 80k recipe, against its name and its published result.
+            'train_cfg.max_iters': (80000, 160000),
+            'train_cfg.val_interval': (8000, 16000),
+            'param_scheduler.1.end': (80000, 160000),
+            'default_hooks.checkpoint.interval': (8000, 16000),
+            **scaling(16),
+        },
+    ),
+}
+# IdleViT's r, r^2, r^3 over the thirds of the blocks that idle.
+PLAIN_RATIOS = [1.0] * 4 + [0.7] * 3 + [0.7**2] * 3 + [0.7**3] * 2
+
+RATIOS = {'dense': 1.0, 'keep70': 0.7, 'keep50': 0.5, 'random': 0.7}
+FULL_SIZE = [name for name in ALL if name not in DIGITS]
+
+
+def mode_of(dense: str, mode: str) -> str:
+    """Name of a recipe's config for a mode."""
+    return dense.replace('-dense_', f'-{mode}_')
+
+
+def test_all_recipes_are_there() -> None:
+    families = {mode_of(name, mode) for name in RECIPES for mode in RATIOS}
+    assert len(RECIPES) == 25
+    assert set(FULL_SIZE) == families | set(FROM_BACKBONE) | set(PLAIN)
+
+
+@pytest.mark.parametrize('name', [*RECIPES, *PLAIN])
+def test_recipes_are_the_references(name: str) -> None:
+    reference, expected, _ = {**RECIPES, **PLAIN}[name]
+    theirs, ours = reference(), load(name)
+    if 'backbone' not in theirs.model:
+        ours.model.pop('backbone')
+    assert differences(theirs, ours) == expected
+
+
+@pytest.mark.parametrize('name', FROM_BACKBONE)
+def test_training_from_the_backbones_weights_changes_the_ratio_alone(name: str) -> None:
+    assert differences(load(FROM_BACKBONE[name]), load(name)) == {
+        'model.backbone.keep_ratios': (1.0, 0.7)
+    }
+
+
+@pytest.mark.parametrize('dense', RECIPES)
+def test_what_fine_tuning_changes(dense: str) -> None:
+    before, after = load(dense), load(mode_of(dense, 'keep70'))
+    changes = differences(before, after)
+    assert changes.pop('model.backbone.keep_ratios') == (1.0, 0.7)
+    # All weights come with load_from.
+    weights = before.model.backbone.init_cfg.checkpoint
+    assert changes.pop('model.backbone.init_cfg.checkpoint') == (weights, ABSENT)
+    assert changes.pop('model.backbone.init_cfg.type') == ('Pretrained', ABSENT)
+    assert changes.pop('load_from') == (ABSENT, after.load_from)
+    rate, lower = changes.pop('optim_wrapper.optimizer.lr')
+    assert lower == pytest.approx(0.3 * rate)
+
+    by_epoch = before.train_cfg.type == 'EpochBasedTrainLoop'
+    length, shorter = changes.pop(f'train_cfg.max_{"epochs" if by_epoch else "iters"}')
+    assert 0.3 <= shorter / length <= 1 / 3
+    scheduled = {key for key in changes if key.startswith('param_scheduler.')}
+    warmup, cosine = after.param_scheduler
+    assert (warmup.type, warmup.end, warmup.by_epoch) == ('LinearLR', 500, False)
+    assert (cosine.type, cosine.end, cosine.by_epoch) == ('CosineAnnealingLR', shorter, by_epoch)
+    for key in scheduled:
+        del changes[key]
+    # What is trained last is evaluated and kept.
+    evaluated = {'train_cfg.val_interval', 'default_hooks.checkpoint.interval'} & changes.keys()
+    for key in evaluated:
+        del changes[key]
+    for cfg, end in ((before, length), (after, shorter)):
+        assert end % cfg.train_cfg.val_interval == 0
+        assert end % cfg.default_hooks.checkpoint.interval == 0
+
+    distilled = {key for key in changes if key.startswith('custom_hooks.')}
+    assert 'custom_hooks' not in before
+    assert after.custom_hooks == [
+        dict(
+            type='AuxiliaryLossHook',
+            losses=[
+                dict(
+                    type='FeatureDistillation',
+                    teacher=dict(checkpoint=after.load_from),
+                    loss_weight=5.0,
+                )
+            ],
+        )
+    ]
+    assert changes.keys() == distilled
+
+
+@pytest.mark.parametrize('dense', RECIPES)
+def test_what_the_other_modes_change(dense: str) -> None:
+    base = load(mode_of(dense, 'keep70'))
+    assert differences(base, load(mode_of(dense, 'keep50'))) == {
+        'model.backbone.keep_ratios': (0.7, 0.5)
+    }
+    random = load(mode_of(dense, 'random'))
+    drawing, distilling = random.custom_hooks
+    assert drawing == dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model')
+    assert [distilling] == base.custom_hooks
+    random.custom_hooks = base.custom_hooks
+    assert differences(base, random) == {}
+
+
+@pytest.mark.parametrize('dense', RECIPES)
+def test_fine_tuning_starts_from_the_published_weights(dense: str) -> None:
+    published = RECIPES[dense].published
+    cfg = load(dense)
+    start = load(mode_of(dense, 'keep70')).load_from
+    if published is None:
+        # None are published: what our own dense recipe ends with.
+        by_epoch = 'max_epochs' in cfg.train_cfg
+        end = f'epoch_{cfg.train_cfg.max_epochs}' if by_epoch else f'iter_{cfg.train_cfg.max_iters}'
+        assert start == f'work_dirs/{Path(dense).stem}/{end}.pth'
+        return
+    package, metafile, model = published
+    index = Config.fromfile(shipped(package, f'configs/{metafile}'))
+    (entry,) = (entry for entry in index.Models if entry.Name == model)
+    assert start == entry.Weights
+
+
+@pytest.mark.parametrize('name', FULL_SIZE)
+def test_recipe_builds(name: str) -> None:
+    """Model, optimiser with its groups, schedulers, hooks, data sets and pipelines."""
+    cfg = load(name)
+    import_modules_from_strings(**cfg.custom_imports)
+    with Uninitialised():
+        model = build(cfg)
+    backbone = model.backbone
+    assert type(backbone).__name__ == cfg.model.backbone.type
+    assert type(backbone).__name__.startswith('Idle')
+    if is_plain(name):
+        assert backbone.keep_ratios == [pytest.approx(PLAIN_RATIOS)]
+    else:
+        mode = next((mode for mode in RATIOS if f'-{mode}_' in name), 'keep70')
+        assert backbone.keep_ratios == [[RATIOS[mode]] * depth for depth in backbone.depths]
+
+    assert not cfg.auto_scale_lr.enable
+    assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size
+    settings = copy.deepcopy(cfg.optim_wrapper)
+    if settings.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        # mmengine builds it on accelerators only.
+        settings.type = 'OptimWrapper'
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = build_optim_wrapper(model, settings)
+        optimised = [id(p) for group in wrapper.optimizer.param_groups for p in group['params']]
+        assert sorted(optimised) == sorted(id(p) for p in model.parameters())
+        for scheduler in copy.deepcopy(cfg.param_scheduler):
+            converts = scheduler.pop('convert_to_iter_based', False)
+            builder = PARAM_SCHEDULERS.get(scheduler.pop('type'))
+            if converts:
+                builder.build_iter_from_epoch(optimizer=wrapper, epoch_length=10, **scheduler)
+            else:
+                builder(wrapper, **scheduler)
+        # Hooks ask for the visualiser, and visualisers are global by name.
+        VISUALIZERS.build({**cfg.visualizer, 'name': name})
+        for hook in [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]:
+            HOOKS.build(hook)
+        for phase in ('train', 'val', 'test'):
+            DATASETS.build({**cfg[f'{phase}_dataloader'].dataset, 'lazy_init': True})
+    assert not any('mmdet::' in str(value) for _, value in flat(cfg.to_dict()))

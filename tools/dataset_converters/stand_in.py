@@ -1,0 +1,52 @@
+"""Write a tiny stand-in for COCO 2017 or ADE20K, in exactly the format of the real one."""
+
+from __future__ import annotations
+
+import argparse
+
+from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
+
+WRITERS = {'coco': write_coco_stand_in, 'ade20k': write_ade20k_stand_in}
+PLACES = {'coco': 'data/coco', 'ade20k': 'data/ade'}
+
+
+def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read the command line; the parser comes along for reporting bad values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('dataset', choices=WRITERS, help='data set to stand in for')
+    parser.add_argument('--out', help='folder to write (default: data/coco or data/ade)')
+    parser.add_argument(
+        '--num-train', type=int, default=4, help='number of training images (default: 4)'
+    )
+    parser.add_argument(
+        '--num-val', type=int, default=3, help='number of validation images (default: 3)'
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=160,
+        metavar='PIXELS',
+        help='longer side of an image (default: 160)',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='seed (default: 0)')
+    return parser, parser.parse_args()
+
+
+def main() -> None:
+    """Write the data set that the command line asks for."""
+    parser, args = parse_args()
+    out = args.out or PLACES[args.dataset]
+    try:
+        written = WRITERS[args.dataset](
+            out, num_train=args.num_train, num_val=args.num_val, size=args.size, seed=args.seed
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    done = 'wrote' if written else 'already there:'
+    print(
+        f'{done} stand-in for {args.dataset} of {args.num_train} + {args.num_val} images in {out}'
+    )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,62 @@
+"""Convert the weights of a backbone, detector or segmentor to the names of another project.
+
+Reads .pth and .safetensors files, addresses, and timm models by name (timm://NAME); tells from
+the names of the weights what they are. Of a whole detector or segmentor, mmdet and mmseg keep
+necks and heads; the other formats take the backbone alone.
+"""
+
+import argparse
+
+from idlevit_mm.analysis.models import compare_with_config
+from idlevit_mm.converters import OPENMMLAB, TARGETS, convert_file
+from idlevit_mm.engine.launch import run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', help='file, address, or timm:// and the name of a timm model')
+    parser.add_argument('target', help='.pth or .safetensors file to write; it must not exist')
+    parser.add_argument('--to', required=True, choices=TARGETS, help='whose names to give')
+    parser.add_argument(
+        '--window-size', type=int, help="resize Swin's relative position tables to this window"
+    )
+    parser.add_argument(
+        '--img-size',
+        type=int,
+        nargs='+',
+        metavar='PIXELS',
+        help='resize absolute position tables to images of this side, or height and width',
+    )
+    parser.add_argument(
+        '--config', help='also compare what is written with the model of this config file'
+    )
+    args = parser.parse_args()
+    if args.config is not None and TARGETS[args.to] != OPENMMLAB:
+        parser.error('--config goes with --to mmdet or --to mmseg')
+    if args.img_size is not None and len(args.img_size) > 2:
+        parser.error(f'--img-size takes one number or two, not {len(args.img_size)}')
+    return args
+
+
+def convert(
+    source: str,
+    target: str,
+    to: str,
+    window_size: int | None,
+    img_size: list[int] | None,
+    config: str | None,
+) -> None:
+    """Convert, and print what became of the weights."""
+    size = None if img_size is None else (img_size[0], img_size[-1])
+    converted = convert_file(source, target, to, window_size, size)
+    print(f'{source}: {converted.source.title}')
+    print(f'{target}: {converted.target.title}')
+    print('\n'.join(converted.report.lines()))
+    if config is not None:
+        print(f'compared with the model of {config}:')
+        print('\n'.join(compare_with_config(converted.weights, config).lines()))
+
+
+if __name__ == '__main__':
+    run_tool(convert, **vars(parse_args()))
