@@ -31,3 +31,15 @@ class SettingError(UsageError, ValueError):
 
 class CheckpointError(UsageError):
     """A training has nothing to show for its end: a checkpoint could not be written."""
+
+
+class BadSampleError(UsageError):
+    """An image or its annotations cannot be used; the message names the file.
+
+    A data loading worker hands its exception on as the text of a traceback. Only what was said
+    first, at its end, is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        marker = f'{type(self).__name__}: '
+        super().__init__(message.rsplit(marker, 1)[-1].strip())

@@ -3,6 +3,7 @@
 Shape letters: B images, H and W of a stage's map in tokens, N = H * W.
 """
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -189,7 +190,10 @@ class IdleBackbone(BaseModule, ABC):
         self._check_fit(report, path, state)
         self.load_state_dict(fitted.state, strict=False)
         title = '' if found is None else f' ({found.title})'
-        logger.info(f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
+        # Norms of outputs start anew where a classifier was; weights of blocks hardly ever should.
+        partly = _of_stages(report.missing) or _of_stages(report.unexpected)
+        level = logging.WARNING if partly else logging.INFO
+        logger.log(level, f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
 
     def _check_format(self, found: Format | None, path: str) -> None:
         """Refuse the weights of another family, and names that shall not be converted."""
@@ -220,8 +224,7 @@ class IdleBackbone(BaseModule, ABC):
                 f'checkpoint {path!r} has another shape than {name}: {shortened(listed, 3)}'
             )
         # A model's name stands for one architecture; a file may well be a part of it.
-        lacking = [key for key in report.missing if _in_blocks(key)]
-        unknown = [key for key in report.unexpected if _in_blocks(key)]
+        lacking, unknown = _of_stages(report.missing), _of_stages(report.unexpected)
         if str(path).startswith(TIMM) and (lacking or unknown):
             what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'
             raise SettingError(f'checkpoint {path!r} is of another size than {name}: it {what}')
@@ -248,6 +251,6 @@ def _pretrained_cfg(pretrained: Any, init_cfg: dict[str, Any] | None) -> dict[st
     return dict(type='Pretrained', checkpoint=pretrained)
 
 
-def _in_blocks(key: str) -> bool:
-    """Whether a weight belongs to the stages, not to norms of outputs or what is left of a head."""
-    return key.startswith(('stages.', 'layers.'))
+def _of_stages(keys: Sequence[str]) -> list[str]:
+    """Those weights that are no part of outputs, embeddings or classifiers."""
+    return [key for key in keys if key.startswith(('stages.', 'layers.'))]

@@ -16,13 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from mmengine.fileio import get
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..errors import BrokenCheckpointError, UsageError
-from .safe_load import SAFETENSORS, first_line, load_checkpoint, reading_error
+from .safe_load import (
+    SAFETENSORS,
+    first_line,
+    load_checkpoint,
+    reading_error,
+    safetensors_torch,
+)
 from .weights import StateDict, unwrapped, weights_of
 
 TIMM = 'timm://'
@@ -114,7 +119,7 @@ def write_weights(weights: StateDict, target: str | os.PathLike, place: str = ''
     unfinished = path.with_name(f'{path.name}.unfinished')
     try:
         if path.suffix == SAFETENSORS:
-            safetensors.torch.save_file(own, unfinished, metadata={'format': 'pt'})
+            safetensors_torch().save_file(own, unfinished, metadata={'format': 'pt'})
         else:
             torch.save({place: own} if place else own, unfinished)
         unfinished.rename(path)
@@ -160,7 +165,7 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> StateDict:
     """Weights of a ``.safetensors`` file of this machine or at an address."""
     if is_local(filename):
         return load_checkpoint(filename, map_location or 'cpu')
-    weights = safetensors.torch.load(get(filename))
+    weights = safetensors_torch().load(get(filename))
     return {key: value.to(map_location or 'cpu') for key, value in weights.items()}
 
 

@@ -48,20 +48,20 @@ class WeightsReport:
             'has another shape of': list(self.mismatched),
         }
         return ', '.join(
-            f'{what} {len(names)} weight{"s" * (len(names) > 1)} (such as {min(names)})'
+            f'{what} {counted(names)} (such as {min(names)})'
             for what, names in reasons.items()
             if names
         )
 
     def summary(self) -> str:
         """One line with the numbers and the first names of each kind."""
-        parts = [f'{len(self.matched)} weights']
+        parts = [counted(self.matched)]
         parts += [f'{title}: {shortened(lines)}' for title, lines in self._kinds() if lines]
         return '; '.join(parts)
 
     def lines(self) -> list[str]:
         """The number of each kind with all of its names, one text for each line of output."""
-        lines = [f'{len(self.matched)} weights']
+        lines = [counted(self.matched)]
         for title, names in self._kinds():
             if names:
                 lines.append(f'{len(names)} {title}:')
@@ -97,6 +97,11 @@ def compare(own: StateDict, given: StateDict, policy_too: bool = True) -> Weight
         else:
             report.matched.append(key)
     return report
+
+
+def counted(names: Collection[str]) -> str:
+    """``1 weight``, ``2 weights``."""
+    return f'{len(names)} weight{"" if len(names) == 1 else "s"}'
 
 
 def with_shapes(shapes: dict[str, tuple[Shape, Shape]], word: str) -> list[str]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import mmengine.runner.checkpoint
 import numpy as np
-import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
@@ -157,11 +156,13 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[
     allow_mmengine_globals()
     try:
         if path.suffix == SAFETENSORS:
-            return safetensors.torch.load_file(path, device=str(map_location))
+            return safetensors_torch().load_file(path, device=str(map_location))
         # Mapped, not read: most callers look at names and shapes only.
         checkpoint = torch.load(
             path, map_location=map_location, weights_only=True, mmap=_is_zip(path) or None
         )
+    except UsageError:
+        raise
     except Exception as error:
         raise reading_error(path, error) from error
     if not isinstance(checkpoint, dict):
@@ -169,6 +170,20 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[
             f'checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of tensors'
         )
     return checkpoint
+
+
+def safetensors_torch() -> Any:
+    """The module ``safetensors.torch``, which comes with timm, not with OpenMMLab.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    try:
+        return importlib.import_module('safetensors.torch')
+    except ImportError as error:
+        raise UsageError(
+            f'{SAFETENSORS} files need safetensors, which cannot be imported: {error}'
+        ) from error
 
 
 def reading_error(source: str | os.PathLike, error: Exception) -> UsageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from typing import NamedTuple
 
 from ..checkpoints import (
@@ -11,6 +10,7 @@ from ..checkpoints import (
     StateDict,
     WeightsReport,
     check_target,
+    counted,
     read_weights,
     split_backbone,
     write_weights,
@@ -136,8 +136,10 @@ def _wants_prefix(to: str, found: Format) -> bool:
 
 def _by_module(weights: StateDict) -> list[str]:
     """How many weights each module of a whole model has."""
-    counts = Counter(key.split('.')[0] for key in weights)
-    return [f'{module}.* ({count} weights)' for module, count in counts.items()]
+    modules: dict[str, list[str]] = {}
+    for key in weights:
+        modules.setdefault(key.split('.')[0], []).append(key)
+    return [f'{module}.* ({counted(keys)})' for module, keys in modules.items()]
 
 
 def _resized(

@@ -1,9 +1,20 @@
 from ..checkpoints import allow_mmengine_globals, load_checkpoint, strip_checkpoint
-from ..errors import BrokenCheckpointError, SettingError, UnsafeCheckpointError, UsageError
+from ..errors import (
+    BadSampleError,
+    BrokenCheckpointError,
+    CheckpointError,
+    SettingError,
+    UnsafeCheckpointError,
+    UsageError,
+)
 from .runner import ResumableRunner
+from .sharding import FullyShardedModel
 
 __all__ = [
+    'BadSampleError',
     'BrokenCheckpointError',
+    'CheckpointError',
+    'FullyShardedModel',
     'ResumableRunner',
     'SettingError',
     'UnsafeCheckpointError',

@@ -222,6 +222,15 @@ def _use_amp(cfg: Config) -> None:
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
+def _check_amp(cfg: Config) -> None:
+    """Refuse a config's mixed precision where mmengine would fail with it later."""
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and get_device() == 'cpu':
+        raise UsageError(
+            'the config trains in mixed precision (optim_wrapper.type is AmpOptimWrapper), which '
+            'needs an accelerator; on the CPU: --cfg-options optim_wrapper.type=OptimWrapper'
+        )
+
+
 def _scale_lr(cfg: Config) -> None:
     settings = cfg.get('auto_scale_lr') or {}
     if not isinstance(settings.get('base_batch_size'), int):
@@ -434,6 +443,7 @@ def train_from_config(
     _set_work_dir(cfg, config, work_dir)
     if amp:
         _use_amp(cfg)
+    _check_amp(cfg)
     if auto_scale_lr:
         _scale_lr(cfg)
     checkpoint = _choose_start(cfg, config, resume)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
@@ -20,6 +23,7 @@ from ..checkpoints import allow_mmengine_globals
 from ..hooks import ExactResumeHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
+from .bad_samples import check_built, guard, naming_the_data
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 
 
@@ -36,6 +40,8 @@ class ResumableRunner(Runner):
     - A full disk does not end the training: what cannot be written to logs is left out, and
       :class:`idlevit_mm.hooks.AtomicCheckpointHook` goes on without the checkpoint.
     - A model wrapped as :class:`FullyShardedModel` is sharded before the first iteration.
+    - An unusable image is left out of training with a warning; in validation and testing it is an
+      error that names the file (:mod:`idlevit_mm.engine.bad_samples`).
 
     ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
     mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
@@ -44,6 +50,8 @@ class ResumableRunner(Runner):
     """
 
     _train_dataloader: Any
+    _val_dataloader: Any
+    _test_dataloader: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         allow_mmengine_globals()
@@ -67,6 +75,14 @@ class ResumableRunner(Runner):
             self.register_hook(ExactResumeHook())
         if isinstance(self.model, FullyShardedModel):
             self.register_hook(ShardHook())
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger; a log file that cannot be written is said once, without a traceback."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                _complain_once(handler)
+        return logger
 
     def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
         """Build the visualizer; what it cannot write because the disk is full is left out."""
@@ -106,23 +122,48 @@ class ResumableRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
-        config: Any = self._train_dataloader
+        with self._opened('train', loop):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the validation loop on data that were looked at."""
+        with self._opened('val', loop):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the test loop on data that were looked at."""
+        with self._opened('test', loop):
+            return super().build_test_loop(loop)
+
+    @contextlib.contextmanager
+    def _opened(self, phase: str, loop: BaseLoop | dict) -> Iterator[None]:
+        """Have the data loader of a phase built while its loop is."""
+        name = f'_{phase}_dataloader'
+        config = getattr(self, name)
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
-            return super().build_train_loop(loop)
-        loader = self.build_dataloader(
-            config,
-            seed=self.seed,
-            diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
-        )
-        # Iterable data sets and loaders without batches have no index to tie a seed to.
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-            loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
+            yield
+            return
         # The loop takes the built loader; scale_lr and others still read the config.
-        self._train_dataloader = loader
+        setattr(self, name, self._open(phase, config))
         try:
-            return super().build_train_loop(loop)
+            yield
         finally:
-            self._train_dataloader = config
+            setattr(self, name, config)
+
+    def _open(self, phase: str, config: dict) -> DataLoader:
+        """Build a data loader; what is wrong with its data is said by name."""
+        with naming_the_data(phase, config):
+            loader = self.build_dataloader(
+                config,
+                seed=self.seed,
+                diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
+            )
+        check_built(loader.dataset, self.model, phase)
+        guard(loader.dataset, training=phase == 'train')
+        # Iterable data sets and loaders without batches have no index to tie a seed to.
+        if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+            loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
+        return loader
 
     def save_checkpoint(
         self,
@@ -162,3 +203,19 @@ class ResumableRunner(Runner):
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
+
+
+def _complain_once(handler: logging.FileHandler) -> None:
+    """Replace the traceback that a log file prints for each line on a full disk."""
+    report = handler.handleError
+    said: list[OSError] = []
+
+    def complain(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            report(record)
+        elif not said:
+            said.append(error)
+            print(f'log file {handler.baseFilename} cannot be written: {error}', file=sys.stderr)
+
+    handler.handleError = complain  # type: ignore[method-assign]

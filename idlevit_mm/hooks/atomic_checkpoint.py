@@ -64,11 +64,17 @@ class AtomicCheckpointHook(CheckpointHook):
         Raises:
             CheckpointError: The last or the best checkpoint could not be written.
         """
-        for kind, problem in self._unwritten.items():
+        if 'last' in self._unwritten:
             raise CheckpointError(
-                f'the training went on to its end, but its {kind} checkpoint could not be '
-                f'written: {problem}. The newest one is: {self.last_ckpt}. Make room and start '
-                'the same command again with --resume'
+                'the training went on to its end, but its last checkpoint could not be written: '
+                f'{self._unwritten["last"]}. The newest one is: {self.last_ckpt}. Make room and '
+                'start the same command again with --resume'
+            )
+        if 'best' in self._unwritten:
+            raise CheckpointError(
+                f'the training is finished and its last checkpoint is {self.last_ckpt}, but one '
+                'with a better score than the best that was kept could not be written: '
+                f'{self._unwritten["best"]}'
             )
         super().after_train(runner)
 

@@ -1,6 +1,7 @@
 """Weights from files, addresses and timm; to .pth and .safetensors files; and what is told."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -189,6 +190,18 @@ def test_without_timm(monkeypatch):
         read_weights('timm://vit_tiny_patch16_224')
 
 
+def test_without_safetensors(monkeypatch, tmp_path):
+    """OpenMMLab does not bring it; the package then imports all the same."""
+    write_weights(WEIGHTS, tmp_path / 'w.safetensors')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        read_weights(tmp_path / 'w.safetensors')
+    with pytest.raises(UsageError, match=r'\.safetensors files need safetensors'):
+        write_weights(WEIGHTS, tmp_path / 'x.safetensors')
+    code = 'import sys; sys.modules.update(safetensors=None, timm=None); import idlevit_mm'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
@@ -213,11 +226,11 @@ def test_report():
     )
     report.resized['a'] = (1,), (2,)
     assert report.summary() == (
-        '1 weights; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
+        '1 weight; resized: a (1,) to (2,); of another shape: d (4, 6) not (4, 5); '
         'missing: b, c, x.policy.w; not used: e0, e1, e2, e3, e4 and 2 more'
     )
     lines = report.lines()
-    assert lines[:3] == ['1 weights', '1 resized:', '  a (1,) to (2,)']
+    assert lines[:3] == ['1 weight', '1 resized:', '  a (1,) to (2,)']
     assert lines[-8:] == ['7 not used:', *(f'  e{i}' for i in range(7))]
-    assert WeightsReport(matched=['a']).lines() == ['1 weights']
+    assert WeightsReport(matched=['a']).lines() == ['1 weight']
     assert compare(own, own).misfit() == ''

@@ -59,7 +59,7 @@ def test_other_formats_take_the_backbone_and_say_so():
         alone = convert_weights(state, to)
         assert_same(whole.weights, alone.weights)
         left = [name for name in whole.report.dropped if name not in alone.report.dropped]
-        assert left == ['neck.* (1 weights)', 'bbox_head.* (2 weights)']
+        assert left == ['neck.* (1 weight)', 'bbox_head.* (2 weights)']
 
 
 def test_files_of_mmseg_0():
@@ -199,18 +199,23 @@ def pretrained(path, name, **overrides):
 
 
 @pytest.fixture
-def log(monkeypatch):
-    """Lines that mmengine's logger gets."""
-    lines = []
+def log():
+    """Records that mmengine's logger gets."""
+    records = []
 
     class Keep(logging.Handler):
         def emit(self, record):
-            lines.append(record.getMessage())
+            records.append(record)
 
     logger, handler = MMLogger.get_current_instance(), Keep()
     logger.addHandler(handler)
-    yield lines
+    yield records
     logger.removeHandler(handler)
+
+
+def record_of_loading(log):
+    """Level and text of the last report of what was loaded."""
+    return [(r.levelno, r.getMessage()) for r in log if ': loaded from ' in r.getMessage()][-1]
 
 
 @parametrize()
@@ -228,7 +233,8 @@ def test_init_cfg_takes_every_format_and_file(variant, to, suffix, tmp_path, log
     lost = [key for key in converted.report.dropped if key in state]
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]) or key in lost, key
-    (line,) = [line for line in log if line.startswith(variant.type)]
+    _, line = record_of_loading(log)
+    assert line.startswith(variant.type)
     assert f'loaded from {path}' in line
     assert f': {len(state) - len(lost)} weights' in line
     assert ('missing: norm0.weight' in line) == bool(lost)
@@ -254,6 +260,19 @@ def test_files_of_another_family(name, tmp_path):
         pretrained(tmp_path / 'w.pth', name)
 
 
+@pytest.mark.parametrize(
+    ('depths', 'words'), [((2, 3), 'missing: stages.1.blocks.2'), ((2, 1), 'not used: stages.1.bl')]
+)
+def test_files_of_another_depth_are_warned_of(depths, words, tmp_path, log):
+    write_weights(convert_weights(state_of('swin'), 'official').weights, tmp_path / 'w.pth')
+    pretrained(tmp_path / 'w.pth', 'swin', depths=depths)
+    level, line = record_of_loading(log)
+    assert level == logging.WARNING
+    assert words in line
+    pretrained(tmp_path / 'w.pth', 'swin')
+    assert record_of_loading(log)[0] == logging.INFO
+
+
 def test_init_cfg_takes_addresses(served):
     folder, address = served
     state = state_of('mit')
@@ -275,7 +294,7 @@ def test_init_cfg_takes_names_of_timm(pretrained_timm, log):
     name, _ = pretrained_timm
     model = tiny_vit(name)
     model.init_weights()
-    assert any('timm vit_*, deit_* or DeiT' in line and '150 weights' in line for line in log)
+    assert '(timm vit_*, deit_* or DeiT): 150 weights' in record_of_loading(log)[1]
     theirs = timm.create_model(name, pretrained=True).eval()
     x = image((1, 3, 224, 224))
     with torch.no_grad():
@@ -344,7 +363,7 @@ def test_the_tool_converts_and_reports(tool, tmp_path):
     assert lines[-7:] == [
         '6 dropped:',
         *(f'  norm{index}.{leaf}' for index in (0, 1) for leaf in ('weight', 'bias')),
-        '  neck.* (1 weights)',
+        '  neck.* (1 weight)',
         '  bbox_head.* (2 weights)',
     ]
 

@@ -142,6 +142,22 @@ def test_missing_biases_are_zero():
         assert not bias.any()
 
 
+def test_names_of_mmpretrain():
+    """Those of its VisionTransformer, which is not among the requirements."""
+    mmseg = vit_from_timm(timm_model(**SMALL).state_dict())
+    theirs = vit.to_mmpretrain(mmseg).state
+    modules = ('ln1', 'attn.qkv', 'attn.proj', 'ln2', 'ffn.layers.0.0', 'ffn.layers.1')
+    names = {f'layers.{i}.{module}' for i in range(3) for module in modules}
+    names |= {'patch_embed.projection', 'ln1'}
+    leaves = {f'{name}.{leaf}' for name in names for leaf in ('weight', 'bias')}
+    assert theirs.keys() == leaves | {'cls_token', 'pos_embed'}
+    qkv = torch.equal(
+        theirs['layers.1.attn.qkv.weight'], mmseg['layers.1.attn.attn.in_proj_weight']
+    )
+    assert qkv
+    assert title_of({**theirs, 'head.layers.head.bias': torch.ones(5)}) == 'mmpretrain ViT'
+
+
 def test_other_networks_are_told_apart():
     ours = mmseg_vit(**SAME).state_dict()
     assert not is_timm_vit(ours)

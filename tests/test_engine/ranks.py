@@ -7,6 +7,17 @@ from pathlib import Path
 import torch
 from torch import multiprocessing
 
+# How a model is wrapped on CPUs; tools/train.py sets the same.
+WRAPPERS = {
+    'ddp': dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        device_ids=None,
+    ),
+    'fsdp': dict(type='FullyShardedModel'),
+}
+
 
 def _run(rank, world, folder, function, arguments):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

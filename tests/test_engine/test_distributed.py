@@ -1,6 +1,7 @@
 """Training with two gloo processes is training with one on both of their batches."""
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -8,11 +9,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'test_losses'))  # for toys.p
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS, DefaultScope
 from mmengine.runner import Runner
-from ranks import run_ranks
+from ranks import WRAPPERS, run_ranks
+from toy import ToyModel as RunnerToy
 from toy import toy_runner
 from toys import (
     Images,
@@ -24,21 +27,12 @@ from toys import (
     runner_settings,
 )
 
-from idlevit_mm.engine import ResumableRunner, SettingError, load_checkpoint
+from idlevit_mm.engine import ResumableRunner, SettingError, launch, load_checkpoint
 from idlevit_mm.engine.sharding import FullyShardedModel, optimizers_of
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='gloo between processes')
 
 IMAGES, UPDATES = 8, 2
-WRAPPERS = {
-    'ddp': dict(
-        type='MMDistributedDataParallel',
-        broadcast_buffers=False,
-        find_unused_parameters=True,
-        device_ids=None,
-    ),
-    'fsdp': dict(type='FullyShardedModel'),
-}
 BLOCK_RATIOS = [[1.0, 0.6], [0.5, 0.3]]
 
 
@@ -328,6 +322,50 @@ def test_the_learning_rate_scales_with_processes_and_accumulation(tmp_path, coun
     assert scaled(0, tmp_path, counts, None) == pytest.approx(0.01 * 3 * counts / 6)
     rates = run_ranks(tmp_path / 'meet', scaled, tmp_path, counts, 'ddp')
     assert rates == pytest.approx([0.01 * 2 * 3 * counts / 6] * 2)
+
+
+class SynchronisedModel(RunnerToy):
+    """Normalises by a layer that torch has for GPUs only."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(self.backbone, torch.nn.SyncBatchNorm(4))
+
+
+def test_sync_bn_trains_on_a_cpu_without_launcher(tmp_path):
+    runner = toy_runner(tmp_path, by_epoch=False, model=SynchronisedModel())
+    runner.train()
+    norm = runner.model.backbone[1]
+    assert norm.num_batches_tracked == 10
+    assert norm.running_mean.abs().max() > 0
+
+
+def prepared(rank, wrapper):
+    """The config that is left of one with SyncBN."""
+    os.environ.update(MASTER_ADDR='127.0.0.1')
+    norm = dict(type='SyncBN', requires_grad=True)
+    cfg = Config(dict(model=dict(decode_head=dict(norm_cfg=norm), neck=[dict(norm_cfg=norm)])))
+    if wrapper:
+        cfg.model_wrapper_cfg = dict(type=wrapper)
+    launch._prepare_launcher(cfg, 'pytorch')
+    return cfg.to_dict()
+
+
+@pytest.mark.parametrize('wrapper', [None, 'FullyShardedModel'])
+def test_what_becomes_of_a_config_on_cpus(tmp_path, wrapper):
+    for cfg in run_ranks(tmp_path, prepared, wrapper):
+        norm = dict(type='BN', requires_grad=True)
+        assert cfg['model'] == dict(decode_head=dict(norm_cfg=norm), neck=[dict(norm_cfg=norm)])
+        assert cfg['env_cfg']['dist_cfg']['backend'] == 'gloo'
+        if wrapper:
+            assert cfg['model_wrapper_cfg'] == dict(type=wrapper)
+        else:
+            assert cfg['model_wrapper_cfg'] == dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                find_unused_parameters=False,
+                device_ids=None,
+            )
 
 
 class Scalar(torch.nn.Module):

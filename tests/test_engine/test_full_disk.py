@@ -1,6 +1,7 @@
 """A disk that is full, over quota or read-only costs a checkpoint, not the training."""
 
 import errno
+import logging
 import os
 import resource
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import runner as runner_module
+from ranks import WRAPPERS, run_ranks
 from toy import toy_runner
 
 from idlevit_mm.engine import load_checkpoint
@@ -88,6 +90,39 @@ def test_a_training_without_its_last_checkpoint_ends_in_an_error(tmp_path, full_
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def full_on_rank(rank, work_dir, wrapper):
+    """Message of the error at the end, and what the hook of this process believes."""
+    original = runner_module.save_checkpoint
+
+    def save(checkpoint, filename, *args, **kwargs):
+        original(checkpoint, filename, *args, **kwargs)
+        if os.path.basename(filename).startswith(('.epoch_4', '.best_toy_acc_epoch_4')):
+            raise OSError(FULL, os.strerror(FULL))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner_module, 'save_checkpoint', save)
+        runner = toy_runner(
+            work_dir,
+            checkpoint=dict(max_keep_ckpts=1, save_best='toy/acc', rule='greater'),
+            launcher='pytorch',
+            cfg=dict(model_wrapper_cfg=WRAPPERS[wrapper]),
+        )
+        with pytest.raises(CheckpointError) as error:
+            runner.train()
+    info = runner.message_hub.runtime_info
+    return str(error.value), {name: info[name] for name in ('last_ckpt', 'keep_ckpt_ids')}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_all_processes_know_that_a_checkpoint_is_missing(tmp_path, wrapper):
+    work_dir = tmp_path / 'run'
+    one, other = run_ranks(tmp_path / 'meet', full_on_rank, work_dir, wrapper)
+    assert one == other
+    assert f'The newest one is: {work_dir}/epoch_3.pth' in one[0]
+    assert one[1] == dict(last_ckpt=f'{work_dir}/epoch_3.pth', keep_ckpt_ids=[3])
+    assert names(work_dir) == ['best_toy_acc_epoch_2.pth', 'epoch_3.pth']
+
+
 def test_no_checkpoint_at_all(tmp_path, full_disk):
     full_disk(FULL, 'epoch_')
     with pytest.raises(CheckpointError, match='newest one is: None'):
@@ -129,7 +164,7 @@ def test_the_best_checkpoint_survives_a_better_one_that_cannot_be_written(
 
 def test_the_last_best_checkpoint_counts(tmp_path, full_disk):
     full_disk(FULL, 'best_')
-    with pytest.raises(CheckpointError, match='best checkpoint could not be written'):
+    with pytest.raises(CheckpointError, match=r'epoch_4\.pth, but one with a better score'):
         toy_runner(tmp_path, checkpoint=dict(save_best='toy/acc', rule='greater')).train()
     assert names(tmp_path)[-1] == 'epoch_4.pth'
 
@@ -157,9 +192,12 @@ def test_the_system_refuses_to_write_on(tmp_path):
     assert runner.message_hub.get_info('last_ckpt') == str(tmp_path / 'epoch_4.pth')
 
 
-def test_logs_on_a_full_disk(tmp_path):
+def test_logs_on_a_full_disk(tmp_path, capsys):
     class Fill(Hook):
         def before_train(self, runner):
+            for handler in runner.logger.handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.setStream(open('/dev/full', 'w'))  # noqa: SIM115 (the handler's)
             scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
             scalars.parent.mkdir(parents=True, exist_ok=True)
             scalars.symlink_to('/dev/full')
@@ -168,7 +206,10 @@ def test_logs_on_a_full_disk(tmp_path):
     runner = toy_runner(tmp_path, hooks=[Fill()], visualizer=visualizer)
     runner.train()
     assert (tmp_path / 'epoch_4.pth').is_file()
-    assert 'The log cannot be written' in logged(runner)
+    output, errors = capsys.readouterr()
+    assert output.count('The log cannot be written and lacks an entry: [Errno 28]') > 1
+    assert errors.count('cannot be written: [Errno 28]') == 1
+    assert 'Traceback' not in errors
 
 
 def test_rubbish_of_a_killed_run_is_cleared(tmp_path):

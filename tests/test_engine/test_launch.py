@@ -294,6 +294,8 @@ def test_test_errors(config, arguments, message):
 def test_errors_without_accelerator(config):
     with pytest.raises(UsageError, match='--amp needs an accelerator'):
         train_from_config(config, amp=True)
+    with pytest.raises(UsageError, match='on the CPU: --cfg-options optim_wrapper.type=OptimWrap'):
+        train_from_config(config, cfg_options={'optim_wrapper.type': 'AmpOptimWrapper'})
 
 
 @pytest.mark.parametrize(

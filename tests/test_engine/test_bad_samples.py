@@ -1,0 +1,509 @@
+"""Broken images, masks and annotation files: left out by name, or one clear line; work is kept."""
+
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset, Compose, ConcatDataset, RepeatDataset
+from mmengine.registry import DATASETS, DefaultScope, init_default_scope
+from PIL import Image
+
+from idlevit_mm.engine import BadSampleError, SettingError, bad_samples
+from idlevit_mm.engine.bad_samples import class_counts, guard, naming_the_data
+from idlevit_mm.engine.launch import evaluate_from_config, run_tool, train_from_config
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+ROOT = Path(__file__).parents[2]
+SPLITS = {'train': 'training', 'val': 'validation'}
+
+
+@pytest.fixture
+def place(scenes, tmp_path):
+    """A copy of the scenes, to be damaged: 90 pixels wide and 70 high."""
+    return Path(shutil.copytree(scenes, tmp_path / 'digit_scenes'))
+
+
+def image_of(place, task, split, number=1):
+    names = {'det': f'coco/{split}', 'seg': f'ade/images/{SPLITS[split]}'}
+    return place / names[task] / f'{number:06d}.jpg'
+
+
+def mask_of(place, split, number=1):
+    return place / f'ade/annotations/{SPLITS[split]}/{number:06d}.png'
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rewrite(change, suffix='.png'):
+    """Reads, changes and writes a picture; its name stays, whatever its format becomes."""
+
+    def apply(path):
+        image = change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
+        path.write_bytes(cv2.imencode(suffix, image)[1].tobytes())
+
+    return apply
+
+
+def to_cmyk(path):
+    with Image.open(path) as image:
+        converted = image.convert('CMYK')
+    converted.save(path, 'JPEG')
+
+
+def set_corner(value):
+    def change(mask):
+        mask[0, 0] = value
+        return mask
+
+    return rewrite(change)
+
+
+BAD_IMAGES = {
+    'cut off': (cut, 'cannot be read (not an image, or cut off)'),
+    'empty': (lambda path: path.write_bytes(b''), 'is empty'),
+    'not an image': (lambda path: path.write_text('<html>'), 'cannot be read'),
+    'missing': (Path.unlink, 'does not exist'),
+    'one pixel': (rewrite(lambda image: image[:1, :1]), '1x1'),
+    'one row': (rewrite(lambda image: image[:1]), '90x1'),
+}
+BAD_MASKS = {
+    'cut off': (cut, 'cannot be read'),
+    'empty': (lambda path: path.write_bytes(b''), 'is empty'),
+    'missing': (Path.unlink, 'does not exist'),
+    # 11 classes, of which ADE20K's coding makes 1 to 11; 0 and 255 are ignored.
+    'value 12': (set_corner(12), 'holds the value 12, but with 11 classes the largest is 11'),
+    'value 200': (set_corner(200), 'holds the value 200'),
+    'another size': (rewrite(lambda mask: mask[:-5]), 'is 90x65, but its image'),
+    'three channels': (rewrite(lambda mask: np.stack([mask] * 3, -1)), 'has 3 channels'),
+}
+GOOD_IMAGES = {
+    'grey': rewrite(lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), '.jpg'),
+    'CMYK': to_cmyk,
+    '16 bits': rewrite(lambda image: image.astype(np.uint16) * 257),
+    'opacity': rewrite(lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2BGRA)),
+}
+BASES = {'det': 'digit_scenes_instance.py', 'seg': 'digit_scenes_semantic.py'}
+FOLDERS = {'det': 'coco', 'seg': 'ade'}
+SCOPES = {'det': 'mmdet', 'seg': 'mmseg'}
+
+
+@pytest.fixture
+def build(place):
+    """Builds a data set of the damaged scenes by the shipped config, guarded."""
+
+    def build(task, split, guarded=True):
+        config = Config.fromfile(ROOT / 'configs' / '_base_' / 'datasets' / BASES[task])
+        config = config[f'{split}_dataloader'].dataset
+        config.data_root = str(place / FOLDERS[task])
+        before = DefaultScope.get_current_instance()
+        init_default_scope(SCOPES[task])
+        try:
+            dataset = DATASETS.build(config)
+        finally:
+            init_default_scope(before.scope_name if before else 'mmengine')
+        if guarded:
+            guard(dataset, training=split == 'train')
+        return dataset
+
+    return build
+
+
+CASES = [
+    *(('det', 'image', kind) for kind in BAD_IMAGES),
+    *(('seg', 'image', kind) for kind in BAD_IMAGES if kind != 'missing'),
+    *(('seg', 'mask', kind) for kind in BAD_MASKS),
+]
+
+
+@pytest.mark.parametrize(('task', 'part', 'kind'), CASES)
+def test_bad_samples(place, build, monkeypatch, task, part, kind):
+    apply, message = (BAD_IMAGES if part == 'image' else BAD_MASKS)[kind]
+    datasets = {}
+    for split in SPLITS:
+        path = image_of(place, task, split) if part == 'image' else mask_of(place, split)
+        dataset = datasets[split] = build(task, split)
+        broken = [str(path) in str(dataset.get_data_info(i)) for i in range(len(dataset))]
+        assert sum(broken) == 1
+        apply(path)
+
+    # Training: others take its place, and it is named once.
+    said = []
+    monkeypatch.setattr(
+        bad_samples, 'print_log', lambda text, logger, level: said.append((level, text))
+    )
+    for index in [*range(len(datasets['train']))] * 3:
+        assert datasets['train'][index]['inputs'].shape == (3, 70, 90)
+    ((level, text),) = said
+    assert level == logging.WARNING
+    assert text.startswith('left out of training: ')
+    assert message in text
+    assert '000001' in text
+
+    # Validation: an error, also from another process, and the others are still read.
+    loader = torch.utils.data.DataLoader(
+        datasets['val'], num_workers=int(kind == 'empty'), collate_fn=list
+    )
+    with pytest.raises(BadSampleError) as error:
+        list(loader)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert '\n' not in str(error.value)
+    assert datasets['val'][0]['inputs'].shape == (3, 70, 90)
+
+
+@pytest.mark.parametrize('task', BASES)
+@pytest.mark.parametrize('kind', GOOD_IMAGES)
+def test_other_kinds_of_images_are_fine(place, build, task, kind):
+    dataset = build(task, 'val')
+    expected = dataset[1]['inputs'].float()
+    GOOD_IMAGES[kind](image_of(place, task, 'val'))
+    inputs = dataset[1]['inputs']
+    assert inputs.dtype == torch.uint8
+    assert inputs.shape == expected.shape
+    if kind in ('16 bits', 'opacity'):
+        # JPEG's losses are not repeated: these are the same pixels.
+        assert torch.allclose(inputs.float(), expected, atol=1)
+    else:
+        grey = expected.mean(0, keepdim=True) if kind == 'grey' else expected
+        assert (inputs.float() - grey).abs().mean() < 30
+
+
+def test_without_the_guard_mmdet_stops(place, build):
+    """What the guard is for; when this fails, mmdet has learned to do it itself."""
+    cut(image_of(place, 'det', 'train'))
+    dataset = build('det', 'train', guarded=False)
+    with pytest.raises(AssertionError, match='failed to load image'):
+        list(dataset)
+
+
+class Records(BaseDataset):
+    """Data set of numbered files, every one of which `broken` may refuse."""
+
+    METAINFO = dict(classes=('one',))
+
+    def __init__(self, number, broken):
+        self.number, self.broken = number, broken
+        super().__init__(pipeline=[])
+        self.pipeline = Compose([LoadRecord(broken)])
+
+    def load_data_list(self):
+        return [dict(img_path=f'{i}.jpg') for i in range(self.number)]
+
+
+class LoadRecord:
+    def __init__(self, broken):
+        self.broken = broken
+
+    def __call__(self, data):
+        if self.broken(int(data['img_path'].split('.')[0])):
+            raise OSError('is broken')
+        return data
+
+
+class Fails:
+    def __call__(self, data):
+        raise ZeroDivisionError('a fault of the code')
+
+
+def read(dataset, number):
+    guard(dataset, training=True)
+    for index in range(number):
+        dataset[index % len(dataset)]
+    return dataset.pipeline
+
+
+@pytest.mark.parametrize(
+    ('size', 'broken', 'fails'),
+    [
+        (4, lambda i: i == 2, False),
+        (4, lambda i: True, True),
+        (2000, lambda i: i % 200 == 0, False),
+        (2000, lambda i: i % 50 == 0, True),
+        (100, lambda i: i < 11, True),
+        (100, lambda i: i < 10, False),
+    ],
+)
+def test_few_are_left_out_but_not_many(size, broken, fails):
+    dataset = Records(size, broken)
+    if not fails:
+        pipeline = read(dataset, 2 * size)
+        assert len(pipeline.bad) == sum(map(broken, range(size)))
+        return
+    with pytest.raises(BadSampleError, match=r'too many to leave them out; the last: \d+\.jpg'):
+        read(dataset, 2 * size)
+
+
+def test_other_transforms_keep_their_errors():
+    dataset = Records(3, lambda i: False)
+    dataset.pipeline = Compose([LoadRecord(lambda i: False), Fails()])
+    with pytest.raises(ZeroDivisionError, match='a fault of the code'):
+        read(dataset, 1)
+
+
+def test_a_pipeline_may_give_up_in_training_only():
+    for training in (True, False):
+        dataset = Records(2, lambda i: False)
+        dataset.max_refetch = 3
+        dataset.pipeline = Compose([lambda data: None])
+        guard(dataset, training)
+        if training:
+            with pytest.raises(Exception, match='Cannot find valid image after 3'):
+                dataset[0]
+            assert not dataset.pipeline.bad
+        else:
+            with pytest.raises(BadSampleError, match=r'0\.jpg was given up'):
+                dataset[0]
+
+
+def test_wrapped_data_sets_are_guarded_and_travel_to_workers(build):
+    parts = [build('seg', 'train', guarded=False) for _ in range(2)]
+    guard(ConcatDataset(parts), training=True)
+    repeated = build('seg', 'train', guarded=False)
+    guard(RepeatDataset(repeated, 2), training=True)
+    for part in (*parts, repeated):
+        copied = pickle.loads(pickle.dumps(part.pipeline))
+        assert copied.training
+        assert copied.num_classes == 11
+
+
+def test_the_text_of_a_workers_traceback_is_left_behind():
+    text = (
+        'Caught BadSampleError in DataLoader worker process 0.\nOriginal Traceback (most recent '
+        'call last):\n  File "x.py"\nidlevit_mm.errors.BadSampleError: a.jpg is empty\n'
+    )
+    assert str(BadSampleError(text)) == 'a.jpg is empty'
+    assert str(BadSampleError('a.jpg is empty')) == 'a.jpg is empty'
+
+
+def test_programming_errors_while_building_pass():
+    with pytest.raises(ZeroDivisionError), naming_the_data('train', {}):
+        1 / 0  # noqa: B018
+    with (
+        pytest.raises(SettingError, match=r'val_dataloader .*ann_file a\.json.*KeyError.*images'),
+        naming_the_data('val', dict(dataset=dict(ann_file='a.json'))),
+    ):
+        raise KeyError('images')
+
+
+def test_heads_that_count_classes():
+    def module(**children):
+        parent = torch.nn.Module()
+        for name, child in children.items():
+            setattr(parent, name, child)
+        return parent
+
+    def head(number):
+        child = torch.nn.Module()
+        child.num_classes = number
+        return child
+
+    model = module(
+        backbone=head(1000),
+        rpn_head=head(1),
+        roi_head=module(bbox_head=torch.nn.ModuleList([head(80), head(80)]), mask_head=head(80)),
+        semantic_head=head(183),
+    )
+    assert dict(class_counts(model)) == {
+        'roi_head.bbox_head.0': 80,
+        'roi_head.bbox_head.1': 80,
+        'roi_head.mask_head': 80,
+    }
+
+
+# -------------------------------------------------------------------- through tools/train.py
+
+LOADERS = """
+data_root = '{data}'
+train_dataloader = dict(
+    batch_size=2, num_workers={workers}, persistent_workers=False, dataset=dict(data_root=data_root)
+)
+val_dataloader = dict(
+    batch_size=1, num_workers={workers}, persistent_workers=False, dataset=dict(data_root=data_root)
+)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=2, val_interval=2)
+work_dir = '{work}'
+visualizer = dict(name='{name}')
+experiment_name = '{name}'
+"""
+CONFIGS = {
+    'det': """
+_base_ = '{root}/configs/digit_scenes/retinanet_idle-swin_digits.py'
+val_evaluator = dict(ann_file='{data}/annotations/instances_val.json')
+test_evaluator = val_evaluator
+model = dict(test_cfg=dict(score_thr=0.0))
+""",
+    'seg': """
+_base_ = '{root}/configs/digit_scenes/fpn_idle-pvtv2_digits.py'
+""",
+}
+
+
+@pytest.fixture
+def train(place, tmp_path, capfd):
+    """Trains two epochs as the tool does; returns exit code, checkpoints, and what was said."""
+
+    def train(task, workers=0, function=train_from_config, **options):
+        values = dict(
+            root=ROOT,
+            data=place / FOLDERS[task],
+            work=tmp_path / 'work',
+            workers=workers,
+            # mmengine keeps visualisers and message hubs by name for good.
+            name=f'{tmp_path.parent.name}_{tmp_path.name}',
+        )
+        config = tmp_path / 'config.py'
+        config.write_text((CONFIGS[task] + LOADERS).format(**values))
+        code = 0
+        try:
+            run_tool(function, config=str(config), **options)
+        except SystemExit as stop:
+            code = stop.code
+        said = capfd.readouterr()
+        work = {path.name for path in (tmp_path / 'work').glob('epoch_*.pth')}
+        return code, sorted(work), said.out + said.err
+
+    return train
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_a_broken_file_ends_no_training_and_is_named_in_validation(place, train, task):
+    learned, measured = (image_of(place, task, split) for split in SPLITS)
+    cut(learned)
+    cut(measured)
+    # Data are read by other processes, whose errors arrive here as tracebacks.
+    code, checkpoints, said = train(task, workers=1)
+    assert code == 2
+    assert f'left out of training: {learned}' in said
+    assert checkpoints == ['epoch_1.pth', 'epoch_2.pth']
+    assert f'error: {measured} cannot be read' in said.splitlines()[-1]
+    assert 'Traceback' not in said
+    if task == 'det':
+        arguments = dict(checkpoint=str(place.parent / 'work' / 'epoch_2.pth'))
+        code, _, said = train(task, function=evaluate_from_config, **arguments)
+        assert code == 2
+        assert f'error: {measured} cannot be read' in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ('task', 'key', 'number'),
+    [('det', 'model.bbox_head.num_classes', 30), ('seg', 'model.decode_head.num_classes', 5)],
+)
+def test_a_wrong_class_count_is_told_before_training(train, task, key, number):
+    code, checkpoints, said = train(task, cfg_options={key: number})
+    assert code == 2
+    assert not checkpoints
+    assert f'error: {key}={number}, but ' in said.splitlines()[-1]
+
+
+ANNOTATIONS = {
+    'empty file': (lambda content: '', 'does not build (ann_file'),
+    'no tables': (lambda content: {}, "no key 'categories'"),
+    'no annotations': (lambda content: {**content, 'annotations': []}, None),
+    'no images': (lambda content: {**content, 'images': [], 'annotations': []}, 'no image is left'),
+    'other names': (
+        lambda content: {
+            **content,
+            'categories': [
+                {'id': c['id'], 'name': f'a {c["name"]}'} for c in content['categories']
+            ],
+        },
+        None,
+    ),
+    'a class less': (
+        lambda content: {**content, 'categories': content['categories'][:-1]},
+        'categories of these names for 9 only',
+    ),
+}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('kind', ANNOTATIONS)
+def test_annotation_files(place, build, split, kind):
+    change, message = ANNOTATIONS[kind]
+    path = place / f'coco/annotations/instances_{split}.json'
+    content = change(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    config = dict(dataset=dict(ann_file=str(path)))
+    with pytest.raises(SettingError) as error:  # noqa: PT012 (either of two steps may refuse)
+        with naming_the_data(split, config):
+            dataset = build('det', split)
+        bad_samples.check_built(dataset, torch.nn.Module(), split)
+    # Training filters images without boxes away first, validation keeps them.
+    if message is None:
+        message = (
+            'no image is left'
+            if split == 'train'
+            else {'no annotations': 'no box in any', 'other names': 'for 0 only'}[kind]
+        )
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_masks_without_an_image_are_named(place, build, monkeypatch):
+    said = []
+    monkeypatch.setattr(bad_samples, 'print_log', lambda text, *_: said.append(text))
+    dataset = build('seg', 'val')
+    bad_samples.check_built(dataset, torch.nn.Module(), 'val')
+    assert not said
+    image_of(place, 'seg', 'val').unlink()
+    bad_samples.check_built(build('seg', 'val'), torch.nn.Module(), 'val')
+    (text,) = said
+    assert text.startswith('val_dataloader: 1 masks of ')
+    assert text.endswith('are not used: 000001.png')
+
+
+def shrink(place, split):
+    """Makes the first image of a split a single pixel, rightly annotated, without a box."""
+    pixel = cv2.imencode('.jpg', np.full((1, 1, 3), 90, np.uint8))[1]
+    image_of(place, 'det', split, 0).write_bytes(pixel.tobytes())
+    path = place / f'coco/annotations/instances_{split}.json'
+    content = json.loads(path.read_text())
+    content['images'][0].update(height=1, width=1)
+    number = content['images'][0]['id']
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != number]
+    path.write_text(json.dumps(content))
+
+
+def test_one_pixel_images_and_batches_without_boxes(place, train):
+    for split in SPLITS:
+        shrink(place, split)
+    # Each batch is one image, and the first has no box.
+    options = {
+        'train_dataloader.batch_size': 1,
+        'train_dataloader.dataset.filter_cfg.filter_empty_gt': False,
+    }
+    code, checkpoints, said = train('det', cfg_options=options)
+    assert code == 0, said
+    assert len(checkpoints) == 2
+    assert 'left out' not in said
+    state = torch.load(place.parent / 'work' / checkpoints[-1], weights_only=True)['state_dict']
+    assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1)])
+def test_masks_that_mmseg_cannot_load(place, build, monkeypatch, shape):
+    said = []
+    monkeypatch.setattr(bad_samples, 'print_log', lambda text, *_: said.append(text))
+    for split in SPLITS:
+        image = np.full((*shape, 3), 90, np.uint8)
+        image_of(place, 'seg', split).write_bytes(cv2.imencode('.jpg', image)[1].tobytes())
+        cv2.imwrite(str(mask_of(place, split)), np.ones(shape, np.uint8))
+    dataset = build('seg', 'train')
+    assert dataset[1]['inputs'].shape == (3, 70, 90)
+    (text,) = said
+    assert text.endswith('000001.png is one pixel high or wide, which mmseg cannot load')
+    with pytest.raises(BadSampleError, match='one pixel high or wide'):
+        build('seg', 'val')[1]
