@@ -3,14 +3,21 @@
 Nothing that an OpenMMLab environment brings is listed as a requirement: torch, mmcv, mmengine,
 mmdet and mmsegmentation exist as several builds and forks (mmcv-lite, onedl-mmcv, ...), and pip
 would replace a working one or compile mmcv on its own. `tools/doctor.py` tells what is missing.
+
+A wheel carries the configs, the tools and the index of models in `idlevit_mm/.mim`, where
+OpenMMLab's `mim` looks for them: `mim train idlevit_mm CONFIG` then needs no checkout.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+# Tools that set up a checkout, or train and write inside it.
+CHECKOUT_ONLY = ('setup_env.py', 'doctor.py', 'demo.py', 'policy_study.py', 'scorer_study.py')
 
 
 def read_version() -> str:
@@ -28,6 +35,36 @@ def read_readme() -> str:
     return path.read_text(encoding='utf-8') if path.is_file() else ''
 
 
+class BuildWithMim(build_py):
+    """Builds the package, and what `mim` needs beside its code.
+
+    It is copied into the build folder, never into the sources. An editable installation gets none:
+    there the checkout itself is at hand.
+    """
+
+    def run(self) -> None:
+        """Build."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'idlevit_mm' / '.mim'
+        # What an earlier build left there may since have been renamed.
+        shutil.rmtree(target, ignore_errors=True)
+        for folder in ('configs', 'tools'):
+            shutil.copytree(
+                ROOT / folder,
+                target / folder,
+                ignore=shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY),
+            )
+        shutil.copy2(ROOT / 'model-index.yml', target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """Returns the files that a build writes; a package's data are not compiled."""
+        target = Path(self.build_lib) / 'idlevit_mm' / '.mim'
+        files = [str(path) for path in target.rglob('*') if path.is_file()]
+        return [*super().get_outputs(include_bytecode), *files]
+
+
 setup(
     name='idlevit_mm',
     version=read_version(),
@@ -39,9 +76,10 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['idlevit_mm', 'idlevit_mm.*']),
     install_requires=[],
+    cmdclass={'build_py': BuildWithMim},
     extras_require={
         'demo': ['ftfy', 'matplotlib', 'pycocotools', 'regex', 'rich', 'scikit-learn'],
-        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['hypothesis', 'mypy', 'openmim', 'pytest', 'pytest-xdist', 'ruff', 'tensorboard'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

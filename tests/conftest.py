@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -38,6 +39,29 @@ def scenes(tmp_path_factory):
         progress=False,
     )
     return folder
+
+
+@pytest.fixture(scope='session')
+def scene_config(scenes):
+    """Reads a config of digit scenes, for the tiny scenes and without processes for loading."""
+    from mmengine.config import Config
+
+    def read(name):
+        path = Path(__file__).parents[1] / 'configs' / 'digit_scenes' / f'{name}.py'
+        cfg = Config.fromfile(path)
+        for phase in ('train', 'val', 'test'):
+            loader = cfg[f'{phase}_dataloader']
+            loader.dataset.data_root = str(scenes / Path(loader.dataset.data_root).name)
+            loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+            evaluator = cfg.get(f'{phase}_evaluator') or {}
+            if 'ann_file' in evaluator:
+                evaluator.ann_file = str(scenes / 'coco' / 'annotations' / 'instances_val.json')
+        if cfg.model.type == 'RetinaNet':
+            # An untrained focal loss head is sure of nothing.
+            cfg.model.test_cfg.score_thr = 0.0
+        return cfg
+
+    return read
 
 
 @pytest.fixture

@@ -28,7 +28,11 @@ ALLOWED = {
     },
     'necks': {'layers', 'registry'},
     'losses': {'policies', 'layers', 'ops', 'checkpoints', 'registry', 'errors'},
-    'hooks': {'losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'},
+    'visualization': set(),
+    'hooks': {
+        *('losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'),
+        'visualization',
+    },
     'datasets': {'registry'},
     'engine': {
         *('hooks', 'losses', 'datasets', 'registry', 'backbones', 'checkpoints', 'version'),
@@ -37,6 +41,7 @@ ALLOWED = {
     'analysis': {
         *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
         *('checkpoints', 'blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
+        'visualization',
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
@@ -45,6 +50,7 @@ CORE = (
     'checkpoints',
     'converters',
     'losses',
+    'visualization',
 )
 FOREIGN = ('mmdet', 'mmseg')
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from idlevit_mm.analysis.benchmark_report import geometric_mean, speedup
 from idlevit_mm.analysis.measuring import Result
-from idlevit_mm.analysis.pictures import COLOURS
 from idlevit_mm.errors import UsageError
+from idlevit_mm.visualization.sheets import COLOURS
 
 _DPI = 150
 _COLUMNS = 3

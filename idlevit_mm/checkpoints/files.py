@@ -3,7 +3,7 @@
 A source is a file of this machine, an address that mmengine's ``CheckpointLoader`` knows
 (``https://``, ``s3://``, ``openmmlab://``, ...), or ``timm://`` and the name of a timm model.
 Importing the module teaches ``CheckpointLoader`` the last, and ``.safetensors`` files, so that
-``load_from`` and other backbones can name them as well.
+``load_from`` and other backbones can name them as well, and to read what it downloads safely.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.checkpoint
 import torch
 from mmengine.fileio import get
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -57,17 +58,8 @@ def read_checkpoint(source: str | os.PathLike, logger: Any = 'silent') -> dict[s
     """
     if is_local(source):
         return load_checkpoint(source)
-    try:
-        with _safe_reader_only():
-            return CheckpointLoader.load_checkpoint(str(source), map_location='cpu', logger=logger)
-    except UsageError:
-        raise
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise reading_error(source, error) from error
-    except Exception as error:  # of the network, a storage's client, or the list of models
-        raise UsageError(
-            f'checkpoint {source} cannot be fetched ({type(error).__name__}: {first_line(error)})'
-        ) from error
+    with _fetching_safely(source):
+        return CheckpointLoader.load_checkpoint(str(source), map_location='cpu', logger=logger)
 
 
 def read_weights(source: str | os.PathLike, logger: Any = 'silent') -> StateDict:
@@ -186,17 +178,42 @@ def _check_timm_name(name: str, filename: str) -> None:
     raise UsageError(f'checkpoint {filename}: timm {timm.__version__} has {what}{hint}')
 
 
+def _download(url: str, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for the function with which mmengine downloads, whoever asks it to.
+
+    ``load_from``, resuming, testing and other backbones read addresses through mmengine alone.
+    """
+    with _fetching_safely(url):
+        return torch.hub.load_state_dict_from_url(url, *args, **kwargs)
+
+
 @contextlib.contextmanager
-def _safe_reader_only() -> Iterator[None]:
-    """Make torch read safely where its caller forgets to ask, as torch.hub's downloads do."""
+def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
+    """Make torch read safely where its caller forgets to ask, as torch.hub's downloads do.
+
+    Raises:
+        UsageError: As in ``read_checkpoint``.
+    """
     names = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
         yield
+    except UsageError:
+        raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise reading_error(source, error) from error
+    except Exception as error:  # of the network, a storage's client, or the list of models
+        raise UsageError(
+            f'checkpoint {source} cannot be fetched ({type(error).__name__}: {first_line(error)})'
+        ) from error
     finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+if hasattr(mmengine.runner.checkpoint, 'load_url'):
+    mmengine.runner.checkpoint.load_url = _download

@@ -1,12 +1,13 @@
 """Weights from files, addresses and timm; to .pth and .safetensors files; and what is told."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 
 from idlevit_mm.checkpoints import (
     WeightsReport,
@@ -141,8 +142,10 @@ def test_downloads_are_read_safely(served, tmp_path, monkeypatch):
     for variable in (None, '1'):
         if variable:
             monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', variable)
-        with pytest.raises(UnsafeCheckpointError, match=r'evil\.pth is refused as unsafe'):
-            read_weights(f'{address}evil.pth')
+        # A runner's `load_from` goes by mmengine's own function.
+        for reader in (read_weights, functools.partial(load_checkpoint, torch.nn.Identity())):
+            with pytest.raises(UnsafeCheckpointError, match=r'evil\.pth is refused as unsafe'):
+                reader(f'{address}evil.pth')
         assert not made.exists()
         assert os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD') == variable
         assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
@@ -150,8 +153,9 @@ def test_downloads_are_read_safely(served, tmp_path, monkeypatch):
 
 def test_addresses_that_lead_nowhere(served):
     _, address = served
-    with pytest.raises(UsageError, match=r'gone\.pth cannot be fetched \(HTTPError: .*404'):
-        read_weights(f'{address}gone.pth')
+    for reader in (read_weights, functools.partial(load_checkpoint, torch.nn.Identity())):
+        with pytest.raises(UsageError, match=r'gone\.pth cannot be fetched \(HTTPError: .*404'):
+            reader(f'{address}gone.pth')
     with pytest.raises(UsageError, match='openmmlab://nothing cannot be fetched'):
         read_weights('openmmlab://nothing')
 

@@ -35,6 +35,8 @@ pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
+# The name by which mmseg.apis finds it.
+test_pipeline = pipeline
 
 train_dataloader = dict(
     batch_size=4,

@@ -1,11 +1,13 @@
 """Sheets: their size, what is greyed, and where token borders lie, for odd image shapes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from idlevit_mm.analysis.pictures import (
+from idlevit_mm.visualization.sheets import (
     COLOURS,
     IGNORED,
     Box,
@@ -13,6 +15,7 @@ from idlevit_mm.analysis.pictures import (
     Sample,
     cell_index,
     colour_of,
+    draw_sheet,
     enlarge,
     legend_panel,
     paint_active,
@@ -163,3 +166,23 @@ def test_every_digit_has_its_own_colour():
     assert len({colour_of(i, digits) for i in range(10)}) == 10
     with_background = ['background', *digits]
     assert [colour_of(i + 1, with_background) for i in range(10)] == list(COLOURS)
+
+
+def test_many_classes_keep_the_colours_of_their_data_set(tmp_path):
+    many = [f'class {i}' for i in range(150)]
+    palette = [[i, 255 - i, 7] for i in range(150)]
+    assert len({colour_of(i, many, palette) for i in range(150)}) == 150
+    assert colour_of(3, many, palette) == (3, 252, 7)
+    assert colour_of(1, NAMES, palette) == COLOURS[1]  # few keep those that are told apart best
+    assert colour_of(149, many, palette[:100]) in COLOURS  # a palette that is too short
+
+    labels = np.full((40, 40), 149, np.uint8)
+    sample = replace(_sample(40, 40, labels, labels, many), palette=palette)
+    assert legend_panel(sample, (512, 512)).legend[-1] == ((149, 106, 7), 'class 149')
+    painted = sheet_panels(sample)[0][2].pixels
+    assert painted.mean((0, 1)).argmin() == 2
+    drawn = draw_sheet(sample)
+    with Image.open(save_sheet(sample, tmp_path)) as picture:
+        assert np.array_equal(np.asarray(picture), drawn)
+    boxes = replace(_sample(40, 40, None, _boxes((1, 1, 9, 9)), many), palette=palette)
+    assert not np.array_equal(draw_sheet(boxes), draw_sheet(replace(boxes, palette=None)))
