@@ -529,8 +529,8 @@ def _hooks(settings: Settings) -> list[dict[str, Any]]:
         low, high = settings.random_ratios
         hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high))
     if settings.distill:
-        teacher = dict(checkpoint=settings.load_from)
-        loss = dict(type='FeatureDistillation', teacher=teacher)
+        # Its teacher is by default what training starts from.
+        loss = dict(type='FeatureDistillation')
         hooks.append(dict(type='AuxiliaryLossHook', losses=[loss]))
     return hooks
 

@@ -322,6 +322,9 @@ def test_what_fine_tuning_changes(dense: str) -> None:
     before, after = load(dense), load(mode_of(dense, 'keep70'))
     changes = differences(before, after)
     assert changes.pop('model.backbone.keep_ratios') == (1.0, 0.7)
+    has_conv = 'pvtv2' in dense or 'mit-' in dense
+    context = changes.pop('model.backbone.policy.context', None)
+    assert context == ((ABSENT, 'summary') if has_conv else None)
     # All weights come with load_from.
     weights = before.model.backbone.init_cfg.checkpoint
     assert changes.pop('model.backbone.init_cfg.checkpoint') == (weights, ABSENT)
@@ -352,13 +355,8 @@ def test_what_fine_tuning_changes(dense: str) -> None:
     assert after.custom_hooks == [
         dict(
             type='AuxiliaryLossHook',
-            losses=[
-                dict(
-                    type='FeatureDistillation',
-                    teacher=dict(checkpoint=after.load_from),
-                    loss_weight=5.0,
-                )
-            ],
+            # Without a teacher of its own: load_from is it.
+            losses=[dict(type='FeatureDistillation', loss_weight=5.0)],
         )
     ]
     assert changes.keys() == distilled

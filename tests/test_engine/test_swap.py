@@ -219,7 +219,6 @@ def test_settings_of_the_user_are_extended_not_replaced(write):
         random_ratios=(0.3, 1.0),
     )
     swapped = idle_config(config, settings, str(Path(config).parent / 'base' / 'odd-name.py'))
-    teacher = dict(checkpoint='runs/epoch_12.pth')
     assert differences(resolved(config), resolved(swapped.file)) == {
         'model.backbone.type': ('mmdet.SwinTransformer', 'IdleSwinTransformer'),
         'model.backbone.keep_ratios': ('(none)', [1.0, 0.7, 0.7, 0.5]),
@@ -230,7 +229,7 @@ def test_settings_of_the_user_are_extended_not_replaced(write):
             '(none)',
             dict(
                 type='AuxiliaryLossHook',
-                losses=[dict(type='FeatureDistillation', teacher=teacher)],
+                losses=[dict(type='FeatureDistillation')],
             ),
         ),
         'load_from': ('(none)', 'runs/epoch_12.pth'),
