@@ -79,7 +79,7 @@ setup(
     cmdclass={'build_py': BuildWithMim},
     extras_require={
         'demo': ['ftfy', 'matplotlib', 'pycocotools', 'regex', 'rich', 'scikit-learn'],
-        'dev': ['hypothesis', 'mypy', 'openmim', 'pytest', 'pytest-xdist', 'ruff', 'tensorboard'],
+        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff', 'tensorboard'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

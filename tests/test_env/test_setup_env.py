@@ -137,6 +137,7 @@ def test_the_package_requires_nothing_that_pip_could_replace():
     assert ast.literal_eval(keywords['install_requires']) == []
     extras = ast.literal_eval(keywords['extras_require'])
     owned = {package for packages in doctor.PROVIDERS.values() for package in packages}
+    owned |= {'openmim', 'onedl-mim'}
     for requirement in (Requirement(text) for texts in extras.values() for text in texts):
         assert requirement.name not in owned - {'timm'}
         assert {bound.operator for bound in requirement.specifier} <= {'>=', '!='}
