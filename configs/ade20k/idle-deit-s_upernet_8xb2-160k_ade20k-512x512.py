@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/upernet.py',
     '../_base_/datasets/ade20k.py',
-    '../_base_/schedules/schedule_160k.py',
+    '../_base_/schedules/schedule_160k_adamw.py',
     '../_base_/default_runtime_seg.py',
 ]
 
@@ -39,8 +39,6 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.00006, betas=(0.9, 0.999), weight_decay=0.01),
     paramwise_cfg=dict(
         custom_keys={
             'pos_embed': dict(decay_mult=0.0),
@@ -49,10 +47,4 @@ optim_wrapper = dict(
         }
     ),
 )
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
-]
-
 train_dataloader = dict(batch_size=2)
-auto_scale_lr = dict(enable=False, base_batch_size=16)

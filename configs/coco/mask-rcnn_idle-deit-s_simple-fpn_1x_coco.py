@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/mask-rcnn_fpn.py',
     '../_base_/datasets/coco_instance.py',
-    '../_base_/schedules/schedule_1x.py',
+    '../_base_/schedules/schedule_1x_swin.py',
     '../_base_/default_runtime_det.py',
 ]
 
@@ -23,14 +23,9 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    optimizer=dict(lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(
+        _delete_=True,
         norm_decay_mult=0.0,
         custom_keys={'pos_embed': dict(decay_mult=0.0), 'cls_token': dict(decay_mult=0.0)},
     ),
 )
-max_epochs = 12
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
-    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[8, 11], gamma=0.1),
-]

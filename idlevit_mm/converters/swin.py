@@ -1,7 +1,7 @@
 """Swin Transformer: names of the release and of timm.
 
 The release (https://github.com/microsoft/Swin-Transformer) ends a stage with its patch merging,
-timm (``swin_*``) begins the next one with it; files of timm before 0.9 are like the release. The
+timm (``swin_*``) begins the next one with it; older files of timm are like the release. The
 detection and segmentation releases of the authors have the norms of the outputs besides.
 """
 

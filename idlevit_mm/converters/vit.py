@@ -1,7 +1,7 @@
 """Plain vision transformers: names of timm, DeiT, LV-ViT, IdleViT and mmpretrain.
 
 timm (``vit_*``, ``deit_*``), the DeiT releases (https://github.com/facebookresearch/deit), those of
-IdleViT on DeiT (https://github.com/Ackesnal/IdleViT) and mmseg before 0.14 have the same names.
+IdleViT on DeiT (https://github.com/Ackesnal/IdleViT) and mmseg's first version have the same names.
 LV-ViT (https://github.com/zihangJiang/TokenLabeling) and IdleViT on LV-ViT have a stem of
 convolutions besides. mmpretrain's names are mmseg's but for the attention.
 

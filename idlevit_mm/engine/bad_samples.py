@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import Compose
+from mmengine.fileio import load
 from mmengine.logging import print_log
 
 from ..errors import BadSampleError, SettingError, UsageError
@@ -270,7 +271,7 @@ def check_classes(dataset: Any, model: torch.nn.Module, phase: str) -> None:
     """Check that heads and data set agree on the number of classes.
 
     Raises:
-        SettingError: They do not, or the annotation file lacks classes of the data set.
+        SettingError: They do not, or the annotation file lacks classes so that labels would shift.
     """
     for leaf in leaves(dataset):
         classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
@@ -279,11 +280,7 @@ def check_classes(dataset: Any, model: torch.nn.Module, phase: str) -> None:
         kind = type(leaf).__name__
         ids = getattr(leaf, 'cat_ids', None)
         if isinstance(ids, (list, tuple)) and len(ids) < len(classes):
-            raise SettingError(
-                f'{phase}_dataloader: {kind} has {len(classes)} classes ({_few(classes)}), but '
-                f'{leaf.ann_file} has categories of these names for {len(ids)} only. Name those '
-                'of the file in metainfo=dict(classes=...)'
-            )
+            _check_missing_categories(leaf, classes, phase)
         for name, number in class_counts(model):
             if number != len(classes):
                 raise SettingError(
@@ -291,6 +288,22 @@ def check_classes(dataset: Any, model: torch.nn.Module, phase: str) -> None:
                     f'{len(classes)} classes ({_few(classes)}). Make them agree: num_classes of '
                     'every head, or metainfo=dict(classes=...) of every data set'
                 )
+
+
+def _check_missing_categories(leaf: Any, classes: Sequence[str], phase: str) -> None:
+    """Tell whether a file that lacks some categories would give the others wrong labels."""
+    names = [entry['name'] for entry in load(leaf.ann_file)['categories']]
+    found = [name for name in names if name in classes]
+    text = (
+        f'{phase}_dataloader: {type(leaf).__name__} has {len(classes)} classes '
+        f'({_few(classes)}), but {leaf.ann_file} has categories of these names for '
+        f'{len(found)} only'
+    )
+    # mmdet numbers the categories that it finds, so only a gap before one of them shifts labels.
+    if found and found == list(classes[: len(found)]):
+        print_log(text, 'current', logging.WARNING)
+        return
+    raise SettingError(f'{text}. Name those of the file in metainfo=dict(classes=...)')
 
 
 def _few(items: Sequence[Any]) -> str:

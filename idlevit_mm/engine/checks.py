@@ -147,16 +147,31 @@ def check_pretrained(cfg: Any) -> None:
         load_checkpoint(path)
 
 
+def _has_no_start(cfg: Any) -> bool:
+    """Whether a training begins with weights of no detector or segmentor."""
+    return not cfg.get('load_from') and not cfg.get('resume')
+
+
 def check_teachers(cfg: Any) -> None:
     """Check that the files can be read that teachers of ``AuxiliaryLossHook`` are built from.
 
     Raises:
-        UsageError: A file of this machine is missing, or a checkpoint is broken or unsafe.
+        UsageError: A file of this machine is missing, a checkpoint is broken or unsafe, or a loss
+            has no teacher.
     """
     for number, hook in enumerate(cfg.get('custom_hooks') or ()):
         losses = hook.get('losses') if isinstance(hook, dict) else None
         for place, loss in enumerate(losses if isinstance(losses, (list, tuple)) else ()):
-            teacher = loss.get('teacher') if isinstance(loss, dict) else None
+            if not isinstance(loss, dict):
+                continue
+            teacher = loss.get('teacher')
+            if teacher is None and 'Distillation' in str(loss.get('type')) and _has_no_start(cfg):
+                raise UsageError(
+                    f'custom_hooks.{number}.losses.{place} ({loss["type"]}) has no teacher, and '
+                    'there is no checkpoint that training starts from: --cfg-options '
+                    f'load_from=dense.pth, or custom_hooks.{number}.losses.{place}.'
+                    'teacher.checkpoint=dense.pth'
+                )
             for key, path in teacher.items() if isinstance(teacher, dict) else ():
                 if is_local(path) and not os.path.isfile(path):
                     raise UsageError(

@@ -136,7 +136,7 @@ def check_files(
         problems = [text for text in results if text is not None]
     seen = f'all {len(chosen)}' if len(chosen) == len(items) else f'{len(chosen)} of {len(items)}'
     if problems:
-        value = f'{len(problems)} of the {seen} decoded: {named(problems)}'
+        value = f'{len(problems)} of {len(chosen)} decoded: {named(problems)}'
         return Finding(section, name, value, WRONG, remedy)
     more = '' if len(chosen) == len(items) else ' (--deep decodes all)'
     return Finding(section, name, f'{seen} decoded{more}')

@@ -16,6 +16,8 @@ from ..errors import SettingError
 from ..losses import AuxiliaryLoss, Step, Teachers, build_losses, captured
 from ..losses.capture import restore_method
 
+_START = 'training_started_from'
+
 
 @HOOKS.register_module()
 class AuxiliaryLossHook(Hook):
@@ -28,7 +30,7 @@ class AuxiliaryLossHook(Hook):
 
     Args:
         losses: Configs of the losses, such as
-            ``[dict(type='TokenCutLoss'), dict(type='FeatureDistillation', teacher=...)]``.
+            ``[dict(type='TokenCutLoss'), dict(type='FeatureDistillation')]``.
 
     Raises:
         TypeError: A loss does not take an argument given to it.
@@ -51,7 +53,7 @@ class AuxiliaryLossHook(Hook):
         model = runner.model
         while is_model_wrapper(model):
             model = model.module
-        self._undo = add_losses(model, self.losses)
+        self._undo = add_losses(model, self.losses, start_of(runner))
 
     def after_train(self, runner: Any) -> None:
         """Give the model its own ``loss`` back."""
@@ -60,12 +62,28 @@ class AuxiliaryLossHook(Hook):
             self._undo = None
 
 
-def add_losses(model: nn.Module, losses: Sequence[AuxiliaryLoss]) -> Callable[[], None]:
+def start_of(runner: Any) -> str | None:
+    """The checkpoint that a training started from, also when it was resumed since.
+
+    A resumed runner only knows the checkpoint that it goes on from, which holds the student. So
+    the start travels with the records of the training in its checkpoints.
+    """
+    records = runner.message_hub
+    if not runner._resume:
+        records.update_info(_START, runner._load_from)
+    return records.get_info(_START)
+
+
+def add_losses(
+    model: nn.Module, losses: Sequence[AuxiliaryLoss], start: str | None = None
+) -> Callable[[], None]:
     """Add losses to those that ``model.loss`` returns; also for training without a runner.
 
     Args:
         model: A detector or segmentor, without wrappers, weights loaded.
         losses: What to add.
+        start: Checkpoint of the dense model that training starts from; losses without a teacher of
+            their own take it as theirs.
 
     Returns:
         A function that takes them out again.
@@ -84,9 +102,10 @@ def add_losses(model: nn.Module, losses: Sequence[AuxiliaryLoss]) -> Callable[[]
         )
     if not callable(getattr(model, 'loss', None)):
         raise TypeError(f'{type(model).__name__} has no method loss to add losses to')
-    teachers = Teachers(model, backbones)
+    teachers = Teachers(model, backbones, start)
     for loss in losses:
         loss.prepare(model, backbones, teachers)
+    teachers.load()
     before = model.__dict__.get('loss')
     model.loss = _with_losses(model, losses, backbones, teachers)
     return lambda: restore_method(model, 'loss', before)

@@ -30,7 +30,8 @@ class FeatureDistillation(AuxiliaryLoss):
 
     Args:
         teacher: ``dict(checkpoint='...')`` for the student's own network with every token active,
-            or ``dict(config='...', checkpoint='...')`` for another one.
+            or ``dict(config='...', checkpoint='...')`` for another one. None: the student's own
+            network as training started from it (``load_from``).
         loss_weight: Factor of the loss.
         stages: Places among the outputs of the backbone; None for all.
         name: Its key among the losses.
@@ -42,7 +43,7 @@ class FeatureDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        teacher: dict[str, Any],
+        teacher: dict[str, Any] | None = None,
         loss_weight: float = 2.5,
         stages: Sequence[int] | None = None,
         name: str = 'loss_distill_feature',
@@ -115,8 +116,8 @@ class LogitDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        teacher: dict[str, Any],
-        modules: Sequence[str],
+        teacher: dict[str, Any] | None = None,
+        modules: Sequence[str] = (),
         loss_weight: float = 1.0,
         temperature: float = 1.0,
         name: str = 'loss_distill_logits',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..checkpoints import compare, is_local, of_policy, read_weights
+from ..checkpoints import StateDict, compare, is_local, of_policy, read_weights
 from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
 _KEYS = ('checkpoint', 'config')
+_FOLLOWING = '.relative_position_index'
 
 
 class Teacher:
@@ -25,7 +26,7 @@ class Teacher:
     It runs at most once in each forward pass of the student, however many losses ask.
 
     Args:
-        model: The network, in the form and on the device it shall have.
+        model: The network, in the form that it shall have.
 
     Attributes:
         backbones: Names of the modules that get what the student's module of that name got.
@@ -38,6 +39,23 @@ class Teacher:
         self.heads: set[str] = set()
         self._step: Step | None = None
         self._calls: Mapping[str, Call] = {}
+
+    def load(self, path: str) -> None:
+        """Load the weights of all that will run; where no head does, let go of all but backbones.
+
+        What will not run need not fit either, so a checkpoint may come from another version of a
+        detector, and its heads take no memory.
+
+        Raises:
+            SettingError: The weights are those of another network.
+        """
+        name = type(self.model).__name__
+        given = read_weights(path)
+        if not self.heads:
+            self.model = only(self.model, sorted(self.backbones))
+            prefixes = tuple(f'{backbone}.' for backbone in self.backbones)
+            given = {key: value for key, value in given.items() if key.startswith(prefixes)}
+        _load(self.model, given, f'teacher.checkpoint={path!r} does not fit {name}')
 
     def calls(self, step: Step) -> Mapping[str, Call]:
         """Last call of each backbone and head, by name, for the images of a student's step."""
@@ -71,26 +89,48 @@ class Teachers:
     Args:
         student: The model that trains, without wrappers.
         backbones: Its idle backbones by name.
+        start: Checkpoint that the training started from: the teacher where none is described.
     """
 
-    def __init__(self, student: nn.Module, backbones: Mapping[str, Any]) -> None:
+    def __init__(
+        self, student: nn.Module, backbones: Mapping[str, Any], start: str | None = None
+    ) -> None:
         self.student = student
         self.backbones = backbones
+        self.start = start
         self.built: dict[tuple[str, str], Teacher] = {}
 
-    def get(self, description: Any) -> Teacher:
+    def get(self, description: dict[str, Any] | None) -> Teacher:
         """The teacher of a description: ``dict(checkpoint=...)``, optionally with ``config``.
+
+        Its weights are loaded by ``load``, when all losses have said what they need of it.
 
         Raises:
             FileNotFoundError: Checkpoint or config do not exist.
+            SettingError: There is no description, and training started from no checkpoint.
             TypeError: The description is no dict of paths, or has an unknown key.
-            ValueError: The weights are not those of the teacher.
         """
-        checkpoint, config = check_description(description)
+        checkpoint, config = check_description(description) or (self.start, '')
+        if not checkpoint:
+            raise SettingError(
+                'teacher=None is the checkpoint that training starts from, but there is none: '
+                "set load_from, or teacher=dict(checkpoint='...')"
+            )
         key = checkpoint, config
         if key not in self.built:
             self.built[key] = Teacher(self._build(checkpoint, config))
         return self.built[key]
+
+    def load(self) -> None:
+        """Load the weights of all teachers.
+
+        Raises:
+            SettingError: Weights are not those of their teacher.
+        """
+        device = next(self.student.parameters()).device
+        for (checkpoint, _), teacher in self.built.items():
+            teacher.load(checkpoint)
+            teacher.model.to(device)
 
     def forget(self) -> None:
         """Let all teachers let go of the last step."""
@@ -102,23 +142,39 @@ class Teachers:
         if config:
             _check_file('teacher.config', config)
             cfg = Config.fromfile(config)
-            model = MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
-        else:
-            # A copy of the model is a copy of its config, and also works for models built in code.
-            model = copy.deepcopy(self.student)
-            for name in self.backbones:
-                model.get_submodule(name).set_keep_ratios(1.0)
-        _load(model, checkpoint)
-        return model.to(next(self.student.parameters()).device)
+            return MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
+        # A copy of the model is a copy of its config, and also works for models built in code.
+        model = copy.deepcopy(self.student)
+        for name in self.backbones:
+            model.get_submodule(name).set_keep_ratios(1.0)
+        return model
 
 
-def check_description(description: Any) -> tuple[str, str]:
-    """Checkpoint and config of a teacher's description; the config is '' where none is given.
+def only(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A module with these submodules of a model under their names, and nothing else."""
+    root = nn.Module()
+    for name in names:
+        *path, leaf = name.split('.')
+        parent = root
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, model.get_submodule(name))
+    return root
+
+
+def check_description(description: Any) -> tuple[str, str] | None:
+    """Checkpoint and config of a teacher's description; None of None, the start of the training.
+
+    The config is '' where none is given.
 
     Raises:
         TypeError: The description is no dict of paths, or has an unknown key.
     """
-    allowed = "allowed: dict(checkpoint='...') or dict(config='...', checkpoint='...')"
+    if description is None:
+        return None
+    allowed = "allowed: None, dict(checkpoint='...') or dict(config='...', checkpoint='...')"
     if not isinstance(description, dict) or set(description) - set(_KEYS):
         raise TypeError(f'teacher={description!r}; {allowed}')
     checkpoint, config = description.get('checkpoint'), description.get('config')
@@ -132,16 +188,16 @@ def _check_file(argument: str, path: str) -> None:
         raise MissingFileError(f'{argument}={path!r} does not exist')
 
 
-def _load(model: nn.Module, path: str) -> None:
+def _load(model: nn.Module, given: StateDict, misfits: str) -> None:
     """Load all weights of the teacher, or say in one line why these are others."""
-    given = read_weights(path)
     # A dense network has no weights of policies, and does not ask those of a checkpoint.
     report = compare(model.state_dict(), given, policy_too=False)
     report.unexpected = [name for name in report.unexpected if not of_policy(name)]
+    # A table of indices that follows from the window size; whether it is saved differs by version.
+    report.missing = [name for name in report.missing if not name.endswith(_FOLLOWING)]
     if misfit := report.misfit():
         raise SettingError(
-            f'teacher.checkpoint={path!r} does not fit {type(model).__name__}: it {misfit}; name '
-            'the config it was trained with as teacher.config'
+            f'{misfits}: it {misfit}; name the config it was trained with as teacher.config'
         )
     model.load_state_dict(given, strict=False)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from config_zoo import ALL, CONFIGS, DIGITS, build, differences, is_plain, load
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, DefaultScope
-from settings import ALL, CONFIGS, DIGITS, build, differences, is_plain, load
 
 from idlevit_mm.datasets.digit_scenes import (
     CLASSES,

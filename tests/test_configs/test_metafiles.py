@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from settings import ALL, ROOT, load
+from config_zoo import ALL, ROOT, load
 
 INDEX = yaml.safe_load((ROOT / 'model-index.yml').read_text())
 FILES = {name: yaml.safe_load((ROOT / name).read_text()) for name in INDEX['Import']}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from settings import CONFIGS, flat, load
+from config_zoo import CONFIGS, flat, load
 
 from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine.launch import train_from_config
@@ -110,9 +110,7 @@ def child_of(name: str, data: Path, start: Path | None, path: Path) -> str:
     # Visualisers are global by name.
     changes['visualizer'] = dict(name=str(path))
     if start is not None:
-        hooks = settings['custom_hooks']
-        hooks[-1]['losses'][0]['teacher']['checkpoint'] = str(start)
-        changes.update(load_from=str(start), custom_hooks=hooks)
+        changes['load_from'] = str(start)
     lines = [f'_base_ = {str(CONFIGS / name)!r}', *(f'{k} = {v!r}' for k, v in changes.items())]
     path.write_text('\n'.join(lines))
     return str(path)

@@ -421,8 +421,8 @@ ANNOTATIONS = {
         },
         None,
     ),
-    'a class less': (
-        lambda content: {**content, 'categories': content['categories'][:-1]},
+    'the first class missing': (
+        lambda content: {**content, 'categories': content['categories'][1:]},
         'categories of these names for 9 only',
     ),
 }
@@ -450,6 +450,19 @@ def test_annotation_files(place, build, split, kind):
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_missing_last_classes_shift_no_label(place, build, monkeypatch):
+    said = []
+    monkeypatch.setattr(bad_samples, 'print_log', lambda text, *_: said.append(text))
+    path = place / 'coco/annotations/instances_val.json'
+    content = json.loads(path.read_text())
+    content['categories'] = content['categories'][:-1]
+    path.write_text(json.dumps(content))
+    dataset = build('det', 'val')
+    assert list(dataset.cat2label.values()) == list(range(9))
+    bad_samples.check_built(dataset, torch.nn.Module(), 'val')
+    assert 'categories of these names for 9 only' in said[0]
 
 
 def test_masks_without_an_image_are_named(place, build, monkeypatch):

@@ -368,6 +368,11 @@ def test_what_becomes_of_a_config_on_cpus(tmp_path, wrapper):
             )
 
 
+def test_the_base_config_is_what_is_tested():
+    path = Path(__file__).parents[2] / 'configs' / '_base_' / 'fsdp.py'
+    assert Config.fromfile(path).to_dict() == dict(model_wrapper_cfg=WRAPPERS['fsdp'])
+
+
 class Scalar(torch.nn.Module):
     def __init__(self):
         super().__init__()

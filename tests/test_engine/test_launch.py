@@ -41,6 +41,7 @@ model = dict(
 )
 data = dict(
     type='CocoDataset', data_root='{root}', ann_file='a.json', data_prefix=dict(img='img'),
+    metainfo=dict(classes=('person', 'bicycle')),
     pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')],
 )
 train_dataloader = dict(

@@ -238,7 +238,9 @@ def test_testing_by_both_launchers(place, runs):
             place,
             'slurm_test.sh',
             *('short', 'toy', 'toy_config.py', checkpoint, '--work-dir', 'tested_1'),
-            GPUS=1,
+            # As many processes: what the toy data draws depends on their number.
+            GPUS=2,
+            GPUS_PER_NODE=1,
         ),
     ]
     for process in processes:
@@ -248,7 +250,7 @@ def test_testing_by_both_launchers(place, runs):
     assert scores[0] == scores[1]
     options = json.loads((place / 'srun.json').read_text())
     assert '--gres=gpu:1' in options
-    assert '--ntasks=1' in options
+    assert '--ntasks=2' in options
     assert '--ntasks-per-node=1' in options
 
 

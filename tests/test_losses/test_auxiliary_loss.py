@@ -105,6 +105,31 @@ def test_a_run_of_the_runner(variant, tmp_path, checkpoint):
     assert set(model(torch.ones(1, 3, 45, 58), mode='loss')) == {'loss_toy'}
 
 
+def test_a_resumed_training_keeps_its_teacher(tmp_path, checkpoint):
+    """A resumed runner knows the student's checkpoint only."""
+    path = checkpoint()
+    losses = [dict(type='FeatureDistillation')]
+
+    def backbone_of_teacher(**changes):
+        runner = Runner(**runner_settings(tmp_path, ToyModel(), losses, **changes))
+        runner.train()
+        (hook,) = (hook for hook in runner.hooks if isinstance(hook, AuxiliaryLossHook))
+        return hook.losses[0].teacher.model.state_dict()
+
+    first = backbone_of_teacher(load_from=path)
+    again = backbone_of_teacher(
+        load_from=str(tmp_path / 'epoch_1.pth'),
+        resume=True,
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+    )
+    start = torch.load(path, weights_only=True)['state_dict']
+    student = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['state_dict']
+    learned = [name for name in first if not torch.equal(student[name], start[name])]
+    assert learned
+    for taught in (first, again):
+        assert all(torch.equal(taught[name], start[name]) for name in taught)
+
+
 def test_training_again_after_an_exception(tmp_path):
     """The losses are put in once."""
     model = ToyModel()

@@ -11,7 +11,7 @@ from toys import ToyModel, checkpoint_of
 
 from idlevit_mm.checkpoints import write_weights
 from idlevit_mm.engine.checks import check_teachers
-from idlevit_mm.errors import UsageError
+from idlevit_mm.errors import SettingError, UsageError
 from idlevit_mm.hooks import add_losses
 from idlevit_mm.losses import FeatureDistillation, LogitDistillation, TokenCutLoss
 from idlevit_mm.losses.distill import class_scores, direction_distance, divergence, is_sigmoid
@@ -133,8 +133,8 @@ def test_a_teacher_may_be_at_an_address(suffix, served):
     model = ToyModel()
     add_losses(model, [loss])
     assert model.loss(torch.ones(1, 3, 45, 58))['loss_distill_feature'] > 0
-    for name, value in weights.items():
-        assert torch.equal(loss.teacher.model.state_dict()[name], value), name
+    for name, value in loss.teacher.model.state_dict().items():
+        assert torch.equal(weights[name], value), name
     lost = FeatureDistillation(dict(checkpoint=f'{address}gone{suffix}'))
     with pytest.raises(UsageError, match=rf'gone{suffix} cannot be fetched'):
         add_losses(ToyModel(), [lost])
@@ -147,7 +147,6 @@ def test_stages(checkpoint):
         loss = FeatureDistillation(dict(checkpoint=checkpoint), 1.0, stages)
         add_losses(model, [loss])
         values.append(model.loss(torch.ones(1, 3, 45, 58))['loss_distill_feature'])
-        assert isinstance(loss.teacher.model, ToyModel)
         assert loss.teacher.model.backbone.keep_ratios == [[1.0, 1.0], [1.0, 1.0]]
         assert model.backbone.keep_ratios == [[0.5, 0.5], [0.5, 0.5]]
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
@@ -197,8 +196,48 @@ def test_another_network_as_teacher(checkpoint, tmp_path):
     MODELS.register_module(module=ToyTeacher, force=True)
     loss = FeatureDistillation(dict(config=str(config), checkpoint=checkpoint))
     add_losses(ToyModel(), [loss])
-    assert type(loss.teacher.model) is ToyTeacher
     assert loss.teacher.model.backbone.keep_ratios[0][0] == 0.25
+
+
+def test_a_teacher_of_features_is_a_backbone_only(checkpoint, tmp_path):
+    """Heads take no memory, and need not be those of this version of the detector."""
+    weights = torch.load(checkpoint, weights_only=True)['state_dict']
+    renamed = {key.replace('head.', 'old_head.'): value for key, value in weights.items()}
+    assert renamed.keys() != weights.keys()
+    path = tmp_path / 'renamed.pth'
+    torch.save(dict(state_dict=renamed), path)
+    loss = FeatureDistillation(dict(checkpoint=str(path)))
+    model = ToyModel()
+    add_losses(model, [loss])
+    assert {name for name, _ in loss.teacher.model.named_children()} == {'backbone'}
+    for name in model.backbone.state_dict():
+        assert torch.equal(
+            loss.teacher.model.backbone.state_dict()[name], weights[f'backbone.{name}']
+        )
+    assert model.loss(torch.ones(1, 3, 45, 58))['loss_distill_feature'] > 0
+    with pytest.raises(ValueError, match='does not fit ToyModel: it lacks 2 weights .*has unknown'):
+        add_losses(ToyModel(), [LogitDistillation(dict(checkpoint=str(path)), ['head'])])
+
+
+def test_tables_that_follow_from_the_window_may_be_absent(checkpoint, tmp_path):
+    weights = torch.load(checkpoint, weights_only=True)['state_dict']
+    kept = {key: v for key, v in weights.items() if not key.endswith('relative_position_index')}
+    path = tmp_path / 'without.pth'
+    torch.save(dict(state_dict=kept), path)
+    loss = FeatureDistillation(dict(checkpoint=str(path)))
+    add_losses(ToyModel(), [loss])
+    for name, value in loss.teacher.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_the_start_of_training_is_the_teacher_unless_told_otherwise(checkpoint):
+    model, loss = ToyModel(), FeatureDistillation()
+    add_losses(model, [loss], start=checkpoint)
+    for name, value in torch.load(checkpoint, weights_only=True)['state_dict'].items():
+        if name.startswith('backbone.'):
+            assert torch.equal(loss.teacher.model.state_dict()[name], value), name
+    with pytest.raises(SettingError, match='teacher=None is .*there is none: set load_from'):
+        add_losses(ToyModel(), [FeatureDistillation()])
 
 
 def other_teacher(tmp_path, **kwargs):
@@ -222,7 +261,7 @@ def test_refused_teachers(tmp_path, checkpoint):
     deep = other_teacher(tmp_path, depths=(2, 4))
     refuse(ValueError, 'has unknown 2. weights', checkpoint=deep)
     refuse(TypeError, 'must name a checkpoint', config='x.py')
-    refuse(TypeError, 'allowed: dict', checkpoint=checkpoint, weights='x')
+    refuse(TypeError, 'allowed: None, dict', checkpoint=checkpoint, weights='x')
 
 
 def test_the_tools_check_for_files_of_teachers(checkpoint):
@@ -239,6 +278,13 @@ def test_the_tools_check_for_files_of_teachers(checkpoint):
         check_teachers(cfg(checkpoint='gone.pth'))
     with pytest.raises(UsageError, match=r'teacher.config=gone.py does not exist'):
         check_teachers(cfg(checkpoint=checkpoint, config='gone.py'))
+    untold = dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation')])
+    with pytest.raises(
+        UsageError, match=r'losses.0 \(FeatureDistillation\) has no teacher.*load_from'
+    ):
+        check_teachers(Config(dict(custom_hooks=[untold])))
+    check_teachers(Config(dict(custom_hooks=[untold], load_from=checkpoint)))
+    check_teachers(Config(dict(custom_hooks=[untold], resume=True)))
 
 
 def test_a_dense_teacher_needs_no_weights_of_a_policy(checkpoint):
@@ -248,8 +294,10 @@ def test_a_dense_teacher_needs_no_weights_of_a_policy(checkpoint):
     loss = FeatureDistillation(dict(checkpoint=checkpoint))
     add_losses(model, [loss])
     assert model.loss(torch.ones(1, 3, 45, 58))['loss_distill_feature'] > 0
-    for name, value in torch.load(checkpoint, weights_only=True)['state_dict'].items():
-        assert torch.equal(loss.teacher.model.state_dict()[name], value), name
+    weights = torch.load(checkpoint, weights_only=True)['state_dict']
+    for name, value in loss.teacher.model.state_dict().items():
+        if '.policy.' not in name:
+            assert torch.equal(weights[name], value), name
 
 
 def test_outputs_of_another_shape(tmp_path, checkpoint):

@@ -11,10 +11,3 @@ optim_wrapper = dict(optimizer=dict(lr=0.00003))
 param_scheduler = {{_base_.finetune.param_scheduler}}
 # Checkpoints when it is evaluated.
 default_hooks = dict(checkpoint=dict(interval=16000))
-
-distillation = dict(
-    type='FeatureDistillation',
-    teacher=dict(checkpoint=load_from),
-    loss_weight={{_base_.finetune.distillation_weight}},
-)
-custom_hooks = [dict(type='AuxiliaryLossHook', losses=[distillation])]

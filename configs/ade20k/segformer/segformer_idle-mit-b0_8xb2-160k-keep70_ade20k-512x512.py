@@ -4,15 +4,8 @@ _base_ = [
 ]
 
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/segformer/segformer_mit-b0_512x512_160k_ade20k/segformer_mit-b0_512x512_160k_ade20k_20210726_101530-8ffa8fda.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
+model = dict(backbone=dict(keep_ratios=0.7, policy=dict(context='summary'), init_cfg=None))
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.000018))
 param_scheduler = {{_base_.finetune.param_scheduler}}
-
-distillation = dict(
-    type='FeatureDistillation',
-    teacher=dict(checkpoint=load_from),
-    loss_weight={{_base_.finetune.distillation_weight}},
-)
-custom_hooks = [dict(type='AuxiliaryLossHook', losses=[distillation])]

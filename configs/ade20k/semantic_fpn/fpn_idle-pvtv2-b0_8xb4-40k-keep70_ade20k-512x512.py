@@ -4,15 +4,8 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/fpn_idle-pvtv2-b0_8xb4-40k-dense_ade20k-512x512/iter_40000.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
+model = dict(backbone=dict(keep_ratios=0.7, policy=dict(context='summary'), init_cfg=None))
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00006))
 param_scheduler = {{_base_.finetune.param_scheduler}}
-
-distillation = dict(
-    type='FeatureDistillation',
-    teacher=dict(checkpoint=load_from),
-    loss_weight={{_base_.finetune.distillation_weight}},
-)
-custom_hooks = [dict(type='AuxiliaryLossHook', losses=[distillation])]

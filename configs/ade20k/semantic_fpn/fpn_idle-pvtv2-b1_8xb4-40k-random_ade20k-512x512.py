@@ -1,6 +1,3 @@
 _base_ = './fpn_idle-pvtv2-b1_8xb4-40k-keep70_ade20k-512x512.py'
 
-custom_hooks = [
-    {{_base_.finetune.random_ratios}},
-    dict(type='AuxiliaryLossHook', losses=[{{_base_.distillation}}]),
-]
+custom_hooks = [_base_.finetune.random_ratios, *_base_.custom_hooks]

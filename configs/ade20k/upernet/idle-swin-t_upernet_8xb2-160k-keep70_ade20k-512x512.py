@@ -9,10 +9,3 @@ model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.000018))
 param_scheduler = {{_base_.finetune.param_scheduler}}
-
-distillation = dict(
-    type='FeatureDistillation',
-    teacher=dict(checkpoint=load_from),
-    loss_weight={{_base_.finetune.distillation_weight}},
-)
-custom_hooks = [dict(type='AuxiliaryLossHook', losses=[distillation])]

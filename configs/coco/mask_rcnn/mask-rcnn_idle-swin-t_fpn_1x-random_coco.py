@@ -1,6 +1,3 @@
 _base_ = './mask-rcnn_idle-swin-t_fpn_1x-keep70_coco.py'
 
-custom_hooks = [
-    {{_base_.finetune.random_ratios}},
-    dict(type='AuxiliaryLossHook', losses=[{{_base_.distillation}}]),
-]
+custom_hooks = [_base_.finetune.random_ratios, *_base_.custom_hooks]

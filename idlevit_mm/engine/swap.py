@@ -1,0 +1,716 @@
+"""Write a config that inherits a user's config and has idle backbones in place of dense ones.
+
+What ``tools/idle_config.py`` calls. Nothing is guessed: the dense backbone and its idle twin are
+built without memory from the arguments of both configs and their weights compared, and what is
+written is read again and compared with the user's config.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import keyword
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import UsageError
+from ..hooks import RandomKeepRatioHook
+from .config_text import Code, assignment, merged, nested, source
+from .launch import load_config, task_of
+
+# Dense classes by library and name.
+TWINS = {
+    ('mmdet', 'SwinTransformer'): 'IdleSwinTransformer',
+    ('mmseg', 'SwinTransformer'): 'IdleSwinTransformer',
+    ('mmdet', 'PyramidVisionTransformer'): 'IdlePyramidVisionTransformer',
+    ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
+    ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
+    ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
+}
+_LIBRARIES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
+# Keys under which models hold a backbone.
+_PLACES = ('backbone', 'encoder')
+_NOT_ARGUMENTS = ('type', '_scope_')
+_WEIGHTS = ('init_cfg', 'pretrained')
+_MISSING = object()
+
+Differences = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A part of a model that is a backbone, or whose class has an idle twin.
+
+    Attributes:
+        path: Keys that lead to it from the top of the config; numbers count in lists.
+        config: Its config.
+        library: Library of its class; '' where the config does not tell.
+        dense: Name of its class, without scope.
+    """
+
+    path: tuple[str | int, ...]
+    config: Mapping[str, Any]
+    library: str
+    dense: str
+
+    @property
+    def name(self) -> str:
+        """Dotted name in the config."""
+        return '.'.join(map(str, self.path))
+
+    @property
+    def twin(self) -> str | None:
+        """Name of the idle class with the same weights."""
+        return TWINS.get((self.library, self.dense))
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether others learn from it; such a network stays dense."""
+        return any('teacher' in str(key) for key in self.path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user wants of the idle config.
+
+    Attributes:
+        keep: Keep ratios of all backbones; see ``normalize_keep_ratios``.
+        policy: Arguments of ``policy`` of the backbones; empty for the default.
+        load_from: Checkpoint of the dense model to start from, in place of ``init_cfg``.
+        distill: Whether the model of ``load_from`` is the teacher of the features.
+        random_ratios: Lowest and highest keep ratio of an iteration.
+    """
+
+    keep: Any
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    load_from: str | None = None
+    distill: bool = False
+    random_ratios: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of the config of one backbone.
+
+    Attributes:
+        backbone: The backbone.
+        drops: Arguments that only the dense class has, at their defaults.
+        updates: Arguments to set, beside ``type``.
+        around: Settings of the model around it.
+    """
+
+    backbone: Backbone
+    drops: tuple[str, ...]
+    updates: Mapping[str, Any]
+    around: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Dotted names of all settings that it touches."""
+        inside = [f'{self.backbone.name}.{key}' for key in ('type', *self.drops, *self.updates)]
+        holder = '.'.join(map(str, self.backbone.path[:-1]))
+        return inside + [f'{holder}.{key}' for key in self.around]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What was written.
+
+    Attributes:
+        file: The config.
+        changed: Its differences from the user's config after both are resolved.
+        left: Dotted names of backbones that have an idle twin and stay dense, as teachers do.
+    """
+
+    file: Path
+    changed: Differences
+    left: tuple[str, ...]
+
+
+class _OnMeta(TorchFunctionMode):
+    """Lets modules be built without memory: parameters have shapes only.
+
+    ``torch.device('meta')`` cannot: dense backbones read numbers back from ``torch.linspace``.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs['device'] = 'meta'
+        return func(*args, **kwargs)
+
+
+def parse_keep(words: Iterable[str]) -> Any:
+    """Read keep ratios from the command line: one number, one per stage, or a Python literal.
+
+    Raises:
+        UsageError: A word is neither a number nor a literal.
+    """
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            try:
+                values.append(ast.literal_eval(word))
+            except (ValueError, SyntaxError):
+                raise UsageError(
+                    f'--keep {word}: allowed are a number in (0, 1], one number or list per stage, '
+                    "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
+                ) from None
+    return values[0] if len(values) == 1 else values
+
+
+def find_backbones(cfg: Mapping[str, Any]) -> list[Backbone]:
+    """Find all backbones of a config's model, with and without idle twin.
+
+    Args:
+        cfg: A resolved config.
+    """
+    found = []
+    for path, part, scope in _walk(cfg.get('model'), ('model',), cfg.get('default_scope')):
+        library, dense = _class_of(part['type'], scope)
+        if not library and any(dense == name for _, name in TWINS):
+            library = _library_by_task(cfg)
+        key = next(str(key) for key in reversed(path) if isinstance(key, str))
+        if (library, dense) in TWINS or key.endswith(_PLACES):
+            found.append(Backbone(path, part, library, dense))
+    return found
+
+
+def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
+    """Decide what becomes of every backbone that has an idle twin and is not a teacher.
+
+    Args:
+        cfg: A resolved config.
+        settings: What the user wants.
+
+    Raises:
+        UsageError: No backbone can be converted, one cannot although its class has a twin, or a
+            setting does not fit.
+    """
+    if not isinstance(cfg.get('model'), Mapping):
+        raise UsageError('the config has no model')
+    found = find_backbones(cfg)
+    wanted = [backbone for backbone in found if backbone.twin and not backbone.is_teacher]
+    if not wanted:
+        kinds = '; '.join(f'{b.name} is {_full_name(b)}' for b in found) or 'no backbone at all'
+        known = ', '.join(f'{library}.{name}' for library, name in TWINS)
+        raise UsageError(f'no backbone to convert; found: {kinds}; convertible: {known}')
+    _check_hooks(cfg, settings)
+    return [_plan_backbone(backbone, settings, _holder(cfg, backbone)) for backbone in wanted]
+
+
+def differences(before: Any, after: Any, key: str = '') -> Differences:
+    """Compare nested values.
+
+    Returns:
+        Dotted name of what differs, with the old and the new value; ``'(none)'`` for what one of
+        them lacks.
+    """
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names: Iterable[Any] = dict.fromkeys([*before, *after])
+        pairs = [(name, before.get(name, _MISSING), after.get(name, _MISSING)) for name in names]
+    elif _is_list(before) and _is_list(after) and type(before) is type(after):
+        size = max(len(before), len(after))
+        rows = [list(value) + [_MISSING] * (size - len(value)) for value in (before, after)]
+        pairs = list(zip(range(size), *rows, strict=True))
+    else:
+        if before is after or (type(before) is type(after) and before == after):
+            return {}
+        old, new = ('(none)' if value is _MISSING else value for value in (before, after))
+        return {key: (old, new)}
+    found: Differences = {}
+    for name, old_value, new_value in pairs:
+        found |= differences(old_value, new_value, f'{key}.{name}' if key else str(name))
+    return found
+
+
+def idle_text(
+    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
+) -> str:
+    """Text of the config that inherits ``config`` from where ``out`` lies.
+
+    Args:
+        config: The user's config file.
+        out: File that the text is for.
+        cfg: The resolved config.
+        changes: What becomes of its backbones.
+        settings: What the user wants.
+
+    Raises:
+        UsageError: A config in mmengine's new style cannot be imported from there.
+    """
+    write = _new_style_text if is_new_style(config) else _old_style_text
+    head = textwrap.fill(
+        f'{config.name} with idle tokens, written by tools/idle_config.py {_options(settings)}',
+        width=96,
+        initial_indent='# ',
+        subsequent_indent='# ',
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return f'{head}\n{write(config, out, cfg, changes, settings)}'
+
+
+def idle_config(
+    config: str, settings: Settings, out: str | None = None, force: bool = False
+) -> Swapped:
+    """Write the idle config of a user's config.
+
+    Args:
+        config: A config file, or ``mmdet::`` or ``mmseg::`` and the name of one that ships there.
+        settings: What the user wants.
+        out: File to write; by default ``<config>_idle.py`` beside the config, or in the current
+            folder for a config of an installed package.
+        force: Whether to replace a file that exists.
+
+    Raises:
+        UsageError: Anything is missing, cannot be converted, or does not fit.
+    """
+    path = _config_path(config)
+    target = _target(path, out, force)
+    cfg = load_config(str(path))
+    try:
+        changes = plan_swap(cfg, settings)
+    except UsageError as error:
+        raise UsageError(f'{config}: {error}') from error
+    text = idle_text(path, target, cfg, changes, settings)
+
+    # Beside the target, since what it inherits is named relative to its place.
+    draft = target.with_name(f'{target.stem}_draft_{os.getpid()}.py')
+    try:
+        draft.write_text(text, encoding='utf-8')
+        changed = differences(cfg.to_dict(), load_config(str(draft)).to_dict())
+        _check_changed(config, changed, changes)
+        os.replace(draft, target)
+    except OSError as error:
+        raise UsageError(f'--out {target} cannot be written: {error.strerror}') from error
+    finally:
+        draft.unlink(missing_ok=True)
+    found = find_backbones(cfg)
+    return Swapped(target, changed, tuple(b.name for b in found if b.twin and b.is_teacher))
+
+
+def write_idle_config(
+    config: str, settings: Settings, out: str | None = None, force: bool = False
+) -> None:
+    """Write the idle config of a user's config and print what it changes; see `idle_config`."""
+    swapped = idle_config(config, settings, out, force)
+    print(f'{os.path.relpath(swapped.file)} inherits {config} and changes:')
+    for key, (old, new) in swapped.changed.items():
+        print(f'  {key}: {_short(old)} -> {_short(new)}')
+    for name in swapped.left:
+        print(f'Left dense, because others learn from it: {name}')
+
+
+def is_new_style(config: Path) -> bool:
+    """Whether mmengine takes a file for a config in pure Python, which imports what it inherits."""
+    try:
+        return Config._is_lazy_import(str(config))
+    except Exception as error:
+        raise UsageError(f'config {config} cannot be read: {error}') from error
+
+
+# Finding backbones
+
+
+def _walk(
+    part: Any, path: tuple[str | int, ...], scope: str | None
+) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any], str | None]]:
+    """All dicts with a type inside a part, with the scope in which their type is looked up."""
+    if isinstance(part, Mapping):
+        scope = part.get('_scope_') or scope
+        if part.get('type') is not None:
+            yield path, part, scope
+        for key, value in part.items():
+            yield from _walk(value, (*path, key), scope)
+    elif _is_list(part):
+        for number, value in enumerate(part):
+            yield from _walk(value, (*path, number), scope)
+
+
+def _class_of(kind: Any, scope: str | None) -> tuple[str, str]:
+    """Library and name of the class that a type, a name or a class, stands for."""
+    if isinstance(kind, str):
+        library, _, name = kind.rpartition('.')
+        return library.partition('.')[0] or scope or '', name
+    return getattr(kind, '__module__', '').partition('.')[0], getattr(kind, '__name__', str(kind))
+
+
+def _library_by_task(cfg: Mapping[str, Any]) -> str:
+    try:
+        return _LIBRARIES[task_of(cfg)]  # type: ignore[arg-type]
+    except UsageError:
+        return ''
+
+
+def _full_name(backbone: Backbone) -> str:
+    return '.'.join(filter(None, (backbone.library, backbone.dense)))
+
+
+# Deciding
+
+
+def _holder(cfg: Mapping[str, Any], backbone: Backbone) -> Any:
+    """The part of the config that holds a backbone."""
+    part: Any = cfg
+    for key in backbone.path[:-1]:
+        part = part[key]
+    return part
+
+
+def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Change:
+    kind = f'{backbone.name} ({_full_name(backbone)})'
+    assert backbone.twin is not None
+    if any(isinstance(key, int) for key in backbone.path):
+        raise UsageError(
+            f'{kind} stands in a list, which a config that inherits can replace only as a whole'
+        )
+    dense_class, idle_class = _dense_class(backbone), MODELS.get(backbone.twin)
+    dense, idle = _arguments(dense_class), _arguments(idle_class)
+    given = {key: backbone.config[key] for key in backbone.config if key not in _NOT_ARGUMENTS}
+    foreign = [name for name in given if name not in idle]
+    needed = [
+        f'{name}={given[name]!r}'
+        for name in foreign
+        if name not in dense or not _equal(given[name], dense[name])
+    ]
+    if needed:
+        raise UsageError(f'{kind}: {backbone.twin} has no {", ".join(needed)}')
+    if settings.load_from is None:
+        _check_init_cfg(kind, backbone.twin, given.get('init_cfg'))
+
+    updates = {
+        name: list(default) if isinstance(default, tuple) else default
+        for name, default in dense.items()
+        if name in idle and name not in given and not _equal(default, idle[name])
+    }
+    updates |= {'keep_ratios': settings.keep}
+    if settings.policy:
+        updates['policy'] = dict(settings.policy)
+    kept = {key: value for key, value in given.items() if key not in foreign}
+    network = _built(f'{kind}: {backbone.twin}', idle_class, {**kept, **updates})
+    _check_weights(kind, _built(kind, dense_class, given), network)
+    if settings.random_ratios and all(r == 1.0 for stage in network.keep_ratios for r in stage):
+        raise UsageError('--random-ratios leaves blocks with keep ratio 1.0 dense, and all have it')
+    around: dict[str, Any] = {}
+    if settings.load_from is not None:
+        updates |= {name: None for name in _WEIGHTS if given.get(name) is not None}
+        # Segmentors hand theirs to the backbone.
+        around = {} if holder.get('pretrained') is None else {'pretrained': None}
+    return Change(backbone, tuple(foreign), updates, around)
+
+
+def _dense_class(backbone: Backbone) -> type[nn.Module]:
+    try:
+        return getattr(importlib.import_module(f'{backbone.library}.models'), backbone.dense)
+    except ImportError as error:
+        raise UsageError(
+            f'{backbone.name} is a class of {backbone.library}, which cannot be imported: {error}'
+        ) from error
+
+
+def _arguments(cls: type) -> dict[str, Any]:
+    """Arguments of a class and their defaults, through ``**kwargs`` those of its bases too."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        for parameter in parameters:
+            if parameter.name != 'self' and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                found.setdefault(parameter.name, parameter.default)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two settings are the same; lists and tuples are."""
+    if _is_list(first) and _is_list(second):
+        pairs = zip(first, second, strict=False)
+        return len(first) == len(second) and all(_equal(a, b) for a, b in pairs)
+    return first == second
+
+
+def _check_init_cfg(kind: str, twin: str, init_cfg: Any) -> None:
+    """Check that the weights a dense backbone begins with can be those of the idle one."""
+    if init_cfg is None:
+        return
+    if isinstance(init_cfg, Mapping) and init_cfg.get('checkpoint'):
+        how = _class_of(init_cfg.get('type', 'Pretrained'), None)[1].removesuffix('Init')
+        prefix = str(init_cfg.get('prefix', 'backbone')).rstrip('.')
+        if how == 'Pretrained' and prefix == 'backbone':
+            return
+    raise UsageError(
+        f'{kind}: {twin} cannot begin with init_cfg={init_cfg!r}, only with a checkpoint; '
+        '--load-from CHECKPOINT replaces it'
+    )
+
+
+def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any:
+    """Build a backbone without memory."""
+    try:
+        with _OnMeta():
+            return cls(**{key: v for key, v in arguments.items() if key not in _WEIGHTS})
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        message = ' '.join(str(error).split())
+        raise UsageError(f'{kind} does not build: {message}') from error
+
+
+def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
+    """Check that the weights of both have the same names and shapes."""
+    # A learned scorer has weights of its own.
+    new = {name: v.shape for name, v in idle.state_dict().items() if '.policy.' not in name}
+    old = {name: v.shape for name, v in dense.state_dict().items()}
+    differ = [
+        f'{name} is {_size(old.get(name))}, not {_size(new.get(name))}'
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differ:
+        more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
+        raise UsageError(
+            f'{kind} has other weights than {type(idle).__name__}: {"; ".join(differ[:3])}{more}'
+        )
+
+
+def _size(shape: torch.Size | None) -> str:
+    return 'absent' if shape is None else str(tuple(shape))
+
+
+def _check_hooks(cfg: Mapping[str, Any], settings: Settings) -> None:
+    if settings.distill and settings.load_from is None:
+        raise UsageError('--distill needs the checkpoint of its teacher: --load-from CHECKPOINT')
+    if settings.random_ratios:
+        try:
+            RandomKeepRatioHook(*settings.random_ratios)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f'--random-ratios: {error}') from error
+    present = {
+        _class_of(hook['type'], None)[1]
+        for hook in cfg.get('custom_hooks') or ()
+        if isinstance(hook, Mapping) and 'type' in hook
+    }
+    for hook in _hooks(settings):
+        if hook['type'] in present:
+            raise UsageError(f'custom_hooks has a {hook["type"]} already, and one is all there is')
+
+
+def _check_changed(config: str, changed: Differences, changes: list[Change]) -> None:
+    """Check that the written config changes nothing but what it is meant to."""
+    meant = [name for change in changes for name in change.names]
+    meant += ['custom_imports', 'custom_hooks', 'load_from', 'resume']
+    others = [key for key in changed if not any(key == m or key.startswith(f'{m}.') for m in meant)]
+    if others:
+        raise UsageError(f'{config} cannot be inherited without changing {", ".join(others)}')
+
+
+# Writing
+
+
+def _hooks(settings: Settings) -> list[dict[str, Any]]:
+    hooks: list[dict[str, Any]] = []
+    if settings.random_ratios:
+        low, high = settings.random_ratios
+        hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high))
+    if settings.distill:
+        # Its teacher is by default what training starts from.
+        loss = dict(type='FeatureDistillation')
+        hooks.append(dict(type='AuxiliaryLossHook', losses=[loss]))
+    return hooks
+
+
+def _start(cfg: Config, settings: Settings) -> str:
+    """Lines that say what training starts from."""
+    if settings.load_from is None:
+        return ''
+    lines = assignment('load_from', settings.load_from)
+    return lines + (assignment('resume', False) if cfg.get('resume') else '')
+
+
+def _old_style_text(
+    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
+) -> str:
+    imports = dict(cfg.get('custom_imports') or {})
+    listed = imports.get('imports') or []
+    names = [listed] if isinstance(listed, str) else list(listed)
+    lines = [assignment('_base_', _relative(config, out))]
+    if 'idlevit_mm' not in names:
+        before: list[Any] = names
+        if names and _is_list(listed):
+            before = [Code('*_base_.custom_imports.imports')]
+        extended: dict[str, Any] = dict(imports=[*before, 'idlevit_mm'])
+        if 'allow_failed_imports' not in imports:
+            extended['allow_failed_imports'] = False
+        lines.append(assignment('custom_imports', extended))
+    drops = ''
+    model: dict[str, Any] = {}
+    for change in changes:
+        place = '.'.join(('_base_', *map(str, change.backbone.path)))
+        drops += ''.join(f'{place}.pop({name!r})\n' for name in change.drops)
+        model = merged(model, _patch(change, change.backbone.twin))
+    lines.append(f'\n{drops}{assignment("model", model["model"])}')
+    lines.append(_start(cfg, settings))
+    if hooks := _hooks(settings):
+        before = [Code('*_base_.custom_hooks')] if cfg.get('custom_hooks') else []
+        lines.append(assignment('custom_hooks', [*before, *hooks]))
+    return ''.join(lines)
+
+
+def _new_style_text(
+    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
+) -> str:
+    hooks = _hooks(settings)
+    names = ', '.join(sorted({str(change.backbone.twin) for change in changes}))
+    lines = [
+        'from mmengine.config import read_base\n\n'
+        f'with read_base():\n    from {_module(config, out)} import *\n\n'
+        f'from idlevit_mm.backbones import {names}\n'
+    ]
+    if hooks:
+        lines.append(
+            f'from idlevit_mm.hooks import {", ".join(sorted(h["type"] for h in hooks))}\n'
+        )
+    lines.append('\n')
+    patch: dict[str, Any] = {}
+    for change in changes:
+        lines += [f'{change.backbone.name}.pop({name!r})\n' for name in change.drops]
+        patch = merged(patch, _patch(change, Code(change.backbone.twin)))
+    lines.append(f'model.update({source(patch["model"], len("model.update()"))})\n')
+    lines.append(_start(cfg, settings))
+    if hooks:
+        before = [Code('*custom_hooks')] if cfg.get('custom_hooks') else []
+        classes = [{**hook, 'type': Code(hook['type'])} for hook in hooks]
+        lines.append(assignment('custom_hooks', [*before, *classes]))
+    return ''.join(lines)
+
+
+def _patch(change: Change, kind: Any) -> Any:
+    """Nested dict that sets what changes in one backbone."""
+    *holder, last = map(str, change.backbone.path)
+    inside = {last: {'type': kind, **change.updates}}
+    return nested(tuple(holder), {**change.around, **inside})
+
+
+def _options(settings: Settings) -> str:
+    """The options of the command line, files by their bare names."""
+    keep = settings.keep
+    several = isinstance(keep, list) and all(isinstance(ratio, float) for ratio in keep)
+    words = ['--keep', *(map(str, keep) if several else [_quoted(keep)])]
+    policy = dict(settings.policy)
+    for option, key in (('--policy', 'type'), ('--scorer', 'scorer'), ('--scope', 'scope')):
+        words += [option, policy[key]] if key in policy else []
+    if settings.load_from is not None:
+        words += ['--load-from', settings.load_from.replace('\\', '/').rpartition('/')[2]]
+    words += ['--distill'] if settings.distill else []
+    if settings.random_ratios:
+        words += ['--random-ratios', *map(str, settings.random_ratios)]
+    return ' '.join(words)
+
+
+def _quoted(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float)) else f'"{value!r}"'
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text.rpartition('.')[2] if text.startswith('idlevit_mm.backbones.') else text
+
+
+# Files
+
+
+def _config_path(config: str) -> Path:
+    """File of a config, which may be named as ``package::config``."""
+    package, separator, name = config.partition('::')
+    if not separator:
+        return Path(config).absolute()
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f'config {config}: {package} is not installed')
+    return Path(spec.submodule_search_locations[0], '.mim', 'configs', name)
+
+
+def _target(config: Path, out: str | None, force: bool) -> Path:
+    if out is None:
+        installed = {'site-packages', 'dist-packages'} & set(config.parts)
+        target = Path.cwd() if installed else config.parent
+        target = target / f'{config.stem}_idle.py'
+    else:
+        target = Path(out).absolute()
+    if target.suffix != '.py':
+        raise UsageError(f'--out {out} must end in .py')
+    if target.resolve() == config.resolve():
+        raise UsageError(f'--out {out} is the config itself')
+    if target.is_dir() or (target.exists() and not force):
+        raise UsageError(f'{os.path.relpath(target)} exists already; --force replaces a file')
+    if not target.parent.is_dir():
+        raise UsageError(f'--out {out}: the folder {target.parent} does not exist')
+    return target
+
+
+def _relative(config: Path, out: Path) -> str:
+    try:
+        path = Path(os.path.relpath(config, out.parent)).as_posix()
+    except ValueError:  # another drive of Windows
+        return config.as_posix()
+    return path if path.startswith('../') else f'./{path}'
+
+
+def _module(config: Path, out: Path) -> str:
+    """How a config in pure Python is imported from where ``out`` lies.
+
+    Raises:
+        UsageError: A name on the way is no Python name, and no package holds the config.
+    """
+    *folders, last = Path(os.path.relpath(config, out.parent)).parts
+    ups = sum(folder == '..' for folder in folders)
+    names = [*folders[ups:], last.removesuffix('.py')]
+    package = _package_module(config)
+    if package is not None and (ups or not _importable(names)):
+        return package
+    if not _importable(names):
+        raise UsageError(
+            f'{config.name} is in pure Python style, and "from {".".join(names)} import *" is no '
+            'Python; give files and folders Python names, or let --out lie beside the config'
+        )
+    return '.' * (ups + 1) + '.'.join(names)
+
+
+def _package_module(config: Path) -> str | None:
+    """Dotted name of a file inside a package that Python finds."""
+    for folder in config.parents:
+        names = config.relative_to(folder.parent).with_suffix('').parts
+        if (
+            (folder / '__init__.py').is_file()
+            and any(Path(place).resolve() == folder.parent.resolve() for place in sys.path)
+            and _importable(names)
+        ):
+            return '.'.join(names)
+    return None
+
+
+def _importable(names: Iterable[str]) -> bool:
+    return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))

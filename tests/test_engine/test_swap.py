@@ -1,0 +1,512 @@
+"""The config swap: configs that ship with mmdet and mmseg, users' own, and what is refused."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from idlevit_mm.engine.config_text import Code, source
+from idlevit_mm.engine.launch import run_tool
+from idlevit_mm.engine.swap import (
+    Settings,
+    differences,
+    idle_config,
+    parse_keep,
+    write_idle_config,
+)
+from idlevit_mm.errors import UsageError
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+IMPORTS = {'imports': ['idlevit_mm'], 'allow_failed_imports': False}
+KEEP = Settings(keep=0.7)
+
+SHIPPED = {
+    'mmdet': {
+        'SwinTransformer': [
+            'ddq/ddq-detr-4scale_swinl_8xb2-30e_coco.py',
+            'dino/dino-5scale_swin-l_8xb2-12e_coco.py',
+            'dyhead/atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco.py',
+            'glip/glip_atss_swin-t_a_fpn_dyhead_16xb2_ms-2x_funtune_coco.py',
+            'grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py',
+            'mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py',
+            'mask2former_vis/mask2former_swin-l-p4-w12-384-in21k_8xb2-8e_youtubevis2021.py',
+            'maskformer/maskformer_swin-l-p4-w12_64xb1-ms-300e_coco.py',
+            'mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco.py',
+            'rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco.py',
+            'swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+            'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+            'v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py',
+        ],
+        'PyramidVisionTransformer': [
+            'pvt/retinanet_pvt-t_fpn_1x_coco.py',
+            'pvt/retinanet_pvt-l_fpn_1x_coco.py',
+        ],
+        'PyramidVisionTransformerV2': [
+            'pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
+            'pvt/retinanet_pvtv2-b5_fpn_1x_coco.py',
+        ],
+    },
+    'mmseg': {
+        'SwinTransformer': [
+            'knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py',
+            'mask2former/mask2former_swin-s_8xb2-160k_ade20k-512x512.py',
+            'maskformer/maskformer_swin-t_upernet_8xb2-160k_ade20k-512x512.py',
+            'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+            'swin/swin-tiny-patch4-window7_upernet_1xb8-20k_levir-256x256.py',
+        ],
+        'MixVisionTransformer': [
+            'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+            'segformer/segformer_mit-b5_8xb1-160k_cityscapes-1024x1024.py',
+        ],
+        'VisionTransformer': [
+            'vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py',
+            'vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py',
+            'dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py',
+            'segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
+        ],
+    },
+}
+CASES = [
+    (package, dense, name)
+    for package, kinds in SHIPPED.items()
+    for dense, names in kinds.items()
+    for name in names
+]
+TWIN_OUTPUTS = [
+    'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+    'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py',
+    'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
+    'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+    'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py',
+]
+REFUSED = [
+    ('mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py', 'model.backbone is mmseg.BEiT'),
+    ('mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py', 'is mmseg.MAE'),
+    ('mmseg::twins/twins_svt-s_uperhead_8xb2-160k_ade20k-512x512.py', 'is mmseg.SVT'),
+    ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'model.backbone is mmdet.ResNet'),
+    (
+        'mmseg::san/san-vit-b16_coco-stuff164k-640x640.py',
+        r'model\.image_encoder \(mmseg\.VisionTransformer\): .* has no patch_pad=0',
+    ),
+    (
+        'mmseg::setr/setr_vit-l_mla_8xb2-160k_ade20k-512x512.py',
+        r'other weights than IdleVisionTransformer: cls_token is \(1, 1, 1024\), not absent',
+    ),
+]
+
+
+def shipped(name):
+    package, _, path = name.partition('::')
+    root = importlib.util.find_spec(package).submodule_search_locations[0]
+    return Path(root, '.mim', 'configs', path)
+
+
+def resolved(path):
+    return Config.fromfile(path).to_dict()
+
+
+def swin(kind='SwinTransformer', **more):
+    """Source of a small backbone."""
+    small = dict(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=4)
+    return source(dict(type=kind, **small, **more))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a user's config and returns its path."""
+
+    def write_file(text, name='mine.py'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+@pytest.mark.parametrize(('package', 'dense', 'name'), CASES)
+def test_shipped_config_differs_in_nothing_but_its_backbone(package, dense, name, tmp_path):
+    swapped = idle_config(f'{package}::{name}', KEEP, str(tmp_path / 'idle.py'))
+    path = shipped(f'{package}::{name}')
+    changed = differences(resolved(path), resolved(swapped.file))
+
+    assert changed == swapped.changed
+    assert changed.pop('model.backbone.type') == (dense, f'Idle{dense}')
+    assert changed.pop('model.backbone.keep_ratios') == ('(none)', 0.7)
+    before, after = (resolved(f).get('custom_imports', {}) for f in (path, swapped.file))
+    named = before.get('imports', [])
+    named = [named] if isinstance(named, str) else named
+    assert after == {**IMPORTS, **before, 'imports': [*named, 'idlevit_mm']}
+    changed = {key: pair for key, pair in changed.items() if not key.startswith('custom_imports')}
+    given = Config.fromfile(path).model.backbone
+    for key, (old, new) in changed.items():
+        assert dense == 'VisionTransformer'
+        argument = key.removeprefix('model.backbone.')
+        if new == '(none)':
+            assert (argument, old) == ('norm_eval', False)
+        else:
+            assert old == '(none)'
+            assert argument not in given
+    text = swapped.file.read_text()
+    assert len(text.splitlines()) <= 15
+    assert all('/' not in line.replace('tools/', '') for line in text.splitlines() if '#' in line)
+    assert not list(tmp_path.glob('*draft*'))
+
+
+@pytest.mark.parametrize('name', TWIN_OUTPUTS)
+def test_twin_takes_the_dense_weights_and_computes_the_same(name, tmp_path):
+    swapped = idle_config(name, Settings(keep=1.0), str(tmp_path / 'idle.py'))
+    before, after = Config.fromfile(shipped(name)), Config.fromfile(swapped.file)
+    with MODELS.switch_scope_and_registry(before.default_scope):
+        dense, idle = (
+            MODELS.build({**cfg.model.backbone, 'init_cfg': None}) for cfg in (before, after)
+        )
+    dense.eval(), idle.eval()
+    assert type(dense).__name__ != type(idle).__name__
+    idle.load_state_dict(dense.state_dict(), strict=True)
+    image = torch.randn(1, 3, 75, 101)
+    with torch.no_grad():
+        outputs = list(zip(dense(image), idle(image), strict=True))
+    for theirs, ours in outputs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(('name', 'reason'), REFUSED)
+def test_refused_with_the_reason(name, reason, tmp_path):
+    with pytest.raises(UsageError, match=reason):
+        idle_config(name, KEEP, str(tmp_path / 'idle.py'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nested_model_keeps_its_teacher_dense(write):
+    part = f'dict(type="FCOS", backbone={swin()})'
+    config = write(
+        f'default_scope = "mmdet"\nmodel = dict(type="X", detector={part}, teacher={part})'
+    )
+    swapped = idle_config(config, KEEP)
+    model = Config.fromfile(swapped.file).model
+    assert model.detector.backbone.type == 'IdleSwinTransformer'
+    assert model.detector.type == 'FCOS'
+    assert model.detector.backbone.embed_dims == 16
+    assert model.teacher == Config.fromfile(config).model.teacher
+    assert swapped.left == ('model.teacher.backbone',)
+    assert swapped.file == Path(config).with_name('mine_idle.py')
+
+
+def test_settings_of_the_user_are_extended_not_replaced(write):
+    parent = write('model = dict(backbone=dict(type="ResNet", depth=50))', 'base/parent.py')
+    config = write(
+        f'_base_ = "{parent}"\n'
+        'default_scope = "mmseg"\n'
+        'custom_imports = dict(imports=["json", "csv"], allow_failed_imports=True)\n'
+        'custom_hooks = [dict(type="EMAHook"), dict(type="NumClassCheckHook")]\n'
+        'resume = True\n'
+        f'model = dict(backbone={swin("mmdet.SwinTransformer", _delete_=True)})'
+    )
+    settings = Settings(
+        keep=[1.0, 0.7, 0.7, 0.5],
+        policy=dict(scorer='mean_query', scope='window_tokens'),
+        load_from='runs/epoch_12.pth',
+        distill=True,
+        random_ratios=(0.3, 1.0),
+    )
+    swapped = idle_config(config, settings, str(Path(config).parent / 'base' / 'odd-name.py'))
+    assert differences(resolved(config), resolved(swapped.file)) == {
+        'model.backbone.type': ('mmdet.SwinTransformer', 'IdleSwinTransformer'),
+        'model.backbone.keep_ratios': ('(none)', [1.0, 0.7, 0.7, 0.5]),
+        'model.backbone.policy': ('(none)', dict(scorer='mean_query', scope='window_tokens')),
+        'custom_imports.imports.2': ('(none)', 'idlevit_mm'),
+        'custom_hooks.2': ('(none)', dict(type='RandomKeepRatioHook', low=0.3, high=1.0)),
+        'custom_hooks.3': (
+            '(none)',
+            dict(
+                type='AuxiliaryLossHook',
+                losses=[dict(type='FeatureDistillation')],
+            ),
+        ),
+        'load_from': ('(none)', 'runs/epoch_12.pth'),
+        'resume': (True, False),
+    }
+    text = swapped.file.read_text()
+    assert "_base_ = '../mine.py'" in text
+    assert '--scorer mean_query --scope window_tokens --load-from epoch_12.pth --distill' in (
+        text.replace('\n# ', ' ')
+    )
+
+
+def test_a_checkpoint_to_start_from_replaces_the_weights_of_the_backbone(write):
+    backbone = swin(init_cfg=dict(type='TruncNormal', layer='Linear'), pretrained=None)
+    config = write(f'default_scope = "mmdet"\nmodel = dict(backbone={backbone})')
+    with pytest.raises(UsageError, match='cannot begin with init_cfg=.*--load-from'):
+        idle_config(config, KEEP)
+    swapped = idle_config(config, Settings(keep=0.7, load_from='dense.pth'))
+    cfg = Config.fromfile(swapped.file)
+    assert cfg.model.backbone.init_cfg is None
+    assert cfg.load_from == 'dense.pth'
+
+
+@pytest.mark.parametrize(
+    ('name', 'place'),
+    [
+        ('setr/setr_vit-l_naive_8xb2-160k_ade20k-512x512.py', 'model.backbone.init_cfg'),
+        ('vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py', 'model.pretrained'),
+    ],
+)
+def test_a_checkpoint_to_start_from_replaces_the_weights_of_the_segmentor(name, place, tmp_path):
+    out = str(tmp_path / 'idle.py')
+    assert place not in idle_config(f'mmseg::{name}', KEEP, out).changed
+    settings = Settings(keep=0.7, load_from='dense.pth')
+    changed = idle_config(f'mmseg::{name}', settings, out, force=True).changed
+    assert changed[place][0] is not None
+    assert changed[place][1] is None
+    assert changed['load_from'] == (None, 'dense.pth')
+
+
+@pytest.mark.parametrize('suffix', ['.yaml', '.json'])
+def test_config_that_is_not_python(write, suffix):
+    model = dict(backbone=dict(type='PyramidVisionTransformerV2', num_layers=[1, 1, 1, 1]))
+    hooks = [dict(type='EMAHook')]
+    cfg = Config(dict(default_scope='mmdet', model=model, custom_hooks=hooks))
+    path = write('')
+    cfg.dump(path.replace('.py', suffix))
+    swapped = idle_config(path.replace('.py', suffix), Settings(keep=0.5, random_ratios=(0.4, 0.6)))
+    after = Config.fromfile(swapped.file)
+    assert after.model.backbone.type == 'IdlePyramidVisionTransformerV2'
+    assert [hook.type for hook in after.custom_hooks] == ['EMAHook', 'RandomKeepRatioHook']
+
+
+NEW_STYLE = """
+from mmdet.models import RetinaNet, SwinTransformer
+from mmengine.hooks import EMAHook
+
+model = dict(
+    type=RetinaNet,
+    backbone=dict(type=SwinTransformer, embed_dims=16, depths=[1, 1, 2, 1],
+                  num_heads=[1, 2, 4, 8], window_size=4),
+    neck=dict(in_channels=[16, 32, 64, 128]),
+)
+custom_hooks = [dict(type=EMAHook)]
+work_dir = 'runs'
+"""
+
+
+@pytest.mark.parametrize('out', ['mine_idle.py', 'sub/idle.py', '../other/idle.py'])
+def test_config_in_pure_python_style(write, tmp_path, out):
+    config = write(NEW_STYLE, 'home/mine.py')
+    target = tmp_path / 'home' / out
+    target.parent.mkdir(exist_ok=True)
+    settings = Settings(keep=0.7, load_from='dense.pth', distill=True, random_ratios=(0.5, 0.9))
+    if '../other' in out:
+        # A sibling: from ..home.mine import *
+        target = tmp_path / 'other' / 'idle.py'
+    swapped = idle_config(config, settings, str(target))
+    before, after = Config.fromfile(config), Config.fromfile(swapped.file)
+    assert set(differences(before.to_dict(), after.to_dict())) == {
+        'model.backbone.type',
+        'model.backbone.keep_ratios',
+        'load_from',
+        'custom_hooks.1',
+        'custom_hooks.2',
+    }
+    assert MODELS.build(after.model.backbone).keep_ratios == [[0.7], [0.7], [0.7, 0.7], [0.7]]
+    assert after.model.type is before.model.type
+    assert after.custom_hooks[1].type.__name__ == 'RandomKeepRatioHook'
+
+
+def test_config_in_pure_python_style_without_a_python_name(write):
+    config = write(NEW_STYLE, 'mask-rcnn.py')
+    with pytest.raises(UsageError, match='from mask-rcnn import'):
+        idle_config(config, KEEP)
+
+
+def test_config_in_pure_python_style_inside_a_package(write, tmp_path, monkeypatch):
+    write('', 'lib/mylib_of_configs/__init__.py')
+    config = write(NEW_STYLE, 'lib/mylib_of_configs/configs/mine.py')
+    monkeypatch.syspath_prepend(tmp_path / 'lib')
+    (tmp_path / 'my-runs').mkdir()
+    swapped = idle_config(config, KEEP, str(tmp_path / 'my-runs' / 'idle.py'))
+    assert 'from mylib_of_configs.configs.mine import *' in swapped.file.read_text()
+
+
+MINE = f'default_scope = "mmdet"\nmodel = dict(backbone={swin()})'
+WRONG = [
+    (MINE, dict(settings=Settings(keep=0.0)), r'keep_ratios=0\.0 .*which is not in \(0, 1\]'),
+    (MINE, dict(settings=Settings(keep=1.2)), r'keep_ratios=1\.2 .*which is not in \(0, 1\]'),
+    (MINE, dict(settings=Settings(keep=float('nan'))), 'keep_ratios=nan .*not in'),
+    (MINE, dict(settings=Settings(keep=[0.7, 0.5])), 'has 2 entries for 4 stages'),
+    (MINE, dict(settings=Settings(keep=0.7, policy=dict(scorer='best'))), "'best'"),
+    (MINE, dict(settings=Settings(keep=0.7, policy=dict(type='Nothing'))), "'Nothing'"),
+    (MINE, dict(settings=Settings(keep=0.7, policy=dict(scope='pixels'))), "'pixels'"),
+    (MINE, dict(settings=Settings(keep=0.7, random_ratios=(0.9, 0.5))), 'low=0.9 must not be'),
+    (MINE, dict(settings=Settings(keep=0.7, random_ratios=(0.0, 0.5))), r'low is 0\.0'),
+    (MINE, dict(settings=Settings(keep=1.0, random_ratios=(0.4, 0.5))), '--random-ratios leaves'),
+    (MINE, dict(settings=Settings(keep=0.7, distill=True)), '--distill needs .*--load-from'),
+    (MINE, dict(out='mine_idle.txt'), 'must end in .py'),
+    (MINE, dict(out='{folder}/mine.py'), 'is the config itself'),
+    (MINE, dict(out='{folder}/mine.yaml.py'), 'exists already; --force replaces'),
+    (MINE, dict(out='{folder}/none/x.py'), 'the folder .*none does not exist'),
+    (MINE, dict(config='absent.py'), r'config .*absent\.py does not exist'),
+    (MINE, dict(config='nomm::a.py'), 'nomm is not installed'),
+    (MINE, dict(config='mmdet::a.py'), r'config .*a\.py does not exist'),
+    ('model = dict(', {}, 'cannot be read'),
+    ('x = 1', {}, 'the config has no model'),
+    ('model = dict(type="A")', {}, 'found: no backbone at all; convertible: mmdet.SwinTr'),
+    (f'model = dict(backbone={swin("mmpretrain.SwinTransformer")})', {}, 'is mmpretrain.Swin'),
+    (f'model = dict(backbone={swin("IdleSwinTransformer")})', {}, 'is IdleSwinTransformer'),
+    (
+        f'default_scope = "mmdet"\nmodel = dict(backbones=[dict(backbone={swin()})])',
+        {},
+        r'model\.backbones\.0\.backbone \(mmdet\.SwinTransformer\) stands in a list',
+    ),
+    (
+        f'default_scope = "mmdet"\nmodel = dict(backbone={swin(my_option=3)})',
+        {},
+        r'IdleSwinTransformer has no my_option=3',
+    ),
+    (
+        f'{MINE}\ncustom_hooks = [dict(type="AuxiliaryLossHook", losses=[])]',
+        dict(settings=Settings(keep=0.7, load_from='a.pth', distill=True)),
+        'has a AuxiliaryLossHook already',
+    ),
+]
+
+
+@pytest.mark.parametrize(('text', 'arguments', 'message'), WRONG)
+def test_what_is_wrong_is_one_line(write, tmp_path, capsys, text, arguments, message):
+    write('', 'mine.yaml.py')
+    there = set(tmp_path.iterdir())
+    calls = {'config': write(text), 'settings': KEEP, **arguments}
+    if 'out' in calls:
+        calls['out'] = calls['out'].format(folder=tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(write_idle_config, **calls)
+    assert exit_.value.code == 2
+    assert re.fullmatch(f'error: .*{message}.*\n', capsys.readouterr().err)
+    assert set(tmp_path.iterdir()) == there | {tmp_path / 'mine.py'}
+
+
+def test_force_replaces_and_the_report_names_what_changed(write, capsys):
+    config = write(MINE)
+    for keep in (0.7, 0.5):
+        write_idle_config(config, Settings(keep=keep), force=True)
+    assert Config.fromfile(config.replace('.py', '_idle.py')).model.backbone.keep_ratios == 0.5
+    printed = capsys.readouterr().out
+    assert 'model.backbone.type: SwinTransformer -> IdleSwinTransformer' in printed
+    assert 'model.backbone.keep_ratios: (none) -> 0.5' in printed
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        (['0.7'], 0.7),
+        (['1.0', '0.7', '0.7', '0.5'], [1.0, 0.7, 0.7, 0.5]),
+        (['[[1, 1], [0.5, 0.5]]'], [[1, 1], [0.5, 0.5]]),
+        (["{'type': 'powers', 'keep_ratio': 0.7}"], {'type': 'powers', 'keep_ratio': 0.7}),
+    ],
+)
+def test_keep_ratios_of_the_command_line(words, expected):
+    assert parse_keep(words) == expected
+
+
+def test_keep_ratio_that_is_no_number():
+    with pytest.raises(UsageError, match='--keep much: allowed are'):
+        parse_keep(['much'])
+
+
+VALUES = [
+    {},
+    dict(a=1, b=('x',), c=[], d=None),
+    {'not a name': {'class': 1}, 'b': dict(c="it's")},
+    dict(model=dict(backbone=dict(policy=dict(a='x' * 40, b=['y' * 30, ('z' * 30,)])))),
+]
+
+
+@pytest.mark.parametrize('value', VALUES)
+def test_source_is_python_that_means_the_value(value):
+    text = source(value)
+    assert eval(text) == value
+    assert all(len(line) <= 96 for line in text.splitlines())
+
+
+def test_source_leaves_code_as_it_is():
+    assert source([Code('*before'), dict(type=Code('Hook'))]) == '[*before, dict(type=Hook)]'
+
+
+def test_the_tool_ends_in_one_line(write):
+    tool = Path(__file__).parents[2] / 'tools' / 'idle_config.py'
+    command = [sys.executable, '-W', 'ignore', str(tool), write(MINE), '--keep', '0.7', '1.2']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ')
+    assert 'keep_ratios=[0.7, 1.2] has 2 entries for 4 stages' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def detector(cfg):
+    """A detector of a config, small, and a batch for its training."""
+    from mmdet.testing import demo_mm_inputs
+
+    cfg.model.rpn_head.num_convs = 1
+    with MODELS.switch_scope_and_registry('mmdet'):
+        model = MODELS.build(cfg.model)
+    batch = demo_mm_inputs(2, [[3, 75, 101], [3, 61, 70]], with_mask=True)
+    return model, batch
+
+
+def segmentor(cfg):
+    """A segmentor of a config, small, and a batch for its training."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    cfg.model.decode_head.norm_cfg = dict(type='BN')
+    cfg.model.data_preprocessor.size = (75, 101)
+    with MODELS.switch_scope_and_registry('mmseg'):
+        model = MODELS.build(cfg.model)
+    samples = [
+        SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 150, (1, 75, 101))))
+        for _ in range(2)
+    ]
+    return model, dict(
+        inputs=[torch.randint(0, 255, (3, 75, 101)) for _ in samples], data_samples=samples
+    )
+
+
+@pytest.mark.parametrize(
+    ('name', 'task', 'small'),
+    [
+        (
+            'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+            detector,
+            'backbone=dict(embed_dims=24, num_heads=[1, 2, 4, 8], depths=[2, 2, 2, 2]), '
+            'neck=dict(in_channels=[24, 48, 96, 192])',
+        ),
+        (
+            'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+            segmentor,
+            'backbone=dict(embed_dims=16), decode_head=dict(in_channels=[16, 32, 80, 128])',
+        ),
+    ],
+)
+def test_swapped_config_trains(write, name, task, small):
+    config = write(
+        f'_base_ = "{shipped(name)}"\nmodel = dict({small})\nmodel["backbone"]["init_cfg"] = None'
+    )
+    model, batch = task(Config.fromfile(idle_config(config, Settings(keep=0.5)).file))
+    model.init_weights()
+    model.train()
+    losses = model(**model.data_preprocessor(batch, True), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    assert torch.isfinite(loss)
+    masks = [mask for stage in model.backbone.keep_masks for mask in stage]
+    assert all(0.3 < mask.float().mean() < 0.7 for mask in masks if mask[0].numel() > 50)
+    gradients = [p.grad for p in model.backbone.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
