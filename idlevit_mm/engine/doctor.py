@@ -329,8 +329,8 @@ def check_stack(
             'stack',
             f'mixed: {" and ".join(parts)} have the same import names',
             WRONG if harm else NOTE,
-            f"'pip uninstall {packages}', then install one stack: '{OPENMMLAB.target}' or "
-            f"'{ONEDL.target}' of make do so, each in an environment of its own",
+            f"'pip uninstall {packages}', then install one stack: 'make {OPENMMLAB.target}' and "
+            f"'make {ONEDL.target}' do so, each in an environment of its own",
         )
     ]
 
