@@ -23,14 +23,15 @@ class LaunchError(ValueError):
     """A setting with which nothing can be started."""
 
 
-def whole_number(text: str, name: str, lowest: int) -> int:
+def whole_number(text: str, name: str, lowest: int, highest: int | None = None) -> int:
     """Read a setting.
 
     Raises:
-        LaunchError: It is no whole number, or below the lowest.
+        LaunchError: It is no whole number, or outside the range.
     """
-    if not text.isdecimal() or int(text) < lowest:
-        raise LaunchError(f'{name}={text!r} must be a whole number from {lowest} on')
+    if not text.isdecimal() or int(text) < lowest or (highest and int(text) > highest):
+        end = 'on' if highest is None else f'to {highest}'
+        raise LaunchError(f'{name}={text!r} must be a whole number from {lowest} {end}')
     return int(text)
 
 
@@ -61,7 +62,7 @@ def torchrun_options(
     address = environment.get('MASTER_ADDR', LOOPBACK if machines == 1 else '')
     if not address:
         raise LaunchError(f'NNODES={machines} needs MASTER_ADDR, the address of machine 0')
-    port = whole_number(environment.get('PORT', '29500'), 'PORT', 1)
+    port = whole_number(environment.get('PORT', '29500'), 'PORT', 1, 65535)
     return [
         f'--nnodes={machines}',
         f'--node-rank={number}',

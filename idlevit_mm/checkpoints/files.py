@@ -102,21 +102,24 @@ def write_weights(weights: StateDict, target: str | os.PathLike, place: str = ''
         place: Key under which a ``.pth`` file has them; '' for the bare state dict.
 
     Raises:
-        UsageError: The file is there already, or its name ends otherwise.
+        UsageError: The file is there already, its name ends otherwise, or it cannot be written.
     """
     path = check_target(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors wants each tensor in one piece and memory of its own.
     own = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     unfinished = path.with_name(f'{path.name}.unfinished')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == SAFETENSORS:
             safetensors_torch().save_file(own, unfinished, metadata={'format': 'pt'})
         else:
             torch.save({place: own} if place else own, unfinished)
         unfinished.rename(path)
+    except (OSError, RuntimeError) as error:  # torch says the latter of a folder it cannot write to
+        raise UsageError(f'{path} cannot be written: {first_line(error)}') from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 @CheckpointLoader.register_scheme(TIMM, force=True)

@@ -152,7 +152,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise MissingFileError(f'checkpoint {path} does not exist')
+        what = 'is a folder, not a file' if path.is_dir() else 'does not exist'
+        raise MissingFileError(f'checkpoint {path} {what}')
     allow_mmengine_globals()
     try:
         if path.suffix == SAFETENSORS:

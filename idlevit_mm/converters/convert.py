@@ -109,7 +109,10 @@ def convert_weights(
     state, others = split_backbone(weights)
     found = known_format(state, source)
     goal = format_of(found.family, TARGETS[to])
-    decoded = found.decode(state)
+    try:
+        decoded = found.decode(state)
+    except SettingError as error:
+        raise SettingError(f'{source}: {error}') from error
     fitted = _resized(decoded.state, found, window_size, img_size)
     encoded = goal.encode(fitted.state)
     report = WeightsReport(

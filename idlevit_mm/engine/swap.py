@@ -207,6 +207,9 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
     found = find_backbones(cfg)
     wanted = [backbone for backbone in found if backbone.twin and not backbone.is_teacher]
     if not wanted:
+        idle = [backbone.name for backbone in found if backbone.dense in TWINS.values()]
+        if idle:
+            raise UsageError(f'{idle[0]} is idle already; set {idle[0]}.keep_ratios instead')
         kinds = '; '.join(f'{b.name} is {_full_name(b)}' for b in found) or 'no backbone at all'
         known = ', '.join(f'{library}.{name}' for library, name in TWINS)
         raise UsageError(f'no backbone to convert; found: {kinds}; convertible: {known}')

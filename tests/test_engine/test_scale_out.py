@@ -308,6 +308,7 @@ def test_options_of_torchrun(dist_run):
         ('2', dict(NNODES='2'), 0, 'NNODES=2 needs MASTER_ADDR'),
         ('2', dict(NODE_RANK='1'), 0, 'NODE_RANK=1 must be below NNODES=1'),
         ('2', dict(PORT='http'), 0, "PORT='http'"),
+        ('2', dict(PORT='99999'), 0, "PORT='99999' must be a whole number from 1 to 65535"),
     ],
 )
 def test_settings_with_which_nothing_starts(dist_run, processes, environment, gpus, message):

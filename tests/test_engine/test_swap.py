@@ -360,7 +360,11 @@ WRONG = [
     ('x = 1', {}, 'the config has no model'),
     ('model = dict(type="A")', {}, 'found: no backbone at all; convertible: mmdet.SwinTr'),
     (f'model = dict(backbone={swin("mmpretrain.SwinTransformer")})', {}, 'is mmpretrain.Swin'),
-    (f'model = dict(backbone={swin("IdleSwinTransformer")})', {}, 'is IdleSwinTransformer'),
+    (
+        f'model = dict(backbone={swin("IdleSwinTransformer")})',
+        {},
+        r'model\.backbone is idle already; set',
+    ),
     (
         f'default_scope = "mmdet"\nmodel = dict(backbones=[dict(backbone={swin()})])',
         {},

@@ -9,7 +9,7 @@ import argparse
 
 from idlevit_mm.analysis.models import compare_with_config
 from idlevit_mm.converters import OPENMMLAB, TARGETS, convert_file
-from idlevit_mm.engine.launch import run_tool
+from idlevit_mm.engine.launch import load_config, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,6 +48,8 @@ def convert(
     config: str | None,
 ) -> None:
     """Convert, and print what became of the weights."""
+    if config is not None:
+        load_config(config)  # what is wrong with it shows before anything is written
     size = None if img_size is None else (img_size[0], img_size[-1])
     converted = convert_file(source, target, to, window_size, size)
     print(f'{source}: {converted.source.title}')
