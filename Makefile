@@ -6,8 +6,8 @@ PYTHON ?=
 # More arguments for pytest, as in: make test PYTEST_ARGS='-k swin -x'
 PYTEST_ARGS ?=
 # A process per core, at most four: each holds torch, mmdet and mmseg. A file's tests stay together,
-# as they share fixtures.
-PYTEST_PROCESSES := -n auto --maxprocesses 4 --dist loadfile
+# as they share fixtures. In their order, since the slowest files have few tests and would come last.
+PYTEST_PROCESSES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # More arguments for the benchmark, as in: make bench BENCH_ARGS='--out speed.json'
 BENCH_ARGS ?=
 
