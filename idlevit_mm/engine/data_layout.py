@@ -1,6 +1,6 @@
 """Finds the parts of COCO 2017 and ADE20K below a folder, and links or converts them into place.
 
-Nothing is ever deleted or overwritten: what is made is made beside what is there.
+Nothing that was there is ever deleted or overwritten: what is made is made beside what is there.
 """
 
 from __future__ import annotations
