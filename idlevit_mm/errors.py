@@ -1,4 +1,38 @@
-"""The errors that a person, not a programmer, has to act on."""
+"""The errors that a person, not a programmer, has to act on, and how their text is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+
+def shortened(items: Collection[Any], limit: int = 5, separator: str = ', ') -> str:
+    """The first of many things, and how many more there are.
+
+    Args:
+        items: Anything that ``str`` writes.
+        limit: Number of things that are written.
+        separator: What stands between two.
+    """
+    listed = list(items)
+    more = f' and {len(listed) - limit} more' if len(listed) > limit else ''
+    return separator.join(map(str, listed[:limit])) + more
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """The message of an exception on one line; its type if it has none.
+
+    Args:
+        error: Any exception.
+        limit: Number of characters beyond which the rest is cut off, None for all.
+    """
+    text = str(error)
+    if isinstance(error, KeyError) and error.args:
+        # KeyError quotes its message, which often is nothing but the key.
+        text = str(error.args[0])
+        text = text if ' ' in text else f'no key {error.args[0]!r}'
+    text = ' '.join(text.split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + '...'
 
 
 class UsageError(RuntimeError):

@@ -23,7 +23,7 @@ from idlevit_mm.analysis.models import (
     with_keep_ratios,
 )
 from idlevit_mm.analysis.presets import PRESETS, Preset, preset_of, timm_twin
-from idlevit_mm.errors import UsageError
+from idlevit_mm.errors import UsageError, one_line
 
 SCOPES = ('map', 'window_tokens', 'windows')
 DENSE_KINDS = ('host', 'timm', 'dense')
@@ -137,7 +137,7 @@ def load_target(spec: str, choice: Choice, checkpoint: str | Path | None = None)
     try:
         model = load_model(cfg, checkpoint)
     except (ImportError, KeyError) as error:  # KeyError: a class that no installed library has
-        raise UsageError(f'{spec} cannot be built: {" ".join(str(error).split())}') from error
+        raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
     if choice.part == 'backbone':
         model_cfg = cfg
         model = getattr(model, 'backbone', model)

@@ -20,12 +20,11 @@ from ..checkpoints import (
     WeightsReport,
     compare,
     read_weights,
-    shortened,
     split_backbone,
     with_shapes,
 )
 from ..converters import Fitted, Format, detect
-from ..errors import SettingError
+from ..errors import SettingError, shortened
 from ..policies import KeepRatios, normalize_keep_ratios
 
 GELU = dict(type='GELU')

@@ -1,7 +1,7 @@
 """Reading and writing of checkpoints, and what is told about their weights."""
 
 from .files import TIMM, check_target, is_local, read_checkpoint, read_weights, write_weights
-from .report import WeightsReport, compare, counted, of_policy, shortened, with_shapes
+from .report import WeightsReport, compare, counted, of_policy, with_shapes
 from .safe_load import allow_mmengine_globals, load_checkpoint, strip_checkpoint
 from .weights import BACKBONE, StateDict, split_backbone, unwrapped, weights_of
 
@@ -19,7 +19,6 @@ __all__ = [
     'of_policy',
     'read_checkpoint',
     'read_weights',
-    'shortened',
     'split_backbone',
     'strip_checkpoint',
     'unwrapped',

@@ -21,10 +21,9 @@ import torch
 from mmengine.fileio import get
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from ..errors import BrokenCheckpointError, UsageError
+from ..errors import BrokenCheckpointError, UsageError, one_line
 from .safe_load import (
     SAFETENSORS,
-    first_line,
     load_checkpoint,
     reading_error,
     safetensors_torch,
@@ -147,7 +146,7 @@ def load_from_timm(filename: str, map_location: Any = None) -> StateDict:
     except Exception as error:
         raise UsageError(
             f'checkpoint {filename} cannot be fetched by timm ({type(error).__name__}: '
-            f'{first_line(error)}). Without network, download the file of that model elsewhere '
+            f'{one_line(error, 200)}). Without network, download the file of that model elsewhere '
             'and name its path instead'
         ) from error
     return {key: value.to(map_location or 'cpu') for key, value in model.state_dict().items()}
@@ -208,7 +207,8 @@ def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
         raise reading_error(source, error) from error
     except Exception as error:  # of the network, a storage's client, or the list of models
         raise UsageError(
-            f'checkpoint {source} cannot be fetched ({type(error).__name__}: {first_line(error)})'
+            f'checkpoint {source} cannot be fetched '
+            f'({type(error).__name__}: {one_line(error, 200)})'
         ) from error
     finally:
         for name, value in before.items():

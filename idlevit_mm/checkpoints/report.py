@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from ..errors import shortened
 from .weights import StateDict
 
 Shape = tuple[int, ...]
@@ -107,10 +108,3 @@ def counted(names: Collection[str]) -> str:
 def with_shapes(shapes: dict[str, tuple[Shape, Shape]], word: str) -> list[str]:
     """``key (4, 2) to (8, 2)`` for each key; ``word`` stands between the shapes."""
     return [f'{key} {first} {word} {second}' for key, (first, second) in shapes.items()]
-
-
-def shortened(names: Sequence[str] | Collection[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    listed = list(names)
-    more = f' and {len(listed) - limit} more' if len(listed) > limit else ''
-    return ', '.join(listed[:limit]) + more

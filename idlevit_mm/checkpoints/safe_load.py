@@ -26,7 +26,14 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
-from ..errors import BrokenCheckpointError, MissingFileError, UnsafeCheckpointError, UsageError
+from ..errors import (
+    BrokenCheckpointError,
+    MissingFileError,
+    UnsafeCheckpointError,
+    UsageError,
+    one_line,
+    shortened,
+)
 from .weights import PLACES, place_of_weights, weights_of
 
 SAFETENSORS = '.safetensors'
@@ -197,16 +204,15 @@ def reading_error(source: str | os.PathLike, error: Exception) -> UsageError:
     reason = str(error)
     foreign = _foreign_globals(source, reason)
     if foreign or 'Trying to call reduce' in reason or 'Can only' in reason:
-        names = ', '.join(foreign[:5]) or reason.splitlines()[0]
-        more = f' and {len(foreign) - 5} more' if len(foreign) > 5 else ''
+        names = shortened(foreign) or one_line(error, 200)
         return UnsafeCheckpointError(
-            f'checkpoint {source} is refused as unsafe: it holds {names}{more}, and reading such '
+            f'checkpoint {source} is refused as unsafe: it holds {names}, and reading such '
             'things can run code. Only tensors and the records of mmengine are read. To use the '
             'weights, drop everything else first: python '
             f'tools/model_converters/strip_checkpoint.py {source} stripped.pth'
         )
     return BrokenCheckpointError(
-        f'checkpoint {source} cannot be read ({first_line(error)}): the file is incomplete, '
+        f'checkpoint {source} cannot be read ({one_line(error, 200)}): the file is incomplete, '
         'damaged, or no checkpoint'
     )
 
@@ -214,12 +220,6 @@ def reading_error(source: str | os.PathLike, error: Exception) -> UsageError:
 def _is_zip(path: Path) -> bool:
     with open(path, 'rb') as file:
         return file.read(4) == b'PK\x03\x04'
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 class _Inert:
@@ -318,7 +318,7 @@ def strip_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> tu
             )
     except Exception as error:
         raise BrokenCheckpointError(
-            f'checkpoint {source} cannot be read ({first_line(error)})'
+            f'checkpoint {source} cannot be read ({one_line(error, 200)})'
         ) from error
 
     place = place_of_weights(checkpoint) if isinstance(checkpoint, dict) else ''

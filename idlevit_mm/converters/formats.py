@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..checkpoints import StateDict, shortened
-from ..errors import SettingError
+from ..checkpoints import StateDict
+from ..errors import SettingError, shortened
 from . import pvt, swin, vit
 from .renaming import Conversion
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..checkpoints import StateDict, of_policy, shortened
-from ..errors import SettingError
+from ..checkpoints import StateDict, of_policy
+from ..errors import SettingError, shortened
 
 Transform = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,7 @@ from mmengine.dataset import Compose
 from mmengine.fileio import load
 from mmengine.logging import print_log
 
-from ..errors import BadSampleError, SettingError, UsageError
+from ..errors import BadSampleError, SettingError, UsageError, one_line, shortened
 
 # Up to this many different files may be unusable, and beyond it this share of what was read.
 MAX_BAD = 10
@@ -31,6 +31,8 @@ MAX_BAD_SHARE = 0.01
 MAX_IN_A_ROW = 50
 _IGNORED = 255
 _NAMED = 3
+# Modules of this name read text, which says what the classes are: GLIP, Grounding DINO, SAN.
+_READS_TEXT = ('language_model', 'text_encoder')
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
@@ -44,20 +46,13 @@ def leaves(dataset: Any) -> Iterator[Any]:
         yield dataset
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The message of an exception on one line."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    text = f'no key {text}' if isinstance(error, KeyError) else text
-    return text if len(text) <= limit else text[: limit - 3] + '...'
-
-
 def reading_problem(path: str, error: BaseException) -> str:
     """Why a file could not be loaded."""
     if isinstance(error, FileNotFoundError):
         return f'{path} does not exist'
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return f'{path} is empty'
-    reason = one_line(error)
+    reason = one_line(error, 200)
     # What mmcv says when OpenCV gives no image.
     reason = 'not an image, or cut off' if 'failed to load image' in reason else reason
     return f'{path} cannot be read ({reason})'
@@ -139,6 +134,12 @@ class GuardedPipeline(Compose):
         self.num_read = 0
         self.in_a_row = 0
         self.bad: set[str] = set()
+        # Boxes are scaled by the size that was found, so only masks must have that of the file.
+        self.loads_masks = any(
+            getattr(transform, 'with_mask', False) or getattr(transform, 'with_seg', False)
+            for transform in self.transforms
+        )
+        self.told_of_size = False
 
     def __call__(self, data: dict) -> dict | None:
         """Load and transform one image.
@@ -179,7 +180,18 @@ class GuardedPipeline(Compose):
         return data
 
     def _misfit(self, data: dict) -> str | None:
-        return size_problem(data) or mask_problem(data, self.num_classes)
+        problem = size_problem(data)
+        if problem is not None and not self.loads_masks:
+            if not self.told_of_size:
+                self.told_of_size = True
+                print_log(
+                    f'{problem}. It is used, since only boxes are loaded; other images of this '
+                    'data set are not named',
+                    'current',
+                    logging.WARNING,
+                )
+            problem = None
+        return problem or mask_problem(data, self.num_classes)
 
     def _leave_out(self, problem: str, cause: Exception | None = None) -> None:
         if not self.training:
@@ -236,7 +248,7 @@ def naming_the_data(phase: str, config: dict) -> Iterator[None]:
         dataset = config.get('dataset')
         file = dataset.get('ann_file') if isinstance(dataset, dict) else None
         about = f' (ann_file {file})' if file else ''
-        reason = one_line(error)
+        reason = one_line(error, 200)
         if 'need at least one array to concatenate' in reason:
             # BaseDataset joins the records of all images, and there are none.
             reason = (
@@ -254,40 +266,82 @@ def class_counts(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
     """Name and ``num_classes`` of every head that tells the data set's classes apart.
 
     Region proposal heads know objects only, and semantic branches of detectors have classes of
-    their own.
+    their own. Where text says what the classes are, ``num_classes`` does not number them: such
+    models have none.
     """
-    for name, module in model.named_modules():
-        parts = name.split('.')
-        if 'backbone' in parts or not any('head' in part for part in parts):
-            continue
-        if any('rpn_head' in part or 'semantic_head' in part for part in parts):
-            continue
+    named_modules = dict(model.named_modules())
+    if any(name.rpartition('.')[2] in _READS_TEXT for name in named_modules):
+        return
+    for name, module in named_modules.items():
         number = getattr(module, 'num_classes', None)
-        if isinstance(number, int) and not isinstance(number, bool):
+        if is_class_head(name) and isinstance(number, int) and not isinstance(number, bool):
             yield name, number
 
 
+def is_class_head(name: str) -> bool:
+    """Whether a module's dotted name is that of a head for the data set's classes."""
+    parts = name.split('.')
+    return (
+        'backbone' not in parts
+        and any('head' in part for part in parts)
+        and not any('rpn_head' in part or 'semantic_head' in part for part in parts)
+    )
+
+
+def classes_of(metainfo: dict[str, Any], head: str) -> Sequence[str] | None:
+    """The classes of a data set that a head tells apart; None if that is not known.
+
+    Args:
+        metainfo: Of the data set.
+        head: Dotted name of the head.
+    """
+    classes, things = metainfo.get('classes'), metainfo.get('thing_classes')
+    if not isinstance(classes, (list, tuple)):
+        return None
+    if not isinstance(things, (list, tuple)) or 'panoptic' in head:
+        return classes
+    # In panoptic data, heads of boxes and instances know things only. With classes of a person's
+    # own, mmdet's list of things stays as it is and says nothing.
+    return things if set(things) <= set(classes) else None
+
+
 def check_classes(dataset: Any, model: torch.nn.Module, phase: str) -> None:
-    """Check that heads and data set agree on the number of classes.
+    """Check that heads and data set agree on the number of classes; warn of heads with more.
 
     Raises:
-        SettingError: They do not, or the annotation file lacks classes so that labels would shift.
+        SettingError: A head has fewer classes, so that labels would be beyond its last one, or the
+            annotation file lacks classes so that labels would shift.
     """
+    counts = list(class_counts(model))
     for leaf in leaves(dataset):
-        classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
-        if not isinstance(classes, (list, tuple)):
-            continue
-        kind = type(leaf).__name__
+        metainfo = getattr(leaf, 'metainfo', None) or {}
+        kind, classes = type(leaf).__name__, metainfo.get('classes')
         ids = getattr(leaf, 'cat_ids', None)
-        if isinstance(ids, (list, tuple)) and len(ids) < len(classes):
+        if (
+            isinstance(classes, (list, tuple))
+            and isinstance(ids, (list, tuple))
+            and len(ids) < len(classes)
+        ):
             _check_missing_categories(leaf, classes, phase)
-        for name, number in class_counts(model):
-            if number != len(classes):
+        for name, number in counts:
+            told_apart = classes_of(metainfo, name)
+            if told_apart is None or number == len(told_apart):
+                continue
+            text = (
+                f'model.{name}.num_classes={number}, but {kind} of {phase}_dataloader has '
+                f'{len(told_apart)} classes ({shortened(told_apart, _NAMED)})'
+            )
+            if number < len(told_apart):
                 raise SettingError(
-                    f'model.{name}.num_classes={number}, but {kind} of {phase}_dataloader has '
-                    f'{len(classes)} classes ({_few(classes)}). Make them agree: num_classes of '
-                    'every head, or metainfo=dict(classes=...) of every data set'
+                    f'{text}. Make them agree: num_classes of every head, or '
+                    'metainfo=dict(classes=...) of every data set'
                 )
+            print_log(
+                f'{text}. Nothing is learned of the others, and an evaluator may stop at a '
+                'prediction of one',
+                'current',
+                logging.WARNING,
+            )
 
 
 def _check_missing_categories(leaf: Any, classes: Sequence[str], phase: str) -> None:
@@ -296,7 +350,7 @@ def _check_missing_categories(leaf: Any, classes: Sequence[str], phase: str) -> 
     found = [name for name in names if name in classes]
     text = (
         f'{phase}_dataloader: {type(leaf).__name__} has {len(classes)} classes '
-        f'({_few(classes)}), but {leaf.ann_file} has categories of these names for '
+        f'({shortened(classes, _NAMED)}), but {leaf.ann_file} has categories of these names for '
         f'{len(found)} only'
     )
     # mmdet numbers the categories that it finds, so only a gap before one of them shifts labels.
@@ -304,10 +358,6 @@ def _check_missing_categories(leaf: Any, classes: Sequence[str], phase: str) -> 
         print_log(text, 'current', logging.WARNING)
         return
     raise SettingError(f'{text}. Name those of the file in metainfo=dict(classes=...)')
-
-
-def _few(items: Sequence[Any]) -> str:
-    return ', '.join(map(str, items[:_NAMED])) + (', ...' if len(items) > _NAMED else '')
 
 
 def check_boxes(dataset: Any, phase: str) -> None:
@@ -348,7 +398,7 @@ def warn_of_lonely_masks(dataset: Any, phase: str) -> None:
         if lonely:
             print_log(
                 f'{phase}_dataloader: {len(lonely)} masks of {masks} have no image in {images} '
-                f'and are not used: {_few(lonely)}',
+                f'and are not used: {shortened(lonely, _NAMED)}',
                 'current',
                 logging.WARNING,
             )

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import is_local, load_checkpoint, shortened, unwrapped, weights_of
-from ..errors import BrokenCheckpointError, UsageError
+from ..checkpoints import is_local, load_checkpoint, unwrapped, weights_of
+from ..errors import BrokenCheckpointError, UsageError, shortened
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from rich.progress import track
 
 from ..datasets.formats import (
@@ -27,9 +27,63 @@ from ..datasets.formats import (
     COCO_IMAGES,
     coco_ann_file,
 )
-from .data_layout import INDEX_MODES, Place, find_parts, full_ade20k, is_full_ade20k, read_mask
+from ..errors import one_line, shortened
+from .data_layout import (
+    INDEX_MODES,
+    Place,
+    find_parts,
+    full_ade20k,
+    is_full_ade20k,
+    opened,
+    read_mask,
+)
 from .doctor import NOTE, WRONG, Finding
 
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (bool, int)) and value in (0, 1)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ''
+
+
+def _is_anything(value: Any) -> bool:
+    return True
+
+
+_KINDS: Mapping[Callable[[Any], bool], str] = {
+    _is_integer: 'a whole number',
+    _is_size: 'a whole number above 0',
+    _is_number: 'a finite number',
+    _is_flag: '0 or 1',
+    _is_text: 'text',
+}
+# What the fields of an annotation file must be; boxes are looked at one by one.
+_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    'images': {'id': _is_integer, 'file_name': _is_text, 'height': _is_size, 'width': _is_size},
+    'annotations': {
+        'id': _is_integer,
+        'image_id': _is_integer,
+        'category_id': _is_integer,
+        'bbox': _is_anything,
+        'area': _is_number,
+        'iscrowd': _is_flag,
+    },
+    'categories': {'id': _is_integer, 'name': _is_text},
+}
 # Files of a split that are decoded when not all are.
 SAMPLE = 200
 _NAMED = 3
@@ -39,9 +93,8 @@ _DOWNLOAD = 'docs/data.md has the commands to download it'
 
 
 def named(items: Sequence[Any]) -> str:
-    """A few of many things, and how many more there are."""
-    text = ', '.join(str(item) for item in items[:_NAMED])
-    return text + (f' and {len(items) - _NAMED} more' if len(items) > _NAMED else '')
+    """The first few of what is wrong, and how many more there are."""
+    return shortened(items, _NAMED)
 
 
 def sampled(items: Sequence[Any], deep: bool) -> Sequence[Any]:
@@ -65,7 +118,8 @@ def decoded_size(path: Path) -> tuple[int, int]:
         raise OSError('cannot be decoded')
     # Older releases of OpenCV fill the rest of a file that was cut off with grey.
     if not data.rstrip(b'\0').endswith(b'\xff\xd9'):
-        Image.open(io.BytesIO(data)).load()
+        with opened(io.BytesIO(data)) as picture:
+            picture.load()
     return image.shape[0], image.shape[1]
 
 
@@ -81,7 +135,7 @@ def image_problem(path: Path, size: tuple[int, int] | None = None) -> str | None
     except FileNotFoundError:
         return f'{path.name} is missing'
     except OSError as error:
-        return f'{path.name}: {error}'
+        return f'{path.name}: {one_line(error, 200)}'
     if size is not None and found != size:
         return f'{path.name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}'
     return None
@@ -95,7 +149,7 @@ def mask_problem(mask: Path, image: Path) -> str | None:
     try:
         values, mode = read_mask(mask)
     except OSError as error:
-        return f'{mask.name}: {error}'
+        return f'{mask.name}: {one_line(error, 200)}'
     if mode not in INDEX_MODES:
         return f'{mask.name} is of kind {mode}, not one channel of 8 bits (L)'
     size = decoded_size(image)
@@ -150,6 +204,10 @@ def _missing_part(section: str, place: Place, root: Path, dataset: str) -> Findi
     elif place.found is not None:
         value = f'lies at {place.found} instead of {root / place.part}'
         remedy = f'move it, or link it: {option} --link'
+    elif (root / place.part).is_dir() and place.part.endswith('.json'):
+        value, remedy = f'{root / place.part} is a folder instead of a file', _DOWNLOAD
+    elif (root / place.part).is_file():
+        value, remedy = f'{root / place.part} is a file instead of a folder', _DOWNLOAD
     elif (root / place.part).is_dir():
         value, remedy = f'{root / place.part} holds no images', _DOWNLOAD
     else:
@@ -175,12 +233,18 @@ def _count(section: str, name: str, found: int, expected: int) -> Finding:
 # ----------------------------------------------------------------------------------------- COCO
 
 
+def shown(value: Any, limit: int = 40) -> str:
+    """A value as JSON writes it, cut off where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
 def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
     """An annotation file of COCO, and what is wrong with it as a whole, if anything."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        return {}, f'cannot be read as JSON ({error}): it is cut off or another file'
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f'cannot be read as JSON ({one_line(error, 200)}): it is cut off or another file'
     if not isinstance(content, dict):
         return {}, f'holds a {type(content).__name__}, not the tables images, annotations, ...'
     for key in ('images', 'annotations', 'categories'):
@@ -189,15 +253,16 @@ def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
             return {}, f'has no list {key!r}{hint}'
     if any(isinstance(ann, dict) and 'segments_info' in ann for ann in content['annotations']):
         return {}, 'is a panoptic annotation file, not instances'
-    for key, fields in (
-        ('images', ('id', 'file_name', 'height', 'width')),
-        ('annotations', ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd')),
-        ('categories', ('id', 'name')),
-    ):
+    for key, fields in _FIELDS.items():
         for number, entry in enumerate(content[key]):
-            lacking = [f for f in fields if not isinstance(entry, dict) or f not in entry]
-            if lacking:
-                return {}, f'has an entry without {lacking[0]!r}: {key}[{number}]'
+            for name, fits in fields.items():
+                if not isinstance(entry, dict) or name not in entry:
+                    return {}, f'has an entry without {name!r}: {key}[{number}]'
+                if not fits(entry[name]):
+                    return {}, (
+                        f'has {shown(entry[name])} for {name!r} in {key}[{number}], '
+                        f'which must be {_KINDS[fits]}'
+                    )
     return content, None
 
 

@@ -1,19 +1,24 @@
 """Finds the parts of COCO 2017 and ADE20K below a folder, and links or converts them into place.
 
-Nothing is ever deleted or overwritten: what is made is made beside what is there.
+Nothing that was there is ever deleted or overwritten: what is made is made beside what is there.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import DecompressionBombError
 
 from ..datasets.formats import (
     ADE20K_CLASSES,
@@ -22,7 +27,7 @@ from ..datasets.formats import (
     COCO_IMAGES,
     coco_ann_file,
 )
-from ..errors import UsageError
+from ..errors import BadSampleError, UsageError, one_line, shortened
 
 DATASETS = ('coco', 'ade20k')
 # Where the configs look for the data set.
@@ -122,13 +127,29 @@ def is_full_ade20k(root: Path) -> bool:
     )
 
 
+@contextmanager
+def opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture that Pillow has opened.
+
+    Raises:
+        OSError: For everything that Pillow raises, here or while it is decoded.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise OSError('is no image') from error
+    except (SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError) as error:
+        raise OSError(one_line(error)) from error
+
+
 def read_mask(path: Path) -> tuple[np.ndarray, str]:
     """A mask as mmseg reads it, and Pillow's name of its kind (``'L'`` is 8-bit, one channel).
 
     Raises:
         OSError: It cannot be read.
     """
-    with Image.open(path) as image:
+    with opened(path) as image:
         return np.asarray(image), image.mode
 
 
@@ -179,34 +200,71 @@ def _unpack(archive: Path, folder: Path) -> str:
     return f'unpacked {archive} into {folder}'
 
 
+def _convert_mask(path: Path, target: Path) -> str | None:
+    """Link a mask that is right, or write one that can be made right.
+
+    Returns:
+        ``'linked'``, ``'written'``, or None if nothing exact can be made of its colours.
+
+    Raises:
+        BadSampleError: It cannot be read.
+    """
+    try:
+        values, mode = read_mask(path)
+    except OSError as error:
+        raise BadSampleError(f'{path.name} ({one_line(error, 200)})') from error
+    exact = values if mode in INDEX_MODES else exact_mask(values)
+    if exact is None:
+        return None
+    if exact is values:
+        (target / path.name).symlink_to(path.resolve())
+        return 'linked'
+    Image.fromarray(exact).save(target / path.name)
+    return 'written'
+
+
 def _convert_masks(source: Path, target: Path) -> Iterator[str]:
     """Link the masks that are right, and write those that can be made right."""
+    made: dict[str | None, list[str]] = {'linked': [], 'written': [], None: []}
+    broken = []
     target.mkdir(parents=True)
-    linked, written, refused = 0, 0, []
-    for path in sorted(source.iterdir()):
-        if path.suffix.lower() != '.png':
-            continue
-        values, mode = read_mask(path)
-        exact = values if mode in INDEX_MODES else exact_mask(values)
-        if exact is values:
-            (target / path.name).symlink_to(path.resolve())
-            linked += 1
-        elif exact is not None:
-            Image.fromarray(exact).save(target / path.name)
-            written += 1
-        else:
-            refused.append(path.name)
-    yield f'made {target}: {linked} masks linked, {written} written with one channel of 8 bits'
-    if refused:
+    try:
+        for path in sorted(source.iterdir()):
+            if path.suffix.lower() == '.png':
+                try:
+                    made[_convert_mask(path, target)].append(path.name)
+                except BadSampleError as error:
+                    broken.append(str(error))
+    except BaseException as error:
+        # A full disk, an interrupt: a folder with some of the masks would pass for all of them.
+        shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UsageError(f'{target} cannot be written: {one_line(error)}') from error
+        raise
+    yield (
+        f'made {target}: {len(made["linked"])} masks linked, {len(made["written"])} written with '
+        'one channel of 8 bits'
+    )
+    if refused := made[None]:
         yield (
-            f'{len(refused)} masks were left out, such as {refused[0]}: their colours are not '
+            f'{len(refused)} masks were left out ({shortened(refused)}): their colours are not '
             'numbers of classes, so nothing exact can be made of them'
         )
+    if broken:
+        yield f'{len(broken)} masks were left out, because they cannot be read: {shortened(broken)}'
 
 
 def _needs_conversion(folder: Path) -> bool:
-    """Whether the first masks of a folder have other than one channel of 8 bits."""
-    return any(read_mask(path)[1] not in INDEX_MODES for path in sorted(folder.glob('*.png'))[:20])
+    """Whether one of the first masks of a folder has other than one channel of 8 bits."""
+
+    def is_other(path: Path) -> bool:
+        try:
+            return read_mask(path)[1] not in INDEX_MODES
+        except OSError:
+            # No conversion mends it; the check names it.
+            return False
+
+    return any(map(is_other, sorted(folder.glob('*.png'))[:20]))
 
 
 def bring_into_place(dataset: str, root: Path, target: Path, convert: bool) -> Iterator[str]:

@@ -28,7 +28,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint
-from ..errors import UnsafeCheckpointError, UsageError
+from ..errors import UnsafeCheckpointError, UsageError, one_line
 from .checks import (
     check_datasets,
     check_pretrained,
@@ -104,9 +104,9 @@ def _lost_process(error: RuntimeError) -> str | None:
         return None
     return (
         f'process {_rank()} of {torch.distributed.get_world_size()} lost the connection to '
-        f'another one, which has ended or cannot be reached ({_reason(error)[-200:]}). If that one '
-        'does not say why, memory may have run out there. Checkpoints are whole: start the same '
-        'command again, a training with --resume'
+        f'another one, which has ended or cannot be reached ({one_line(error)[-200:]}). If that '
+        'one does not say why, memory may have run out there. Checkpoints are whole: start the '
+        'same command again, a training with --resume'
     )
 
 
@@ -153,19 +153,13 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        raise UsageError(f'config {path} cannot be read: {_reason(error)}') from error
+        raise UsageError(f'config {path} cannot be read: {one_line(error)}') from error
     if options:
         try:
             cfg.merge_from_dict(options)
         except Exception as error:
-            raise UsageError(f'--cfg-options does not fit {path}: {_reason(error)}') from error
+            raise UsageError(f'--cfg-options does not fit {path}: {one_line(error)}') from error
     return cfg
-
-
-def _reason(error: BaseException) -> str:
-    """The message of an exception on one line, KeyError's quotes removed."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return ' '.join(text.split()) or type(error).__name__
 
 
 def task_of(cfg: Config) -> str:
@@ -391,7 +385,7 @@ def build_runner(cfg: Config) -> Runner:
         return ResumableRunner.from_cfg(cfg)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
-            f'the config does not build: {_reason(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
+            f'the config does not build: {one_line(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
         ) from error
 
 
@@ -401,7 +395,7 @@ def _refusing(call: Callable[[], Any]) -> Any:
         return call()
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(
-            f'a checkpoint is refused: {_reason(error)[:300]}. Download it, drop everything but '
+            f'a checkpoint is refused: {one_line(error, 300)}. Download it, drop everything but '
             'its weights (python tools/model_converters/strip_checkpoint.py FILE stripped.pth), '
             'and name that file in the config'
         ) from error

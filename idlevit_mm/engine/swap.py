@@ -26,7 +26,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line, shortened
 from ..hooks import RandomKeepRatioHook
 from .config_text import Code, assignment, merged, nested, source
 from .launch import load_config, task_of
@@ -471,8 +471,7 @@ def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any
         with _OnMeta():
             return cls(**{key: v for key, v in arguments.items() if key not in _WEIGHTS})
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        message = ' '.join(str(error).split())
-        raise UsageError(f'{kind} does not build: {message}') from error
+        raise UsageError(f'{kind} does not build: {one_line(error)}') from error
 
 
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
@@ -486,9 +485,8 @@ def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
         if old.get(name) != new.get(name)
     ]
     if differ:
-        more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
         raise UsageError(
-            f'{kind} has other weights than {type(idle).__name__}: {"; ".join(differ[:3])}{more}'
+            f'{kind} has other weights than {type(idle).__name__}: {shortened(differ, 3, "; ")}'
         )
 
 

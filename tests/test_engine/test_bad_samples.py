@@ -1,8 +1,10 @@
 """Broken images, masks and annotation files: left out by name, or one clear line; work is kept."""
 
+import importlib.util
 import json
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from mmengine.registry import DATASETS, DefaultScope, init_default_scope
 from PIL import Image
 
 from idlevit_mm.engine import BadSampleError, SettingError, bad_samples
-from idlevit_mm.engine.bad_samples import class_counts, guard, naming_the_data
+from idlevit_mm.engine.bad_samples import check_classes, class_counts, guard, naming_the_data
+from idlevit_mm.engine.checks import leaf_datasets
 from idlevit_mm.engine.launch import evaluate_from_config, run_tool, train_from_config
 
 pytest.importorskip('mmdet')
@@ -162,6 +165,42 @@ def test_bad_samples(place, build, monkeypatch, task, part, kind):
     assert datasets['val'][0]['inputs'].shape == (3, 70, 90)
 
 
+def swap_sizes(place, split):
+    """Exchanges height and width of every image in an annotation file."""
+    path = place / f'coco/annotations/instances_{split}.json'
+    content = json.loads(path.read_text())
+    for image in content['images']:
+        image['height'], image['width'] = image['width'], image['height']
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_wrong_sizes_in_the_annotations_matter_to_masks_only(place, build, monkeypatch, split):
+    said = []
+    monkeypatch.setattr(
+        bad_samples, 'print_log', lambda text, logger, level: said.append((level, text))
+    )
+    swap_sizes(place, split)
+    dataset = build('det', split, guarded=False)
+    transforms = dataset.pipeline.transforms
+    (annotations,) = (t for t in transforms if type(t).__name__ == 'LoadAnnotations')
+    assert annotations.with_mask
+    annotations.with_mask = False
+    guard(dataset, training=split == 'train')
+    for index in range(len(dataset)):
+        assert dataset[index]['inputs'].shape == (3, 70, 90)
+    # Once for the data set, not for each of its images.
+    ((level, text),) = said
+    assert level == logging.WARNING
+    assert 'is 90x70, but the annotation file says 70x90. It is used' in text
+    annotations.with_mask = True
+    dataset.pipeline = Compose(transforms)
+    guard(dataset, training=split == 'train')
+    message = 'is 90x70, but the annotation file says 70x90'
+    with pytest.raises(BadSampleError, match=message):
+        dataset[0]
+
+
 @pytest.mark.parametrize('task', BASES)
 @pytest.mark.parametrize('kind', GOOD_IMAGES)
 def test_other_kinds_of_images_are_fine(place, build, task, kind):
@@ -296,29 +335,136 @@ def test_programming_errors_while_building_pass():
         raise KeyError('images')
 
 
+def numbered(number):
+    """A module that has classes."""
+    module = torch.nn.Module()
+    module.num_classes = number
+    return module
+
+
+def nested(**children):
+    """A module of modules."""
+    parent = torch.nn.Module()
+    for name, child in children.items():
+        setattr(parent, name, child)
+    return parent
+
+
 def test_heads_that_count_classes():
-    def module(**children):
-        parent = torch.nn.Module()
-        for name, child in children.items():
-            setattr(parent, name, child)
-        return parent
-
-    def head(number):
-        child = torch.nn.Module()
-        child.num_classes = number
-        return child
-
-    model = module(
-        backbone=head(1000),
-        rpn_head=head(1),
-        roi_head=module(bbox_head=torch.nn.ModuleList([head(80), head(80)]), mask_head=head(80)),
-        semantic_head=head(183),
+    model = nested(
+        backbone=numbered(1000),
+        rpn_head=numbered(1),
+        roi_head=nested(
+            bbox_head=torch.nn.ModuleList([numbered(80), numbered(80)]), mask_head=numbered(80)
+        ),
+        semantic_head=numbered(183),
     )
     assert dict(class_counts(model)) == {
         'roi_head.bbox_head.0': 80,
         'roi_head.bbox_head.1': 80,
         'roi_head.mask_head': 80,
     }
+
+
+class Named:
+    """As much of a data set as the check of classes looks at."""
+
+    def __init__(self, **metainfo):
+        self.metainfo = metainfo
+
+
+def test_more_classes_than_the_data_have_are_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        bad_samples, 'print_log', lambda text, logger, level: said.append((level, text))
+    )
+    data = Named(classes=tuple('abcde'))
+    check_classes(data, nested(bbox_head=numbered(5)), 'train')
+    assert not said
+    check_classes(data, nested(bbox_head=numbered(6)), 'train')
+    ((level, text),) = said
+    assert level == logging.WARNING
+    assert 'model.bbox_head.num_classes=6, but Named of train_dataloader has 5 classes' in text
+    assert '(a, b, c and 2 more)' in text
+    with pytest.raises(SettingError, match=r'num_classes=4, but .* 5 classes'):
+        check_classes(data, nested(bbox_head=numbered(4)), 'train')
+
+
+def test_text_says_what_the_classes_are():
+    model = nested(language_model=torch.nn.Linear(1, 1), bbox_head=numbered(2))
+    check_classes(Named(classes=tuple('abcde')), model, 'train')
+
+
+def test_heads_of_boxes_know_things_only():
+    data = Named(classes=tuple('abcde'), thing_classes=tuple('abc'))
+    model = nested(
+        roi_head=nested(bbox_head=numbered(3)), panoptic_head=numbered(5), semantic_head=numbered(3)
+    )
+    check_classes(data, model, 'train')
+    with pytest.raises(SettingError, match=r'model.roi_head.bbox_head.num_classes=2.* 3 classes'):
+        check_classes(data, nested(roi_head=nested(bbox_head=numbered(2))), 'train')
+    with pytest.raises(SettingError, match=r'model.panoptic_head.num_classes=3.* 5 classes'):
+        check_classes(data, nested(panoptic_head=numbered(3)), 'train')
+    # Classes of a person's own: mmdet's things are not among them.
+    data = Named(classes=tuple('xyzvw'), thing_classes=tuple('abc'))
+    check_classes(data, nested(roi_head=nested(bbox_head=numbered(2))), 'train')
+
+
+# --------------------------------------------------------- configs shipped with mmdet and mmseg
+
+BACKBONES = re.compile(r'swin|pvt|mit-b|segformer|vit|deit|grounding_dino|glip|panoptic')
+PHASES = ('train', 'val')
+
+
+def shipped_configs():
+    """Package and path of one config for each folder and last word, which is the data set."""
+    for package in SCOPES.values():
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            continue
+        root = Path(spec.submodule_search_locations[0], '.mim', 'configs')
+        paths = (path for path in sorted(root.rglob('*.py')) if '_base_' not in path.parts)
+        chosen = {
+            (path.parent, path.stem.split('_')[-1]): path
+            for path in paths
+            if BACKBONES.search(path.name)
+        }
+        yield from ((package, path) for path in chosen.values())
+
+
+def skeleton(config):
+    """Modules of the names that a model's config has, with its numbers of classes."""
+    module = torch.nn.Module()
+    if isinstance(config, (list, tuple)):
+        config = {str(index): part for index, part in enumerate(config)}
+    if isinstance(config.get('num_classes'), int):
+        module.num_classes = config['num_classes']
+    for name, part in config.items():
+        if isinstance(part, (dict, list, tuple)):
+            module.add_module(name, skeleton(part))
+    return module
+
+
+def test_no_shipped_config_is_refused(monkeypatch):
+    warned = []
+    monkeypatch.setattr(bad_samples, 'print_log', lambda text, *_: warned.append(text))
+    checked = dict.fromkeys(SCOPES.values(), 0)
+    refused = {}
+    for package, path in shipped_configs():
+        modules = importlib.import_module(f'{package}.datasets')
+        cfg = Config.fromfile(path, import_custom_modules=False)
+        for phase in PHASES:
+            loader = cfg.get(f'{phase}_dataloader') or {}
+            for _, data in leaf_datasets(loader.get('dataset'), phase):
+                kind = getattr(modules, str(data.get('type')).split('.')[-1], None)
+                metainfo = {**getattr(kind, 'METAINFO', {}), **(data.get('metainfo') or {})}
+                checked[package] += 'classes' in metainfo
+                try:
+                    check_classes(Named(**metainfo), skeleton(cfg.model), phase)
+                except SettingError as error:
+                    refused[str(path)] = str(error)
+    assert not refused
+    assert min(checked.values()) > 20, checked
 
 
 # -------------------------------------------------------------------- through tools/train.py
@@ -398,9 +544,9 @@ def test_a_broken_file_ends_no_training_and_is_named_in_validation(place, train,
 
 @pytest.mark.parametrize(
     ('task', 'key', 'number'),
-    [('det', 'model.bbox_head.num_classes', 30), ('seg', 'model.decode_head.num_classes', 5)],
+    [('det', 'model.bbox_head.num_classes', 5), ('seg', 'model.decode_head.num_classes', 5)],
 )
-def test_a_wrong_class_count_is_told_before_training(train, task, key, number):
+def test_too_few_classes_are_told_before_training(train, task, key, number):
     code, checkpoints, said = train(task, cfg_options={key: number})
     assert code == 2
     assert not checkpoints

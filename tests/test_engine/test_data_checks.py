@@ -16,7 +16,8 @@ from PIL import Image
 from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine import data_checks, doctor
 from idlevit_mm.engine.data_checks import check_data, decoded_size, sampled
-from idlevit_mm.engine.data_layout import exact_mask, find_parts
+from idlevit_mm.engine.data_layout import bring_into_place, exact_mask, find_parts
+from idlevit_mm.errors import UsageError
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'prepare_data.py'
 JSON = 'annotations/instances_val2017.json'
@@ -118,6 +119,52 @@ COCO_FAULTS = {
     'no annotations': (edit(lambda c: c.pop('annotations') and None), "has no list 'annotations'"),
     'annotations empty': (edit(lambda c: c.update(annotations=[])), 'there are none'),
     'image without size': (edit(lambda c: c['images'][1].pop('width') and None), r'images\[1\]'),
+    'folder instead of JSON': (
+        lambda r: (remove(JSON)(r), (r / JSON).mkdir()),
+        'val2017.json is a folder instead of a file',
+    ),
+    'file instead of images': (
+        lambda r: (shutil.rmtree(r / 'val2017'), (r / 'val2017').touch()),
+        'val2017 is a file instead of a folder',
+    ),
+    'width as text': (
+        edit(lambda c: c['images'][1].update(width='640')),
+        r'has "640" for \'width\' in images\[1\], which must be a whole number above 0',
+    ),
+    'no height': (edit(lambda c: c['images'][0].update(height=0)), r"has 0 for 'height' in images"),
+    'no file name': (
+        edit(lambda c: c['images'][1].update(file_name=None)),
+        r"has null for 'file_name' in images\[1\], which must be text",
+    ),
+    'image id as text': (edit(lambda c: c['images'][0].update(id='139')), r"has \"139\" for 'id'"),
+    'id as list': (
+        edit(lambda c: c['annotations'][1].update(id=[1])),
+        r"has \[1\] for 'id' in anno",
+    ),
+    'image of a list': (
+        edit(lambda c: c['annotations'][0].update(image_id={})),
+        r"has \{\} for 'image_id' in annotations\[0\], which must be a whole number",
+    ),
+    'category as text': (
+        edit(lambda c: c['annotations'][0].update(category_id='1')),
+        "for 'category_id' in annotations",
+    ),
+    'area of nothing': (
+        edit(lambda c: c['annotations'][0].update(area=None)),
+        "has null for 'area' in .* a finite number",
+    ),
+    'crowd as text': (
+        edit(lambda c: c['annotations'][0].update(iscrowd='no')),
+        'has "no" for \'iscrowd\' in .* 0 or 1',
+    ),
+    'category without name': (
+        edit(lambda c: c['categories'][3].update(name=None)),
+        r"has null for 'name' in categories\[3\]",
+    ),
+    'an image is a folder': (
+        lambda r: (remove(IMAGE)(r), (r / IMAGE).mkdir()),
+        '000000000139.jpg: .*Is a directory',
+    ),
     'panoptic content': (
         edit(lambda c: c['annotations'][0].update(segments_info=[])),
         'panoptic annotation file',
@@ -165,6 +212,14 @@ ADE20K_FAULTS = {
     'image missing': (remove(ADE_IMAGE), '1 have no image in .*: ADE_val_00000001'),
     'image cut off': (cut(ADE_IMAGE, 0.8), 'ADE_val_00000001.jpg: '),
     'mask cut off': (cut(ADE_MASK, 0.5), 'ADE_val_00000001.png: '),
+    'mask is no picture': (
+        lambda r: (r / ADE_MASK).write_text('<html>'),
+        'ADE_val_00000001.png: is no image',
+    ),
+    'mask with a broken chunk': (
+        lambda r: (r / ADE_MASK).write_bytes((r / ADE_MASK).read_bytes()[:33] + b'\0' * 64),
+        'ADE_val_00000001.png: ',
+    ),
     'mask empty': (cut(ADE_MASK, 0), 'ADE_val_00000001.png: '),
     'nested': (
         rename('images/validation', 'data/images/validation'),
@@ -448,6 +503,55 @@ def test_masks_of_colours_are_not(tool, ade20k):
     assert code == 1
     assert '1 masks were left out' in out
     assert 'have no mask in' in out.replace('\n', ' ')
+
+
+def test_masks_that_cannot_be_read_are_left_out(tool, ade20k):
+    write_mask(lambda m: np.stack([m, m, m], -1))(ade20k)
+    others = sorted((ade20k / ADE_MASK).parent.glob('*.png'))[1:]
+    others[0].write_text('<html>')
+    cut(others[1], 0.5)(ade20k)
+    code, out, _ = tool('ade20k', '--root', ade20k, '--convert', '--link')
+    assert code == 1
+    assert '0 masks linked, 1 written' in out
+    assert '2 masks were left out, because they cannot be read: ' in out
+    assert all(f'{path.name} (' in out for path in others[:2])
+    made = Path('data/ade/ADEChallengeData2016', ADE_MASK).parent
+    assert [path.name for path in made.iterdir()] == [Path(ADE_MASK).name]
+
+
+def test_a_junk_mask_alone_is_linked_and_named(tool, ade20k):
+    (ade20k / ADE_MASK).write_text('<html>')
+    code, out, _ = tool('ade20k', '--root', ade20k, '--convert', '--link')
+    assert code == 1
+    assert 'ADE_val_00000001.png: is no image' in out.replace('\n', ' ')
+
+
+@pytest.mark.parametrize(
+    ('error', 'raised'),
+    [
+        (OSError(28, 'No space left on device'), UsageError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_no_half_of_a_folder_is_left(ade20k, tmp_path, monkeypatch, error, raised):
+    for path in (ade20k / ADE_MASK).parent.glob('*.png'):
+        # Read in colour, as three equal channels.
+        cv2.imwrite(str(path), cv2.imread(str(path)))
+    before = contents(ade20k)
+    save, calls = Image.Image.save, []
+
+    def fill_up(image, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise error
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, 'save', fill_up)
+    with pytest.raises(raised):
+        list(bring_into_place('ade20k', ade20k, tmp_path / 'new', convert=True))
+    assert len(calls) == 2
+    assert not (tmp_path / 'new' / ADE_MASK).parent.exists()
+    assert contents(ade20k) == before
 
 
 def test_the_full_release_is_refused(tool, ade20k):
