@@ -114,8 +114,9 @@ def write_weights(weights: StateDict, target: str | os.PathLike, place: str = ''
         else:
             torch.save({place: own} if place else own, unfinished)
         unfinished.rename(path)
-    except (OSError, RuntimeError) as error:  # torch says the latter of a folder it cannot write to
-        raise UsageError(f'{path} cannot be written: {first_line(error)}') from error
+    except (OSError, RuntimeError) as error:
+        # torch says RuntimeError of a folder that it cannot write to.
+        raise UsageError(f'{path} cannot be written: {one_line(error)}') from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

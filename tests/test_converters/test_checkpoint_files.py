@@ -86,7 +86,7 @@ def test_writing_refuses(tmp_path, monkeypatch):
         raise OSError('no space left')
 
     monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='no space'):
+    with pytest.raises(UsageError, match=r'full\.pth cannot be written: no space'):
         write_weights(WEIGHTS, tmp_path / 'full.pth')
     assert list(tmp_path.iterdir()) == [path], 'no half of a file stays behind'
 
