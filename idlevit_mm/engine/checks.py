@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from ..checkpoints import is_local, load_checkpoint, unwrapped, weights_of
 from ..errors import BrokenCheckpointError, UsageError, shortened
+from ..registry import AUXILIARY_LOSSES
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
@@ -152,6 +154,13 @@ def _has_no_start(cfg: Any) -> bool:
     return not cfg.get('load_from') and not cfg.get('resume')
 
 
+def _is_taught(loss: dict[str, Any]) -> bool:
+    """Whether a loss compares the model with a teacher."""
+    kind = loss.get('type')
+    cls = AUXILIARY_LOSSES.get(kind) if isinstance(kind, str) else kind
+    return cls is not None and 'teacher' in inspect.signature(cls).parameters
+
+
 def check_teachers(cfg: Any) -> None:
     """Check that the files can be read that teachers of ``AuxiliaryLossHook`` are built from.
 
@@ -165,7 +174,7 @@ def check_teachers(cfg: Any) -> None:
             if not isinstance(loss, dict):
                 continue
             teacher = loss.get('teacher')
-            if teacher is None and 'Distillation' in str(loss.get('type')) and _has_no_start(cfg):
+            if teacher is None and _has_no_start(cfg) and _is_taught(loss):
                 raise UsageError(
                     f'custom_hooks.{number}.losses.{place} ({loss["type"]}) has no teacher, and '
                     'there is no checkpoint that training starts from: --cfg-options '

@@ -26,6 +26,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoints import of_policy
 from ..errors import UsageError, one_line, shortened
 from ..hooks import RandomKeepRatioHook
 from .config_text import Code, assignment, merged, nested, source
@@ -476,8 +477,7 @@ def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any
 
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
-    # A learned scorer has weights of its own.
-    new = {name: v.shape for name, v in idle.state_dict().items() if '.policy.' not in name}
+    new = {name: v.shape for name, v in idle.state_dict().items() if not of_policy(name)}
     old = {name: v.shape for name, v in dense.state_dict().items()}
     differ = [
         f'{name} is {_size(old.get(name))}, not {_size(new.get(name))}'
