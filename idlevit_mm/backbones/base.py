@@ -93,6 +93,11 @@ class IdleBackbone(BaseModule, ABC):
             for stage in self._stages()
         ]
 
+    def built(self, keep_ratios: KeepRatios) -> None:
+        """To be called at the end of a family's constructor, when all parts are there."""
+        self.set_keep_ratios(keep_ratios)
+        self._freeze()
+
     def set_keep_ratios(self, keep_ratios: KeepRatios) -> None:
         """Change the share of active tokens from the next forward pass on.
 
@@ -113,24 +118,24 @@ class IdleBackbone(BaseModule, ABC):
     def keep_masks(self) -> list[list[Tensor]]:
         """Active tokens of each block of each stage in the last forward pass: (B, H, W), bool.
 
-        Raises:
-            RuntimeError: There was no forward pass yet.
+        Empty before the first one: whoever walks over attributes, as tracers do, meets it then.
         """
-        if not self.records:
-            raise RuntimeError('keep_masks are known only after a forward pass')
         return [
-            [record.keep_mask(block) for block in range(len(record.selections))]
+            [record.keep_mask(block) for block in range(len(record.plans))]
             for record in self.records
         ]
 
     def train(self, mode: bool = True) -> 'IdleBackbone':
         """Switch modes, leaving frozen stages in eval mode without gradients."""
         super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
         for module in self._frozen_modules():
             module.eval()
         for parameter in self._frozen_parameters():
             parameter.requires_grad = False
-        return self
 
     def init_weights(self) -> None:
         """Draw new weights, or load the checkpoint named in ``init_cfg``.

@@ -5,7 +5,6 @@ Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C c
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, StageRecord, run_blocks
+from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, fit_pvt
+from ..kernels import backend_at
 from ..layers import (
     AbsolutePositionEmbedding,
     MixFFN,
@@ -26,7 +26,6 @@ from ..layers import (
     pad_to,
     to_map,
 )
-from ..ops import Selection, in_chunks, take_tokens
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, image_size
 
@@ -51,6 +50,8 @@ class IdlePVTBlock(IdleBlock):
         with_cp: Whether to recompute the block in the backward pass.
         policy: Config of the idling policy.
     """
+
+    reads_map = True
 
     def __init__(
         self,
@@ -87,29 +88,24 @@ class IdlePVTBlock(IdleBlock):
             embed_dims, feedforward_channels, act_cfg, drop_rate, drop_path_rate, use_conv_ffn
         )
 
-    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        context = self.norm1(x)
-        queries = self._queries(active, context, plan)
-        active = active + self.attn(queries, context, hw_shape)
-        transform = partial(self._transform, hw_shape=hw_shape, selection=plan.selection)
+    def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
+        context = queries = self.norm1(tokens.x)
+        if plan.rows is not None:
+            queries = backend_at(context).take(context, plan.rows)
+            summaries = tokens.now[:, queries.shape[1] :]
+            if summaries.shape[1]:
+                queries = torch.cat([queries, self.norm1(summaries)], dim=1)
+        return self.attn(queries, context, tokens.hw_shape), None
+
+    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        def function(x: Tensor) -> Tensor:
+            return x + self.ffn(self.norm2(x), hw_shape, plan.rows)
+
         if self.ffn.use_conv:
-            return transform(active)
-        return in_chunks(transform, active, self.ffn.layers[0].out_channels, self.training)
+            return function(now)
+        return self.by_tokens(function, now, self.norm2, self.ffn)
 
-    def _transform(
-        self, active: Tensor, hw_shape: tuple[int, int], selection: Selection | None
-    ) -> Tensor:
-        return active + self.ffn(self.norm2(active), hw_shape, selection)
-
-    def _queries(self, active: Tensor, context: Tensor, plan: Plan) -> Tensor:
-        """Normalised active tokens and summaries, of which the first are in the context already."""
-        if plan.selection is None:
-            return context
-        queries = take_tokens(context, plan.selection)
-        summaries = active[:, queries.shape[1] :]
-        return torch.cat([queries, self.norm1(summaries)], dim=1) if summaries.shape[1] else queries
-
-    def mean_query_attention(self, x: Tensor) -> Tensor:
+    def mean_query(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.norm1(x))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
@@ -254,7 +250,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             # A plain list of parts gives the parameter names of mmdet: layers.<stage>.<part>.
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
             in_channels = channels
-        self.set_keep_ratios(keep_ratios)
+        self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps of an image batch (B, 3, height, width).
@@ -280,7 +276,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
         if isinstance(blocks[0], AbsolutePositionEmbedding):
             x, blocks = blocks[0](x, hw_shape), blocks[1:]
-        x, record = run_blocks(blocks, x, hw_shape, keep_ratios, record_inputs=self.record_inputs)
+        (x,), record = run_blocks(blocks, x, hw_shape, keep_ratios, self.record_inputs)
         return norm(x), record
 
     def _stages(self) -> Iterable[nn.Module]:

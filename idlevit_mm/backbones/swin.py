@@ -15,9 +15,10 @@ from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_norma
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, StageRecord, run_blocks, weighted_mean
+from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks, weighted_mean
 from ..checkpoints import StateDict
 from ..converters import Fitted, fit_swin
+from ..kernels import backend_at
 from ..layers import (
     FeedForward,
     MergePatches,
@@ -25,16 +26,7 @@ from ..layers import (
     resize_position_table,
     to_map,
 )
-from ..ops import (
-    Selection,
-    UnitLayout,
-    WindowLayout,
-    in_chunks,
-    map_units,
-    take_tokens,
-    window_layout,
-    window_units,
-)
+from ..ops import Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, image_size
 
@@ -102,27 +94,25 @@ class IdleSwinBlock(IdleBlock):
             act_cfg=act_cfg,
         )
 
-    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        whole = self.policy.scope == 'windows'
-        context = None
-        if plan.selection is not None and self.policy.idle_context:
-            context = self.norm1(x)
-        branch = self.attn(self.norm1(active), hw_shape, plan.selection, whole, context)
-        width = self.ffn.feedforward_channels
-        return in_chunks(self._transform, active + branch, width, self.training)
+    def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
+        idle = plan.keys == 'all' and plan.rows is not None
+        context = self.norm1(tokens.x) if idle else None
+        return self.attn(self.norm1(tokens.now), tokens.hw_shape, plan.rows, context), None
 
-    def _transform(self, active: Tensor) -> Tensor:
-        return self.ffn(self.norm2(active), identity=active)
+    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        return self.by_tokens(self._transform, now, self.norm2, self.ffn)
 
-    def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
-        scope = self.policy.scope
+    def _transform(self, now: Tensor) -> Tensor:
+        return self.ffn(self.norm2(now), identity=now)
+
+    def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
             return map_units(*hw_shape, device)
         windows = self.attn.window_size, self.attn.shift_size
         return window_units(*hw_shape, *windows, scope == 'windows', device)
 
-    def mean_query_attention(self, x: Tensor) -> Tensor:
-        return self.attn.mean_query_attention(self.norm1(x))
+    def mean_query(self, x: Tensor) -> Tensor:
+        return self.attn.w_msa.mean_query_attention(self.norm1(x))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.norm1(x), hw_shape, mask)
@@ -131,10 +121,10 @@ class IdleSwinBlock(IdleBlock):
         """Weighted mean of the idle tokens of each window: (B, M, C)."""
         layout = self._windows(hw_shape, x.device)
         slots = layout.token_ids.flatten().expand(x.shape[0], -1)
-        tokens = take_tokens(x, Selection(slots, slots, layout.has_padding))
-        windows = layout.token_ids.shape
-        weights = F.pad(weights, (0, 1))[:, layout.token_ids]
-        return weighted_mean(tokens.unflatten(1, windows), weights)
+        tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
+        tokens = tokens.unflatten(1, layout.token_ids.shape)
+        # Padding has weight 0, whatever was read there.
+        return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
 
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         layout = self._windows(hw_shape, summaries.device)
@@ -176,7 +166,8 @@ class IdleSwinStage(BaseModule):
         record_inputs: bool = False,
     ) -> tuple[Tensor, StageRecord]:
         """Run the blocks on the map x (B, N, C)."""
-        return run_blocks(self.blocks, x, hw_shape, keep_ratios, record_inputs=record_inputs)
+        (x,), record = run_blocks(self.blocks, x, hw_shape, keep_ratios, record_inputs)
+        return x, record
 
 
 @MODELS.register_module()
@@ -306,7 +297,7 @@ class IdleSwinTransformer(IdleBackbone):
         for index in out_indices:
             norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
             self.add_module(f'norm{index}', norm)
-        self.set_keep_ratios(keep_ratios)
+        self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps of an image batch (B, 3, height, width).

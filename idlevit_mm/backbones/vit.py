@@ -1,10 +1,11 @@
 """Plain Vision Transformer with idle tokens (arXiv 2010.11929, 2012.12877, 2310.05654).
 
-Shape letters: B images, N tokens of the map (H * W), P tokens before the map (1 with class token, 0
-without), T active tokens, R summaries of idle tokens, C channels, A heads.
+Shape letters: B images, N tokens of the map (H * W), P class tokens behind the map (1 or 0), S rows
+of both and of what a policy has appended, T computed rows, C channels.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, run_blocks
+from ..blocks import IdleBlock, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, fit_vit
+from ..kernels import backend_at
 from ..layers import (
     ConvStemEmbed,
     FeedForward,
@@ -26,7 +28,6 @@ from ..layers import (
     resize_position_table,
     to_map,
 )
-from ..ops import Selection, behind_prefix, in_chunks
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, image_size
 
@@ -53,7 +54,7 @@ class IdleViTBlock(IdleBlock):
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth of both branches.
         residual_scale: Factor of both branches (LV-ViT, arXiv 2104.10858: 1 / 2).
-        class_token: Whether the first token is a class token.
+        class_token: Whether there is a class token behind the map.
         act_cfg: Activation of the feed-forward network.
         norm_cfg: Norm before both branches.
         with_cp: Whether to recompute the block in the backward pass.
@@ -76,8 +77,7 @@ class IdleViTBlock(IdleBlock):
         with_cp: bool,
         policy: dict[str, Any] | None,
     ) -> None:
-        super().__init__(embed_dims, policy, with_cp, class_token)
-        self.num_prefix = int(class_token)
+        super().__init__(embed_dims, policy, with_cp, int(class_token))
         self.residual_scale = residual_scale
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = SelfAttention(
@@ -93,63 +93,38 @@ class IdleViTBlock(IdleBlock):
             add_identity=False,
         )
 
-    def run(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
-    ) -> tuple[Tensor, Selection | None, Any]:
-        if not self.policy.uses_attention(keep_ratio):
-            return super().run(x, hw_shape, keep_ratio, memory)
-        plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
-        before = self.gather(x, hw_shape, plan)
-        # Two checkpoints, so that a recomputation cannot choose other tokens in between.
-        active, attention = self.checkpointed(self._attend, before, first_row=True)
-        x, active, plan, memory = self.policy.reorganise(
-            x, active, attention, plan, keep_ratio, self.num_prefix, memory
-        )
-        active = self.checkpointed(self._transform, active)
-        return self.scatter(x, before, active, hw_shape, plan), plan.selection, memory
+    def attend(
+        self, tokens: Tokens, plan: Plan, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        idle = plan.keys == 'all' and plan.rows is not None
+        context = self.ln1(tokens.x) if idle else None
+        if plan.summary is not None:
+            keys = None  # computed anew, with those of the summaries
+        elif keys is not None and context is None and plan.rows is not None:
+            keys = backend_at(keys).take(keys, self.with_class(plan.rows, tokens.hw_shape))
+        height, width = tokens.hw_shape
+        # The class token comes behind the computed rows of the map.
+        count = height * width if plan.rows is None else plan.rows.ids.shape[1]
+        ask = count if plan.ask else None
+        branch, row = self.attn(self.ln1(tokens.now), context, keys, ask)
+        return self.residual_scale * branch, None if row is None else row[:, :count]
 
-    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        context = None
-        if plan.selection is not None and self.policy.idle_context:
-            context = self.ln1(x)
-        active, _ = self._attend(active, plan.keys, context)
-        return self._transform(active)
+    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        return self.by_tokens(self._transform, now, self.ln2, self.ffn)
 
-    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        return x[:, self.num_prefix : self.num_prefix + hw_shape[0] * hw_shape[1]]
+    def _transform(self, now: Tensor) -> Tensor:
+        return now + self.residual_scale * self.ffn(self.ln2(now))
 
-    def with_prefix(self, selection: Selection) -> Selection:
-        if self.num_prefix == 0:
-            return selection
-        ids = behind_prefix(selection.token_ids, self.num_prefix)
-        # Not by _replace: torch.compile cannot return the tuple that it makes.
-        return Selection(ids, selection.unit_ids, selection.has_padding)
-
-    def mean_query_attention(self, x: Tensor) -> Tensor:
+    def mean_query(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.ln1(x))
+
+    def class_query(
+        self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.attn.class_query(self.ln1(x), hw_shape[0] * hw_shape[1], with_keys)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.ln1(x), mask)
-
-    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
-        return self.attn.first_query(self.ln1(x), with_keys)
-
-    def _attend(
-        self,
-        active: Tensor,
-        keys: Tensor | None = None,
-        context: Tensor | None = None,
-        first_row: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        branch, row = self.attn(self.ln1(active), keys, context, first_row)
-        return active + self.residual_scale * branch, row
-
-    def _transform(self, active: Tensor) -> Tensor:
-        width = self.ffn.feedforward_channels
-        return in_chunks(self._transform_tokens, active, width, self.training)
-
-    def _transform_tokens(self, active: Tensor) -> Tensor:
-        return active + self.residual_scale * self.ffn(self.ln2(active))
 
 
 @MODELS.register_module()
@@ -258,7 +233,7 @@ class IdleVisionTransformer(IdleBackbone):
         if output_cls_token and not with_cls_token:
             raise ValueError('output_cls_token=True needs with_cls_token=True')
         self.shape = shape
-        self.num_prefix = int(with_cls_token)
+        self.num_class = int(with_cls_token)
         self.output_cls_token = output_cls_token
         self.interpolate_mode = interpolate_mode
         if shape['stem'] == 'conv':
@@ -274,7 +249,7 @@ class IdleVisionTransformer(IdleBackbone):
             )
         height, width = image_size(img_size)
         self.pos_shape = height // patch_size, width // patch_size
-        places = self.num_prefix + self.pos_shape[0] * self.pos_shape[1]
+        places = self.num_class + self.pos_shape[0] * self.pos_shape[1]
         if with_cls_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, places, channels))
@@ -300,7 +275,7 @@ class IdleVisionTransformer(IdleBackbone):
         self.final_norm = final_norm
         if final_norm:
             self.ln1 = build_norm_layer(norm_cfg, channels)[1]
-        self.set_keep_ratios(keep_ratios)
+        self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Any]:
         """Compute feature maps of an image batch (B, 3, height, width).
@@ -311,46 +286,35 @@ class IdleVisionTransformer(IdleBackbone):
         """
         x, hw_shape = self.patch_embed(x)
         x = self.drop_after_pos(self._with_class_token(x, hw_shape))
-        outs: dict[int, Any] = {}
-
-        def keep(index: int, tokens: Tensor) -> None:
-            if index in self.out_indices:
-                outs[index] = self._output(index, tokens, hw_shape)
-
-        _, record = run_blocks(
-            self.layers,
-            x,
-            hw_shape,
-            self.keep_ratios[0],
-            self.num_prefix,
-            self.record_inputs,
-            keep,
-        )
+        taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
+        ratios = self.keep_ratios[0]
+        outs, record = run_blocks(self.layers, x, hw_shape, ratios, self.record_inputs, taps)
         self.records = [record]
-        return [outs[index] for index in self.out_indices]
+        return outs
 
     def _with_class_token(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Tokens (B, P + N, C) with class token and positions."""
-        first, table = self.pos_embed[:, : self.num_prefix], self.pos_embed[:, self.num_prefix :]
+        """Tokens (B, N + P, C) with class token and positions."""
+        first, table = self.pos_embed[:, : self.num_class], self.pos_embed[:, self.num_class :]
         x = x + resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
-        if self.num_prefix == 0:
+        if not self.num_class:
             return x
-        return torch.cat([(self.cls_token + first).expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
 
     def _output(self, index: int, x: Tensor, hw_shape: tuple[int, int]) -> Any:
-        # Tokens behind the map are fused ones.
-        x = x[:, : self.num_prefix + hw_shape[0] * hw_shape[1]]
+        count = hw_shape[0] * hw_shape[1]
+        # Rows behind the class token are fused ones.
+        x = x[:, : count + self.num_class]
         if self.final_norm and index == len(self.layers) - 1:
             x = self.ln1(x)
-        out = to_map(x[:, self.num_prefix :], hw_shape).contiguous()
-        return [out, x[:, 0]] if self.output_cls_token else out
+        out = to_map(x[:, :count], hw_shape).contiguous()
+        return [out, x[:, count]] if self.output_cls_token else out
 
     def _stages(self) -> Iterable[nn.Module]:
         return [self.layers]
 
     def _init_from_scratch(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
-        if self.num_prefix:
+        if self.num_class:
             trunc_normal_(self.cls_token, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -371,12 +335,12 @@ class IdleVisionTransformer(IdleBackbone):
         yield from super()._frozen_parameters()
         if self.frozen_stages >= 0:
             yield self.pos_embed
-            if self.num_prefix:
+            if self.num_class:
                 yield self.cls_token
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         # Files of timm and of releases are of square images.
-        return fit_vit(state, self.pos_shape, self.num_prefix, self.interpolate_mode, is_foreign)
+        return fit_vit(state, self.pos_shape, self.num_class, self.interpolate_mode, is_foreign)
 
 
 def _shape(arch: str, **given: Any) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""The sequence of an idle block: score, select, gather, compute, scatter.
+"""The sequence of an idle block: look, plan, attention half, MLP half.
 
-Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), T
-active tokens, R summaries of idle tokens, C channels, A heads.
+Shape letters: B images, S rows of x (the map, then P class tokens, then what a policy has
+appended), N tokens of the map (H * W), T computed rows, R summaries of idle tokens, C channels, A
+heads.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,118 +13,113 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import Selection, UnitLayout, keep_mask, map_units, put_tokens, take_tokens
-from ..policies import Plan, build_policy
+from ..kernels import all_plain, backend_at, full_precision, ranking_precision, site_of
+from ..ops import Rows, Units, map_units, row_mask
+from ..policies import Plan, Regroup, Seen, build_policy
+from .tokens import Carried, Pack, Tokens
+
+START = Carried()
 
 
 class IdleBlock(BaseModule, ABC):
     """A transformer block that computes only the active tokens of a map.
 
-    A family implements ``compute`` and ``mean_query_attention``, and extends ``SCOPES``,
-    ``unit_layout``, ``summarize`` and ``spread`` where it knows more than the whole map.
+    A family implements ``attend``, ``transform`` and ``mean_query``, and extends ``SCOPES``,
+    ``units``, ``summarize`` and ``spread`` where it knows more than the whole map.
 
     Args:
         embed_dims: Channels of the tokens.
         policy: Config of the idling policy; None for the default.
         with_cp: Whether to recompute the block in the backward pass instead of storing it.
-        class_token: Whether the first token is a class token.
+        num_class: P, class tokens behind the map.
     """
 
     SCOPES: tuple[str, ...] = ('map',)
     # Whether a summary of idle tokens changes what active ones become.
     uses_summaries: bool = True
+    # Whether the attention looks at the whole map, whatever is computed.
+    reads_map: bool = False
 
     def __init__(
         self,
         embed_dims: int,
         policy: dict[str, Any] | None = None,
         with_cp: bool = False,
-        class_token: bool = False,
+        num_class: int = 0,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.policy = build_policy(policy, embed_dims, self.SCOPES, class_token)
+        self.num_class = num_class
+        self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0)
 
     def forward(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float = 1.0, memory: Any = None
-    ) -> tuple[Tensor, Selection | None, Any]:
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        keep_ratio: float = 1.0,
+        carried: Carried = START,
+    ) -> tuple[Tensor, Carried]:
         """Run the block.
 
         Args:
-            x: (B, P + N, C), the tokens.
+            x: (B, S, C), the tokens.
             hw_shape: Height and width of the map in tokens.
             keep_ratio: Share of the units that is active; 1.0 is the dense block, without scoring
                 and gathering (unless the policy has taken tokens out of play before).
-            memory: What the block before returned; None at the start of a stage.
+            carried: What the block before returned; ``START`` at the start of a stage.
 
         Returns:
-            The tokens (B, P + N, C), idle rows bit-identical unless the policy says otherwise;
-            which units were active, None where all of them were; and the policy's memory.
+            The tokens (B, S, C), idle rows bit-identical unless the policy says otherwise, and what
+            the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
-        # torch.compile traces a second image size with symbolic sides; index tables need numbers.
-        return self.run(x, (len(range(hw_shape[0])), len(range(hw_shape[1]))), keep_ratio, memory)
+        tokens = Tokens(x, _numbers(hw_shape), carried.pack)
+        tokens, scores, keys = self.look(tokens, keep_ratio, carried.state)
+        plan, state = self.planned(tokens, scores, keep_ratio, carried)
+        if not plan.ask:
+            tokens = self.recomputed(self.both_halves, tokens, plan, keys)
+            return tokens.x, Carried(tokens.pack, plan, state)
+        tokens, attention = self.recomputed(self.attention_half, tokens, plan, keys)
+        regroup, state = self.policy.between(attention, plan, keep_ratio, state)
+        tokens, plan = self.regrouped(tokens, plan, regroup)
+        tokens = self.recomputed(self.mlp_half, tokens, plan)
+        return tokens.x, Carried(tokens.pack, plan, state)
 
-    def run(
-        self, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float, memory: Any
-    ) -> tuple[Tensor, Selection | None, Any]:
-        """Plan, gather, compute, scatter; arguments and results are those of ``forward``."""
-        # Planned outside the checkpoint: a recomputation must not choose other tokens.
-        plan, memory = self.policy.plan(x, hw_shape, keep_ratio, self, memory)
-        x = self.checkpointed(self._run, x, hw_shape, plan)
-        return x, plan.selection, memory
-
-    def checkpointed(
-        self, function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Call a function of x, to be recomputed in the backward pass if the block is set so."""
-        if self.with_cp and x.requires_grad:
-            return checkpoint(function, x, *args, use_reentrant=False, **kwargs)
-        return function(x, *args, **kwargs)
-
-    def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
-        """Units among which the policy chooses."""
-        return map_units(*hw_shape, device)
-
-    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """The tokens of the map: (B, N, C) of x (B, P + N, C)."""
-        return x
-
-    def with_prefix(self, selection: Selection) -> Selection:
-        """A selection among the map's tokens as one among all tokens, class token included."""
-        return selection
+    # What a family says
 
     @abstractmethod
-    def compute(self, active: Tensor, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        """Dense maths of the block on packed tokens.
+    def attend(
+        self, tokens: Tokens, plan: Plan, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention branch, norm included and identity left out.
 
         Args:
-            active: (B, T + R, C), the active tokens, then the summaries; x itself where all tokens
-                are active.
-            x: (B, P + N, C), all tokens, for blocks whose idle tokens serve as context.
-            hw_shape: Height and width of the map in tokens.
+            tokens: ``now`` attends; x is up to date where ``reads_map``, or the plan's keys are
+                all.
             plan: What to do.
+            keys: (B, S, C), keys of all rows where scoring has computed them already.
 
         Returns:
-            (B, T + R, C), the new active tokens and summaries.
+            (B, T + P + R, C), and where the plan asks the attention of the class token to the
+            computed rows, mean over heads: (B, T).
         """
 
     @abstractmethod
-    def mean_query_attention(self, x: Tensor) -> Tensor:
+    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        """Norm, MLP and identity of the computed rows (B, T + P + R, C)."""
+
+    @abstractmethod
+    def mean_query(self, x: Tensor) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
-    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
-        """Rank all tokens by the class token's query, in blocks that have one.
-
-        Args:
-            x: (B, P + N, C), all tokens.
-            with_keys: Whether to compute the keys of all tokens on the way.
+    def class_query(self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool) -> Any:
+        """Rank all tokens x (B, S, C) by the class token's query, in blocks that have one.
 
         Returns:
-            Mean over heads of the query times every key: (B, P + N), and the keys (B, P + N, C) or
-            None.
+            Mean over heads of the query times every key: (B, S), and the keys (B, S, C), or None
+            without ``with_keys``.
         """
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 
@@ -129,9 +127,9 @@ class IdleBlock(BaseModule, ABC):
         """Share of each token's attention that would go to active tokens, were none idle.
 
         Args:
-            x: (B, P + N, C), all tokens as they enter the block.
+            x: (B, S, C), all tokens as they enter the block.
             hw_shape: Height and width of the map in tokens.
-            mask: (B, P + N), or (B, P + N, V) for V masks at once; 1 for active tokens.
+            mask: (B, S), or (B, S, V) for V masks at once; 1 for active tokens.
 
         Returns:
             Of the shape of ``mask``: sum over keys j of W_ij * mask_j, with W the softmax over j of
@@ -139,58 +137,174 @@ class IdleBlock(BaseModule, ABC):
         """
         raise NotImplementedError(f'{type(self).__name__} does not implement kept_share')
 
-    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Weighted mean of the idle tokens of each group: (B, R, C); here of the whole map.
+    def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
+        """Units among which the policy chooses."""
+        return map_units(*hw_shape, device)
 
-        Args:
-            x: (B, P + N, C), all tokens.
-            weights: (B, N), 0 for active tokens.
-            hw_shape: Height and width of the map in tokens.
-        """
-        return weighted_mean(self.map_tokens(x, hw_shape)[:, None], weights[:, None])
+    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Mean of the idle tokens of each group by weights (B, N): (B, R, C); here of the map."""
+        return weighted_mean(x[:, None, : weights.shape[1]], weights[:, None])
 
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Give the summary of a group to all its tokens: (B, R, C) to (B, P + N, C) or alike."""
+        """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
         return summaries
 
-    def gather(self, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        """The active tokens of x (B, P + N, C), then the summaries: (B, T + R, C)."""
-        if plan.selection is None:
-            return x
-        active = take_tokens(x, plan.selection)
-        if plan.idle_weights is None:
-            return active
-        return torch.cat([active, self.summarize(x, plan.idle_weights, hw_shape)], dim=1)
+    # The walk
 
-    def scatter(
-        self, x: Tensor, before: Tensor, after: Tensor, hw_shape: tuple[int, int], plan: Plan
-    ) -> Tensor:
-        """All tokens after the block.
+    def look(
+        self, tokens: Tokens, keep_ratio: float, state: Any
+    ) -> tuple[Tokens, Tensor | None, Tensor | None]:
+        """Score the map if the policy wants scores or the scorer is to learn.
 
-        Args:
-            x: (B, P + N, C), all tokens before the block.
-            before: (B, T + R, C), the active tokens and summaries as they were gathered.
-            after: (B, T + R, C), the same after the block.
-            hw_shape: Height and width of the map in tokens.
-            plan: What was done.
+        Returns:
+            The tokens; scores (B, N), with gradient only if the scorer learns; and the keys of all
+            rows (B, S, C) if they were computed on the way, with gradient.
         """
-        if plan.selection is None:
-            return after if plan.gate is None else gated(before, after, plan.gate)
-        count = plan.selection.token_ids.shape[1]
-        active = after[:, :count]
-        if plan.gate is not None:
-            active = gated(before[:, :count], active, plan.gate)
-        out = put_tokens(x, plan.selection, active)
-        if plan.spreads:
-            added = self.spread(after[:, count:] - before[:, count:], hw_shape)
-            idle = ~keep_mask(plan.selection, x.shape[1])[..., None]
-            out = out + torch.where(idle, added, 0.0).to(out.dtype)
-        return out
+        scorer = self.policy.scorer
+        learns = scorer.learns and self.training
+        if not learns and not self.policy.wants_scores(keep_ratio, state):
+            return tokens, None, None
+        tokens = Tokens(self.settled(tokens), tokens.hw_shape)
+        with full_precision(tokens.x):
+            seen, keys = self._seen(tokens)
+            with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
+                return tokens, scorer(seen), keys
 
-    def _run(self, x: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        before = self.gather(x, hw_shape, plan)
-        after = self.compute(before, x, hw_shape, plan)
-        return self.scatter(x, before, after, hw_shape, plan)
+    def planned(
+        self, tokens: Tokens, scores: Tensor | None, keep_ratio: float, carried: Carried
+    ) -> tuple[Plan, Any]:
+        """Ask the policy for a plan, and fit it to this block.
+
+        It happens outside of what is recomputed: a recomputation must not choose other tokens.
+        """
+        units = self.units(tokens.hw_shape, self.policy.scope, tokens.x.device)
+        numbers = None if scores is None else scores.detach()
+        last, state = carried.plan, carried.state
+        plan, state = self.policy.plan(numbers, units, keep_ratio, last, state)
+        if plan.summary is not None and not (plan.spread or self.uses_summaries):
+            plan = plan.but(summary=None)
+        if self.policy.scorer.learns and self.training:
+            plan = plan.but(gate=straight_through(scores, plan.rows))
+        return plan, state
+
+    def recomputed(self, function: Callable[..., Any], x: Tokens | Tensor, *args: Any) -> Any:
+        """Call a function of tokens, to be recomputed in the backward pass if the block is so."""
+        computed = x.now if isinstance(x, Tokens) else x
+        if self.with_cp and computed.requires_grad:
+            return checkpoint(function, x, *args, use_reentrant=False)
+        return function(x, *args)
+
+    def both_halves(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> Tokens:
+        """``attention_half``, then ``mlp_half``."""
+        tokens, _ = self.attention_half(tokens, plan, keys)
+        return self.mlp_half(tokens, plan)
+
+    def attention_half(
+        self, tokens: Tokens, plan: Plan, keys: Tensor | None
+    ) -> tuple[Tokens, Tensor | None]:
+        """Gather, attend, add; and the class token's attention (B, T) where the plan asks."""
+        done = backend_at(tokens.x).attention_half(self, tokens, plan, keys)
+        if done is not None:
+            return done
+        tokens = self.opened(tokens, plan)
+        branch, attention = self.attend(tokens, plan, keys)
+        return tokens.become(tokens.now + branch), attention
+
+    def mlp_half(self, tokens: Tokens, plan: Plan) -> Tokens:
+        """Transform, and put the rows back unless they are held."""
+        done = backend_at(tokens.x).mlp_half(self, tokens, plan)
+        if done is not None:
+            return done
+        now = self.transform(tokens.now, tokens.hw_shape, plan)
+        return self.closed(tokens.become(now), plan)
+
+    def opened(self, tokens: Tokens, plan: Plan) -> Tokens:
+        """Tokens with the rows of a plan packed, as they are already if the pack holds them."""
+        pack = tokens.pack
+        if pack is not None and pack.holds(plan):
+            whole = self.reads_map or plan.keys == 'all'
+            return Tokens(self.settled(tokens) if whole else tokens.x, tokens.hw_shape, pack)
+        x = self.settled(tokens)
+        if plan.rows is None:
+            return Tokens(x, tokens.hw_shape, Pack(x, x, None, plan))
+        rows = self.with_class(plan.rows, tokens.hw_shape)
+        now = backend_at(x).take(x, rows)
+        if plan.summary is not None:
+            summaries = self.summarize(x, plan.summary, tokens.hw_shape)
+            now = torch.cat([now, summaries], dim=1)
+        return Tokens(x, tokens.hw_shape, Pack(now, now, rows, plan))
+
+    def closed(self, tokens: Tokens, plan: Plan) -> Tokens:
+        """Tokens with what was computed in its place, unless the plan holds it."""
+        if plan.gate is not None and tokens.pack is not None:
+            tokens = tokens.become(gated(tokens.pack.before, tokens.now, plan.gate))
+        if plan.hold and plan.rows is not None:
+            return tokens
+        return Tokens(self.settled(tokens), tokens.hw_shape)
+
+    def settled(self, tokens: Tokens) -> Tensor:
+        """All tokens, up to date: (B, S, C); idle ones have what their plan gives them."""
+        pack = tokens.pack
+        if pack is None:
+            return tokens.x
+        if pack.rows is None:
+            return pack.now
+        count = pack.rows.ids.shape[1]
+        out = backend_at(tokens.x).put(tokens.x, pack.rows, pack.now[:, :count])
+        if not pack.plan.spread:
+            return out
+        added = self.spread(pack.now[:, count:] - pack.before[:, count:], tokens.hw_shape)
+        idle = ~row_mask(pack.rows, out.shape[1])[..., None]
+        return out + torch.where(idle, added, 0.0).to(out.dtype)
+
+    def regrouped(self, tokens: Tokens, plan: Plan, regroup: Regroup | None) -> tuple[Tokens, Plan]:
+        """Let some of the computed rows leave, and append one that stands for them."""
+        if regroup is None:
+            return tokens, plan
+        # Who leaves keeps what attention has made of it.
+        x, now, keep = self.settled(tokens), tokens.now, regroup.keep
+        ids = keep if plan.rows is None else plan.rows.ids.gather(1, keep)
+        count = now.shape[1] - self.num_class
+        staying = backend_at(now).take(now, Rows(_with(keep, count, self.num_class)))
+        if regroup.fuse is not None:
+            fused = regroup.fuse.to(now.dtype)[:, None] @ now[:, :count]
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], x.shape[1])], dim=1)
+            kept, classes = staying.split_with_sizes([keep.shape[1], self.num_class], dim=1)
+            x, staying = torch.cat([x, fused], dim=1), torch.cat([kept, fused, classes], dim=1)
+        left = Rows(ids)
+        plan = plan.but(rows=left, hold=True)
+        pack = Pack(staying, staying, self.with_class(left, tokens.hw_shape), plan)
+        return Tokens(x, tokens.hw_shape, pack), plan
+
+    def with_class(self, rows: Rows, hw_shape: tuple[int, int]) -> Rows:
+        """Rows and the class tokens, which are computed in every block."""
+        if not self.num_class:
+            return rows
+        return Rows(_with(rows.ids, hw_shape[0] * hw_shape[1], self.num_class))
+
+    def by_tokens(self, function: Callable[[Tensor], Tensor], x: Tensor, *of: nn.Module) -> Tensor:
+        """Apply a function of single tokens that consists of some layers, in parts if it pays."""
+        if not all_plain(*of):
+            return function(x)
+        width = self.ffn.feedforward_channels
+        return backend_at(x).by_tokens(function, x, width, self.training)
+
+    def _seen(self, tokens: Tokens) -> tuple[Seen, Tensor | None]:
+        """What the scorer needs, and the keys of all rows if they were computed on the way."""
+        scorer, hw_shape = self.policy.scorer, tokens.hw_shape
+        count = hw_shape[0] * hw_shape[1]
+        x = ranking_precision(tokens.x, scorer.uses_weights)
+        seen = x[:, :count] if self.num_class else x
+        if scorer.NEEDS == 'class_query':
+            # Under autocast keys are not computed in the precision of scores.
+            with_keys = not site_of(tokens.x).autocast
+            with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
+                query, keys = self.class_query(x, hw_shape, with_keys)
+            return Seen(seen, hw_shape, class_query=query.detach()[:, :count]), keys
+        if scorer.NEEDS == 'mean_query':
+            with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
+                return Seen(seen, hw_shape, mean_query=self.mean_query(seen)), None
+        return Seen(seen, hw_shape), None
 
 
 def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -200,15 +314,34 @@ def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
     return (share.to(tokens.dtype)[..., None, :] @ tokens).squeeze(-2)
 
 
+def straight_through(scores: Tensor, rows: Rows | None) -> Tensor:
+    """Zeros whose gradient is that of the scores (B, N) of some rows; of padding any."""
+    zeros = scores - scores.detach()
+    return zeros if rows is None else zeros.gather(1, rows.ids.clamp(min=0))
+
+
 def gated(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
     """Give the gate (B, K), whose value is 0, the gradient of scaling what the block has added.
 
     Args:
-        before: (B, T, C), tokens before the block; K <= T, the gate is for the last ones.
-        after: (B, T, C), tokens after the block, whose values are returned.
+        before: (B, T, C), rows before the block; K <= T, the gate is for the first ones.
+        after: (B, T, C), rows after the block, whose values are returned.
         gate: (B, K).
     """
-    first = after.shape[1] - gate.shape[1]
-    added = (after - before).detach()[:, first:]
-    scaled = after[:, first:] + gate.to(after.dtype)[..., None] * added
-    return scaled if first == 0 else torch.cat([after[:, :first], scaled], dim=1)
+    count = gate.shape[1]
+    added = (after - before).detach()[:, :count]
+    scaled = after[:, :count] + gate.to(after.dtype)[..., None] * added
+    return torch.cat([scaled, after[:, count:]], dim=1) if count < after.shape[1] else scaled
+
+
+def _with(ids: Tensor, first: int, count: int) -> Tensor:
+    """Ids (B, K) and so many numbers from ``first`` on behind them."""
+    if not count:
+        return ids
+    more = torch.arange(first, first + count, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([ids, more], dim=1)
+
+
+def _numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:
+    # torch.compile traces a second image size with symbolic sides; index tables need numbers.
+    return len(range(hw_shape[0])), len(range(hw_shape[1]))

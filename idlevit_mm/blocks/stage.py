@@ -1,17 +1,21 @@
 """A row of idle blocks on one map, and the record of what they did.
 
-Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), C
+Shape letters: B images, S rows (the map, then P class tokens, then what a policy has appended), C
 channels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import Selection, keep_mask
+from ..ops import row_mask
+from ..policies import Plan
 from .idle_block import IdleBlock
+from .tokens import Carried, Tokens
 
 
 class StageRecord(NamedTuple):
@@ -21,31 +25,26 @@ class StageRecord(NamedTuple):
         batch: Number of images.
         hw_shape: Height and width of the map in tokens.
         device: Where the map lies.
-        selections: For each block the active units; None where the block was dense.
-        num_prefix: P, tokens before those of the map.
-        inputs: For each block its input (B, P + N, C), in the autograd graph; None where the block
-            was dense; empty unless asked for.
+        plans: For each block what it did.
+        num_class: P.
+        inputs: For each block its input (B, S, C), in the autograd graph; None where the block was
+            dense; empty unless asked for.
     """
 
     batch: int
     hw_shape: tuple[int, int]
     device: torch.device
-    selections: list[Selection | None]
-    num_prefix: int = 0
+    plans: Sequence[Plan]
+    num_class: int = 0
     inputs: Sequence[Tensor | None] = ()
 
     def keep_mask(self, block: int) -> Tensor:
         """Tokens of the map that were active in a block: (B, H, W), bool."""
-        height, width = self.hw_shape
-        selection = self.selections[block]
-        if selection is None:
+        rows, (height, width) = self.plans[block].rows, self.hw_shape
+        if rows is None:
             shape = self.batch, height, width
             return torch.ones(shape, dtype=torch.bool, device=self.device)
-        # Ids behind the map are tokens that a policy has added.
-        end = self.num_prefix + height * width
-        selection = selection._replace(token_ids=selection.token_ids.clamp(max=end))
-        mask = keep_mask(selection, end)[:, self.num_prefix :]
-        return mask.view(self.batch, height, width)
+        return row_mask(rows, height * width).view(self.batch, height, width)
 
 
 def run_blocks(
@@ -53,31 +52,36 @@ def run_blocks(
     x: Tensor,
     hw_shape: tuple[int, int],
     keep_ratios: Sequence[float],
-    num_prefix: int = 0,
     record_inputs: bool = False,
-    after_block: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Tensor, StageRecord]:
-    """Run the blocks of a stage on the tokens x (B, P + N, C).
+    taps: Mapping[int, Callable[[Tensor], Any]] | None = None,
+) -> tuple[list[Any], StageRecord]:
+    """Run the blocks of a stage on the tokens x (B, S, C).
 
     Args:
         blocks: The blocks.
         x: All tokens.
         hw_shape: Height and width of the map in tokens.
         keep_ratios: One for each block.
-        num_prefix: P.
         record_inputs: Whether the record holds the inputs of the blocks that idle.
-        after_block: Called with the number of each block and the tokens after it.
+        taps: For blocks after which the tokens are wanted, what makes an output of them; None for
+            the tokens after the last block.
+
+    Returns:
+        The outputs, in the order of the blocks, and the record.
     """
-    memory: Any = None
-    selections: list[Selection | None] = []
+    blocks, carried, plans = list(blocks), Carried(), []
+    taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []
+    outs: list[Any] = []
     for index, (block, keep_ratio) in enumerate(zip(blocks, keep_ratios, strict=True)):
-        before = x
-        x, selection, memory = block(x, hw_shape, keep_ratio, memory)
-        selections.append(selection)
         if record_inputs:
-            inputs.append(None if selection is None else before)
-        if after_block is not None:
-            after_block(index, x)
-    record = StageRecord(x.shape[0], hw_shape, x.device, selections, num_prefix, inputs)
-    return x, record
+            before = block.settled(Tokens(x, hw_shape, carried.pack))
+            x, carried = before, Carried(None, carried.plan, carried.state)
+        x, carried = block(x, hw_shape, keep_ratio, carried)
+        plans.append(carried.plan)
+        if record_inputs:
+            inputs.append(None if carried.plan.rows is None else before)
+        if index in taps:
+            outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
+    num_class = blocks[0].num_class
+    return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)

@@ -1,7 +1,6 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
 from .ffn import FeedForward, MixFFN
-from .linear import Linear, linear
 from .norm import LayerNorm2d
 from .patch import ConvStemEmbed, MergePatches
 from .position import (
@@ -20,7 +19,6 @@ __all__ = [
     'ConvStemEmbed',
     'FeedForward',
     'LayerNorm2d',
-    'Linear',
     'MergePatches',
     'MixFFN',
     'SelfAttention',
@@ -28,7 +26,6 @@ __all__ = [
     'SpatialReductionAttention',
     'cell_means',
     'kept_share',
-    'linear',
     'pad_to',
     'relative_position_index',
     'resize_position_table',

@@ -1,26 +1,17 @@
 """What the kinds of attention share.
 
-Shape letters: B images, N tokens of the map (H * W), T active tokens, K keys, C channels, A heads,
-D channels of a head.
+Shape letters: B images, N tokens of the map (H * W), T active tokens, K keys, C channels, A heads.
 """
 
-from functools import partial
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops import autocasts, eager_on_cpu, in_chunks
-from .linear import linear
-
-# Pairs of a query and a key of one head, below which launching many operations costs more.
-_MIN_PAIRS = 2**18
-
-
-def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
-    """(B, T, C) to (B, A, T, D)."""
-    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+from ..errors import SettingError
+from ..kernels import backend_at, exact, full_precision, is_plain, split_heads
 
 
 def mean_query_attention(
@@ -50,48 +41,19 @@ def mean_query_attention(
     return (folded @ x.transpose(1, 2)).softmax(dim=-1)
 
 
-def head_by_head_pays(query: Tensor, key: Tensor) -> bool:
-    """Whether ``attend_head_by_head`` is the faster way for (B, T, C) and (B, K, C)."""
-    return (
-        query.shape[1] * key.shape[1] >= _MIN_PAIRS
-        and query.dtype == key.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and eager_on_cpu(query)
-        and not autocasts('cpu')
-    )
+def row_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    """Attention of one query (B, 1, C) to keys (B, K, C), mean over heads: (B, K).
 
-
-def attend_head_by_head(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention as linear layers whose weights are keys and values, on the CPU.
-
-    PyTorch's fused attention gives its products to MKL; see ``linear``.
-
-    Args:
-        query: (B, T, C).
-        key: (B, K, C).
-        value: (B, K, C).
-        num_heads: A.
-
-    Returns:
-        (B, T, C).
+    It is float32 also under autocast.
     """
-    out = torch.empty_like(query)
-    scale = (query.shape[2] // num_heads) ** -0.5
-    for image in range(len(query)):
-        parts = (part[image].chunk(num_heads, dim=1) for part in (query, key, value, out))
-        for queries, keys, values, target in zip(*parts, strict=True):
-            attend = partial(_weigh, keys=keys * scale, values=values.t().contiguous())
-            target.copy_(in_chunks(attend, queries[None], len(keys))[0])
-    return out
-
-
-def _weigh(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one head: queries (1, T, D), scaled keys (K, D), values (D, K)."""
-    return linear(linear(queries, keys).softmax(dim=-1), values)
+    with full_precision(query):
+        query, key = split_heads(exact(query), num_heads), split_heads(exact(key), num_heads)
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 
 class PackedAttention(MultiheadAttention):
-    """Parameters of plain multi-head attention, under mmcv's names, for packed tokens.
+    """Plain multi-head attention under mmcv's names, for packed tokens.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -122,27 +84,76 @@ class PackedAttention(MultiheadAttention):
         )
         self.scale = (embed_dims // num_heads) ** -0.5
 
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Projection of queries, keys and values: (3 * C, C) and (3 * C,) or None.
+
+        Raises:
+            SettingError: ``attn`` has been replaced by something without them.
+        """
+        weight = getattr(self.attn, 'in_proj_weight', None)
+        if not isinstance(weight, Tensor):
+            raise SettingError(
+                f'attn.attn is a {type(self.attn).__name__} without in_proj_weight, which scores '
+                'by queries and keys need; allowed: another scorer, or nn.MultiheadAttention'
+            )
+        return weight, self.attn.in_proj_bias
+
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
-        channels = self.embed_dims
-        part = slice(first * channels, last * channels)
-        bias = self.attn.in_proj_bias
-        return linear(x, self.attn.in_proj_weight[part], None if bias is None else bias[part])
+        part = slice(first * self.embed_dims, last * self.embed_dims)
+        weight, bias = self.weights()
+        return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The branch of projected queries (B, T, C), keys and values (B, K, C): (B, T, C)."""
-        if not self.training and head_by_head_pays(query, key):
-            out = attend_head_by_head(query, key, value, self.num_heads)
-        else:
-            query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+    def branch(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        keys: Tensor | None = None,
+        ask: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the branch, without the identity.
+
+        Args:
+            x: (B, T, C), normalised tokens that attend.
+            context: (B, K, C), normalised tokens that serve as keys and values; None for x.
+            keys: (B, K, C), the keys if they are known already.
+            ask: A place in x whose attention to all keys is wanted.
+
+        Returns:
+            (B, T, C), and the attention that was asked for, mean over heads: (B, K).
+        """
+        if is_plain(self.attn, nn.MultiheadAttention):
+            query, key, value = self._projections(x, context, keys)
+            row = None
+            if ask is not None:
+                row = row_attention(query[:, ask : ask + 1], key, self.num_heads)
             dropout = self.attn.dropout if self.training else 0.0
-            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-            out = out.transpose(1, 2).flatten(2)
-        projection = self.attn.out_proj
-        out = linear(out, projection.weight, projection.bias)
-        return self.dropout_layer(self.proj_drop(out))
+            out = backend_at(x).attend(query, key, value, self.num_heads, dropout)
+            out = backend_at(out).linear(out, self.attn.out_proj)
+        else:
+            out, row = self._called(x, x if context is None else context, ask)
+        return self.dropout_layer(self.proj_drop(out)), row
 
     def mean_query_attention(self, x: Tensor) -> Tensor:
         """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
-        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
-        return mean_query_attention(x, weight, bias, self.num_heads, self.scale)
+        return mean_query_attention(x, *self.weights(), self.num_heads, self.scale)
+
+    def _projections(
+        self, x: Tensor, context: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if keys is not None:
+            query = self.project(x, 0, 1)
+            value = self.project(x if context is None else context, 2, 3)
+            return query, keys.to(query.dtype), value
+        if context is not None:
+            query = self.project(x, 0, 1)
+            key, value = self.project(context, 1, 3).chunk(2, dim=-1)
+            return query, key, value
+        query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
+        return query, key, value
+
+    def _called(self, x: Tensor, context: Tensor, ask: int | None) -> tuple[Tensor, Tensor | None]:
+        """Attention by the module, as mmcv calls it: tokens first, then images."""
+        x, context = x.transpose(0, 1), context.transpose(0, 1)
+        out, weights = self.attn(x, context, context, need_weights=ask is not None)
+        return out.transpose(0, 1), None if ask is None else weights[:, ask]

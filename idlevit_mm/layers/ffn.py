@@ -1,34 +1,69 @@
-"""Feed-forward networks on packed tokens: Swin's and ViT's, and those of PVT, PVTv2 and MiT."""
+"""Feed-forward networks on packed tokens: Swin's and ViT's, and those of PVT, PVTv2 and MiT.
 
-from typing import Any
+Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
+C channels.
+"""
+
+from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import build_dropout
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..ops import Selection, channel_parts, fill_map, take_tokens
-from .linear import linear
+from ..kernels import all_plain, backend_at, is_plain, known_plain
+from ..ops import Rows
 from .shape import to_map, to_tokens
 
+# Side of the kernels of the depth-wise convolution.
+_SIDE = 3
 
+
+@known_plain
 class FeedForward(FFN):
-    """mmcv's two-layer feed-forward network by way of ``linear``."""
+    """mmcv's two-layer feed-forward network, its products by the backend's way."""
 
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         """Compute the branch, with identity where the module adds it."""
+        if not all_plain(self.layers):
+            return super().forward(x, identity)
         (first, act, drop), second, last_drop = self.layers
-        hidden = drop(act(linear(x, first.weight, first.bias)))
-        out = self.dropout_layer(self.gamma2(last_drop(linear(hidden, second.weight, second.bias))))
+        hidden = drop(act(backend_at(x).linear(x, first)))
+        out = last_drop(backend_at(hidden).linear(hidden, second))
+        out = self.dropout_layer(self.gamma2(out))
         if not self.add_identity:
             return out
         return (x if identity is None else identity) + out
 
 
+@known_plain
+class MixLayers(Sequential):
+    """Layers of PVT's feed-forward network: point-wise, depth-wise or not, activation, point-wise.
+
+    Point-wise layers are convolutions of 1 x 1 in their names and shapes.
+    """
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor:
+        """Compute packed tokens; see ``MixFFN.forward``."""
+        first, *depthwise, act, drop, second, last_drop = self
+        parts = [slice(None)]
+        if depthwise and all_plain(self):
+            # Channels of the convolution are independent: a large map is never there as a whole.
+            pixels = x.shape[0] * hw_shape[0] * hw_shape[1]
+            parts = backend_at(x).channel_parts(first.out_channels, pixels, x, self.training)
+        out = None
+        for part in parts:
+            inner = _pointwise(x, first, part, slice(None))
+            for conv in depthwise:
+                inner = _convolve(inner, conv, part, hw_shape, rows)
+            added = _pointwise(drop(act(inner)), second, slice(None), part, bias=out is None)
+            out = added if out is None else out.add_(added)
+        return last_drop(out)
+
+
+@known_plain
 class MixFFN(BaseModule):
     """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (2106.13797) and MiT.
 
@@ -65,130 +100,64 @@ class MixFFN(BaseModule):
             drop,
         ]
         if use_conv:
-            layers.insert(1, nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
+            layers.insert(1, nn.Conv2d(hidden, hidden, _SIDE, padding=1, groups=hidden))
+        self.feedforward_channels = hidden
         self.use_conv = use_conv
-        self.layers = Sequential(*layers)
+        self.layers = MixLayers(*layers)
         self.dropout_layer = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None) -> Tensor:
+    def forward(self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor:
         """Compute the branch, without the identity.
 
         Args:
-            x: (B, T, C), the active tokens; all N of them where ``selection`` is None;
-                (B, T + 1, C) with a summary of the idle tokens.
+            x: (B, T, C), the active tokens; all N of them where ``rows`` is None; (B, T + 1, C)
+                with a summary of the idle tokens.
             hw_shape: Height and width of the map in tokens.
-            selection: Which tokens of the map are active.
+            rows: Which tokens of the map are active.
         """
-        hidden = self.layers[0].out_channels
-        if not self.use_conv:
-            return self.dropout_layer(self._part(x, hw_shape, selection, slice(0, hidden)))
-        # Channels of the convolution are independent: a large map is never there as a whole.
-        numbers = x.shape[0] * hw_shape[0] * hw_shape[1]
-        first, *others = channel_parts(hidden, numbers, x, self.training)
-        out = self._part(x, hw_shape, selection, first)
-        for part in others:
-            out += self._part(x, hw_shape, selection, part)
-        return self.dropout_layer(out)
+        return self.dropout_layer(self.layers(x, hw_shape, rows))
 
-    def _part(
-        self, x: Tensor, hw_shape: tuple[int, int], selection: Selection | None, part: slice
-    ) -> Tensor:
-        """What the hidden channels of a part add to the output; the first part brings the bias."""
-        first, *depthwise, act, drop, second, _ = self.layers
-        x = linear(x, first.weight.flatten(1)[part], _of(first.bias, part))
-        for conv in depthwise:
-            x = _convolve(x, conv.weight[part], _of(conv.bias, part), hw_shape, selection)
-        bias = second.bias if part.start == 0 else None
-        return drop(linear(drop(act(x)), second.weight.flatten(1)[:, part], bias))
+
+def _pointwise(
+    x: Tensor, layer: nn.Module, outputs: slice, inputs: slice, bias: bool = True
+) -> Tensor:
+    """Some channels of a convolution of 1 x 1 on tokens (B, T, C)."""
+    if not is_plain(layer, nn.Conv2d):
+        return to_tokens(layer(x.transpose(1, 2)[..., None]))
+    weight = layer.weight.flatten(1)[outputs, inputs]
+    own = layer.bias[outputs] if bias and layer.bias is not None else None
+    return backend_at(x).product(x, weight, own)
 
 
 def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    hw_shape: tuple[int, int],
-    selection: Selection | None,
+    x: Tensor, conv: nn.Module, part: slice, hw_shape: tuple[int, int], rows: Rows | None
 ) -> Tensor:
-    """Depth-wise convolution of the active tokens among the map."""
-    if selection is None:
-        return _depthwise(x, weight, bias, hw_shape)
-    num_active = selection.token_ids.shape[1]
-    x, summaries = x[:, :num_active], x[:, num_active:]
+    """Depth-wise convolution of the active tokens among the map, and of a summary behind them."""
+    count = x.shape[1] if rows is None else rows.ids.shape[1]
+    x, summaries = x[:, :count], x[:, count:]
     # Idle tokens are like their summary, where there is one.
-    blank = summaries if summaries.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    out = _ConvolveActive.apply(x, blank, weight, bias, hw_shape, selection)
-    if summaries.shape[1]:
-        alike = summaries * weight.sum(dim=(1, 2, 3)) + (0.0 if bias is None else bias)
-        out = torch.cat([out, alike], dim=1)
-    return out
+    blank = summaries if summaries.shape[1] else None
+    if not is_plain(conv, nn.Conv2d):
+        return _convolve_by_module(x, summaries, conv, hw_shape, rows)
+    weight, bias = conv.weight[part], None if conv.bias is None else conv.bias[part]
+    out = backend_at(x).convolve(x, blank, weight, bias, hw_shape, rows)
+    if blank is None:
+        return out
+    weight, bias = weight.to(x.dtype), 0.0 if bias is None else bias.to(x.dtype)
+    return torch.cat([out, summaries * weight.sum(dim=(1, 2, 3)) + bias], dim=1)
 
 
-class _ConvolveActive(torch.autograd.Function):
-    """Depth-wise convolution that keeps the active tokens for the backward pass, not their map."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        blank: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        hw_shape: tuple[int, int],
-        selection: Selection,
-    ) -> Tensor:
-        canvas = _canvas(x, blank, hw_shape, selection)
-        return take_tokens(_depthwise(canvas, weight, bias, hw_shape), selection)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, blank, weight, bias, ctx.hw_shape, selection = inputs
-        ctx.save_for_backward(x, blank, weight, selection.token_ids)
-        ctx.selection = selection._replace(token_ids=None)
-        ctx.has_bias = bias is not None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, blank, weight, token_ids = ctx.saved_tensors
-        selection = ctx.selection._replace(token_ids=token_ids)
-        canvas = _canvas(x, blank, ctx.hw_shape, selection)
-        grad_map = _canvas(grad, torch.zeros_like(blank), ctx.hw_shape, selection)
-        channels, padding = len(weight), weight.shape[-1] // 2
-        grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            to_map(grad_map, ctx.hw_shape),
-            to_map(canvas, ctx.hw_shape),
-            weight,
-            [channels],
-            stride=[1, 1],
-            padding=[padding, padding],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=channels,
-            output_mask=[True, True, ctx.has_bias],
-        )
-        grad_canvas = to_tokens(grad_canvas)
-        grad_x = take_tokens(grad_canvas, selection)
-        grad_blank = None
-        if ctx.needs_input_grad[1]:
-            grad_blank = (grad_canvas.sum(1) - grad_x.sum(1))[:, None]
-        return grad_x, grad_blank, grad_weight, grad_bias, None, None
-
-
-def _canvas(x: Tensor, blank: Tensor, hw_shape: tuple[int, int], selection: Selection) -> Tensor:
-    """Active tokens in their places, blank (B, 1, C) in the others: (B, N, C)."""
-    return fill_map(blank, hw_shape[0] * hw_shape[1], selection, x)
-
-
-def _depthwise(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, hw_shape: tuple[int, int]
+def _convolve_by_module(
+    x: Tensor, summaries: Tensor, conv: nn.Module, hw_shape: tuple[int, int], rows: Rows | None
 ) -> Tensor:
-    """Convolve all tokens (B, N, C) of a map by weight (C, 1, side, side)."""
-    padding = weight.shape[-1] // 2
-    out = F.conv2d(to_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
-    return to_tokens(out)
-
-
-def _of(bias: Tensor | None, part: slice) -> Tensor | None:
-    return None if bias is None else bias[part]
+    backend = backend_at(x)
+    if rows is None:
+        return to_tokens(conv(to_map(x, hw_shape)))
+    blank = summaries if summaries.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
+    canvas = backend.put(blank.expand(-1, hw_shape[0] * hw_shape[1], -1), rows, x)
+    out = backend.take(to_tokens(conv(to_map(canvas, hw_shape))), rows)
+    if not summaries.shape[1]:
+        return out
+    alike = conv(summaries.transpose(1, 2)[..., None].expand(-1, -1, _SIDE, _SIDE))
+    middle = alike[..., _SIDE // 2, _SIDE // 2]
+    return torch.cat([out, middle[:, None]], dim=1)

@@ -10,8 +10,7 @@ from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import in_chunks
-from .linear import linear
+from ..kernels import backend_at, is_plain
 from .shape import to_map, to_tokens
 
 
@@ -30,16 +29,19 @@ class MergePatches(PatchMerging):
         cells = padded.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
         hw_shape = cells.shape[1], cells.shape[3]
         cells = cells.transpose(2, 3).reshape(len(x), -1, self.reduction.in_features)
-        return in_chunks(self._reduce, cells, self.reduction.in_features), hw_shape
+        width = self.reduction.in_features
+        return backend_at(x).by_tokens(self._reduce, cells, width), hw_shape
 
     def _pairs(self) -> bool:
-        """Whether cells are 2 x 2 tokens that do not overlap, and the norm is a plain one."""
+        """Whether cells are 2 x 2 tokens that do not overlap, and all parts are plain."""
         sampler = self.sampler
         return (
-            tuple(sampler.kernel_size) == tuple(sampler.stride) == (2, 2)
+            is_plain(sampler, nn.Unfold)
+            and is_plain(self.reduction, nn.Linear)
+            and tuple(sampler.kernel_size) == tuple(sampler.stride) == (2, 2)
             and tuple(sampler.dilation) == (1, 1)
             and self.adaptive_padding is not None
-            and (self.norm is None or type(self.norm) is nn.LayerNorm)
+            and (self.norm is None or is_plain(self.norm, nn.LayerNorm))
         )
 
     def _reduce(self, cells: Tensor) -> Tensor:
@@ -49,7 +51,8 @@ class MergePatches(PatchMerging):
                 None if part is None else _token_by_token(part) for part in (norm.weight, norm.bias)
             )
             cells = F.layer_norm(cells, norm.normalized_shape, weight, bias, norm.eps)
-        return linear(cells, _token_by_token(self.reduction.weight), self.reduction.bias)
+        weight = _token_by_token(self.reduction.weight)
+        return backend_at(cells).product(cells, weight, self.reduction.bias)
 
 
 def _token_by_token(weight: Tensor) -> Tensor:

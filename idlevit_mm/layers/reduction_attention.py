@@ -4,6 +4,8 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from mmcv.cnn import build_norm_layer
@@ -49,9 +51,7 @@ class SpatialReductionAttention(PackedAttention):
             x: (B, N, C), the normalised map.
             hw_shape: Height and width of the map in tokens.
         """
-        query = self.project(queries, 0, 1)
-        key, value = self.project(self.reduce(x, hw_shape), 1, 3).chunk(2, dim=-1)
-        return self.attend(query, key, value)
+        return self.branch(queries, self.reduce(x, hw_shape))[0]
 
     def reduce(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Tokens that serve as keys: (B, N, C) to (B, cells, C).

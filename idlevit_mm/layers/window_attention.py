@@ -1,8 +1,10 @@
 """Window attention on packed tokens.
 
 Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
-C channels, A heads, M windows, L slots of a window (window_size ** 2), E border windows.
+C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -12,36 +14,14 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..ops import (
-    Selection,
-    WindowLayout,
-    WindowPacking,
-    autocasts,
-    eager_on_cpu,
-    pack_whole_windows,
-    pack_windows,
-    put_tokens,
-    take_tokens,
-    window_layout,
-)
+from ..kernels import LINEAR, WindowCore, backend_at, hide, is_plain, region_mask, split_heads
+from ..ops import Rows, WindowLayout, window_layout
 from .attention import mean_query_attention
-from .linear import Linear, linear
 from .share import kept_share
-from .window_slots import (
-    WindowCore,
-    attend_slots,
-    attend_whole_windows,
-    hide,
-    region_mask,
-)
-from .window_squeezed import attend_squeezed
-
-# Slots of all heads for which launching the operations of a bucket of windows pays.
-_MIN_PLACES = 2**11
 
 
 class WindowMSA(BaseModule):
-    """Parameters and core of window attention with relative position bias (arXiv 2103.14030).
+    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -70,9 +50,9 @@ class WindowMSA(BaseModule):
         places = (2 * window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.zeros(places, num_heads))
         self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.qkv = Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
-        self.proj = Linear(embed_dims, embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def init_weights(self) -> None:
@@ -88,30 +68,77 @@ class WindowMSA(BaseModule):
         pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
         return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
 
-    def squeezes(self, qkv: Tensor) -> bool:
-        """Whether windows are squeezed to their occupied slots, whose number the data decide."""
-        return (
-            eager_on_cpu(qkv)
-            # In half precision the fused operation on all slots is faster.
-            and qkv.dtype in (torch.float32, torch.float64)
-            and not autocasts('cpu')
-            and not (self.training and self.attn_drop.p > 0)
+    def forward(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        shift_size: int,
+        rows: Rows | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
+        core = self.core(x, hw_shape)
+        if rows is not None and context is not None:
+            qkv = self._project_queries(x, context, rows)
+            out = backend_at(qkv).attend_windows(qkv, core, hw_shape, shift_size, None)
+            out = backend_at(out).take(out, rows)
+        else:
+            qkv = backend_at(x).linear(x, self.qkv)
+            out = backend_at(qkv).attend_windows(qkv, core, hw_shape, shift_size, rows)
+        return self.proj_drop(backend_at(out).linear(out, self.proj))
+
+    def core(self, x: Tensor, hw_shape: tuple[int, int]) -> WindowCore:
+        """What attention within windows needs beside queries, keys and values."""
+        plain = is_plain(self.attn_drop, nn.Dropout)
+        return WindowCore(
+            self.position_bias(),
+            self._blank(x, hw_shape),
+            self.window_size,
+            self.num_heads,
+            self.scale,
+            self.attn_drop.p if plain and self.training else 0.0,
+            None if plain else self.attn_drop,
         )
 
-    def core(self) -> WindowCore:
-        """What attention within windows needs beside queries, keys and values."""
+    def project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
+        part = slice(first * x.shape[-1], last * x.shape[-1])
+        if not is_plain(self.qkv, *LINEAR):
+            return self.qkv(x)[..., part]
+        weight, bias = self.qkv.weight[part], self.qkv.bias
+        return backend_at(x).product(x, weight, None if bias is None else bias[part])
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
+        if is_plain(self.qkv, *LINEAR):
+            weights = self.qkv.weight, self.qkv.bias
+            return mean_query_attention(x, *weights, self.num_heads, self.scale)
+        query, key = self.project(x.mean(dim=1, keepdim=True), 0, 1), self.project(x, 1, 2)
+        query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
+        return (query * self.scale @ key.transpose(-1, -2)).softmax(dim=-1).squeeze(2)
+
+    def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
+        if not is_plain(self.qkv, *LINEAR):
+            padded = any(side % self.window_size for side in hw_shape)
+            zero = x.new_zeros(1, 1, x.shape[-1])
+            return self.qkv(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
         bias = self.qkv.bias
-        # Padding is zero after the norm.
-        blank = self.qkv.weight.new_zeros(len(self.qkv.weight)) if bias is None else bias
-        dropout = self.attn_drop.p if self.training else 0.0
-        return WindowCore(self.position_bias(), blank, self.num_heads, self.scale, dropout)
+        return self.qkv.weight.new_zeros(len(self.qkv.weight)) if bias is None else bias
+
+    def _project_queries(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
+        """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
+        key_value = self.project(context, 1, 3)
+        query = self.project(x, 0, 1)
+        # What stands in the places of idle queries is computed and thrown away.
+        blank = torch.zeros_like(key_value[..., : x.shape[-1]])
+        return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
 
 
 class ShiftWindowMSA(BaseModule):
     """Window attention of the active tokens of a map.
 
-    Projections run on the packed active tokens. The core runs on windows squeezed to their active
-    tokens where the number of these may decide about shapes, otherwise on all slots of all windows.
+    Projections run on the packed active tokens, the core on windows by the backend's way.
 
     Padding slots are never active. As keys they are seen as in the dense block, where the map is
     padded after the norm so that their key and value are the biases: an idle block then tends to
@@ -138,7 +165,6 @@ class ShiftWindowMSA(BaseModule):
         super().__init__()
         self.window_size = window_size
         self.shift_size = shift_size
-        self.num_heads = num_heads
         self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
@@ -146,43 +172,20 @@ class ShiftWindowMSA(BaseModule):
         self,
         x: Tensor,
         hw_shape: tuple[int, int],
-        selection: Selection | None,
-        whole: bool = False,
+        rows: Rows | None,
         context: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity.
 
         Args:
-            x: (B, T, C), the normalised active tokens; all N of them where ``selection`` is None.
+            x: (B, T, C), the normalised active tokens; all N of them where ``rows`` is None.
                 (B, T + M, C) with a summary of its idle tokens for each window of the layout: a
                 slot more without position bias, hidden as a key where no token is idle.
             hw_shape: Height and width of the map in tokens.
-            selection: Which tokens of the map are active.
-            whole: Whether the units of the selection are whole windows.
+            rows: Which tokens of the map are active, maybe whole windows.
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
         """
-        if selection is not None and context is not None:
-            qkv = self._project_queries(x, context, selection)
-            out = take_tokens(self._attend(qkv, hw_shape, None), selection)
-        else:
-            out = self._attend(self.w_msa.qkv(x), hw_shape, selection, whole)
-        return self.drop(self.w_msa.proj_drop(self.w_msa.proj(out)))
-
-    def mean_query_attention(self, x: Tensor) -> Tensor:
-        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
-        weight, bias = self.w_msa.qkv.weight, self.w_msa.qkv.bias
-        return mean_query_attention(x, weight, bias, self.w_msa.num_heads, self.w_msa.scale)
-
-    def _project_queries(self, x: Tensor, context: Tensor, selection: Selection) -> Tensor:
-        """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
-        channels = x.shape[-1]
-        weight, bias = self.w_msa.qkv.weight, self.w_msa.qkv.bias
-        biases = (None, None) if bias is None else bias.split((channels, 2 * channels))
-        key_value = linear(context, weight[channels:], biases[1])
-        query = linear(x, weight[:channels], biases[0])
-        # What stands in the places of idle queries is computed and thrown away.
-        blank = torch.zeros_like(key_value[..., :channels])
-        return torch.cat([put_tokens(blank, selection, query), key_value], dim=-1)
+        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of each token's attention that goes to active tokens of its window.
@@ -199,9 +202,7 @@ class ShiftWindowMSA(BaseModule):
             Of the shape of ``mask``.
         """
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
-        qkv, channels = self.w_msa.qkv, 2 * x.shape[-1]
-        bias = None if qkv.bias is None else qkv.bias[:channels]
-        query, key = _fill_slots(linear(x, qkv.weight[:channels], bias), layout).chunk(2, dim=-1)
+        query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)
         share = kept_share(
             query,
             key,
@@ -213,44 +214,10 @@ class ShiftWindowMSA(BaseModule):
 
     def _mean_bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
         """Head mean of the position bias, padding keys and other regions hidden: (M, L, L)."""
-        padding = layout.token_ids == len(layout.slot_ids)
+        padding = layout.token_ids < 0
         bias = self.w_msa.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
         inner = len(bias) - len(layout.regions)
         return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
-
-    def _attend(
-        self,
-        qkv: Tensor,
-        hw_shape: tuple[int, int],
-        selection: Selection | None,
-        whole: bool = False,
-    ) -> Tensor:
-        """Attention of packed tokens, and of summaries behind them: (B, T + R, C)."""
-        core = self.w_msa.core()
-        if self.w_msa.squeezes(qkv):
-            packing = self._packing(qkv, hw_shape, selection, whole)
-            return attend_squeezed(qkv, core, packing)
-        layout = window_layout(*hw_shape, self.window_size, self.shift_size, qkv.device)
-        if selection is not None and whole:
-            return attend_whole_windows(qkv, core, layout, selection)
-        return attend_slots(qkv, core, layout, None if selection is None else selection.token_ids)
-
-    def _packing(
-        self, qkv: Tensor, hw_shape: tuple[int, int], selection: Selection | None, whole: bool
-    ) -> WindowPacking:
-        windows = hw_shape, self.window_size, self.shift_size
-        if selection is not None and whole:
-            return pack_whole_windows(selection.unit_ids, *windows)
-        batch, rows, _ = qkv.shape
-        if selection is None:
-            return pack_windows(None, batch, *windows)
-        return pack_windows(
-            selection.token_ids,
-            batch,
-            *windows,
-            summarised=rows > selection.token_ids.shape[1],
-            min_places=_MIN_PLACES // self.num_heads,
-        )
 
 
 def relative_position_index(window_size: int) -> Tensor:

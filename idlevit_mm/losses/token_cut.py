@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..ops import keep_mask
+from ..ops import row_mask
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss
 from .capture import Step
@@ -105,29 +105,28 @@ def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
         RuntimeError: The inputs are not on record.
     """
     for record, blocks in zip(backbone.records, backbone.idle_blocks, strict=True):
-        idled = [selection is not None for selection in record.selections]
+        idled = [plan.rows is not None for plan in record.plans]
         if any(idled) and not record.inputs:
             raise RuntimeError(
                 'the inputs of the blocks are not on record: set backbone.record_inputs=True '
                 'before the forward pass'
             )
         for index, block in enumerate(blocks):
-            selection = record.selections[index]
-            if selection is not None:
+            rows = record.plans[index].rows
+            if rows is not None:
                 x = record.inputs[index]
-                # Ids behind the input are tokens that the policy has added in the block.
-                ids = selection.token_ids.clamp(max=x.shape[1])
-                mask = keep_mask(selection._replace(token_ids=ids), x.shape[1]).to(torch.float32)
+                mask = row_mask(block.with_class(rows, record.hw_shape), x.shape[1]).float()
                 yield _kept_share(block, x, record, mask), mask
 
 
 def _kept_share(block: Any, x: Tensor, record: Any, mask: Tensor) -> Tensor:
-    if record.num_prefix == 0:
-        return block.checkpointed(block.kept_share, x, record.hw_shape, mask)
+    if not record.num_class:
+        return block.recomputed(block.kept_share, x, record.hw_shape, mask)
+    first = record.hw_shape[0] * record.hw_shape[1]
     map_alone = mask.clone()
-    map_alone[:, : record.num_prefix] = 0.0
+    map_alone[:, first : first + record.num_class] = 0.0
     masks = torch.stack([mask, map_alone], dim=-1)
-    share = block.checkpointed(block.kept_share, x, record.hw_shape, masks)
+    share = block.recomputed(block.kept_share, x, record.hw_shape, masks)
     return torch.where(mask > 0, share[..., 0], share[..., 1])
 
 

@@ -1,47 +1,26 @@
-"""Pure tensor functions: index tables, top-k selection, gather and scatter of tokens."""
+"""What follows from sizes alone, and how rows of tokens are named."""
 
-from .chunks import channel_parts, in_chunks
-from .layout import UnitLayout, WindowLayout, map_units, window_layout, window_units
-from .packing import Bucket, WindowPacking, pack_whole_windows, pack_windows
-from .runtime import autocasts, eager_on_cpu, full_precision
-from .select import (
-    ROUNDINGS,
-    Selection,
-    behind_prefix,
-    best_places,
-    fill_map,
-    keep_mask,
-    num_active,
-    put_tokens,
-    select_units,
-    take_tokens,
-    unit_scores,
+from .geometry import (
+    CACHED_TABLES,
+    Units,
+    WindowLayout,
+    map_units,
+    on_device,
+    window_layout,
+    window_numbers,
+    window_units,
 )
+from .rows import Rows, row_mask
 
 __all__ = [
-    'ROUNDINGS',
-    'Bucket',
-    'Selection',
-    'UnitLayout',
+    'CACHED_TABLES',
+    'Rows',
+    'Units',
     'WindowLayout',
-    'WindowPacking',
-    'autocasts',
-    'behind_prefix',
-    'channel_parts',
-    'in_chunks',
-    'best_places',
-    'eager_on_cpu',
-    'fill_map',
-    'full_precision',
-    'keep_mask',
     'map_units',
-    'num_active',
-    'pack_whole_windows',
-    'pack_windows',
-    'put_tokens',
-    'select_units',
-    'take_tokens',
-    'unit_scores',
+    'on_device',
+    'row_mask',
     'window_layout',
+    'window_numbers',
     'window_units',
 ]

@@ -6,7 +6,8 @@ Scorers rank the tokens for them.
 from .evit import EViT
 from .evovit import EvoViT
 from .idlevit import IdleViT
-from .policy import EVERYTHING, Plan, Policy, build_policy
+from .plan import EVERYTHING, Plan, Regroup
+from .policy import Policy, build_policy
 from .schedule import KeepRatios, checked_ratio, normalize_keep_ratios
 from .scorers import (
     ActivationNorm,
@@ -16,8 +17,8 @@ from .scorers import (
     MeanDistance,
     MeanQuery,
     Random,
-    ScorableBlock,
     Scorer,
+    Seen,
     UniformGrid,
 )
 from .sparsevit import SparseViT
@@ -37,8 +38,9 @@ __all__ = [
     'Plan',
     'Policy',
     'Random',
-    'ScorableBlock',
+    'Regroup',
     'Scorer',
+    'Seen',
     'SparseViT',
     'UniformGrid',
     'build_policy',

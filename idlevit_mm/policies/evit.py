@@ -1,18 +1,20 @@
 """EViT: tokens that get little attention leave, fused into one (arXiv 2202.07800).
 
-Shape letters: B images, N tokens of the map (H * W), T tokens in play, P tokens before the map
-(class token), K kept tokens, C channels.
+Shape letters: B images, N tokens of the map (H * W), T rows in play.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import behind_prefix, best_places, num_active, put_tokens, take_tokens
+from ..ops import Rows, Units
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy, chosen, positive
-from .scorers import ScorableBlock
+from .plan import Plan, Regroup
+from .policy import Policy, positive
+from .select import best_places, num_active
 
 
 @POLICIES.register_module()
@@ -40,7 +42,7 @@ class EViT(Policy):
     """
 
     CLASS_TOKEN_SCORER = 'class_attention'
-    REORGANISES = True
+    RANKS_BY_ATTENTION = True
 
     def __init__(
         self, embed_dims: int, fuse: bool = True, rounding: str = 'ceil', **kwargs: Any
@@ -49,71 +51,32 @@ class EViT(Policy):
         self.fuse = fuse
 
     def plan(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratio: float,
-        block: ScorableBlock,
-        memory: Plan | None = None,
-    ) -> tuple[Plan, Plan | None]:
-        if keep_ratio < 1.0 and not self.scorer.ranks_after_attention:
-            memory = self._leave(x, hw_shape, keep_ratio, block, memory)
-        return EVERYTHING if memory is None else memory, memory
-
-    def uses_attention(self, keep_ratio: float) -> bool:
-        return keep_ratio < 1.0 and super().uses_attention(keep_ratio)
-
-    def reorganise(
-        self,
-        x: Tensor,
-        active: Tensor,
-        attention: Tensor,
-        plan: Plan,
-        keep_ratio: float,
-        num_prefix: int,
-        memory: Plan | None,
-    ) -> tuple[Tensor, Tensor, Plan, Plan | None]:
-        rest = attention[:, num_prefix:]
-        count = num_active(keep_ratio, rest.shape[1], self.rounding)
-        places = best_places(rest, count)
-        kept = behind_prefix(places, num_prefix)
-        ids, staying = kept, take_tokens(active, chosen(kept))
-        if plan.selection is None:
-            x = active
+        self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
+    ) -> tuple[Plan, None]:
+        if scores is None:
+            ask = keep_ratio < 1.0 and self.scorer.NEEDS == 'class_attention'
+            return last.but(ask=ask), None
+        if last.rows is None:
+            ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         else:
-            # Those that leave now keep what attention has made of them.
-            x = put_tokens(x, plan.selection, active)
-            ids = plan.selection.token_ids.gather(1, kept)
-        if self.fuse and count < rest.shape[1]:
-            share = rest.scatter(1, places, 0.0).to(active.dtype)
-            fused = share[:, None] @ active[:, num_prefix:]
-            # The fused token gets a place behind the map.
-            ids = torch.cat([ids, torch.full_like(ids[:, :1], x.shape[1])], dim=1)
-            x, staying = torch.cat([x, fused], dim=1), torch.cat([staying, fused], dim=1)
-        plan = Plan(chosen(ids))
-        return x, staying, plan, plan
-
-    def _leave(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratio: float,
-        block: ScorableBlock,
-        memory: Plan | None,
-    ) -> Plan:
-        scores = self.scores(x, hw_shape, block)
-        left = None
-        if memory is None or memory.selection is None:
-            ids = torch.arange(scores.shape[1], device=x.device).expand_as(scores)
-        else:
-            ids, left = memory.selection.unit_ids, memory.idle_weights
+            ids = last.rows.ids
         count = num_active(keep_ratio, ids.shape[1], self.rounding)
         ids = ids.gather(1, best_places(scores.gather(1, ids), count))
-        if not self.fuse or not block.uses_summaries or ids.shape[1] == scores.shape[1]:
-            # Nothing has left, or what has left is among the keys anyhow.
-            return Plan(block.with_prefix(chosen(ids)))
+        if not self.fuse or ids.shape[1] == scores.shape[1]:
+            return Plan(Rows(ids), hold=True), None
         weights = positive(scores)
-        if left is not None:
+        if last.summary is not None:
             # Who left earlier keeps the weight it left with.
-            weights = torch.where(left > 0, left, weights)
-        return Plan(block.with_prefix(chosen(ids)), idle_weights=weights.scatter(1, ids, 0.0))
+            weights = torch.where(last.summary > 0, last.summary, weights)
+        # Not held: the summary is formed anew in each block.
+        return Plan(Rows(ids), summary=weights.scatter(1, ids, 0.0)), None
+
+    def between(
+        self, attention: Tensor, plan: Plan, keep_ratio: float, state: Any
+    ) -> tuple[Regroup, None]:
+        count = num_active(keep_ratio, attention.shape[1], self.rounding)
+        keep = best_places(attention, count)
+        fuse = None
+        if self.fuse and count < attention.shape[1]:
+            fuse = attention.scatter(1, keep, 0.0)
+        return Regroup(keep, fuse), None

@@ -1,8 +1,9 @@
 """Evo-ViT: informative tokens evolve slowly, the others fast (arXiv 2108.01390).
 
-Shape letters: B images, N tokens of the map (H * W), T active tokens, P tokens before the map
-(class token), K informative tokens, C channels.
+Shape letters: B images, N tokens of the map (H * W), T rows in play, K informative tokens.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import best_places, num_active
+from ..ops import Rows, Units
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy, chosen, positive
-from .scorers import ScorableBlock
+from .plan import Plan
+from .policy import Policy, positive
+from .select import best_places, num_active
 
 
 @POLICIES.register_module()
@@ -44,7 +46,7 @@ class EvoViT(Policy):
     """
 
     CLASS_TOKEN_SCORER = 'class_attention'
-    REORGANISES = True
+    RANKS_BY_ATTENTION = True
 
     def __init__(
         self, embed_dims: int, alpha: float = 0.5, representative: bool = True, **kwargs: Any
@@ -56,57 +58,48 @@ class EvoViT(Policy):
         self.representative = representative
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
-        if self.scorer.ranks_after_attention and keep_ratios[0][0] < 1.0:
+        if self._asks and keep_ratios[0][0] < 1.0:
             raise ValueError(
                 f'keep_ratios={list(keep_ratios[0])} begin with {keep_ratios[0][0]}, but policy '
                 'EvoViT knows no class attention before the first block: it must be 1.0 there'
             )
 
+    @property
+    def _asks(self) -> bool:
+        return self.scorer.NEEDS == 'class_attention'
+
     def plan(
         self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
+        scores: Tensor | None,
+        units: Units,
         keep_ratio: float,
-        block: ScorableBlock,
-        memory: Tensor | None = None,
+        last: Plan,
+        state: Tensor | None,
     ) -> tuple[Plan, Tensor | None]:
-        if keep_ratio == 1.0:
-            return EVERYTHING, memory
         attention = None
-        if not self.scorer.ranks_after_attention:
-            scores = positive(self.scores(x, hw_shape, block))
+        if scores is not None:
+            scores = positive(scores)
             attention = scores / scores.sum(dim=1, keepdim=True)
-        running = attention if memory is None else memory
-        assert running is not None  # check_keep_ratios has seen to it
+        running = attention if state is None else state
+        if keep_ratio == 1.0 or running is None:  # check_keep_ratios sees to it that it is known
+            return Plan(ask=self._asks), state
         count = num_active(keep_ratio, running.shape[1], self.rounding)
         places = best_places(running, count)
         # A summary of no token would be one more key.
         follows = self.representative and count < running.shape[1]
-        weights = running.scatter(1, places, 0.0) if follows else None
+        summary = running.scatter(1, places, 0.0) if follows else None
         if attention is not None:
             running = self._moved(running, places, attention.gather(1, places))
-        selection = block.with_prefix(chosen(places))
-        return Plan(selection, idle_weights=weights, spreads=follows), running
+        return Plan(Rows(places), summary=summary, spread=follows, ask=self._asks), running
 
-    def reorganise(
-        self,
-        x: Tensor,
-        active: Tensor,
-        attention: Tensor,
-        plan: Plan,
-        keep_ratio: float,
-        num_prefix: int,
-        memory: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Plan, Tensor]:
-        attention = attention[:, num_prefix:]
-        if memory is None:
-            memory = attention
-        elif plan.selection is None:
-            memory = (1 - self.alpha) * memory + self.alpha * attention
-        else:
-            places = plan.selection.unit_ids
-            memory = self._moved(memory, places, attention[:, : places.shape[1]])
-        return x, active, plan, memory
+    def between(
+        self, attention: Tensor, plan: Plan, keep_ratio: float, state: Tensor | None
+    ) -> tuple[None, Tensor]:
+        if state is None:
+            return None, attention
+        if plan.rows is None:
+            return None, (1 - self.alpha) * state + self.alpha * attention
+        return None, self._moved(state, plan.rows.ids, attention)
 
     def _moved(self, running: Tensor, places: Tensor, attention: Tensor) -> Tensor:
         """The running attention (B, N) after the new one (B, K) of the informative tokens."""

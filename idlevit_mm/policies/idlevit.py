@@ -1,16 +1,16 @@
-"""IdleViT: the best units are active, idle ones pass through unchanged (arXiv 2310.05654).
+"""IdleViT: the best units are active, idle ones pass through unchanged (arXiv 2310.05654)."""
 
-Shape letters: B images, N tokens of the map (H * W), K chosen tokens, C channels.
-"""
+from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
 
-from ..ops import Selection, select_units, take_tokens, unit_scores
+from ..ops import Units
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy, positive
-from .scorers import ScorableBlock
+from .plan import EVERYTHING, Plan
+from .policy import Policy, positive
+from .select import select_units, unit_scores
 
 CONTEXTS = ('active', 'summary', 'all')
 
@@ -50,43 +50,15 @@ class IdleViT(Policy):
                 "policy.context='summary' is for single tokens, and with policy.scope='windows' "
                 'whole windows idle; allowed there: active, all'
             )
-        self.idle_context = context == 'all'
-        self.summarises = context == 'summary'
+        self.context = context
 
     def plan(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratio: float,
-        block: ScorableBlock,
-        memory: Any = None,
+        self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, None]:
-        learns = self.scorer.learns and self.training
-        if keep_ratio == 1.0 and not learns:
+        if scores is None or keep_ratio == 1.0:
             return EVERYTHING, None
-        scores, keys = self.score(x, hw_shape, block)
-        if keep_ratio == 1.0:
-            return Plan(gate=straight_through(scores)), None
-        layout = block.unit_layout(hw_shape, x.device)
-        ranked = unit_scores(scores.detach(), layout)
-        selection = select_units(ranked, layout, keep_ratio, self.rounding)
-        gate = straight_through(_scores_of(scores, selection)) if learns else None
-        complete = block.with_prefix(selection)
-        ids = selection.token_ids
-        if self.summarises and block.uses_summaries and ids.shape[1] < scores.shape[1]:
-            # Keys are computed anew, with those of the summaries.
-            weights = positive(scores.detach()).scatter(1, ids, 0.0)
-            return Plan(complete, gate, weights), None
-        if keys is not None and not self.idle_context:
-            keys = take_tokens(keys, complete)
-        return Plan(complete, gate, keys=keys), None
-
-
-def straight_through(scores: Tensor) -> Tensor:
-    """Zeros whose gradient is that of the scores."""
-    return scores - scores.detach()
-
-
-def _scores_of(scores: Tensor, selection: Selection) -> Tensor:
-    """Scores of the selected tokens: (B, K); of padding slots any."""
-    return scores.gather(1, selection.token_ids.clamp(max=scores.shape[1] - 1))
+        rows = select_units(unit_scores(scores, units), units, keep_ratio, self.rounding)
+        summary = None
+        if self.context == 'summary' and rows.ids.shape[1] < scores.shape[1]:
+            summary = positive(scores).scatter(1, rows.ids, 0.0)
+        return Plan(rows, 'all' if self.context == 'all' else 'rows', summary), None

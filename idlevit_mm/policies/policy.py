@@ -1,51 +1,30 @@
 """What all policies share: which tokens of a block are active, and what the idle ones receive.
 
-Shape letters: B images, N tokens of the map (H * W), T active tokens, P tokens before the map
-(class token), R summaries of idle tokens, C channels.
+A policy gets numbers and returns data; it never sees features or a block, and keeps nothing between
+forward passes. The last plan and a *state* of its own are handed from block to block of a stage.
 
-A policy keeps nothing between forward passes: what it must remember from block to block of a stage
-is its *memory*, which the stage hands on.
+Shape letters: B images, N tokens of the map (H * W), T rows in play.
 """
+
+from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import ROUNDINGS, Selection, autocasts, full_precision
+from ..ops import Units
 from ..registry import POLICIES, SCORERS
-from .scorers import ScorableBlock, Scorer
+from .plan import Plan, Regroup
+from .scorers import Scorer
+from .select import ROUNDINGS
 
 DEFAULT_POLICY = 'IdleViT'
 DEFAULT_SCORER = 'mean_distance'
-
-
-class Plan(NamedTuple):
-    """What a block is to do.
-
-    Attributes:
-        selection: The active tokens, with the class token where there is one; None for all.
-        gate: (B, K), zeros that carry the gradient of the scores of the last K tokens before the
-            summaries; None if no score learns.
-        idle_weights: (B, N), weight of each idle token in the summary of its group, 0 for active
-            tokens; None for no summaries.
-        spreads: Whether idle tokens receive what the block adds to their summary.
-        keys: Keys where scoring has computed them already: (B, T, C), or (B, P + N, C) where idle
-            tokens serve as context.
-    """
-
-    selection: Selection | None = None
-    gate: Tensor | None = None
-    idle_weights: Tensor | None = None
-    spreads: bool = False
-    keys: Tensor | None = None
-
-
-EVERYTHING = Plan()
 
 
 class Policy(nn.Module, ABC):
@@ -72,9 +51,7 @@ class Policy(nn.Module, ABC):
     # Whether each block ranks by its own scores, so that every scorer learns.
     TRAINS_SCORER: ClassVar[bool] = False
     # Whether the policy can rank by the attention that its own block has just computed.
-    REORGANISES: ClassVar[bool] = False
-    # Whether idle tokens serve as keys and values; in spatial-reduction attention they always do.
-    idle_context: bool = False
+    RANKS_BY_ATTENTION: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -115,63 +92,53 @@ class Policy(nn.Module, ABC):
                 f'policy.scorer={scorer!r} learns, which {name} has no gradient for; allowed with '
                 'policy IdleViT'
             )
-        if self.scorer.ranks_after_attention and not self.REORGANISES:
+        if self.scorer.NEEDS == 'class_attention' and not self.RANKS_BY_ATTENTION:
             raise ValueError(
                 f'policy.scorer={scorer!r} is known only after the attention of a block, and '
                 f'{name} chooses before it; allowed with policies EViT and EvoViT'
             )
 
+    def wants_scores(self, keep_ratio: float, state: Any) -> bool:
+        """Whether ``plan`` needs scores of the tokens as they enter the block.
+
+        Args:
+            keep_ratio: Share of the units that is active, in (0, 1].
+            state: As for ``plan``.
+        """
+        return keep_ratio < 1.0 and self.scorer.NEEDS != 'class_attention'
+
     @abstractmethod
     def plan(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratio: float,
-        block: ScorableBlock,
-        memory: Any = None,
+        self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, Any]:
         """Decide what a block does, before its attention.
 
         Args:
-            x: (B, P + N, C), the tokens as they enter the block.
-            hw_shape: Height and width of the map in tokens.
+            scores: (B, N), higher is kept first, without gradient; None unless ``wants_scores``.
+            units: Units of the map among which the best are chosen.
             keep_ratio: Share of the units that is active, in (0, 1].
-            block: The block that asks.
-            memory: What the policy returned at the block before; None at the start of a stage.
+            last: The plan in force after the block before; that of everything at a stage's start.
+            state: What this returned at the block before; None at the start of a stage.
 
         Returns:
             The plan and what to remember until the next block.
         """
 
-    def uses_attention(self, keep_ratio: float) -> bool:
-        """Whether ``reorganise`` is to be called in a block of this keep ratio."""
-        return self.scorer.ranks_after_attention
-
-    def reorganise(
-        self,
-        x: Tensor,
-        active: Tensor,
-        attention: Tensor,
-        plan: Plan,
-        keep_ratio: float,
-        num_prefix: int,
-        memory: Any,
-    ) -> tuple[Tensor, Tensor, Plan, Any]:
+    def between(
+        self, attention: Tensor, plan: Plan, keep_ratio: float, state: Any
+    ) -> tuple[Regroup | None, Any]:
         """Use the attention of the class token, after the attention of a block and before its MLP.
 
-        Called only where ``uses_attention``.
+        Called only where the plan asks.
 
         Args:
-            x: (B, P + N, C), the tokens as they entered the block.
-            active: (B, T, C), the active tokens after attention.
-            attention: (B, T), attention of the class token to each, mean over heads.
-            plan: What the block did so far.
+            attention: (B, T), what the class token pays to each computed row, mean over heads.
+            plan: What the block does.
             keep_ratio: Share of the units that is active, in (0, 1].
-            num_prefix: P.
-            memory: What ``plan`` returned.
+            state: What ``plan`` returned.
 
         Returns:
-            x, the active tokens that go on, what to do with them, and the memory.
+            What happens to the rows, None for nothing, and what to remember until the next block.
         """
         raise NotImplementedError(f'{type(self).__name__} chooses before attention')
 
@@ -184,30 +151,6 @@ class Policy(nn.Module, ABC):
         Raises:
             ValueError: The ratios of a stage do not fit the policy.
         """
-
-    def scores(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        """Score of each token of the map: (B, N), with gradient only if the scorer learns."""
-        return self.score(x, hw_shape, block)[0]
-
-    def score(
-        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores as ``scores`` returns them, and keys that the scorer computed on the way."""
-        if not self.scorer.needs_class_token:
-            x = block.map_tokens(x, hw_shape)
-        # Half precision cannot tell close scores apart, and would rank differently under autocast;
-        # but a model that is in half precision as a whole has no other weights.
-        device = x.device.type
-        mixed = autocasts(device)
-        bound = self.scorer.uses_weights and not mixed
-        exact = x if bound or x.dtype == torch.float64 else x.float()
-        with full_precision(device):
-            return self.scorer.score(exact, hw_shape, block, with_keys=not mixed)
-
-
-def chosen(token_ids: Tensor) -> Selection:
-    """Selection of single tokens: token_ids (B, T), ascending."""
-    return Selection(token_ids, token_ids, False)
 
 
 def positive(scores: Tensor) -> Tensor:

@@ -1,48 +1,40 @@
 """Scorers rank the tokens of a map: the higher the score, the sooner a token is active.
 
-Shape letters: B images, N tokens of the map (H * W), P tokens before the map (class token), C
-channels, A heads.
+Shape letters: B images, N tokens of the map (H * W), C channels, A heads.
 
-A scorer is a module, so that one with weights fits the same place, and is built for each block.
+A scorer is a module, so that one with weights fits the same place, and is built for each block. It
+names what it needs to see, and the block computes that and nothing else.
 Scores must not be negative where a policy makes summaries of idle tokens (EViT, Evo-ViT).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Selection, UnitLayout, in_chunks
+from ..kernels import backend_at
 from ..registry import SCORERS
 
 
-class ScorableBlock(Protocol):
-    """What a scorer or a policy may ask of the block whose tokens are ranked."""
+class Seen(NamedTuple):
+    """What a scorer sees of the tokens as they enter a block.
 
-    # Whether a summary of idle tokens changes what active ones become.
-    uses_summaries: bool
+    Attributes:
+        tokens: (B, N, C), the map; float32 or float64, or the precision of the whole model where
+            the scorer uses weights.
+        hw_shape: Height and width of the map in tokens.
+        mean_query: (B, A, N), attention of the mean token's query to every token, rows sum to 1.
+        class_query: (B, N), mean over heads of the class token's query times the token's key.
+    """
 
-    def unit_layout(self, hw_shape: tuple[int, int], device: torch.device) -> UnitLayout:
-        """Units among which the best are chosen."""
-        ...
-
-    def map_tokens(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """The tokens of the map (B, N, C) among all tokens x (B, P + N, C)."""
-        ...
-
-    def with_prefix(self, selection: Selection) -> Selection:
-        """A selection among the map's tokens as one among all tokens, class token included."""
-        ...
-
-    def mean_query_attention(self, x: Tensor) -> Tensor:
-        """Attention of the mean token's query to every token: (B, A, N), rows sum to 1."""
-        ...
-
-    def class_query(self, x: Tensor, with_keys: bool) -> tuple[Tensor, Tensor | None]:
-        """Mean over heads of the class token's query times every key (B, P + N); the keys."""
-        ...
+    tokens: Tensor
+    hw_shape: tuple[int, int]
+    mean_query: Tensor | None = None
+    class_query: Tensor | None = None
 
 
 class Scorer(nn.Module, ABC):
@@ -52,60 +44,40 @@ class Scorer(nn.Module, ABC):
         embed_dims: Channels of the tokens it will rank.
     """
 
-    # Whether it computes with weights, of its own or of the block, whose precision binds it.
-    uses_weights: ClassVar[bool] = False
+    # What it sees besides the tokens; ``class_attention`` is known only after the attention of the
+    # block, which the policy then ranks by itself.
+    NEEDS: ClassVar[Literal['tokens', 'mean_query', 'class_query', 'class_attention']] = 'tokens'
     # Whether it has weights that are to be trained.
     learns: ClassVar[bool] = False
-    # Whether it sees the class token, too, before the tokens of the map.
-    needs_class_token: ClassVar[bool] = False
-    # Whether the ranks are the attention that the block itself computes.
-    ranks_after_attention: ClassVar[bool] = False
 
     def __init__(self, embed_dims: int) -> None:
         super().__init__()
         self.embed_dims = embed_dims
 
+    @property
+    def needs_class_token(self) -> bool:
+        """Whether it ranks by a class token."""
+        return self.NEEDS.startswith('class_')
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether it computes with weights, its own or the block's, whose precision binds it."""
+        return self.learns or self.NEEDS != 'tokens'
+
     @abstractmethod
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        """Rank tokens.
-
-        Args:
-            x: (B, N, C), the map as it enters the block; float32 or float64, or the precision of
-                the whole model where the scorer uses weights.
-            hw_shape: Height and width of the map in tokens.
-            block: The block that asks.
-
-        Returns:
-            (B, N), higher is kept first.
-        """
-
-    def score(
-        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock, with_keys: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rank tokens.
-
-        Args:
-            x: As for ``forward``.
-            hw_shape: Height and width of the map in tokens.
-            block: The block that asks.
-            with_keys: Whether the attention can use keys that are computed here.
-
-        Returns:
-            The scores, with gradient only if the scorer learns, and the keys of all tokens (B, P +
-            N, C) if they were computed on the way, with gradient.
-        """
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self(x, hw_shape, block), None
+    def forward(self, seen: Seen) -> Tensor:
+        """Rank tokens: (B, N), higher is kept first."""
 
 
 @SCORERS.register_module('mean_distance')
 class MeanDistance(Scorer):
     """Euclidean distance of a token from the mean token of its map: what stands out is kept."""
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
+        x = seen.tokens
         means = x.mean(dim=1, keepdim=True)
         distances = [
-            in_chunks(partial(_distance, other=mean), image, x.shape[-1])
+            backend_at(x).by_tokens(partial(_distance, other=mean), image, x.shape[-1])
             for image, mean in zip(x.split(1), means.split(1), strict=True)
         ]
         return torch.cat(distances).squeeze(-1)
@@ -119,8 +91,8 @@ class ActivationNorm(Scorer):
     in the other policies a window has the mean, as with every scorer.
     """
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return torch.linalg.vector_norm(x, ord=1, dim=-1) / x.shape[-1]
+    def forward(self, seen: Seen) -> Tensor:
+        return torch.linalg.vector_norm(seen.tokens, ord=1, dim=-1) / seen.tokens.shape[-1]
 
 
 @SCORERS.register_module('mean_query')
@@ -130,18 +102,19 @@ class MeanQuery(Scorer):
     Takes the part of IdleViT's class token (arXiv 2310.05654), which pyramids lack.
     """
 
-    uses_weights = True
+    NEEDS = 'mean_query'
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return block.mean_query_attention(x).mean(dim=1)
+    def forward(self, seen: Seen) -> Tensor:
+        assert seen.mean_query is not None
+        return seen.mean_query.mean(dim=1)
 
 
 @SCORERS.register_module('random')
 class Random(Scorer):
     """A new random order for every image and block, from torch's global generator: a control."""
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return torch.rand(x.shape[:2], device=x.device)
+    def forward(self, seen: Seen) -> Tensor:
+        return torch.rand(seen.tokens.shape[:2], device=seen.tokens.device)
 
 
 @SCORERS.register_module('uniform_grid')
@@ -154,8 +127,8 @@ class UniformGrid(Scorer):
 
     STEPS = (0.7548776662466927, 0.5698402909980532)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        height, width = hw_shape
+    def forward(self, seen: Seen) -> Tensor:
+        (height, width), x = seen.hw_shape, seen.tokens
         rows = torch.arange(height, device=x.device, dtype=torch.float64) * self.STEPS[0]
         cols = torch.arange(width, device=x.device, dtype=torch.float64) * self.STEPS[1]
         order = (rows[:, None] + cols[None, :]).frac().flatten().to(torch.float32)
@@ -175,7 +148,6 @@ class Learned(Scorer):
         hidden_dims: Channels of the hidden layer; None for a quarter of ``embed_dims``.
     """
 
-    uses_weights = True
     learns = True
 
     def __init__(self, embed_dims: int, hidden_dims: int | None = None) -> None:
@@ -188,8 +160,8 @@ class Learned(Scorer):
         self.act = nn.GELU()
         self.out = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        hidden = self.act(self.hidden(self.norm(x.detach())))
+    def forward(self, seen: Seen) -> Tensor:
+        hidden = self.act(self.hidden(self.norm(seen.tokens.detach())))
         return self.out(hidden).squeeze(-1).sigmoid()
 
 
@@ -202,28 +174,20 @@ class ClassQuery(Scorer):
     folded with the key projection instead, which gives the same scores.
     """
 
-    uses_weights = True
-    needs_class_token = True
+    NEEDS = 'class_query'
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
-        return self.score(x, hw_shape, block, with_keys=False)[0]
-
-    def score(
-        self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock, with_keys: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
-            scores, keys = block.class_query(x, with_keys)
-        return scores.detach()[:, -(hw_shape[0] * hw_shape[1]) :], keys
+    def forward(self, seen: Seen) -> Tensor:
+        assert seen.class_query is not None
+        return seen.class_query
 
 
 @SCORERS.register_module('class_attention')
 class ClassAttention(Scorer):
     """Attention of the class token, mean over heads, as the block computes it (EViT, Evo-ViT)."""
 
-    needs_class_token = True
-    ranks_after_attention = True
+    NEEDS = 'class_attention'
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], block: ScorableBlock) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         raise NotImplementedError('class_attention is read from the attention of the block')
 
 

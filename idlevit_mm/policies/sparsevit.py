@@ -1,17 +1,17 @@
-"""SparseViT: the windows with the strongest activations are active (arXiv 2303.17605).
+"""SparseViT: the windows with the strongest activations are active (arXiv 2303.17605)."""
 
-Shape letters: B images, N tokens of the map (H * W), C channels.
-"""
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..ops import select_units, unit_scores
+from ..ops import Units
 from ..registry import POLICIES
-from .policy import EVERYTHING, Plan, Policy
-from .scorers import ScorableBlock
+from .plan import EVERYTHING, Plan
+from .policy import Policy
+from .select import select_units, unit_scores
 
 
 @POLICIES.register_module()
@@ -44,17 +44,19 @@ class SparseViT(Policy):
                     'does not allow: within a stage each must be at most the one before'
                 )
 
+    def wants_scores(self, keep_ratio: float, state: Tensor | None) -> bool:
+        return keep_ratio < 1.0 and state is None
+
     def plan(
         self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
+        scores: Tensor | None,
+        units: Units,
         keep_ratio: float,
-        block: ScorableBlock,
-        memory: Tensor | None = None,
+        last: Plan,
+        state: Tensor | None,
     ) -> tuple[Plan, Tensor | None]:
-        if keep_ratio == 1.0:
-            return EVERYTHING, memory
-        scores = self.scores(x, hw_shape, block) if memory is None else memory
-        layout = block.unit_layout(hw_shape, x.device)
-        ranked = unit_scores(scores, layout, 'l2')
-        return Plan(select_units(ranked, layout, keep_ratio, self.rounding)), scores
+        state = scores if state is None else state
+        if keep_ratio == 1.0 or state is None:
+            return EVERYTHING, state
+        ranked = unit_scores(state, units, 'l2')
+        return Plan(select_units(ranked, units, keep_ratio, self.rounding)), state

@@ -3,19 +3,25 @@
 Shape letters: N tokens of the map (H * W), M windows, L slots of a window (window_size ** 2),
 G groups in which a top-k is taken, U units of a group, S tokens of a unit, E border windows.
 
-A table holds token ids of the flat map; the *sentinel* id N marks a slot that lies in the padding.
-The tables depend only on sizes, so they are built once for each size and device and then shared.
+A table holds ids of tokens, which are rows of the flat map; -1 is padding. Tables depend only on
+sizes: the numbers are computed once for each size, and put on each device once.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 # A table of a 200 x 336 map takes about 1 MiB and a detector meets many image sizes.
-_CACHED_LAYOUTS = 128
+CACHED_TABLES = 128
 
 
 class WindowLayout(NamedTuple):
@@ -25,35 +31,35 @@ class WindowLayout(NamedTuple):
     the last column of a shifted layout) come last, so that they are one contiguous slice.
 
     Attributes:
-        token_ids: (M, L), the token in each slot; the sentinel N in padding slots.
+        token_ids: (M, L), the token in each slot; -1 in padding slots.
         slot_ids: (N,), the place of each token in the flattened (M * L) slots.
         regions: (E, L), number of the image region each slot of the last E windows belongs to; a
             slot sees only slots of its own region. E is 0 without shift.
         has_padding: Whether any slot is padding.
     """
 
-    token_ids: Tensor
-    slot_ids: Tensor
-    regions: Tensor
+    token_ids: Any
+    slot_ids: Any
+    regions: Any
     has_padding: bool
 
 
-class UnitLayout(NamedTuple):
+class Units(NamedTuple):
     """What can be active or idle, and among which units the best are chosen.
 
     Attributes:
-        token_ids: (G, U, S), the tokens of each unit; the sentinel N marks padding.
-        valid_units: For each of the G groups the number of units that hold at least one token.
+        token_ids: (G, U, S), the tokens of each unit; -1 is padding.
+        valid: For each of the G groups the number of units that hold at least one token.
         num_tokens: N.
         in_order: Whether there is one group whose unit u is token u.
-        has_padding: Whether an active unit may hold padding.
+        padded: Whether an active unit may hold padding.
     """
 
-    token_ids: Tensor
-    valid_units: tuple[int, ...]
+    token_ids: Any
+    valid: tuple[int, ...]
     num_tokens: int
     in_order: bool
-    has_padding: bool
+    padded: bool
 
 
 @torch.compiler.assume_constant_result
@@ -72,13 +78,13 @@ def window_layout(
     Returns:
         The tables; shared, so never write to them.
     """
-    return _window_layout(height, width, window_size, shift_size, device)
+    return on_device(window_numbers, (height, width, window_size, shift_size), device)
 
 
 @torch.compiler.assume_constant_result
-def map_units(height: int, width: int, device: torch.device) -> UnitLayout:
+def map_units(height: int, width: int, device: torch.device) -> Units:
     """Every token of the map is a unit and all compete in one group."""
-    return _map_units(height, width, device)
+    return on_device(_map_units, (height, width), device)
 
 
 @torch.compiler.assume_constant_result
@@ -89,7 +95,7 @@ def window_units(
     shift_size: int,
     whole: bool,
     device: torch.device,
-) -> UnitLayout:
+) -> Units:
     """Units from windows: the tokens of each window, or whole windows.
 
     Args:
@@ -101,56 +107,81 @@ def window_units(
             are its tokens.
         device: Where the tables live.
     """
-    return _window_units(height, width, window_size, shift_size, whole, device)
+    return on_device(_window_units, (height, width, window_size, shift_size, whole), device)
 
 
-@lru_cache(_CACHED_LAYOUTS)
-def _window_layout(
-    height: int, width: int, window_size: int, shift_size: int, device: torch.device
-) -> WindowLayout:
+def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: torch.device) -> Any:
+    """The tables that a function computes in numpy, as tensors that every later call shares.
+
+    A table is made of numbers alone, whatever mode is on: one that was first wanted in inference
+    mode is usable in training, and fake ones stay with the mode that asked for them.
+
+    Args:
+        numbers: From ``key`` to a NamedTuple, arrays of which become tensors.
+        key: Sizes.
+        device: Where the tables live.
+    """
+    fake = active_fake_mode()
+    if fake is None:
+        return _shared(numbers, key, device)
+    tables = _FAKE.setdefault(fake, {})
+    place = numbers, key, device
+    if place not in tables:
+        real = _tensors(numbers(*key), torch.device('cpu'))
+        tables[place] = type(real)(
+            *(fake.from_tensor(x).to(device) if isinstance(x, Tensor) else x for x in real)
+        )
+    return tables[place]
+
+
+_FAKE: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+@lru_cache(4 * CACHED_TABLES)
+def _shared(numbers: Callable[..., Any], key: tuple[Any, ...], device: torch.device) -> Any:
+    return _tensors(numbers(*key), device)
+
+
+def _tensors(tables: Any, device: torch.device) -> Any:
+    with _disable_current_modes(), torch.inference_mode(False):
+        return type(tables)(
+            *(
+                torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)).to(device)
+                if isinstance(part, np.ndarray)
+                else part
+                for part in tables
+            )
+        )
+
+
+@lru_cache(CACHED_TABLES)
+def window_numbers(height: int, width: int, window_size: int, shift_size: int) -> WindowLayout:
+    """``window_layout`` in numpy."""
     tokens, regions = _window_slots(height, width, window_size, shift_size)
-    num_tokens = height * width
     bordering = (regions != regions[:, :1]).any(axis=1)
     if shift_size > 0:
         order = np.argsort(bordering, kind='stable')
         tokens, regions = tokens[order], regions[order]
     flat = tokens.reshape(-1)
-    (placed,) = np.nonzero(flat < num_tokens)
-    slot_ids = np.empty(num_tokens, dtype=np.int64)
+    (placed,) = np.nonzero(flat >= 0)
+    slot_ids = np.empty(height * width, dtype=np.int64)
     slot_ids[flat[placed]] = placed
-    num_border = int(bordering.sum())
-    return WindowLayout(
-        token_ids=_table(tokens, device),
-        slot_ids=_table(slot_ids, device),
-        regions=_table(regions[len(regions) - num_border :], device),
-        has_padding=flat.size != num_tokens,
-    )
+    borders = regions[len(regions) - int(bordering.sum()) :]
+    return WindowLayout(tokens, slot_ids, borders, flat.size != len(slot_ids))
 
 
-@lru_cache(_CACHED_LAYOUTS)
-def _map_units(height: int, width: int, device: torch.device) -> UnitLayout:
+def _map_units(height: int, width: int) -> Units:
     num_tokens = height * width
     token_ids = np.arange(num_tokens).reshape(1, num_tokens, 1)
-    return UnitLayout(_table(token_ids, device), (num_tokens,), num_tokens, True, False)
+    return Units(token_ids, (num_tokens,), num_tokens, True, False)
 
 
-@lru_cache(_CACHED_LAYOUTS)
-def _window_units(
-    height: int,
-    width: int,
-    window_size: int,
-    shift_size: int,
-    whole: bool,
-    device: torch.device,
-) -> UnitLayout:
-    windows = _window_layout(height, width, window_size, shift_size, torch.device('cpu'))
-    token_ids = windows.token_ids.numpy()
-    num_tokens = height * width
-    token_ids = token_ids[None] if whole else token_ids[:, :, None]
-    valid = (token_ids < num_tokens).any(axis=2).sum(axis=1)
-    has_padding = whole and windows.has_padding
-    table = _table(token_ids, device)
-    return UnitLayout(table, tuple(valid.tolist()), num_tokens, False, has_padding)
+def _window_units(height: int, width: int, window_size: int, shift_size: int, whole: bool) -> Units:
+    windows = window_numbers(height, width, window_size, shift_size)
+    token_ids = windows.token_ids[None] if whole else windows.token_ids[:, :, None]
+    valid = (token_ids >= 0).any(axis=2).sum(axis=1)
+    padded = whole and windows.has_padding
+    return Units(token_ids, tuple(valid.tolist()), height * width, False, padded)
 
 
 def _window_slots(
@@ -160,7 +191,7 @@ def _window_slots(
     rows, row_region = _axis(height, window_size, shift_size)
     cols, col_region = _axis(width, window_size, shift_size)
     inside = (rows < height)[:, None] & (cols < width)[None, :]
-    tokens = np.where(inside, rows[:, None] * width + cols[None, :], height * width)
+    tokens = np.where(inside, rows[:, None] * width + cols[None, :], -1)
     regions = 3 * row_region[:, None] + col_region[None, :]
     return _partition(tokens, window_size), _partition(regions, window_size)
 
@@ -181,9 +212,3 @@ def _partition(grid: np.ndarray, window_size: int) -> np.ndarray:
     height, width = grid.shape
     blocks = grid.reshape(height // window_size, window_size, width // window_size, window_size)
     return blocks.transpose(0, 2, 1, 3).reshape(-1, window_size * window_size)
-
-
-def _table(array: np.ndarray, device: torch.device) -> Tensor:
-    # A table first built in inference mode would be unusable in a later training step.
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

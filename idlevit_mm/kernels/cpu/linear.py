@@ -1,4 +1,7 @@
-"""Linear layers by oneDNN on the CPU.
+"""Linear layers by oneDNN.
+
+On the CPU PyTorch gives float32 matrices to MKL, which takes its slow path on processors other than
+Intel's. oneDNN, which computes its convolutions, is twice as fast there, forward and backward.
 
 Shape letters: I channels in, O channels out.
 """
@@ -8,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from ..ops import autocasts, eager_on_cpu
+from ..site import Site
 
 # Multiply-adds below which calling it takes longer than is won.
 _MIN_PRODUCT = 2**23
@@ -19,59 +22,40 @@ _MIN_PRODUCT = 2**23
 _MAX_NATIVE = 20480
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` by way of ``linear``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
     """Apply a linear map to the last dimension, as ``F.linear`` does.
-
-    On the CPU PyTorch gives float32 matrices to MKL, which takes its slow path on processors other
-    than Intel's. oneDNN, which computes its convolutions, is twice as fast there, forward and
-    backward.
 
     Args:
         x: (..., I).
         weight: (O, I).
         bias: (O,) or None.
+        site: Circumstances of x.
 
     Returns:
         (..., O).
     """
-    if not _by_onednn(x, weight):
+    if not _pays(x, weight, site):
         return F.linear(x, weight, bias)
-    eager = eager_on_cpu(x)
-    if eager and not torch.is_grad_enabled():
+    if not site.grad:
         # A part of a weight whose rows do not lie together would take oneDNN's reference path.
         weight = weight.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-    # One image, one pixel wide, in channels-last memory: no copy on either side.
+    # One image, one pixel wide, in channels-last memory: no copy on either side. With one thread
+    # F.conv2d would not choose oneDNN for 1x1 kernels.
     column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     kernel = weight[:, :, None, None]
-    if eager:
-        # With one thread F.conv2d would not choose oneDNN for 1x1 kernels.
-        out = torch.mkldnn_convolution(column, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
-    else:
-        out = F.conv2d(column, kernel, bias)
+    out = torch.mkldnn_convolution(column, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _pays(x: Tensor, weight: Tensor, site: Site) -> bool:
     return (
-        # Exported graphs hold matrix products, as everybody expects.
-        not torch.jit.is_tracing()
-        and not torch.onnx.is_in_onnx_export()
-        and x.device.type == 'cpu'
-        and x.dtype == weight.dtype == torch.float32
-        and (x.numel() > _MAX_NATIVE or not torch.is_grad_enabled())
+        x.dtype == weight.dtype == torch.float32
+        and (x.numel() > _MAX_NATIVE or not site.grad)
         and x.numel() * weight.shape[0] >= _MIN_PRODUCT
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not autocasts('cpu')
+        and not site.autocast
     )
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import Bucket, WindowPacking
-from .window_slots import WindowCore, hidden_logit
+from ..slots import WindowCore, hidden_logit
+from .packing import Bucket, WindowPacking
 
 # Attention weights of one head that are held at a time: they stay in the cache.
 _CHUNK = 2**18

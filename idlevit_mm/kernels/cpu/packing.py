@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import window_layout
+from ...ops import CACHED_TABLES, window_numbers
 
 # Windows whose numbers of occupied slots round up to the same multiple of this are one bucket.
 _STEP = 8
-# As many as layouts of windows.
-_CACHED_TABLES = 128
 
 
 class Bucket(NamedTuple):
@@ -90,18 +88,18 @@ def pack_windows(
 
 
 def pack_whole_windows(
-    unit_ids: Tensor, hw_shape: tuple[int, int], window_size: int, shift_size: int
+    window_ids: Tensor, hw_shape: tuple[int, int], window_size: int, shift_size: int
 ) -> WindowPacking:
     """Windows whose slots are packed one after another already.
 
     Args:
-        unit_ids: (B, K), numbers of the windows.
+        window_ids: (B, K), numbers of the windows.
         hw_shape: Height and width of the map in tokens.
         window_size: Side of a window in tokens.
         shift_size: Cyclic shift of the windows in tokens.
     """
     tables = _cell_tables(1, hw_shape, window_size, shift_size)
-    windows = unit_ids.flatten().numpy()
+    windows = window_ids.flatten().numpy()
     slots = window_size**2
     padding = tables.padding[windows, :slots].reshape(-1)
     rows = np.arange(len(padding))
@@ -141,20 +139,20 @@ class _CellTables(NamedTuple):
     num_border: int
 
 
-@lru_cache(_CACHED_TABLES)
+@lru_cache(CACHED_TABLES)
 def _cell_tables(
     batch: int, hw_shape: tuple[int, int], window_size: int, shift_size: int
 ) -> _CellTables:
-    layout = window_layout(*hw_shape, window_size, shift_size, torch.device('cpu'))
+    layout = window_numbers(*hw_shape, window_size, shift_size)
     windows, slots = layout.token_ids.shape
     columns = slots + 1
     border = len(layout.regions)
     image = np.arange(batch)[:, None] * columns
-    places = layout.slot_ids.numpy()
+    places = layout.slot_ids
     regions = np.full((windows, batch, columns), -1)
-    regions[windows - border :, :, :slots] = layout.regions.numpy()[:, None]
+    regions[windows - border :, :, :slots] = layout.regions[:, None]
     padding = np.zeros((windows, batch, columns), dtype=bool)
-    padding[:, :, :slots] = (layout.token_ids.numpy() == len(places))[:, None]
+    padding[:, :, :slots] = (layout.token_ids < 0)[:, None]
     padding = padding.reshape(-1, columns)
     return _CellTables(
         tokens=places // slots * (batch * columns) + places % slots + image,
@@ -167,7 +165,7 @@ def _cell_tables(
     )
 
 
-@lru_cache(_CACHED_TABLES)
+@lru_cache(CACHED_TABLES)
 def _pack_all(
     batch: int, hw_shape: tuple[int, int], window_size: int, shift_size: int
 ) -> WindowPacking:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops import Selection, WindowLayout
+from ..ops import Rows, WindowLayout
 
 
 class WindowCore(NamedTuple):
@@ -22,21 +22,24 @@ class WindowCore(NamedTuple):
     Attributes:
         bias: (1, A, L, L), relative position bias of slot pairs.
         blank: (3 * C,), query, key and value of padding.
+        window_size: Side of a window in tokens.
         num_heads: A.
         scale: Factor of the logits.
         dropout: Of the attention weights.
+        drop: A module that is to see the attention weights, in place of ``dropout``.
     """
 
     bias: Tensor
     blank: Tensor
+    window_size: int
     num_heads: int
     scale: float
-    dropout: float
+    dropout: float = 0.0
+    drop: nn.Module | None = None
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""
-        bias, blank = self.bias.to(dtype), self.blank.to(dtype)
-        return WindowCore(bias, blank, self.num_heads, self.scale, self.dropout)
+        return WindowCore(self.bias.to(dtype), self.blank.to(dtype), *self[2:])
 
 
 def attend_slots(
@@ -78,20 +81,16 @@ def attend_slots(
     return torch.cat([tokens.view(batch, -1, channels // 3), summaries], dim=1)
 
 
-def attend_whole_windows(
-    qkv: Tensor, core: WindowCore, layout: WindowLayout, selection: Selection
-) -> Tensor:
+def attend_whole_windows(qkv: Tensor, core: WindowCore, layout: WindowLayout, rows: Rows) -> Tensor:
     """Attention within active windows, which are packed already: (B, T, 3 * C) to (B, T, C)."""
     core = core.to(qkv.dtype)
-    batch, num_slots, channels = qkv.shape
-    slots = layout.token_ids.shape[1]
-    if selection.has_padding:
-        padding = selection.token_ids == layout.slot_ids.shape[0]
-        qkv = torch.where(padding[..., None], core.blank, qkv)
+    if rows.padded:
+        qkv = torch.where((rows.ids < 0)[..., None], core.blank, qkv)
     mask = core.bias
     if len(layout.regions):
-        mask = mask + _regions_of(layout, selection.unit_ids, qkv.dtype)
-    return _attend(qkv.view(-1, slots, channels), core, mask).view(batch, num_slots, -1)
+        mask = mask + _regions_of(layout, rows.windows, qkv.dtype)
+    windows = qkv.view(-1, layout.token_ids.shape[1], qkv.shape[2])
+    return _attend(windows, core, mask).view(*qkv.shape[:2], -1)
 
 
 def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:
@@ -112,22 +111,24 @@ def hidden_logit(dtype: torch.dtype) -> float:
 
 def _attend(qkv: Tensor, core: WindowCore, mask: Tensor) -> Tensor:
     """Attention within windows: qkv (windows, L, 3 * C), mask (windows or 1, A, L, L)."""
-    windows, slots, _ = qkv.shape
-    query, key, value = qkv.view(windows, slots, 3, core.num_heads, -1).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=core.dropout, scale=core.scale
-    )
-    return out.transpose(1, 2).reshape(windows, slots, -1)
+    query, key, value = qkv.unflatten(2, (3, core.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if core.drop is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=core.dropout, scale=core.scale
+        )
+    else:
+        weights = (query * core.scale @ key.transpose(-1, -2) + mask).softmax(dim=-1)
+        out = core.drop(weights) @ value
+    return out.transpose(1, 2).flatten(2)
 
 
 def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch: int) -> Tensor:
-    borders = len(layout.regions) * batch
-    if not borders:
+    if not len(layout.regions):
         return _attend(filled, core, core.bias)
-    inner = len(filled) - borders
+    inner = (len(layout.token_ids) - len(layout.regions)) * batch
     regions = region_mask(layout, core.bias.dtype).repeat_interleave(batch, dim=0)
     parts = [_attend(filled[inner:], core, core.bias + regions)]
-    if inner:
+    if len(layout.token_ids) > len(layout.regions):
         parts.insert(0, _attend(filled[:inner], core, core.bias))
     return torch.cat(parts)
 
@@ -140,12 +141,13 @@ def _active_mask(
     With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
     """
     windows, slots = layout.token_ids.shape
-    inside = (layout.token_ids < len(layout.slot_ids)).repeat_interleave(batch, dim=0)
+    inside = (layout.token_ids >= 0).repeat_interleave(batch, dim=0)
     keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
     mask = bias + keys[:, None, None]
-    borders = len(layout.regions) * batch
-    if borders:
-        mask[-borders:] += region_mask(layout, bias.dtype).repeat_interleave(batch, dim=0)
+    if len(layout.regions):
+        mask[-len(layout.regions) * batch :] += region_mask(layout, bias.dtype).repeat_interleave(
+            batch, dim=0
+        )
     if summarised:
         mask = F.pad(mask, (0, 1, 0, 1))
         mask[..., -1, :-1] += keys[:, None]

@@ -1,0 +1,82 @@
+"""What travels from block to block.
+
+Shape letters: B images, S rows (the map, then class tokens, then what a policy has appended), T
+computed rows, P class tokens, R summaries of idle tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..ops import Rows
+from ..policies import EVERYTHING, Plan
+
+
+class Pack(NamedTuple):
+    """The rows that a block computes, out of their places.
+
+    Attributes:
+        now: (B, T + P + R, C), computed rows, class tokens, summaries; x where all are computed.
+        before: The same as it was gathered, for gates and spreading.
+        rows: Places in x of the first T + P; None where ``now`` is all of x.
+        plan: What it was gathered for.
+    """
+
+    now: Tensor
+    before: Tensor
+    rows: Rows | None
+    plan: Plan
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether a block with this plan would gather the same again."""
+        own = self.plan
+        return (
+            plan.hold
+            and own.hold
+            and own.rows is not None
+            and plan.rows is not None
+            # Wrappers of modules make new tuples of the same tensors.
+            and plan.rows.ids is own.rows.ids
+            and plan.summary is own.summary
+        )
+
+
+class Tokens(NamedTuple):
+    """All tokens of a map; rows that are packed are out of date in x.
+
+    Attributes:
+        x: (B, S, C).
+        hw_shape: Height and width of the map in tokens.
+        pack: What is packed.
+    """
+
+    x: Tensor
+    hw_shape: tuple[int, int]
+    pack: Pack | None = None
+
+    @property
+    def now(self) -> Tensor:
+        """What a block computes with: (B, T + P + R, C)."""
+        return self.x if self.pack is None else self.pack.now
+
+    def become(self, now: Tensor) -> Tokens:
+        """The same with new computed rows."""
+        assert self.pack is not None
+        _, before, rows, plan = self.pack
+        return Tokens(self.x, self.hw_shape, Pack(now, before, rows, plan))
+
+
+class Carried(NamedTuple):
+    """What a block hands to the next one beside x.
+
+    Attributes:
+        pack: Rows of x that stay packed; None where x is whole, as after every dense block.
+        plan: What the block did.
+        state: What its policy remembers.
+    """
+
+    pack: Pack | None = None
+    plan: Plan = EVERYTHING
+    state: Any = None

@@ -1,0 +1,65 @@
+"""Which backend computes: one list, one predicate, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from .cpu import CPU
+from .reference import Reference
+from .site import Site, site_of
+
+# The first that can be taken is; the last one always can.
+BACKENDS: list[Reference] = [CPU(), Reference()]
+_forced: list[str] = []
+
+
+def backend_for(site: Site) -> Reference:
+    """The first backend that can be taken in some circumstances; of one name within a context."""
+    for backend in BACKENDS:
+        if _forced and backend.name != _forced[-1]:
+            continue
+        if not backend.why_not(site):
+            return backend
+    return BACKENDS[-1]
+
+
+def backend_at(x: Tensor) -> Reference:
+    """The backend that computes with x."""
+    return backend_for(site_of(x))
+
+
+def why_not(site: Site) -> dict[str, str]:
+    """In words why backends are not taken in some circumstances, by name."""
+    taken = backend_for(site)
+    reasons = {}
+    for backend in BACKENDS:
+        if backend is taken:
+            break
+        other = f'use_backend({_forced[-1]!r}) is in force' if _forced else ''
+        reasons[backend.name] = backend.why_not(site) or other
+    return reasons
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Take one backend alone, or the reference where it cannot be taken: for tests, benchmarks.
+
+    For all threads of the process, and for what is compiled within.
+
+    Args:
+        name: Of a backend.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    names = [backend.name for backend in BACKENDS]
+    if name not in names:
+        raise ValueError(f'backend={name!r} is unknown; allowed: {", ".join(names)}')
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,81 @@
+"""Depth-wise convolution of some rows of a map.
+
+Shape letters: B images, N tokens of the map (H * W), T computed rows, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops import Rows
+from .rows import fill_map, take_rows
+
+
+def depthwise(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, hw_shape: tuple[int, int]
+) -> Tensor:
+    """Convolve all tokens (B, N, C) of a map by weight (C, 1, side, side)."""
+    padding = weight.shape[-1] // 2
+    out = F.conv2d(_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
+    return out.flatten(2).transpose(1, 2)
+
+
+class ConvolveRows(torch.autograd.Function):
+    """Depth-wise convolution that keeps the computed rows for the backward pass, not their map."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        blank: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hw_shape: tuple[int, int],
+        rows: Rows,
+    ) -> Tensor:
+        """Convolve x (B, T, C) among a map of blank (B, 1, C): (B, T, C)."""
+        canvas = fill_map(blank, hw_shape[0] * hw_shape[1], rows, x)
+        return take_rows(depthwise(canvas, weight, bias, hw_shape), rows, traced=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, blank, weight, bias, ctx.hw_shape, rows = inputs
+        ctx.save_for_backward(x, blank, weight, rows.ids)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, blank, weight, ids = ctx.saved_tensors
+        hw_shape, rows = ctx.hw_shape, Rows(ids)
+        num_tokens = hw_shape[0] * hw_shape[1]
+        canvas = fill_map(blank, num_tokens, rows, x)
+        grad_map = fill_map(torch.zeros_like(blank), num_tokens, rows, grad)
+        channels, padding = len(weight), weight.shape[-1] // 2
+        grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            _map(grad_map, hw_shape),
+            _map(canvas, hw_shape),
+            weight,
+            [channels],
+            stride=[1, 1],
+            padding=[padding, padding],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=channels,
+            output_mask=[True, True, ctx.has_bias],
+        )
+        grad_canvas = grad_canvas.flatten(2).transpose(1, 2)
+        grad_x = take_rows(grad_canvas, rows)
+        grad_blank = None
+        if ctx.needs_input_grad[1]:
+            grad_blank = (grad_canvas.sum(1) - grad_x.sum(1))[:, None]
+        return grad_x, grad_blank, grad_weight, grad_bias, None, None
+
+
+def _map(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    return tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)

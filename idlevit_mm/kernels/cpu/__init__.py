@@ -1,0 +1,92 @@
+"""The backend of the CPU: shapes may follow from values, and memory is what costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import Rows
+from ..plain import LINEAR, is_plain
+from ..reference import Reference
+from ..site import Site, site_of
+from ..slots import WindowCore
+from . import attention, linear, pieces
+from .packing import WindowPacking, pack_whole_windows, pack_windows
+from .windows import attend_squeezed
+
+# Slots of all heads for which launching the operations of a bucket of windows pays.
+_MIN_PLACES = 2**11
+
+
+class CPU(Reference):
+    """Eager CPU: oneDNN's products, windows squeezed to active tokens, pieces in the cache."""
+
+    name = 'cpu'
+
+    def why_not(self, site: Site) -> str:
+        if site.device != 'cpu':
+            return f'the tokens lie on {site.device}'
+        return '' if site.eager else 'shapes must not follow from values while a graph is recorded'
+
+    def ascending(self, places: Tensor, num_places: int) -> Tensor:
+        marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
+        found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
+        return found if found.numel() == found.shape[-1] else found % num_places
+
+    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        if not is_plain(layer, *LINEAR):
+            return layer(x)
+        return linear.product(x, layer.weight, layer.bias, site_of(x))
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear.product(x, weight, bias, site_of(x))
+
+    def by_tokens(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, width: int, training: bool = False
+    ) -> Tensor:
+        whole = training or torch.is_grad_enabled()
+        return function(x) if whole else pieces.in_pieces(function, x, width)
+
+    def channel_parts(
+        self, channels: int, pixels: int, x: Tensor, training: bool = False
+    ) -> list[slice]:
+        whole = training or torch.is_grad_enabled()
+        return [slice(0, channels)] if whole else pieces.channel_parts(channels, pixels)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0
+    ) -> Tensor:
+        site = site_of(query)
+        if dropout or not attention.pays(query, key, site):
+            return super().attend(query, key, value, num_heads, dropout)
+        return attention.attend(query, key, value, num_heads, site)
+
+    def attend_windows(
+        self,
+        qkv: Tensor,
+        core: WindowCore,
+        hw_shape: tuple[int, int],
+        shift_size: int,
+        rows: Rows | None,
+    ) -> Tensor:
+        exact = qkv.dtype in (torch.float32, torch.float64) and not site_of(qkv).autocast
+        # In half precision the fused operation on all slots is faster.
+        if not exact or core.dropout or core.drop is not None:
+            return super().attend_windows(qkv, core, hw_shape, shift_size, rows)
+        return attend_squeezed(qkv, core, _packing(qkv, core, hw_shape, shift_size, rows))
+
+
+def _packing(
+    qkv: Tensor, core: WindowCore, hw_shape: tuple[int, int], shift_size: int, rows: Rows | None
+) -> WindowPacking:
+    windows = hw_shape, core.window_size, shift_size
+    if rows is None:
+        return pack_windows(None, len(qkv), *windows)
+    if rows.windows is not None:
+        return pack_whole_windows(rows.windows, *windows)
+    summarised = qkv.shape[1] > rows.ids.shape[1]
+    return pack_windows(
+        rows.ids, len(qkv), *windows, summarised, min_places=_MIN_PLACES // core.num_heads
+    )

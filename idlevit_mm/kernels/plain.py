@@ -1,0 +1,56 @@
+"""Which modules may be passed over by whoever has a faster way to what they compute.
+
+A layer that somebody has replaced, hooked, pruned, parametrised, quantised or given a forward of
+its own does more than its weights say: it is called as a module.
+"""
+
+from __future__ import annotations
+
+from mmcv.cnn.bricks.drop import DropPath
+from mmcv.cnn.bricks.scale import LayerScale
+from mmcv.cnn.bricks.wrappers import Linear as WrappedLinear
+from mmengine.model import Sequential
+from torch import nn
+from torch.nn.modules import activation, module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+LINEAR = (nn.Linear, WrappedLinear, NonDynamicallyQuantizableLinear)
+_KNOWN: set[type] = {
+    *LINEAR,
+    *(getattr(activation, name) for name in ('GELU', 'ReLU', 'SiLU', 'Hardswish', 'LeakyReLU')),
+    nn.Conv2d,
+    nn.Dropout,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.Sequential,
+    Sequential,
+    DropPath,
+    LayerScale,
+}
+
+
+def is_plain(layer: nn.Module, *classes: type) -> bool:
+    """Whether a module is exactly one of some classes, and nothing hangs on it."""
+    return (
+        type(layer) in classes
+        and not (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        )
+        and 'forward' not in vars(layer)
+        and not (module._global_forward_hooks or module._global_forward_pre_hooks)
+        and not (module._global_backward_hooks or module._global_backward_pre_hooks)
+    )
+
+
+def all_plain(*layers: nn.Module) -> bool:
+    """Whether modules and all their parts are plain, and of classes that treat tokens singly."""
+    return all(is_plain(part, *_KNOWN) for layer in layers for part in layer.modules())
+
+
+def known_plain(cls: type) -> type:
+    """Class decorator: ``all_plain`` knows the class."""
+    _KNOWN.add(cls)
+    return cls

@@ -1,0 +1,219 @@
+"""The reference backend: plain PyTorch with static shapes.
+
+Compilers, exporters and devices without kernels of their own take it. What another backend does
+differently it overrides; see ``docs/architecture.md``.
+
+Shape letters: B images, N tokens of the map (H * W), T computed rows, R summaries of idle tokens,
+G groups, U units of a group, C channels, O channels out, A heads, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import Rows, on_device, window_layout
+from .convolution import ConvolveRows, depthwise
+from .rows import fill_map, put_rows, take_rows
+from .site import Site, site_of
+from .slots import WindowCore, attend_slots, attend_whole_windows
+
+
+class Reference:
+    """Everything that a block computes, a method each; all of it is static in shape.
+
+    Attributes:
+        name: What ``use_backend`` calls it.
+    """
+
+    name = 'reference'
+
+    def why_not(self, site: Site) -> str:
+        """In words why the backend cannot be taken in some circumstances; '' if it can."""
+        return ''
+
+    # Rows
+
+    def take(self, x: Tensor, rows: Rows) -> Tensor:
+        """Gather rows of x (B, S, C): (B, T, C); those of padding are any, and not to be used."""
+        return take_rows(x, rows, site_of(x).traced)
+
+    def put(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        """A copy of x (B, S, C) with rows replaced by values (B, T, C); padding is dropped."""
+        return put_rows(x, rows, values)
+
+    def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """The best units of each group, ascending.
+
+        Args:
+            scores: (B, G, U).
+            counts: How many units each of the G groups keeps.
+
+        Returns:
+            (B, sum of counts), numbers g * U + u.
+        """
+        _, groups, units = scores.shape
+        most = max(counts)
+        uneven = min(counts) < most
+        top = scores.topk(most, dim=-1, sorted=uneven).indices
+        if not uneven:
+            top = self.ascending(top, units)
+        else:
+            # Groups at the border of the map hold fewer units: what they have too many sorts last.
+            tables = _count_tables(counts, scores.device)
+            ranks = torch.arange(most, device=scores.device)
+            top = torch.where(ranks < tables.limits[:, None], top, units).sort(dim=-1).values
+        if groups > 1:
+            top = top + (torch.arange(groups, device=scores.device) * units)[:, None]
+        top = top.flatten(1)
+        return top[:, tables.places] if uneven else top
+
+    def ascending(self, places: Tensor, num_places: int) -> Tensor:
+        """Sort rows of distinct places (..., K) below ``num_places``."""
+        return places.sort(dim=-1).values
+
+    # Layers
+
+    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """Apply a linear layer: (..., C) to (..., O)."""
+        return layer(x)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply weight (O, C), a part of a layer's: (..., C) to (..., O)."""
+        return F.linear(x, weight, bias)
+
+    def by_tokens(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, width: int, training: bool = False
+    ) -> Tensor:
+        """Apply a function that treats each token of x (B, T, C) by itself, and may do so in parts.
+
+        Args:
+            function: From (B, T, C) to (B, T, O).
+            x: The tokens.
+            width: Channels of the widest intermediate result.
+            training: Whether the function draws random numbers.
+        """
+        return function(x)
+
+    def channel_parts(
+        self, channels: int, pixels: int, x: Tensor, training: bool = False
+    ) -> list[slice]:
+        """Cut hidden channels that do not depend on each other into parts, one after another.
+
+        Args:
+            channels: Number of hidden channels.
+            pixels: Number of pixels of all maps of the batch.
+            x: A tensor that lies where they will be.
+            training: Whether random numbers are drawn.
+        """
+        return [slice(0, channels)]
+
+    def convolve(
+        self,
+        x: Tensor,
+        blank: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        hw_shape: tuple[int, int],
+        rows: Rows | None,
+    ) -> Tensor:
+        """Depth-wise convolution of rows of a map.
+
+        Args:
+            x: (B, T, C), the rows; all N where ``rows`` is None.
+            blank: (B, 1, C), what stands in the other places; None for zeros.
+            weight: (C, 1, side, side).
+            bias: (C,) or None.
+            hw_shape: Height and width of the map in tokens.
+            rows: Which.
+        """
+        if rows is None:
+            return depthwise(x, weight, bias, hw_shape)
+        blank = x.new_zeros(x.shape[0], 1, x.shape[2]) if blank is None else blank
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        site = site_of(x)
+        convolve = ConvolveRows.apply if site.grad and not site.traced else ConvolveRows.forward
+        return convolve(x, blank, weight, bias, hw_shape, rows)
+
+    def fill(self, blank: Tensor, num_tokens: int, rows: Rows, values: Tensor) -> Tensor:
+        """A map of blank (B, 1, C) and rows of values (B, T, C): (B, N, C)."""
+        return fill_map(blank, num_tokens, rows, values)
+
+    # Attention
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0
+    ) -> Tensor:
+        """Softmax attention of queries (B, T, C) to keys and values (B, K, C): (B, T, C)."""
+        query, key, value = (split_heads(part, num_heads) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def attend_windows(
+        self,
+        qkv: Tensor,
+        core: WindowCore,
+        hw_shape: tuple[int, int],
+        shift_size: int,
+        rows: Rows | None,
+    ) -> Tensor:
+        """Attention of packed tokens, and of a summary for each window behind them, in windows.
+
+        Args:
+            qkv: (B, T + R, 3 * C), R is the number of windows or 0.
+            core: What else is needed.
+            hw_shape: Height and width of the map in tokens.
+            shift_size: Cyclic shift of the windows in tokens.
+            rows: Which tokens of the map; None for all.
+
+        Returns:
+            (B, T + R, C).
+        """
+        layout = window_layout(*hw_shape, core.window_size, shift_size, qkv.device)
+        if rows is not None and rows.windows is not None:
+            return attend_whole_windows(qkv, core, layout, rows)
+        return attend_slots(qkv, core, layout, None if rows is None else rows.ids)
+
+    # Whole halves of a block
+
+    def attention_half(self, block: Any, *args: Any) -> Any | None:
+        """All of ``IdleBlock.attention_half`` at once; None to leave it to the block."""
+        return None
+
+    def mlp_half(self, block: Any, *args: Any) -> Any | None:
+        """All of ``IdleBlock.mlp_half`` at once; None to leave it to the block."""
+        return None
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) to (B, A, T, C / A)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class _CountTables(NamedTuple):
+    """How many units each group keeps.
+
+    Attributes:
+        limits: (G,), the counts.
+        places: Places of the first ``limits[g]`` entries of row g in a flattened (G, max) table.
+    """
+
+    limits: Any
+    places: Any
+
+
+@torch.compiler.assume_constant_result
+def _count_tables(counts: tuple[int, ...], device: torch.device) -> _CountTables:
+    return on_device(_count_numbers, counts, device)
+
+
+def _count_numbers(*counts: int) -> _CountTables:
+    limits = np.array(counts)
+    (places,) = np.nonzero((np.arange(limits.max()) < limits[:, None]).reshape(-1))
+    return _CountTables(limits, places)

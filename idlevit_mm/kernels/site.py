@@ -1,0 +1,69 @@
+"""Where code runs, and all that may decide how: the one place that asks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+class Site(NamedTuple):
+    """The circumstances of a computation; of a tensor only what is known without its values.
+
+    Attributes:
+        device: Kind of the device, such as ``cpu``.
+        dtype: Precision of the tokens.
+        eager: Whether operations run at once, so that shapes may follow from values.
+        traced: Whether a graph is recorded that others will read: by torch.jit or ONNX.
+        grad: Whether gradients are wanted.
+        autocast: Whether autocast is on.
+    """
+
+    device: str
+    dtype: torch.dtype
+    eager: bool
+    traced: bool
+    grad: bool
+    autocast: bool
+
+
+def site_of(x: Tensor) -> Site:
+    """The circumstances of operations on x."""
+    device = x.device.type
+    traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    eager = not (
+        traced
+        or torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or get_proxy_mode() is not None
+    )
+    return Site(device, x.dtype, eager, traced, torch.is_grad_enabled(), autocasts(device))
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return device != 'meta' and torch.is_autocast_enabled(device)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Switch autocast off where it is on for the device of x."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def exact(x: Tensor) -> Tensor:
+    """At least float32: ranks, softmaxes and sums of squares of half precision are too coarse."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def ranking_precision(x: Tensor, uses_weights: bool) -> Tensor:
+    """X in the precision that tokens are ranked in.
+
+    Half precision cannot tell close scores apart, and would rank differently under autocast; but
+    for what computes with weights, a model that is in half precision as a whole has no other ones.
+    """
+    return x if uses_weights and not autocasts(x.device.type) else exact(x)

@@ -1,0 +1,79 @@
+"""Which units are active: so many of the best.
+
+Shape letters: B images, N tokens of the map, G groups, U units of a group, S tokens of a unit, K
+units that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import backend_at
+from ..ops import Rows, Units
+
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    'nearest': round,
+    'floor': math.floor,
+    'ceil': math.ceil,
+}
+
+
+def num_active(keep_ratio: float, num_units: int, rounding: str = 'nearest') -> int:
+    """Number of active units: max(1, rounded keep_ratio * num_units)."""
+    return max(1, ROUNDINGS[rounding](keep_ratio * num_units))
+
+
+def unit_scores(scores: Tensor, units: Units, reduction: str = 'mean') -> Tensor:
+    """Score of a unit: the mean over its tokens, or their L2 norm.
+
+    Args:
+        scores: (B, N).
+        units: Units of the map.
+        reduction: ``mean`` or ``l2``; padding counts for neither.
+
+    Returns:
+        (B, G, U); minus infinity for units that are all padding.
+    """
+    if units.in_order:
+        return scores[:, None, :]
+    slots = F.pad(scores, (0, 1), value=float('-inf'))[:, units.token_ids]
+    if units.token_ids.shape[2] == 1:
+        return slots.squeeze(-1)
+    valid = units.token_ids >= 0
+    slots = torch.where(valid, slots, 0.0)
+    count = valid.sum(-1)
+    if reduction == 'l2':
+        total = torch.linalg.vector_norm(slots, dim=-1)
+    else:
+        total = slots.sum(-1) / count.clamp(min=1)
+    return torch.where(count > 0, total, float('-inf'))
+
+
+def select_units(
+    scores: Tensor, units: Units, keep_ratio: float, rounding: str = 'nearest'
+) -> Rows:
+    """The tokens of the best ``num_active`` units of every group, ascending within a group.
+
+    Args:
+        scores: (B, G, U), minus infinity for units that are all padding.
+        units: Units of the map.
+        keep_ratio: Share of the valid units that is active, in (0, 1].
+        rounding: How the number of active units is rounded; one of ``ROUNDINGS``.
+    """
+    counts = tuple(num_active(keep_ratio, valid, rounding) for valid in units.valid)
+    chosen = backend_at(scores).best(scores, counts)
+    if units.in_order:
+        return Rows(chosen)
+    ids = units.token_ids.flatten(0, 1)[chosen].flatten(1)
+    whole = units.token_ids.shape[2] > 1
+    return Rows(ids, chosen if whole else None, units.padded)
+
+
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` highest of (B, N) scores in each row, ascending: (B, count)."""
+    return backend_at(scores).best(scores[:, None], (count,))
