@@ -9,10 +9,10 @@ import re
 
 from torch import Tensor
 
-from ..checkpoints import StateDict
-from ..layers import relative_position_index
-from .renaming import Conversion, KeyMap, Rule, with_leaves
-from .tables import TABLE_OF_BIAS, window_of_table
+from ...checkpoints import StateDict
+from ...converters.formats import OPENMMLAB, Format, with_keys
+from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves
+from ...converters.tables import INDEX_OF_BIAS, TABLE_OF_BIAS, index_of_table, window_of_table
 
 _BLOCK = (
     ('norm1', 'norm1'),
@@ -53,43 +53,19 @@ def _rules(merge: str) -> tuple[Rule, ...]:
         )
         for part in ('norm', 'reduction')
     )
-    table = 'relative_position_bias_table'
     return (
         *with_leaves(
             (('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2), '', ''
         ),
         *with_leaves(_BLOCK, ours, theirs),
-        Rule(f'{ours}attn.w_msa.{table}', f'{theirs}attn.{table}'),
+        Rule(f'{ours}attn.w_msa.{TABLE_OF_BIAS}', f'{theirs}attn.{TABLE_OF_BIAS}'),
         *merges,
     )
 
 
-_OUTPUT_NORM = r'^norm\d+\.'
-_INDEX = r'relative_position_index$'
-# What stays of a classifier in files of mmseg 0.x and mmpretrain under OpenMMLab's names.
-_CLASSIFIER = r'^head\.|^norm\.|\.attn_mask$'
-
-_OFFICIAL = KeyMap(
-    "the Swin release's",
-    (
-        *_rules('{stage}'),
-        *with_leaves((('norm{stage}', 'norm{stage}'),), '', ''),
-        Rule('absolute_pos_embed', 'absolute_pos_embed'),
-    ),
-    theirs_only=re.compile(f'{_CLASSIFIER}|{_INDEX}'),
-    ours_only=re.compile(f'{_CLASSIFIER}|{_INDEX}'),
+_has_blocks = with_keys(
+    'layers.0.blocks.0.attn.qkv.weight', f'layers.0.blocks.0.attn.{TABLE_OF_BIAS}'
 )
-_TIMM = KeyMap(
-    "timm's swin_*",
-    _rules('{stage+1}'),
-    theirs_only=re.compile(f'{_CLASSIFIER}|{_INDEX}'),
-    ours_only=re.compile(f'{_CLASSIFIER}|{_INDEX}|{_OUTPUT_NORM}'),
-)
-
-
-def is_ours(state: StateDict) -> bool:
-    """Whether names are those of mmdet's and mmseg's Swin."""
-    return 'stages.0.blocks.0.attn.w_msa.qkv.weight' in state
 
 
 def is_official(state: StateDict) -> bool:
@@ -103,63 +79,63 @@ def is_timm(state: StateDict) -> bool:
     return _has_blocks(state) and '1' in merges and '0' not in merges
 
 
-def from_official(state: StateDict) -> Conversion:
-    """Names of the release to OpenMMLab's.
-
-    Dropped are the classifier, its norm and the masks that depend on the image size.
-
-    Raises:
-        SettingError: A weight has no counterpart (Swin V2, ...).
-    """
-    return _with_indices(_OFFICIAL.decode(state))
-
-
-def to_official(state: StateDict) -> Conversion:
-    """OpenMMLab's names to those of the release: the inverse of ``from_official``.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return _with_indices(_OFFICIAL.encode(state))
-
-
-def from_timm(state: StateDict) -> Conversion:
-    """Names of timm's ``swin_*`` to OpenMMLab's; the classifier and its norm are dropped.
-
-    Raises:
-        SettingError: A weight has no counterpart (Swin V2, ...).
-    """
-    return _with_indices(_TIMM.decode(state))
-
-
-def to_timm(state: StateDict) -> Conversion:
-    """OpenMMLab's names to those of timm's ``swin_*``; the norms of the outputs are dropped.
-
-    Raises:
-        SettingError: A weight has no counterpart: timm's Swin has no absolute position table.
-    """
-    return _without_indices(_TIMM.encode(state))
-
-
-def _has_blocks(state: StateDict) -> bool:
-    return (
-        'layers.0.blocks.0.attn.qkv.weight' in state
-        and 'layers.0.blocks.0.attn.relative_position_bias_table' in state
-    )
-
-
 def _with_indices(conversion: Conversion) -> Conversion:
-    """Add the index that belongs to each table; it follows from the window alone."""
+    """Add the index that belongs to each table."""
     state: StateDict = {}
     for key, value in conversion.state.items():
         state[key] = value
         if key.endswith(TABLE_OF_BIAS):
-            index = relative_position_index(window_of_table(value))
-            state[key.removesuffix(TABLE_OF_BIAS) + 'relative_position_index'] = index
+            state |= index_of_table(key, window_of_table(value))
     return _without_indices(conversion._replace(state=state))
 
 
 def _without_indices(conversion: Conversion) -> Conversion:
     """Indices are no loss, and not worth telling."""
-    dropped = [key for key in conversion.dropped if not re.search(_INDEX, key)]
+    dropped = [key for key in conversion.dropped if not key.endswith(INDEX_OF_BIAS)]
     return conversion._replace(dropped=dropped)
+
+
+# What stays of a classifier in files of mmseg 0.x and mmpretrain under OpenMMLab's names, masks
+# that depend on the image size, and indices.
+_LEFTOVERS = rf'^head\.|^norm\.|\.attn_mask$|{INDEX_OF_BIAS}$'
+_OFFICIAL = KeyMap(
+    "the Swin release's",
+    (
+        *_rules('{stage}'),
+        *with_leaves((('norm{stage}', 'norm{stage}'),), '', ''),
+        Rule('absolute_pos_embed', 'absolute_pos_embed'),
+    ),
+    theirs_only=re.compile(_LEFTOVERS),
+    ours_only=re.compile(_LEFTOVERS),
+    decoded=_with_indices,
+    encoded=_with_indices,
+)
+# timm's Swin has neither norms of the outputs, which are dropped, nor an absolute position table.
+_TIMM = KeyMap(
+    "timm's swin_*",
+    _rules('{stage+1}'),
+    theirs_only=re.compile(_LEFTOVERS),
+    ours_only=re.compile(rf'{_LEFTOVERS}|^norm\d+\.'),
+    decoded=_with_indices,
+    encoded=_without_indices,
+)
+FORMATS = (
+    Format(
+        family='swin',
+        name=OPENMMLAB,
+        title='mmdet and mmseg Swin',
+        matches=with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight'),
+        place='state_dict',
+        prefixed_for='mmdet',
+    ),
+    Format('swin', 'timm', 'timm swin_*', is_timm, _TIMM.decode, _TIMM.encode),
+    Format(
+        family='swin',
+        name='official',
+        title='Swin release',
+        matches=is_official,
+        decode=_OFFICIAL.decode,
+        encode=_OFFICIAL.encode,
+        place='model',
+    ),
+)

@@ -5,19 +5,21 @@ IdleViT on DeiT (https://github.com/Ackesnal/IdleViT) and mmseg's first version 
 LV-ViT (https://github.com/zihangJiang/TokenLabeling) and IdleViT on LV-ViT have a stem of
 convolutions besides. mmpretrain's names are mmseg's but for the attention.
 
-Shape letters: N patches of the position table, C channels.
+A distilled model loses its distillation token and the token's place, the second, in the position
+table, which shrinks from (1, 2 + N, C) to (1, 1 + N, C) for N patches and C channels; its features
+change, as all tokens attended to that one. Classifiers are dropped and not made up on the way back:
+load the result with ``strict=False`` where timm's model has one.
 """
 
 import re
+from functools import partial
 
 import torch
 
-from ..checkpoints import StateDict
-from .renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...checkpoints import StateDict
+from ...converters.formats import OPENMMLAB, Format, with_keys
+from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
 
-_CONV_STEM = 'patch_embed.conv1.weight'
-# Classifiers and what only they need; mmseg's VisionTransformer has no place for them.
-_CLASSIFIER = re.compile(r'^(head|head_dist|aux_head|fc_norm|pre_logits)\.|^dist_token$')
 _OUTER = (
     Rule('cls_token', 'cls_token'),
     Rule('pos_embed', 'pos_embed'),
@@ -49,9 +51,33 @@ _STEM_RULES = with_leaves(
     'patch_embed.',
     'patch_embed.',
 )
-_TIMM = KeyMap("timm's vit_* and DeiT's", _TIMM_RULES, theirs_only=_CLASSIFIER)
-_LVVIT = KeyMap("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), theirs_only=_CLASSIFIER)
-_MMPRETRAIN = KeyMap(
+
+
+def _without_distillation(state: StateDict) -> StateDict:
+    """Take the place of the distillation token, the second, out of the position table."""
+    if 'dist_token' not in state or 'pos_embed' not in state:
+        return state
+    table = state['pos_embed']
+    return {**state, 'pos_embed': torch.cat([table[:, :1], table[:, 2:]], dim=1)}
+
+
+def _without_zero_biases(conversion: Conversion) -> Conversion:
+    """Drop biases of query, key and value that are 0, as reading a release adds them."""
+    zero = [k for k, v in conversion.state.items() if k.endswith('.attn.qkv.bias') and not v.any()]
+    kept = {key: value for key, value in conversion.state.items() if key not in zero}
+    return conversion._replace(state=kept, dropped=conversion.dropped + zero)
+
+
+# Classifiers and what only they need; mmseg's VisionTransformer has no place for them.
+_names = partial(
+    KeyMap,
+    theirs_only=re.compile(r'^(head|head_dist|aux_head|fc_norm|pre_logits)\.|^dist_token$'),
+    before=_without_distillation,
+    decoded=with_qkv_biases,
+)
+_TIMM = _names("timm's vit_* and DeiT's", _TIMM_RULES)
+_LVVIT = _names("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
+_MMPRETRAIN = _names(
     "mmpretrain's VisionTransformer",
     (
         *_OUTER,
@@ -70,79 +96,18 @@ _MMPRETRAIN = KeyMap(
     ),
     theirs_only=re.compile(r'^head\.'),
 )
-
-
-def is_ours(state: StateDict) -> bool:
-    """Whether names are those of mmseg's ``VisionTransformer``."""
-    return 'layers.0.attn.attn.in_proj_weight' in state
+_has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
+_has_stem = with_keys('patch_embed.conv1.weight')
 
 
 def is_timm(state: StateDict) -> bool:
     """Whether names are those of timm's plain vision transformers or of the DeiT releases."""
-    return _has_blocks(state) and _CONV_STEM not in state
+    return _has_blocks(state) and not _has_stem(state)
 
 
 def is_lvvit(state: StateDict) -> bool:
     """Whether names are those of the LV-ViT releases."""
-    return _has_blocks(state) and _CONV_STEM in state
-
-
-def is_mmpretrain(state: StateDict) -> bool:
-    """Whether names are those of mmpretrain's ``VisionTransformer``."""
-    return 'layers.0.attn.qkv.weight' in state and 'layers.0.ln1.weight' in state
-
-
-def from_timm(state: StateDict) -> Conversion:
-    """Names of timm's ``vit_*`` or ``deit_*`` models, or of a DeiT release, to mmseg's.
-
-    Dropped are the classifiers with their norm (``head``, ``head_dist``, ``fc_norm``,
-    ``pre_logits``) and, in distilled models, the distillation token: ``dist_token`` and its place,
-    the second, in the position table, which shrinks from (1, 2 + N, C) to (1, 1 + N, C). Without
-    that token the features of a distilled model change, as all tokens attended to it. Where query,
-    key and value have no bias, theirs is 0: mmcv's attention has all of its biases or none.
-
-    Raises:
-        SettingError: A weight has no counterpart (layer scale, register tokens, ...).
-    """
-    return _decoded(_TIMM, state)
-
-
-def to_timm(state: StateDict) -> Conversion:
-    """Names of mmseg's ``VisionTransformer`` to timm's: the inverse of ``from_timm``.
-
-    What was dropped there is not made up: load the result with ``strict=False`` where timm's model
-    has a classifier.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return _TIMM.encode(state)
-
-
-def from_lvvit(state: StateDict) -> Conversion:
-    """Names of an LV-ViT release, whose patches are embedded by a stem of convolutions.
-
-    The classifiers (``head``, ``aux_head``) are dropped. Query, key and value of the releases have
-    no bias; theirs is 0, as in ``from_timm``.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return _decoded(_LVVIT, state)
-
-
-def to_lvvit(state: StateDict) -> Conversion:
-    """Names of ``IdleVisionTransformer(stem='conv')`` to the release's: inverse of ``from_lvvit``.
-
-    Biases of query, key and value that are 0, as ``from_lvvit`` adds them, are dropped.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    converted, dropped, added = _LVVIT.encode(state)
-    zero = [key for key, value in converted.items() if _is_zero_bias(key, value)]
-    kept = {key: value for key, value in converted.items() if key not in zero}
-    return Conversion(kept, dropped + zero, added)
+    return _has_blocks(state) and _has_stem(state)
 
 
 def to_official(state: StateDict) -> Conversion:
@@ -151,37 +116,34 @@ def to_official(state: StateDict) -> Conversion:
     Raises:
         SettingError: A weight has no counterpart.
     """
-    return to_lvvit(state) if 'patch_embed.stem.0.weight' in state else to_timm(state)
+    return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
 
 
-def from_mmpretrain(state: StateDict) -> Conversion:
-    """Names of mmpretrain's ``VisionTransformer`` to mmseg's; the classifier is dropped.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return _decoded(_MMPRETRAIN, state)
-
-
-def to_mmpretrain(state: StateDict) -> Conversion:
-    """Names of mmseg's ``VisionTransformer`` to mmpretrain's: the inverse of ``from_mmpretrain``.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return _MMPRETRAIN.encode(state)
-
-
-def _has_blocks(state: StateDict) -> bool:
-    return 'patch_embed.proj.weight' in state and 'blocks.0.attn.qkv.weight' in state
-
-
-def _is_zero_bias(key: str, value: torch.Tensor) -> bool:
-    return key.endswith('.attn.qkv.bias') and not value.any()
-
-
-def _decoded(names: KeyMap, state: StateDict) -> Conversion:
-    if 'dist_token' in state and 'pos_embed' in state:
-        table = state['pos_embed']
-        state = {**state, 'pos_embed': torch.cat([table[:, :1], table[:, 2:]], dim=1)}
-    return with_qkv_biases(names.decode(state))
+FORMATS = (
+    Format(
+        family='vit',
+        name=OPENMMLAB,
+        title='mmseg ViT',
+        matches=with_keys('layers.0.attn.attn.in_proj_weight'),
+        place='state_dict',
+    ),
+    Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
+    Format(
+        family='vit',
+        name='official',
+        title='LV-ViT release',
+        matches=is_lvvit,
+        decode=_LVVIT.decode,
+        encode=to_official,
+        place='model',
+    ),
+    Format(
+        family='vit',
+        name='mmpretrain',
+        title='mmpretrain ViT',
+        matches=with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
+        decode=_MMPRETRAIN.decode,
+        encode=_MMPRETRAIN.encode,
+        place='state_dict',
+    ),
+)
