@@ -57,17 +57,22 @@ class Variant:
         name: Test id.
         type: Registered name of the idle backbone.
         kwargs: Constructor arguments of the small model, valid for the dense twin too.
-        twins: Import paths ``module:class`` of the dense twins, by library.
         scopes: Selection scopes the class allows.
         sizes: Image sizes (B, 3, height, width) the dense twin accepts.
+        has_twin: Whether the dense classes of the family can be built like this.
     """
 
     name: str
     type: str
     kwargs: dict[str, Any]
-    twins: dict[str, str]
     scopes: tuple[str, ...]
     sizes: tuple[tuple[int, int, int, int], ...]
+    has_twin: bool = True
+
+    @property
+    def twins(self) -> dict[str, str]:
+        """Names of the dense twins by library."""
+        return dict(MODELS.get(self.type).DENSE) if self.has_twin else {}
 
     @property
     def is_swin(self) -> bool:
@@ -102,18 +107,10 @@ class Variant:
         pytest.importorskip(library)
         if library not in self.twins:
             pytest.skip(f'{library} has no {self.type.removeprefix("Idle")} like {self.name}')
-        module, name = self.twins[library].split(':')
-        return getattr(importlib.import_module(module), name)(**{**self.kwargs, **overrides})
+        twin = getattr(importlib.import_module(f'{library}.models'), self.twins[library])
+        return twin(**{**self.kwargs, **overrides})
 
 
-_SWIN_TWINS = {
-    'mmdet': 'mmdet.models.backbones.swin:SwinTransformer',
-    'mmseg': 'mmseg.models.backbones.swin:SwinTransformer',
-}
-_PVT_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformer'}
-_VIT_TWINS = {'mmseg': 'mmseg.models.backbones.vit:VisionTransformer'}
-_PVT2_TWINS = {'mmdet': 'mmdet.models.backbones.pvt:PyramidVisionTransformerV2'}
-_MIT_TWINS = {'mmseg': 'mmseg.models.backbones.mit:MixVisionTransformer'}
 _SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
 _V2_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (2, 3, 40, 17), (1, 3, 17, 17))
 # The second stage of the last two is one row of tokens, and one token.
@@ -127,7 +124,6 @@ def _swin(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdleSwinTransformer',
         kwargs={**_SWIN, **kwargs},
-        twins=_SWIN_TWINS,
         scopes=('map', 'window_tokens', 'windows'),
         sizes=_SWIN_SIZES,
     )
@@ -138,7 +134,6 @@ def _pvt(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdlePyramidVisionTransformer',
         kwargs={**_PVT1, **kwargs},
-        twins=_PVT_TWINS,
         scopes=('map',),
         sizes=_PVT_SIZES,
     )
@@ -149,7 +144,6 @@ def _pvt2(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdlePyramidVisionTransformerV2',
         kwargs={**_PVT, **kwargs},
-        twins=_PVT2_TWINS,
         scopes=('map',),
         sizes=_V2_SIZES,
     )
@@ -160,20 +154,19 @@ def _mit(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdleMixVisionTransformer',
         kwargs={**_MIT, **kwargs},
-        twins=_MIT_TWINS,
         scopes=('map',),
         sizes=_MIT_SIZES,
     )
 
 
-def _vit(name: str, twins: dict[str, str] = _VIT_TWINS, **kwargs: Any) -> Variant:
+def _vit(name: str, has_twin: bool = True, **kwargs: Any) -> Variant:
     return Variant(
         name=name,
         type='IdleVisionTransformer',
         kwargs={**_VIT, **kwargs},
-        twins=twins,
         scopes=('map',),
         sizes=_VIT_SIZES,
+        has_twin=has_twin,
     )
 
 
@@ -224,8 +217,8 @@ _OTHERS = (
     _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
     _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
     # mmseg's class without class token embeds one all the same; LV-ViT it has not at all.
-    _vit('vit-no-cls', twins={}, with_cls_token=False),
-    _vit('vit-conv-stem', twins={}, stem='conv', residual_scale=0.5, mlp_ratio=3),
+    _vit('vit-no-cls', has_twin=False, with_cls_token=False),
+    _vit('vit-conv-stem', has_twin=False, stem='conv', residual_scale=0.5, mlp_ratio=3),
 )
 VARIANTS = FAMILIES + _OTHERS
 BY_NAME = {v.name: v for v in VARIANTS}

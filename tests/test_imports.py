@@ -22,7 +22,7 @@ ALLOWED = {
     'policies': {'layers', 'ops', 'registry'},
     'blocks': {'policies', 'layers', 'ops', 'registry'},
     'checkpoints': {'errors'},
-    'converters': {'checkpoints', 'layers', 'errors'},
+    'converters': {'checkpoints', 'layers', 'registry', 'errors'},
     'backbones': {
         *('blocks', 'policies', 'layers', 'ops', 'converters', 'checkpoints', 'registry', 'errors'),
     },

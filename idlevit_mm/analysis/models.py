@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,13 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from idlevit_mm.backbones import IdleMixVisionTransformer, IdleVisionTransformer
 from idlevit_mm.checkpoints import WeightsReport, compare, read_weights, split_backbone
 from idlevit_mm.errors import UsageError
+from idlevit_mm.registry import arguments_of
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
-IDLE_PREFIX = 'Idle'
+_PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
 
 
 def load_config(config: str | Path | Config, cfg_options: dict[str, Any] | None = None) -> Config:
@@ -141,7 +140,7 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """The dense class of mmdet, or of mmseg for MiT and plain ViT, with an idle backbone's weights.
+    """The first of an idle backbone's dense classes, in mmdet or mmseg, with its weights.
 
     Args:
         backbone: a built idle backbone.
@@ -151,78 +150,27 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
         A module of the dense class, loaded strictly, in the same mode and on the same device.
 
     Raises:
-        ValueError: there is no dense class with these settings, or mmseg, which has it, is not
-            installed.
+        ValueError: there is no dense class with these settings, or its library is not installed.
     """
-    if isinstance(backbone, IdleVisionTransformer):
-        dense_class, settings, state = _dense_vit(backbone, backbone_cfg)
-    else:
-        dense_class, settings, state = _dense_pyramid(backbone, backbone_cfg)
-    # PVTv2's own signature is `**kwargs`: its parents say what is accepted.
-    accepted = {
-        name
-        for ancestor in dense_class.__mro__
-        for name in inspect.signature(ancestor.__init__).parameters
-    } - {'self', 'args', 'kwargs', 'init_cfg', 'pretrained'}
-    arguments = {name: copy.deepcopy(value) for name, value in settings.items() if name in accepted}
+    name = type(backbone).__name__
+    library, twin = getattr(backbone, 'DENSE', (('mmdet', ''),))[0]
+    if not twin:
+        raise ValueError(f'backbone={name} has no dense class in {library}')
+    settings, state = backbone.dense_twin(backbone_cfg)
+    try:
+        dense_class = getattr(importlib.import_module(f'{library}.models'), twin)
+    except ImportError as error:
+        raise ValueError(
+            f'the dense class of {name} is in {_PROJECTS[library]}, which cannot be imported: '
+            f'{error}'
+        ) from error
+    accepted = arguments_of(dense_class).keys() - {'init_cfg', 'pretrained'}
+    arguments = {key: copy.deepcopy(value) for key, value in settings.items() if key in accepted}
     dense = dense_class(**arguments)
     dense.load_state_dict(state, strict=True)
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
     return dense
-
-
-_Dense = tuple[Any, dict[str, Any], dict[str, torch.Tensor]]
-
-
-def _dense_pyramid(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> _Dense:
-    """Class, settings and weights of the dense twin in mmdet, or of MiT in mmseg."""
-    library = 'mmseg' if isinstance(backbone, IdleMixVisionTransformer) else 'mmdet'
-    backbones = importlib.import_module(f'{library}.models').backbones
-    dense_class = getattr(backbones, type(backbone).__name__.removeprefix(IDLE_PREFIX), None)
-    if dense_class is None or dense_class is type(backbone):
-        raise ValueError(f'backbone={type(backbone).__name__} has no dense class in {library}')
-    return dense_class, backbone_cfg, backbone.state_dict()
-
-
-def _dense_vit(backbone: IdleVisionTransformer, backbone_cfg: dict[str, Any]) -> _Dense:
-    """Class, settings and weights of mmseg's dense twin, whose defaults are others than ours."""
-    shape = dict(backbone.shape)
-    for key, plain in (('stem', 'patch'), ('residual_scale', 1.0)):
-        if shape[key] != plain:
-            raise ValueError(
-                f'backbone=IdleVisionTransformer with {key}={shape[key]!r} (as LV-ViT has it) has '
-                f"no dense class: mmseg's VisionTransformer is {key}={plain!r} alone. Compare with "
-                'keep_ratios=1.0 instead'
-            )
-    if shape['mlp_ratio'] != int(shape['mlp_ratio']):
-        raise ValueError(
-            f'backbone=IdleVisionTransformer with mlp_ratio={shape["mlp_ratio"]} has no dense '
-            "class: mmseg's VisionTransformer takes whole numbers. Compare with keep_ratios=1.0 "
-            'instead'
-        )
-    try:
-        from mmseg.models import VisionTransformer
-    except ImportError as error:
-        raise ValueError(
-            'the dense class of IdleVisionTransformer is in mmsegmentation, which cannot be '
-            f'imported: {error}'
-        ) from error
-    parameters = inspect.signature(type(backbone)).parameters.values()
-    settings = {parameter.name: parameter.default for parameter in parameters}
-    settings |= dict(backbone_cfg)
-    settings |= shape
-    settings |= dict(
-        mlp_ratio=int(shape['mlp_ratio']),
-        img_size=tuple(side * settings['patch_size'] for side in backbone.pos_shape),
-        out_indices=backbone.out_indices,
-    )
-    state = backbone.state_dict()
-    if not backbone.num_prefix:
-        # The dense class has a class token even then, and takes it out before the first block.
-        state['cls_token'] = state['pos_embed'].new_zeros(1, 1, shape['embed_dims'])
-        state['pos_embed'] = torch.cat([state['cls_token'], state['pos_embed']], dim=1)
-    return VisionTransformer, settings, state
 
 
 def with_host_backbone(model: nn.Module) -> nn.Module:

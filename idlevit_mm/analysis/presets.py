@@ -6,7 +6,6 @@ A preset needs no config file and no mmdet. Settings are those of the papers: Sw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from idlevit_mm import backbones as _backbones  # noqa: F401  (registers them)
 from idlevit_mm.errors import UsageError
+from idlevit_mm.registry import arguments_of
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,10 @@ PRESETS: dict[str, Preset] = {
     'mit-b2': _mit(64, (3, 4, 6, 3)),
 }
 
-# What makes an architecture; the rest (policy, weights, freezing, rates) leaves the work alone.
-_ARCHITECTURE = (
-    *('embed_dims', 'patch_size', 'patch_sizes', 'window_size', 'mlp_ratio', 'mlp_ratios'),
-    *('depths', 'num_layers', 'num_heads', 'strides', 'paddings', 'sr_ratios', 'qkv_bias'),
-    *('qk_scale', 'patch_norm', 'use_abs_pos_embed', 'norm_after_stage', 'use_conv_ffn'),
-    *('act_cfg', 'in_channels', 'out_indices', 'num_stages'),
+# What leaves the work alone; all other arguments make an architecture.
+_SAME_WORK = (
+    *('keep_ratios', 'policy', 'init_cfg', 'pretrained', 'convert_weights', 'pretrain_img_size'),
+    *('frozen_stages', 'with_cp', 'drop_rate', 'attn_drop_rate', 'drop_path_rate', 'norm_cfg'),
 )
 
 
@@ -119,14 +117,10 @@ def _architecture(backbone: Mapping[str, Any]) -> dict[str, Any]:
     cls = MODELS.get(backbone['type'])
     if cls is None:
         return dict(backbone)
-    # PVTv2 and MiT take `**kwargs`: their parent says what the other defaults are.
-    parameters: dict[str, Any] = {}
-    for ancestor in reversed(cls.__mro__):
-        parameters |= inspect.signature(ancestor.__init__).parameters
     found: dict[str, Any] = dict(type=cls.__name__)
-    for name in _ARCHITECTURE:
-        if name in parameters:
-            found[name] = _plain(backbone.get(name, parameters[name].default))
+    for name, argument in arguments_of(cls).items():
+        if name not in _SAME_WORK:
+            found[name] = _plain(backbone.get(name, argument.default))
     return found
 
 

@@ -1,9 +1,12 @@
 """Backbones with idle tokens, registered in mmengine's root ``MODELS``."""
 
 from .base import IdleBackbone
+from .swin import IdleSwinTransformer
+
+# Messages list the families as they are imported, the most used one first.
+# isort: split
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
-from .swin import IdleSwinTransformer
 from .vit import IdleVisionTransformer
 
 __all__ = [

@@ -6,8 +6,8 @@ Shape letters: B images, H and W of a stage's map in tokens, N = H * W.
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
@@ -23,7 +23,7 @@ from ..checkpoints import (
     split_backbone,
     with_shapes,
 )
-from ..converters import Fitted, Format, detect
+from ..converters import Fitted, Format, Size, detect, fit_tables
 from ..errors import SettingError, shortened
 from ..policies import KeepRatios, normalize_keep_ratios
 
@@ -51,6 +51,9 @@ class IdleBackbone(BaseModule, ABC):
 
     Attributes:
         family: What its checkpoints are called in ``converters``.
+        DENSE: Library and class of each dense twin; the first one is compared with.
+        FORMATS: Names that its weights have in OpenMMLab, first of all, and elsewhere.
+        TABLE_MODE: How absolute position tables of weights are interpolated.
         keep_ratios: One list per stage with one ratio per block; a family sets them at the end of
             its constructor by ``set_keep_ratios``.
         records: What each stage did in the last forward pass.
@@ -58,6 +61,9 @@ class IdleBackbone(BaseModule, ABC):
     """
 
     family: str
+    DENSE: ClassVar[tuple[tuple[str, str], ...]]
+    FORMATS: ClassVar[tuple[Format, ...]]
+    TABLE_MODE: ClassVar[str] = 'bicubic'
 
     def __init__(
         self,
@@ -148,6 +154,48 @@ class IdleBackbone(BaseModule, ABC):
             self._init_from_scratch()
         else:
             self._init_from_checkpoint()
+
+    @classmethod
+    def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
+        """Height and width in tokens of the absolute position tables among weights, by name.
+
+        Args:
+            state: Weights by the names of this backbone.
+            img_size: Height and width of the images in pixels.
+
+        Raises:
+            SettingError: An image is smaller than a token.
+        """
+        return {}
+
+    @classmethod
+    def fit_tables(
+        cls, state: StateDict, shapes: Mapping[str, Size], window_size: int | None, is_foreign: bool
+    ) -> Fitted:
+        """Resize the position tables of weights that no backbone has been built for.
+
+        Args:
+            state: Weights by the names of this backbone.
+            shapes: Height and width in tokens of the tables to resize; see ``table_shapes``.
+            window_size: Side of the windows in tokens, for tables that depend on it; None leaves
+                them alone.
+            is_foreign: Whether weights had other names in their file.
+        """
+        return fit_tables(state, shapes, cls.TABLE_MODE, window_size)
+
+    def dense_twin(self, cfg: Mapping[str, Any]) -> tuple[dict[str, Any], StateDict]:
+        """Settings and weights with which the first of ``DENSE`` is this backbone at 1.0.
+
+        Args:
+            cfg: Config that this backbone was built from.
+
+        Returns:
+            Arguments, those included that the dense class does not take, and all of its weights.
+
+        Raises:
+            ValueError: The dense class has no such settings.
+        """
+        return dict(cfg), self.state_dict()
 
     @abstractmethod
     def _stages(self) -> Iterable[nn.Module]:

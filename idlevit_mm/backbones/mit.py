@@ -30,6 +30,8 @@ class IdleMixVisionTransformer(IdlePyramidVisionTransformer):
             ``norm_after_stage`` and ``use_conv_ffn``, which make the architecture.
     """
 
+    DENSE = (('mmseg', 'MixVisionTransformer'),)
+
     def __init__(
         self,
         num_heads: Sequence[int] = (1, 2, 4, 8),

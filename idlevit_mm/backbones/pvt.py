@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks
 from ..checkpoints import StateDict
-from ..converters import Fitted, fit_pvt
+from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import (
     AbsolutePositionEmbedding,
@@ -28,8 +28,10 @@ from ..layers import (
 )
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, image_size
+from .names import pvt as names
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
+_TABLE = 'layers.{}.1.0.pos_embed'
 
 
 class IdlePVTBlock(IdleBlock):
@@ -158,6 +160,9 @@ class IdlePyramidVisionTransformer(IdleBackbone):
     """
 
     family = 'pvt'
+    DENSE = (('mmdet', 'PyramidVisionTransformer'),)
+    FORMATS = names.FORMATS
+    TABLE_MODE = 'bilinear'
 
     def __init__(
         self,
@@ -299,14 +304,23 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             yield self.layers[0][0]
         yield from self.layers[: max(self.frozen_stages, 0)]
 
+    @classmethod
+    def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
+        shapes, stride, stage = {}, 1, 0
+        while (table := _TABLE.format(stage)) in state:
+            stride *= state[f'layers.{stage}.0.projection.weight'].shape[-1]
+            shapes[table] = in_tokens(img_size, stride)
+            stage += 1
+        return shapes
+
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         tables = ((index, blocks[0]) for index, (_, blocks, _) in enumerate(self.layers))
         shapes = {
-            index: table.pos_shape
+            _TABLE.format(index): table.pos_shape
             for index, table in tables
             if isinstance(table, AbsolutePositionEmbedding)
         }
-        return fit_pvt(state, shapes)
+        return self.fit_tables(state, shapes, None, is_foreign)
 
 
 @MODELS.register_module()
@@ -318,6 +332,8 @@ class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
             ``paddings``, ``use_abs_pos_embed``, ``norm_after_stage`` and ``use_conv_ffn``, which
             make the version.
     """
+
+    DENSE = (('mmdet', 'PyramidVisionTransformerV2'),)
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(

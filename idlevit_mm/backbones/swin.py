@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks, weighted_mean
 from ..checkpoints import StateDict
-from ..converters import Fitted, fit_swin
+from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import (
     FeedForward,
@@ -29,6 +29,7 @@ from ..layers import (
 from ..ops import Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, image_size
+from .names import swin as names
 
 LAYER_NORM = dict(type='LN')
 
@@ -216,6 +217,8 @@ class IdleSwinTransformer(IdleBackbone):
     """
 
     family = 'swin'
+    DENSE = (('mmdet', 'SwinTransformer'), ('mmseg', 'SwinTransformer'))
+    FORMATS = names.FORMATS
 
     def __init__(
         self,
@@ -350,9 +353,16 @@ class IdleSwinTransformer(IdleBackbone):
         if self.frozen_stages >= 0 and self.use_abs_pos_embed:
             yield self.absolute_pos_embed
 
+    @classmethod
+    def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
+        if 'absolute_pos_embed' not in state:
+            return {}
+        stride = state['patch_embed.projection.weight'].shape[-1]
+        return {'absolute_pos_embed': in_tokens(img_size, stride)}
+
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
-        pos_shape = self.pos_shape if self.use_abs_pos_embed else None
-        return fit_swin(state, self.window_size, pos_shape)
+        shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
+        return self.fit_tables(state, shapes, self.window_size, is_foreign)
 
 
 def _merge(channels: int, stride: int, norm_cfg: dict | None) -> MergePatches:

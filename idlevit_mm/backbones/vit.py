@@ -4,7 +4,7 @@ Shape letters: B images, N tokens of the map (H * W), P class tokens behind the 
 of both and of what a policy has appended, T computed rows, C channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import IdleBlock, Tokens, run_blocks
 from ..checkpoints import StateDict
-from ..converters import Fitted, fit_vit
+from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
 from ..layers import (
     ConvStemEmbed,
@@ -29,7 +29,9 @@ from ..layers import (
     to_map,
 )
 from ..policies import KeepRatios, Plan
+from ..registry import arguments_of
 from .base import GELU, IdleBackbone, image_size
+from .names import vit as names
 
 _PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
 _LVVIT = dict(mlp_ratio=3, stem='conv', residual_scale=0.5, norm_cfg=dict(type='LN', eps=1e-5))
@@ -181,6 +183,8 @@ class IdleVisionTransformer(IdleBackbone):
     """
 
     family = 'vit'
+    DENSE = (('mmseg', 'VisionTransformer'),)
+    FORMATS = names.FORMATS
 
     def __init__(
         self,
@@ -338,9 +342,53 @@ class IdleVisionTransformer(IdleBackbone):
             if self.num_class:
                 yield self.cls_token
 
+    @classmethod
+    def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
+        if 'pos_embed' not in state:
+            return {}
+        # The stem of LV-ViT halves the image before the patches are embedded.
+        stem = 2 if 'patch_embed.stem.0.weight' in state else 1
+        stride = stem * state['patch_embed.projection.weight'].shape[-1]
+        return {'pos_embed': in_tokens(img_size, stride)}
+
+    @classmethod
+    def fit_tables(
+        cls, state: StateDict, shapes: Mapping[str, Size], window_size: int | None, is_foreign: bool
+    ) -> Fitted:
+        num_prefix = int('cls_token' in state)
+        return fit_tables(state, shapes, num_prefix=num_prefix, is_square=is_foreign)
+
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         # Files of timm and of releases are of square images.
-        return fit_vit(state, self.pos_shape, self.num_class, self.interpolate_mode, is_foreign)
+        shapes, mode = {'pos_embed': self.pos_shape}, self.interpolate_mode
+        return fit_tables(state, shapes, mode, None, self.num_class, is_foreign)
+
+    def dense_twin(self, cfg: Mapping[str, Any]) -> tuple[dict[str, Any], StateDict]:
+        shape = dict(self.shape)
+        for key, plain in (('stem', 'patch'), ('residual_scale', 1.0)):
+            if shape[key] != plain:
+                raise ValueError(
+                    f'backbone=IdleVisionTransformer with {key}={shape[key]!r} (as LV-ViT has it) '
+                    f"has no dense class: mmseg's VisionTransformer is {key}={plain!r} alone. "
+                    'Compare with keep_ratios=1.0 instead'
+                )
+        if shape['mlp_ratio'] != int(shape['mlp_ratio']):
+            raise ValueError(
+                f'backbone=IdleVisionTransformer with mlp_ratio={shape["mlp_ratio"]} has no dense '
+                "class: mmseg's VisionTransformer takes whole numbers. Compare with "
+                'keep_ratios=1.0 instead'
+            )
+        # The dense class has other defaults.
+        settings = {name: one.default for name, one in arguments_of(type(self)).items()}
+        settings |= {**cfg, **shape, 'mlp_ratio': int(shape['mlp_ratio'])}
+        settings['img_size'] = tuple(side * settings['patch_size'] for side in self.pos_shape)
+        settings['out_indices'] = self.out_indices
+        state = self.state_dict()
+        if not self.num_class:
+            # The dense class has a class token even then, and takes it out before the first block.
+            state['cls_token'] = state['pos_embed'].new_zeros(1, 1, shape['embed_dims'])
+            state['pos_embed'] = torch.cat([state['cls_token'], state['pos_embed']], dim=1)
+        return settings, state
 
 
 def _shape(arch: str, **given: Any) -> dict[str, Any]:

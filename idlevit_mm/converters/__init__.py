@@ -1,24 +1,24 @@
 """Names of weights in mmdet, mmseg, timm, mmpretrain and the releases, in both directions."""
 
 from .convert import TARGETS, Converted, convert_file, convert_weights
-from .formats import FORMATS, OPENMMLAB, Format, detect, format_of, known_format
+from .formats import OPENMMLAB, Format, all_formats, detect, format_of, known_format
 from .renaming import Conversion
-from .tables import Fitted, fit_pvt, fit_swin, fit_vit
+from .tables import Fitted, Size, fit_tables, in_tokens
 
 __all__ = [
-    'FORMATS',
     'OPENMMLAB',
     'TARGETS',
     'Conversion',
     'Converted',
     'Fitted',
     'Format',
+    'Size',
+    'all_formats',
     'convert_file',
     'convert_weights',
     'detect',
-    'fit_pvt',
-    'fit_swin',
-    'fit_vit',
+    'fit_tables',
     'format_of',
+    'in_tokens',
     'known_format',
 ]

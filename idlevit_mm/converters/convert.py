@@ -16,17 +16,9 @@ from ..checkpoints import (
     write_weights,
 )
 from ..errors import SettingError
+from ..registry import idle_backbones
 from .formats import OPENMMLAB, Format, format_of, known_format
-from .tables import (
-    Fitted,
-    Size,
-    fit_pvt,
-    fit_swin,
-    fit_vit,
-    pvt_pos_shapes,
-    swin_pos_shape,
-    vit_pos_shape,
-)
+from .tables import TABLE_OF_BIAS, Fitted, Size
 
 # What a person asks for: mmdet and mmseg have the same names.
 TARGETS = {
@@ -125,16 +117,11 @@ def convert_weights(
     if goal.is_foreign:
         report.dropped += _by_module(others)
         others = {}
-    elif others or _wants_prefix(to, found):
+    elif others or to == goal.prefixed_for:
         prefix = BACKBONE
     result = {f'{prefix}{key}': value for key, value in encoded.state.items()} | others
     report.matched = [key for key in result if key.removeprefix(prefix) not in report.added]
     return Converted(result, found, goal, report)
-
-
-def _wants_prefix(to: str, found: Format) -> bool:
-    """Whether the library's own class reads a backbone's weights with their prefix only."""
-    return to == 'mmdet' and found.family == 'swin'
 
 
 def _by_module(weights: StateDict) -> list[str]:
@@ -148,26 +135,15 @@ def _by_module(weights: StateDict) -> list[str]:
 def _resized(
     state: StateDict, found: Format, window_size: int | None, img_size: Size | None
 ) -> Fitted:
-    if window_size is not None and (found.family != 'swin' or window_size < 1):
+    has_windows = any(key.endswith(TABLE_OF_BIAS) for key in state)
+    if window_size is not None and (not has_windows or window_size < 1):
         raise SettingError(
             f'window_size={window_size} for {found.title}; allowed: positive, and for Swin alone'
         )
-    has_table = {
-        'swin': 'absolute_pos_embed' in state,
-        'pvt': 'layers.0.1.0.pos_embed' in state,
-        'vit': 'pos_embed' in state,
-    }
-    if img_size is not None and not has_table[found.family]:
+    family = next(cls for cls in idle_backbones() if found in cls.FORMATS)
+    shapes = {} if img_size is None else family.table_shapes(state, img_size)
+    if img_size is not None and not shapes:
         raise SettingError(
             f'img_size={img_size} for {found.title}: these weights have no absolute position table'
         )
-    if found.family == 'swin':
-        shape = None if img_size is None else swin_pos_shape(state, img_size)
-        return fit_swin(state, window_size, shape)
-    if img_size is None:
-        return Fitted(state, {})
-    if found.family == 'pvt':
-        return fit_pvt(state, pvt_pos_shapes(state, img_size))
-    num_prefix = int('cls_token' in state)
-    shape = vit_pos_shape(state, img_size)
-    return fit_vit(state, shape, num_prefix, 'bicubic', found.is_foreign)
+    return family.fit_tables(state, shapes, window_size, found.is_foreign)

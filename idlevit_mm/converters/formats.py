@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..checkpoints import StateDict
 from ..errors import SettingError, shortened
-from . import pvt, swin, vit
+from ..registry import idle_backbones
 from .renaming import Conversion
 
 OPENMMLAB = 'openmmlab'
@@ -20,18 +20,24 @@ def _unchanged(state: StateDict) -> Conversion:
     return Conversion(state, [], [])
 
 
+def with_keys(*keys: str) -> Callable[[StateDict], bool]:
+    """What tells weights of a format: that these names are among theirs."""
+    return lambda state: all(key in state for key in keys)
+
+
 @dataclass(frozen=True)
 class Format:
     """One way of naming the weights of one family.
 
     Attributes:
-        family: ``swin``, ``pvt`` (PVT, PVTv2, Mix Transformer) or ``vit``.
+        family: What its backbones call themselves.
         name: Whose names: ``openmmlab``, ``timm``, ``official`` or ``mmpretrain``.
         title: In words, for messages.
         matches: Whether weights have these names.
         decode: These names to OpenMMLab's.
         encode: OpenMMLab's names to these.
         place: Key under which files of this format have their weights; '' for none.
+        prefixed_for: Library whose class reads a backbone's weights with their prefix only.
     """
 
     family: str
@@ -41,6 +47,7 @@ class Format:
     decode: Callable[[StateDict], Conversion] = _unchanged
     encode: Callable[[StateDict], Conversion] = _unchanged
     place: str = ''
+    prefixed_for: str = ''
 
     @property
     def is_foreign(self) -> bool:
@@ -48,54 +55,14 @@ class Format:
         return self.name != OPENMMLAB
 
 
-FORMATS = (
-    Format('swin', OPENMMLAB, 'mmdet and mmseg Swin', swin.is_ours, place='state_dict'),
-    Format('swin', 'timm', 'timm swin_*', swin.is_timm, swin.from_timm, swin.to_timm),
-    Format(
-        family='swin',
-        name='official',
-        title='Swin release',
-        matches=swin.is_official,
-        decode=swin.from_official,
-        encode=swin.to_official,
-        place='model',
-    ),
-    Format('pvt', OPENMMLAB, 'mmdet and mmseg PVT and MiT', pvt.is_ours, place='state_dict'),
-    Format('pvt', 'timm', 'timm pvt_v2_*', pvt.is_timm, pvt.from_timm, pvt.to_timm),
-    Format(
-        family='pvt',
-        name='official',
-        title='PVT or SegFormer release',
-        matches=pvt.is_official,
-        decode=pvt.from_official,
-        encode=pvt.to_official,
-    ),
-    Format('vit', OPENMMLAB, 'mmseg ViT', vit.is_ours, place='state_dict'),
-    Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', vit.is_timm, vit.from_timm, vit.to_timm),
-    Format(
-        family='vit',
-        name='official',
-        title='LV-ViT release',
-        matches=vit.is_lvvit,
-        decode=vit.from_lvvit,
-        encode=vit.to_official,
-        place='model',
-    ),
-    Format(
-        family='vit',
-        name='mmpretrain',
-        title='mmpretrain ViT',
-        matches=vit.is_mmpretrain,
-        decode=vit.from_mmpretrain,
-        encode=vit.to_mmpretrain,
-        place='state_dict',
-    ),
-)
+def all_formats() -> tuple[Format, ...]:
+    """The formats of all registered families."""
+    return tuple(dict.fromkeys(known for cls in idle_backbones() for known in cls.FORMATS))
 
 
 def detect(state: StateDict) -> Format | None:
     """The format of a backbone's weights; None where it is unknown."""
-    return next((known for known in FORMATS if known.matches(state)), None)
+    return next((known for known in all_formats() if known.matches(state)), None)
 
 
 def format_of(family: str, name: str) -> Format:
@@ -104,7 +71,7 @@ def format_of(family: str, name: str) -> Format:
     Raises:
         SettingError: The family has no such names.
     """
-    names = {known.name: known for known in FORMATS if known.family == family}
+    names = {known.name: known for known in all_formats() if known.family == family}
     if name not in names:
         raise SettingError(f'{name} names are not known for {family}; allowed: {", ".join(names)}')
     return names[name]
@@ -125,6 +92,6 @@ def known_format(state: StateDict, source: object) -> Format:
         raise SettingError(
             f'checkpoint {source} is of no known format: its keys begin with '
             f'{shortened(sorted(state), 3)}; allowed: '
-            f'{", ".join(known.title for known in FORMATS)}'
+            f'{", ".join(known.title for known in all_formats())}'
         )
     return found

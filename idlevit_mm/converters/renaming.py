@@ -8,20 +8,21 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from ..checkpoints import StateDict, of_policy
 from ..errors import SettingError, shortened
 
+_T = TypeVar('_T')
 Transform = Callable[[Tensor], Tensor]
 
 _FIELD = re.compile(r'\{(\w+)(?:\+(\d+))?\}')
 
 
-def same(value: Tensor) -> Tensor:
-    """The transform of a weight that only changes its name."""
+def same(value: _T) -> _T:
+    """The transform of what only changes its name."""
     return value
 
 
@@ -64,12 +65,18 @@ class KeyMap:
         rules: All weights that both have.
         theirs_only: What they have beyond that and a backbone does not need: classifiers, buffers.
         ours_only: What a backbone has beyond that and they do not need.
+        before: What becomes of their weights before they get our names.
+        decoded: What becomes of weights that have got our names.
+        encoded: What becomes of weights that have got their names.
     """
 
     title: str
     rules: tuple[Rule, ...]
     theirs_only: re.Pattern = field(default=re.compile(r'(?!)'))
     ours_only: re.Pattern = field(default=re.compile(r'(?!)'))
+    before: Callable[[StateDict], StateDict] = same
+    decoded: Callable[[Conversion], Conversion] = same
+    encoded: Callable[[Conversion], Conversion] = same
 
     def decode(self, state: StateDict) -> Conversion:
         """Give weights OpenMMLab's names.
@@ -78,7 +85,8 @@ class KeyMap:
             SettingError: A weight has no counterpart.
         """
         table = tuple((rule.theirs, rule.ours, rule.decode) for rule in self.rules)
-        return _renamed(state, table, self.theirs_only.search, 'OpenMMLab', self.title)
+        names = 'OpenMMLab', self.title
+        return self.decoded(_renamed(self.before(state), table, self.theirs_only.search, *names))
 
     def encode(self, state: StateDict) -> Conversion:
         """Give weights the other project's names.
@@ -91,7 +99,7 @@ class KeyMap:
         def dropped(key: str) -> bool:
             return of_policy(key) or bool(self.ours_only.search(key))
 
-        return _renamed(state, table, dropped, self.title, 'OpenMMLab')
+        return self.encoded(_renamed(state, table, dropped, self.title, 'OpenMMLab'))
 
 
 def with_leaves(pairs: Iterable[tuple[str, str]], ours: str, theirs: str) -> tuple[Rule, ...]:

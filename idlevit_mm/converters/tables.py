@@ -5,7 +5,7 @@ channels, A heads.
 """
 
 import math
-import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..layers import (
 Size = tuple[int, int]
 
 TABLE_OF_BIAS = 'relative_position_bias_table'
-_PVT_TABLE = re.compile(r'layers\.(\d+)\.1\.0\.pos_embed')
+INDEX_OF_BIAS = 'relative_position_index'
 
 
 class Fitted(NamedTuple):
@@ -35,6 +35,12 @@ class Fitted(NamedTuple):
 
     state: StateDict
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def index_of_table(key: str, window_size: int) -> StateDict:
+    """The index that belongs to a bias table, under its name; it follows from the window alone."""
+    index = relative_position_index(window_size)
+    return {key.removesuffix(TABLE_OF_BIAS) + INDEX_OF_BIAS: index}
 
 
 def window_of_table(table: Tensor) -> int:
@@ -51,15 +57,25 @@ def window_of_table(table: Tensor) -> int:
     return (side + 1) // 2
 
 
-def fit_swin(
-    state: StateDict, window_size: int | None = None, pos_shape: Size | None = None
+def fit_tables(
+    state: StateDict,
+    shapes: Mapping[str, Size],
+    mode: str = 'bicubic',
+    window_size: int | None = None,
+    num_prefix: int | None = None,
+    is_square: bool = False,
 ) -> Fitted:
-    """Resize Swin's bias tables (bicubic, as the release does) and its absolute table.
+    """Resize position tables; one that is not known to be of a square image is left alone.
 
     Args:
         state: Weights by OpenMMLab's names.
-        window_size: Side of the window in tokens; None leaves tables and indices alone.
-        pos_shape: Height and width of the absolute table in tokens; None leaves it alone.
+        shapes: Height and width in tokens of absolute tables, by name.
+        mode: How absolute tables are interpolated; bias tables are bicubic, as in Swin's release.
+        window_size: Side of the window in tokens for bias tables; None leaves them and their
+            indices alone.
+        num_prefix: P; None where tables never have places but those of the map.
+        is_square: Whether absolute tables are known to be those of square images; one of the right
+            number of places is otherwise taken to be of the right shape.
 
     Raises:
         SettingError: A bias table is not that of a square window.
@@ -70,99 +86,39 @@ def fit_swin(
             if window_of_table(table) != window_size:
                 places = (2 * window_size - 1) ** 2
                 fitted[key] = resize_relative_position_table(table, places)
-            index = key.removesuffix(TABLE_OF_BIAS) + 'relative_position_index'
-            fitted[index] = relative_position_index(window_size)
-        elif key == 'absolute_pos_embed' and pos_shape is not None:
-            fitted[key] = _fit_square(table, pos_shape, 'bicubic')
-    return _compared(state, fitted)
+            fitted |= index_of_table(key, window_size)
+        elif key in shapes and table.dim() == 3:
+            fitted[key] = _fit_absolute(table, shapes[key], mode, num_prefix, is_square)
+    # Indices have no values of their own.
+    resized = {
+        key: (tuple(table.shape), tuple(fitted[key].shape))
+        for key, table in state.items()
+        if fitted[key] is not table and not key.endswith(INDEX_OF_BIAS)
+    }
+    return Fitted(fitted, resized)
 
 
-def fit_pvt(state: StateDict, pos_shapes: dict[int, Size]) -> Fitted:
-    """Resize PVT's position tables (bilinear).
+def in_tokens(img_size: Size, stride: int) -> Size:
+    """Height and width in tokens of an image of a size in pixels.
 
-    Args:
-        state: Weights by OpenMMLab's names.
-        pos_shapes: Height and width of the table of each stage in tokens.
+    Raises:
+        SettingError: The image is smaller than a token.
     """
-    fitted = dict(state)
-    for key, table in state.items():
-        match = _PVT_TABLE.fullmatch(key)
-        if match and int(match[1]) in pos_shapes:
-            fitted[key] = _fit_square(table, pos_shapes[int(match[1])], 'bilinear')
-    return _compared(state, fitted)
-
-
-def fit_vit(
-    state: StateDict, pos_shape: Size, num_prefix: int, mode: str, is_square: bool
-) -> Fitted:
-    """Resize the position table of a plain vision transformer.
-
-    Args:
-        state: Weights by OpenMMLab's names.
-        pos_shape: Height and width of the table in tokens.
-        num_prefix: P.
-        mode: How to interpolate.
-        is_square: Whether the table is known to be that of a square image; one of the right number
-            of places is otherwise taken to be of the right shape.
-    """
-    table = state.get('pos_embed')
-    if table is None or table.dim() != 3:
-        return Fitted(state, {})
-    if not is_square and table.shape[1] == num_prefix + math.prod(pos_shape):
-        return Fitted(state, {})
-    side = math.isqrt(table.shape[1])
-    first = table.shape[1] - side * side
-    if first > 1 or first < num_prefix:
-        return Fitted(state, {})  # not the table of a square image, or one without class token
-    places = resize_position_table(table[:, first:], (side, side), pos_shape, mode)
-    return _compared(
-        state, {**state, 'pos_embed': torch.cat([table[:, :num_prefix], places], dim=1)}
-    )
-
-
-def swin_pos_shape(state: StateDict, img_size: Size) -> Size:
-    """Height and width of Swin's absolute table for images of a size in pixels."""
-    return _divided(img_size, state['patch_embed.projection.weight'].shape[-1])
-
-
-def pvt_pos_shapes(state: StateDict, img_size: Size) -> dict[int, Size]:
-    """Height and width of the table of each stage of PVT for images of a size in pixels."""
-    shapes, stride, stage = {}, 1, 0
-    while (weight := state.get(f'layers.{stage}.0.projection.weight')) is not None:
-        stride *= weight.shape[-1]
-        shapes[stage] = _divided(img_size, stride)
-        stage += 1
-    return shapes
-
-
-def vit_pos_shape(state: StateDict, img_size: Size) -> Size:
-    """Height and width of a plain ViT's table for images of a size in pixels."""
-    # The stem of LV-ViT halves the image before the patches are embedded.
-    stride = 2 if 'patch_embed.stem.0.weight' in state else 1
-    return _divided(img_size, stride * state['patch_embed.projection.weight'].shape[-1])
-
-
-def _divided(img_size: Size, stride: int) -> Size:
     if min(img_size) < stride:
         raise SettingError(f'img_size={img_size} must be at least {stride}, the side of a token')
     return img_size[0] // stride, img_size[1] // stride
 
 
-def _fit_square(table: Tensor, shape: Size, mode: str) -> Tensor:
-    """Resize the table (1, N, C) of a square image unless it has the right number of places."""
-    side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
-    if table.dim() != 3 or table.shape[1] == math.prod(shape) or side * side != table.shape[1]:
+def _fit_absolute(
+    table: Tensor, shape: Size, mode: str, num_prefix: int | None, is_square: bool
+) -> Tensor:
+    """Resize a table (1, P + N, C) of a square image; without P, one row too many goes."""
+    kept = num_prefix or 0
+    if not is_square and table.shape[1] == kept + math.prod(shape):
         return table
-    return resize_position_table(table, (side, side), shape, mode)
-
-
-def _compared(old: StateDict, new: StateDict) -> Fitted:
-    """Tell which tables changed; indices have no values of their own."""
-    return Fitted(
-        new,
-        {
-            key: (tuple(old[key].shape), tuple(value.shape))
-            for key, value in new.items()
-            if key in old and value is not old[key] and not key.endswith('relative_position_index')
-        },
-    )
+    side = math.isqrt(table.shape[1])
+    first = table.shape[1] - side * side
+    if not kept <= first <= (0 if num_prefix is None else 1):
+        return table  # not the table of a square image, or one without class token
+    places = resize_position_table(table[:, first:], (side, side), shape, mode)
+    return torch.cat([table[:, :kept], places], dim=1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import inspect
 import keyword
 import os
 import sys
@@ -29,18 +28,10 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints import of_policy
 from ..errors import UsageError, one_line, shortened
 from ..hooks import RandomKeepRatioHook
+from ..registry import arguments_of, idle_backbones
 from .config_text import Code, assignment, merged, nested, source
 from .launch import load_config, task_of
 
-# Dense classes by library and name.
-TWINS = {
-    ('mmdet', 'SwinTransformer'): 'IdleSwinTransformer',
-    ('mmseg', 'SwinTransformer'): 'IdleSwinTransformer',
-    ('mmdet', 'PyramidVisionTransformer'): 'IdlePyramidVisionTransformer',
-    ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
-    ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
-    ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
-}
 _LIBRARIES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
@@ -75,7 +66,7 @@ class Backbone:
     @property
     def twin(self) -> str | None:
         """Name of the idle class with the same weights."""
-        return TWINS.get((self.library, self.dense))
+        return twins().get((self.library, self.dense))
 
     @property
     def is_teacher(self) -> bool:
@@ -154,6 +145,16 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def twins() -> dict[tuple[str, str], str]:
+    """Names of the idle classes by library and name of their dense twins."""
+    found: dict[tuple[str, str], str] = {}
+    for cls in idle_backbones():
+        for dense in cls.DENSE:
+            # A class that inherits from an idle one is the twin of no other.
+            found.setdefault(dense, cls.__name__)
+    return found
+
+
 def parse_keep(words: Iterable[str]) -> Any:
     """Read keep ratios from the command line: one number, one per stage, or a Python literal.
 
@@ -184,10 +185,10 @@ def find_backbones(cfg: Mapping[str, Any]) -> list[Backbone]:
     found = []
     for path, part, scope in _walk(cfg.get('model'), ('model',), cfg.get('default_scope')):
         library, dense = _class_of(part['type'], scope)
-        if not library and any(dense == name for _, name in TWINS):
+        if not library and any(dense == name for _, name in twins()):
             library = _library_by_task(cfg)
         key = next(str(key) for key in reversed(path) if isinstance(key, str))
-        if (library, dense) in TWINS or key.endswith(_PLACES):
+        if (library, dense) in twins() or key.endswith(_PLACES):
             found.append(Backbone(path, part, library, dense))
     return found
 
@@ -208,11 +209,11 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
     found = find_backbones(cfg)
     wanted = [backbone for backbone in found if backbone.twin and not backbone.is_teacher]
     if not wanted:
-        idle = [backbone.name for backbone in found if backbone.dense in TWINS.values()]
+        idle = [backbone.name for backbone in found if backbone.dense in twins().values()]
         if idle:
             raise UsageError(f'{idle[0]} is idle already; set {idle[0]}.keep_ratios instead')
         kinds = '; '.join(f'{b.name} is {_full_name(b)}' for b in found) or 'no backbone at all'
-        known = ', '.join(f'{library}.{name}' for library, name in TWINS)
+        known = ', '.join(f'{library}.{name}' for library, name in twins())
         raise UsageError(f'no backbone to convert; found: {kinds}; convertible: {known}')
     _check_hooks(cfg, settings)
     return [_plan_backbone(backbone, settings, _holder(cfg, backbone)) for backbone in wanted]
@@ -385,7 +386,10 @@ def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Chang
             f'{kind} stands in a list, which a config that inherits can replace only as a whole'
         )
     dense_class, idle_class = _dense_class(backbone), MODELS.get(backbone.twin)
-    dense, idle = _arguments(dense_class), _arguments(idle_class)
+    dense, idle = (
+        {name: argument.default for name, argument in arguments_of(cls).items()}
+        for cls in (dense_class, idle_class)
+    )
     given = {key: backbone.config[key] for key in backbone.config if key not in _NOT_ARGUMENTS}
     foreign = [name for name in given if name not in idle]
     needed = [
@@ -426,21 +430,6 @@ def _dense_class(backbone: Backbone) -> type[nn.Module]:
         raise UsageError(
             f'{backbone.name} is a class of {backbone.library}, which cannot be imported: {error}'
         ) from error
-
-
-def _arguments(cls: type) -> dict[str, Any]:
-    """Arguments of a class and their defaults, through ``**kwargs`` those of its bases too."""
-    found: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if '__init__' not in vars(base):
-            continue
-        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        for parameter in parameters:
-            if parameter.name != 'self' and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                found.setdefault(parameter.name, parameter.default)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found
 
 
 def _equal(first: Any, second: Any) -> bool:

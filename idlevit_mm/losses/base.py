@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..registry import AUXILIARY_LOSSES
+from ..registry import AUXILIARY_LOSSES, build_from
 from .capture import Step
 from .teacher import Teachers
 
@@ -92,14 +91,6 @@ def _build(cfg: Any) -> AuxiliaryLoss:
         return cfg
     if not isinstance(cfg, dict) or not isinstance(cfg.get('type'), str):
         raise TypeError(f'losses holds {cfg!r}; it must be a dict with a type')
-    options = dict(cfg)
-    name = options.pop('type').rpartition('.')[2]
-    cls = AUXILIARY_LOSSES.module_dict.get(name)
-    if cls is None:
-        allowed = ', '.join(sorted(AUXILIARY_LOSSES.module_dict))
-        raise ValueError(f'losses.type={name!r} is unknown; allowed: {allowed}')
-    accepted = list(inspect.signature(cls).parameters)
-    for key in options:
-        if key not in accepted:
-            raise TypeError(f'{name} has no argument {key!r}; allowed: {", ".join(accepted)}')
-    return cls(**options)
+    loss = {**cfg, 'type': cfg['type'].rpartition('.')[2]}
+    misfit = '{name} has no argument {key!r}; allowed: {arguments}'
+    return build_from(AUXILIARY_LOSSES, 'losses.type', loss, misfit)

@@ -8,17 +8,15 @@ Shape letters: B images, N tokens of the map (H * W), T rows in play.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from ..ops import Units
-from ..registry import POLICIES, SCORERS
+from ..registry import POLICIES, SCORERS, build_from
 from .plan import Plan, Regroup
 from .scorers import Scorer
 from .select import ROUNDINGS
@@ -183,37 +181,3 @@ def build_policy(
         policy = {'type': DEFAULT_POLICY, **policy}
     given = dict(embed_dims=embed_dims, scopes=scopes, class_token=class_token)
     return build_from(POLICIES, 'policy', policy, **given)
-
-
-def build_from(registry: Registry, argument: str, cfg: Any, **kwargs: Any) -> Any:
-    """Build from a name or dict; unlike Registry.build the error names the argument."""
-    cfg = {'type': cfg} if isinstance(cfg, str) else cfg
-    if not isinstance(cfg, dict) or not isinstance(cfg.get('type'), str):
-        raise TypeError(f'{argument}={cfg!r} must be a name or a dict with a type')
-    options = dict(cfg)
-    name = options.pop('type')
-    cls = registry.module_dict.get(name)
-    if cls is None:
-        allowed = ', '.join(sorted(registry.module_dict))
-        raise ValueError(f'{argument}={name!r} is unknown; allowed: {allowed}')
-    accepted = [key for key in _arguments(cls) if key not in kwargs]
-    for key in options:
-        if key not in accepted:
-            allowed = ', '.join(['type', *accepted])
-            raise TypeError(
-                f'{argument}={dict(cfg)!r} has an unknown key {key!r}; allowed: {allowed}'
-            )
-    return cls(**kwargs, **options)
-
-
-def _arguments(cls: type) -> list[str]:
-    """Names of the arguments of a class, those that it passes on to its bases included."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        if '__init__' not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)['__init__']).parameters.values()
-        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return [name for name in dict.fromkeys(names) if name != 'self']

@@ -1,5 +1,7 @@
 """Loading models for the analyses and changing what they keep."""
 
+import sys
+
 import pytest
 import torch
 from mmengine.registry import MODELS
@@ -160,6 +162,20 @@ def test_dense_backbones_are_told():
     pytest.importorskip('mmdet')
     with pytest.raises(ValueError, match='Conv2d has no dense class'):
         host_backbone(nn.Conv2d(3, 3, 1), {})
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'library', 'project'),
+    [(SWIN, 'mmdet', 'mmdetection'), (MIT, 'mmseg', 'mmsegmentation')],
+    ids=['swin', 'mit'],
+)
+def test_a_library_that_is_not_there_is_told(cfg, library, project, monkeypatch):
+    monkeypatch.setitem(sys.modules, f'{library}.models', None)
+    backbone = MODELS.build(cfg)
+    message = f'the dense class of {cfg["type"]} is in {project}, which cannot be imported: '
+    with pytest.raises(ValueError, match=message) as error:
+        host_backbone(backbone, cfg)
+    assert '\n' not in str(error.value)
 
 
 def test_shapes():

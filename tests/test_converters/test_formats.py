@@ -19,8 +19,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 
 from idlevit_mm.converters import (
-    FORMATS,
     OPENMMLAB,
+    all_formats,
     convert_file,
     convert_weights,
     detect,
@@ -42,7 +42,7 @@ REFUSED = {
 
 def cases():
     """Each variant with each foreign format of its family."""
-    known = {(one.family, one.name) for one in FORMATS}
+    known = {(one.family, one.name) for one in all_formats()}
     return [
         pytest.param(variant, name, id=f'{variant.name}-{name}')
         for variant in VARIANTS

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
-from idlevit_mm.converters import detect, vit
+from idlevit_mm.converters import detect, format_of
 
 timm = pytest.importorskip('timm')
 
@@ -21,15 +21,15 @@ HEADS = ('head', 'head_dist', 'fc_norm', 'pre_logits')
 
 
 def vit_from_timm(state):
-    return vit.from_timm(state).state
+    return format_of('vit', 'timm').decode(state).state
 
 
 def vit_to_timm(state):
-    return vit.to_timm(state).state
+    return format_of('vit', 'timm').encode(state).state
 
 
 def lvvit_from_official(state):
-    return vit.from_lvvit(state).state
+    return format_of('vit', 'official').decode(state).state
 
 
 def title_of(state):
@@ -145,7 +145,7 @@ def test_missing_biases_are_zero():
 def test_names_of_mmpretrain():
     """Those of its VisionTransformer, which is not among the requirements."""
     mmseg = vit_from_timm(timm_model(**SMALL).state_dict())
-    theirs = vit.to_mmpretrain(mmseg).state
+    theirs = format_of('vit', 'mmpretrain').encode(mmseg).state
     modules = ('ln1', 'attn.qkv', 'attn.proj', 'ln2', 'ffn.layers.0.0', 'ffn.layers.1')
     names = {f'layers.{i}.{module}' for i in range(3) for module in modules}
     names |= {'patch_embed.projection', 'ln1'}

@@ -5,15 +5,16 @@ whose backbone has the names of PVTv2. timm has ``pvt_v2_*`` alone.
 """
 
 import re
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..checkpoints import StateDict
-from ..errors import SettingError
-from .renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...checkpoints import StateDict
+from ...converters.formats import OPENMMLAB, Format, with_keys
+from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...errors import SettingError
 
-_CLASSIFIER = re.compile(r'^head\.|^norm\.|^cls_token$')
 _QUERY = re.compile(r'(.+\.attn\.)q\.(weight|bias)')
 _QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)qkv\.(weight|bias)')
 # The stage of PVT whose position table has a row for the class token, from 0.
@@ -54,129 +55,6 @@ def _block_rules(ours: str, theirs: str, has_conv: bool, conv: str) -> tuple[Rul
     )
 
 
-def _official(has_position: bool, has_conv: bool) -> KeyMap:
-    # A position table is the first of a stage's blocks in OpenMMLab.
-    block = '{block+1}' if has_position else '{block}'
-    return KeyMap(
-        "the PVT and SegFormer releases'",
-        (
-            *with_leaves(
-                (
-                    ('layers.{stage}.0.projection', 'patch_embed{stage+1}.proj'),
-                    ('layers.{stage}.0.norm', 'patch_embed{stage+1}.norm'),
-                    ('layers.{stage}.2', 'norm{stage+1}'),
-                ),
-                '',
-                '',
-            ),
-            Rule('layers.{stage}.1.0.pos_embed', 'pos_embed{stage+1}'),
-            *_block_rules(
-                f'layers.{{stage}}.1.{block}.',
-                'block{stage+1}.{block}.',
-                has_conv,
-                'mlp.dwconv.dwconv',
-            ),
-        ),
-        theirs_only=_CLASSIFIER,
-    )
-
-
-_TIMM = KeyMap(
-    "timm's pvt_v2_*",
-    (
-        *with_leaves(
-            (
-                ('layers.0.0.projection', 'patch_embed.proj'),
-                ('layers.0.0.norm', 'patch_embed.norm'),
-                ('layers.{stage}.0.projection', 'stages.{stage}.downsample.proj'),
-                ('layers.{stage}.0.norm', 'stages.{stage}.downsample.norm'),
-                ('layers.{stage}.2', 'stages.{stage}.norm'),
-            ),
-            '',
-            '',
-        ),
-        *_block_rules(
-            'layers.{stage}.1.{block}.', 'stages.{stage}.blocks.{block}.', True, 'mlp.dwconv'
-        ),
-    ),
-    theirs_only=_CLASSIFIER,
-)
-
-
-def is_ours(state: StateDict) -> bool:
-    """Whether names are those of mmdet's PVT and PVTv2 and of mmseg's Mix Transformer."""
-    return any(f'layers.0.1.{block}.attn.attn.in_proj_weight' in state for block in (0, 1))
-
-
-def is_official(state: StateDict) -> bool:
-    """Whether names are those of the PVT and SegFormer releases."""
-    return 'block1.0.attn.q.weight' in state
-
-
-def is_timm(state: StateDict) -> bool:
-    """Whether names are those of timm's ``pvt_v2_*``."""
-    return 'stages.0.blocks.0.attn.q.weight' in state
-
-
-def from_official(state: StateDict) -> Conversion:
-    """Names of the releases to OpenMMLab's, query and key-value projections joined.
-
-    Dropped are the classifier, its norm, and PVT's class token with its row of the last position
-    table, which releases without class token have as well.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    names = _official('pos_embed1' in state, any('.dwconv.' in key for key in state))
-    last = f'pos_embed{_CLASS_STAGE + 1}'
-    table = state.get(last)
-    if table is not None and ('cls_token' in state or table.shape[1] == _CLASS_PLACES):
-        state = {**state, last: table[:, 1:]}
-    return with_qkv_biases(names.decode(_joined(state)))
-
-
-def to_official(state: StateDict) -> Conversion:
-    """OpenMMLab's names to those of the releases: the inverse of ``from_official``.
-
-    Where PVT has a last position table, it gets the row of the class token back, and a class token;
-    both are 0, and no feature map depends on them.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    names = _official(
-        'layers.0.1.0.pos_embed' in state, any('.ffn.layers.4.' in key for key in state)
-    )
-    converted, dropped, _ = names.encode(state)
-    converted = _split(converted)
-    last = f'pos_embed{_CLASS_STAGE + 1}'
-    if last not in converted:
-        return Conversion(converted, dropped, [])
-    table = converted[last]
-    first = torch.zeros_like(table[:, :1])
-    converted |= {'cls_token': first, last: torch.cat([first, table], dim=1)}
-    return Conversion(converted, dropped, ['cls_token', f'{last}[:, 0]'])
-
-
-def from_timm(state: StateDict) -> Conversion:
-    """Names of timm's ``pvt_v2_*`` to OpenMMLab's; the classifier is dropped.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
-    return with_qkv_biases(_TIMM.decode(_joined(state)))
-
-
-def to_timm(state: StateDict) -> Conversion:
-    """OpenMMLab's names to those of timm's ``pvt_v2_*``: the inverse of ``from_timm``.
-
-    Raises:
-        SettingError: A weight has no counterpart: timm has no PVT of the first version.
-    """
-    converted, dropped, added = _TIMM.encode(state)
-    return Conversion(_split(converted), dropped, added)
-
-
 def _joined(state: StateDict) -> StateDict:
     """Join query (C, C) and key-value (2C, C) projections to one (3C, C).
 
@@ -200,14 +78,136 @@ def _joined(state: StateDict) -> StateDict:
     return joined
 
 
-def _split(state: StateDict) -> StateDict:
-    """The inverse of ``_joined``."""
+def _split(conversion: Conversion) -> Conversion:
+    """The inverse of ``_joined``, on weights that have their names already."""
     split = {}
-    for key, value in state.items():
+    for key, value in conversion.state.items():
         if match := _QUERY_KEY_VALUE.fullmatch(key):
             query, key_value = value.split([value.shape[0] // 3, value.shape[0] // 3 * 2])
             split[f'{match[1]}q.{match[2]}'] = query
             split[f'{match[1]}kv.{match[2]}'] = key_value
         else:
             split[key] = value
-    return split
+    return conversion._replace(state=split)
+
+
+_names = partial(
+    KeyMap,
+    theirs_only=re.compile(r'^head\.|^norm\.|^cls_token$'),  # the classifier
+    before=_joined,
+    decoded=with_qkv_biases,
+    encoded=_split,
+)
+
+
+def _official(has_position: bool, has_conv: bool) -> KeyMap:
+    # A position table is the first of a stage's blocks in OpenMMLab.
+    block = '{block+1}' if has_position else '{block}'
+    return _names(
+        "the PVT and SegFormer releases'",
+        (
+            *with_leaves(
+                (
+                    ('layers.{stage}.0.projection', 'patch_embed{stage+1}.proj'),
+                    ('layers.{stage}.0.norm', 'patch_embed{stage+1}.norm'),
+                    ('layers.{stage}.2', 'norm{stage+1}'),
+                ),
+                '',
+                '',
+            ),
+            Rule('layers.{stage}.1.0.pos_embed', 'pos_embed{stage+1}'),
+            *_block_rules(
+                f'layers.{{stage}}.1.{block}.',
+                'block{stage+1}.{block}.',
+                has_conv,
+                'mlp.dwconv.dwconv',
+            ),
+        ),
+    )
+
+
+# timm has no PVT of the first version.
+_TIMM = _names(
+    "timm's pvt_v2_*",
+    (
+        *with_leaves(
+            (
+                ('layers.0.0.projection', 'patch_embed.proj'),
+                ('layers.0.0.norm', 'patch_embed.norm'),
+                ('layers.{stage}.0.projection', 'stages.{stage}.downsample.proj'),
+                ('layers.{stage}.0.norm', 'stages.{stage}.downsample.norm'),
+                ('layers.{stage}.2', 'stages.{stage}.norm'),
+            ),
+            '',
+            '',
+        ),
+        *_block_rules(
+            'layers.{stage}.1.{block}.', 'stages.{stage}.blocks.{block}.', True, 'mlp.dwconv'
+        ),
+    ),
+)
+
+
+def is_ours(state: StateDict) -> bool:
+    """Whether names are those of mmdet's PVT and PVTv2 and of mmseg's Mix Transformer."""
+    return any(f'layers.0.1.{block}.attn.attn.in_proj_weight' in state for block in (0, 1))
+
+
+def from_official(state: StateDict) -> Conversion:
+    """Names of the releases to OpenMMLab's, query and key-value projections joined.
+
+    Dropped are the classifier, its norm, and PVT's class token with its row of the last position
+    table, which releases without class token have as well.
+
+    Raises:
+        SettingError: A weight has no counterpart.
+    """
+    names = _official('pos_embed1' in state, any('.dwconv.' in key for key in state))
+    last = f'pos_embed{_CLASS_STAGE + 1}'
+    table = state.get(last)
+    if table is not None and ('cls_token' in state or table.shape[1] == _CLASS_PLACES):
+        state = {**state, last: table[:, 1:]}
+    return names.decode(state)
+
+
+def to_official(state: StateDict) -> Conversion:
+    """OpenMMLab's names to those of the releases: the inverse of ``from_official``.
+
+    Where PVT has a last position table, it gets the row of the class token back, and a class token;
+    both are 0, and no feature map depends on them.
+
+    Raises:
+        SettingError: A weight has no counterpart.
+    """
+    names = _official(
+        'layers.0.1.0.pos_embed' in state, any('.ffn.layers.4.' in key for key in state)
+    )
+    converted, dropped, _ = names.encode(state)
+    last = f'pos_embed{_CLASS_STAGE + 1}'
+    if last not in converted:
+        return Conversion(converted, dropped, [])
+    table = converted[last]
+    first = torch.zeros_like(table[:, :1])
+    converted |= {'cls_token': first, last: torch.cat([first, table], dim=1)}
+    return Conversion(converted, dropped, ['cls_token', f'{last}[:, 0]'])
+
+
+FORMATS = (
+    Format('pvt', OPENMMLAB, 'mmdet and mmseg PVT and MiT', is_ours, place='state_dict'),
+    Format(
+        family='pvt',
+        name='timm',
+        title='timm pvt_v2_*',
+        matches=with_keys('stages.0.blocks.0.attn.q.weight'),
+        decode=_TIMM.decode,
+        encode=_TIMM.encode,
+    ),
+    Format(
+        family='pvt',
+        name='official',
+        title='PVT or SegFormer release',
+        matches=with_keys('block1.0.attn.q.weight'),
+        decode=from_official,
+        encode=to_official,
+    ),
+)

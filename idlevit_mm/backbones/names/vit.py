@@ -1,0 +1,149 @@
+"""Plain vision transformers: names of timm, DeiT, LV-ViT, IdleViT and mmpretrain.
+
+timm (``vit_*``, ``deit_*``), the DeiT releases (https://github.com/facebookresearch/deit), those of
+IdleViT on DeiT (https://github.com/Ackesnal/IdleViT) and mmseg's first version have the same names.
+LV-ViT (https://github.com/zihangJiang/TokenLabeling) and IdleViT on LV-ViT have a stem of
+convolutions besides. mmpretrain's names are mmseg's but for the attention.
+
+A distilled model loses its distillation token and the token's place, the second, in the position
+table, which shrinks from (1, 2 + N, C) to (1, 1 + N, C) for N patches and C channels; its features
+change, as all tokens attended to that one. Classifiers are dropped and not made up on the way back:
+load the result with ``strict=False`` where timm's model has one.
+"""
+
+import re
+from functools import partial
+
+import torch
+
+from ...checkpoints import StateDict
+from ...converters.formats import OPENMMLAB, Format, with_keys
+from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+
+_OUTER = (
+    Rule('cls_token', 'cls_token'),
+    Rule('pos_embed', 'pos_embed'),
+    *with_leaves((('patch_embed.norm',) * 2,), '', ''),
+)
+_TIMM_RULES = (
+    *_OUTER,
+    *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('ln1', 'norm')), '', ''),
+    *with_leaves(
+        (
+            ('ln1', 'norm1'),
+            ('attn.attn.out_proj', 'attn.proj'),
+            ('ln2', 'norm2'),
+            ('ffn.layers.0.0', 'mlp.fc1'),
+            ('ffn.layers.1', 'mlp.fc2'),
+        ),
+        'layers.{block}.',
+        'blocks.{block}.',
+    ),
+    Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'blocks.{block}.attn.qkv.{leaf}'),
+)
+# Convolution, norm and activation follow each other in `patch_embed.stem`; only two have weights.
+_STEM_RULES = with_leaves(
+    (
+        pair
+        for i in range(3)
+        for pair in ((f'stem.{3 * i}', f'conv{i + 1}'), (f'stem.{3 * i + 1}', f'bn{i + 1}'))
+    ),
+    'patch_embed.',
+    'patch_embed.',
+)
+
+
+def _without_distillation(state: StateDict) -> StateDict:
+    """Take the place of the distillation token, the second, out of the position table."""
+    if 'dist_token' not in state or 'pos_embed' not in state:
+        return state
+    table = state['pos_embed']
+    return {**state, 'pos_embed': torch.cat([table[:, :1], table[:, 2:]], dim=1)}
+
+
+def _without_zero_biases(conversion: Conversion) -> Conversion:
+    """Drop biases of query, key and value that are 0, as reading a release adds them."""
+    zero = [k for k, v in conversion.state.items() if k.endswith('.attn.qkv.bias') and not v.any()]
+    kept = {key: value for key, value in conversion.state.items() if key not in zero}
+    return conversion._replace(state=kept, dropped=conversion.dropped + zero)
+
+
+# Classifiers and what only they need; mmseg's VisionTransformer has no place for them.
+_names = partial(
+    KeyMap,
+    theirs_only=re.compile(r'^(head|head_dist|aux_head|fc_norm|pre_logits)\.|^dist_token$'),
+    before=_without_distillation,
+    decoded=with_qkv_biases,
+)
+_TIMM = _names("timm's vit_* and DeiT's", _TIMM_RULES)
+_LVVIT = _names("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
+_MMPRETRAIN = _names(
+    "mmpretrain's VisionTransformer",
+    (
+        *_OUTER,
+        *with_leaves((('patch_embed.projection',) * 2, ('ln1',) * 2), '', ''),
+        *with_leaves(
+            (
+                ('ln1',) * 2,
+                ('attn.attn.out_proj', 'attn.proj'),
+                ('ln2',) * 2,
+                ('ffn.layers.0.0',) * 2,
+                ('ffn.layers.1',) * 2,
+            ),
+            *(('layers.{block}.',) * 2),
+        ),
+        Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'layers.{block}.attn.qkv.{leaf}'),
+    ),
+    theirs_only=re.compile(r'^head\.'),
+)
+_has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
+_has_stem = with_keys('patch_embed.conv1.weight')
+
+
+def is_timm(state: StateDict) -> bool:
+    """Whether names are those of timm's plain vision transformers or of the DeiT releases."""
+    return _has_blocks(state) and not _has_stem(state)
+
+
+def is_lvvit(state: StateDict) -> bool:
+    """Whether names are those of the LV-ViT releases."""
+    return _has_blocks(state) and _has_stem(state)
+
+
+def to_official(state: StateDict) -> Conversion:
+    """Names of mmseg's ``VisionTransformer`` to those of the DeiT or LV-ViT releases.
+
+    Raises:
+        SettingError: A weight has no counterpart.
+    """
+    return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
+
+
+FORMATS = (
+    Format(
+        family='vit',
+        name=OPENMMLAB,
+        title='mmseg ViT',
+        matches=with_keys('layers.0.attn.attn.in_proj_weight'),
+        place='state_dict',
+    ),
+    Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
+    Format(
+        family='vit',
+        name='official',
+        title='LV-ViT release',
+        matches=is_lvvit,
+        decode=_LVVIT.decode,
+        encode=to_official,
+        place='model',
+    ),
+    Format(
+        family='vit',
+        name='mmpretrain',
+        title='mmpretrain ViT',
+        matches=with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
+        decode=_MMPRETRAIN.decode,
+        encode=_MMPRETRAIN.encode,
+        place='state_dict',
+    ),
+)
