@@ -178,8 +178,10 @@ class IdleBlock(BaseModule, ABC):
         It happens outside of what is recomputed: a recomputation must not choose other tokens.
         """
         units = self.units(tokens.hw_shape, self.policy.scope, tokens.x.device)
-        numbers = None if scores is None else scores.detach()
         last, state = carried.plan, carried.state
+        numbers = None
+        if scores is not None and self.policy.wants_scores(keep_ratio, state):
+            numbers = scores.detach()
         plan, state = self.policy.plan(numbers, units, keep_ratio, last, state)
         if plan.summary is not None and not (plan.spread or self.uses_summaries):
             plan = plan.but(summary=None)

@@ -21,6 +21,7 @@ from .scorers import (
     Seen,
     UniformGrid,
 )
+from .select import select_units, unit_scores
 from .sparsevit import SparseViT
 
 __all__ = [
@@ -46,4 +47,6 @@ __all__ = [
     'build_policy',
     'checked_ratio',
     'normalize_keep_ratios',
+    'select_units',
+    'unit_scores',
 ]

@@ -55,7 +55,7 @@ class IdleViT(Policy):
     def plan(
         self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, None]:
-        if scores is None or keep_ratio == 1.0:
+        if scores is None:
             return EVERYTHING, None
         rows = select_units(unit_scores(scores, units), units, keep_ratio, self.rounding)
         summary = None
