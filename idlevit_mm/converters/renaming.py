@@ -102,9 +102,14 @@ class KeyMap:
         return self.encoded(_renamed(state, table, dropped, self.title, 'OpenMMLab'))
 
 
-def with_leaves(pairs: Iterable[tuple[str, str]], ours: str, theirs: str) -> tuple[Rule, ...]:
+def with_leaves(
+    pairs: Iterable[tuple[str, str]], ours: str = '', theirs: str = '', *transforms: Transform
+) -> tuple[Rule, ...]:
     """Rules of a module's parts: each pair of names behind two prefixes, before ``.{leaf}``."""
-    return tuple(Rule(f'{ours}{one}.{{leaf}}', f'{theirs}{other}.{{leaf}}') for one, other in pairs)
+    return tuple(
+        Rule(f'{ours}{one}.{{leaf}}', f'{theirs}{other}.{{leaf}}', *transforms)
+        for one, other in pairs
+    )
 
 
 def with_qkv_biases(conversion: Conversion) -> Conversion:

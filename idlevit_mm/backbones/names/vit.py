@@ -23,11 +23,11 @@ from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_q
 _OUTER = (
     Rule('cls_token', 'cls_token'),
     Rule('pos_embed', 'pos_embed'),
-    *with_leaves((('patch_embed.norm',) * 2,), '', ''),
+    *with_leaves([('patch_embed.norm', 'patch_embed.norm')]),
 )
 _TIMM_RULES = (
     *_OUTER,
-    *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('ln1', 'norm')), '', ''),
+    *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('ln1', 'norm'))),
     *with_leaves(
         (
             ('ln1', 'norm1'),
@@ -119,24 +119,11 @@ def to_official(state: StateDict) -> Conversion:
     return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
 
 
+_matches = with_keys('layers.0.attn.attn.in_proj_weight')
 FORMATS = (
-    Format(
-        family='vit',
-        name=OPENMMLAB,
-        title='mmseg ViT',
-        matches=with_keys('layers.0.attn.attn.in_proj_weight'),
-        place='state_dict',
-    ),
+    Format('vit', OPENMMLAB, 'mmseg ViT', _matches, place='state_dict'),
     Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
-    Format(
-        family='vit',
-        name='official',
-        title='LV-ViT release',
-        matches=is_lvvit,
-        decode=_LVVIT.decode,
-        encode=to_official,
-        place='model',
-    ),
+    Format('vit', 'official', 'LV-ViT release', is_lvvit, _LVVIT.decode, to_official, 'model'),
     Format(
         family='vit',
         name='mmpretrain',
