@@ -1,7 +1,5 @@
 """Checkpoint files from one format to another."""
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 
@@ -31,14 +29,7 @@ TARGETS = {
 
 
 class Converted(NamedTuple):
-    """Weights in the format that was asked for.
-
-    Attributes:
-        weights: The weights.
-        source: Format they had.
-        target: Format they have.
-        report: What became of each.
-    """
+    """Weights, the formats they had and have, and what became of each."""
 
     weights: StateDict
     source: Format
@@ -53,15 +44,10 @@ def convert_file(
     window_size: int | None = None,
     img_size: Size | None = None,
 ) -> Converted:
-    """Write the weights of a checkpoint in another format.
+    """Write the weights of a checkpoint in another format; see ``convert_weights``.
 
-    Args:
-        source: File, address, or ``timm://`` and the name of a model; of a backbone alone or of a
-            whole detector or segmentor.
-        target: A ``.pth`` or ``.safetensors`` file that does not exist.
-        to: One of ``TARGETS``.
-        window_size: As in ``convert_weights``.
-        img_size: As in ``convert_weights``.
+    ``source`` is a file, an address, or ``timm://`` and the name of a model; ``target`` a ``.pth``
+    or ``.safetensors`` file that does not exist.
 
     Raises:
         UsageError: The source cannot be read or converted, or the target not written.
@@ -115,21 +101,16 @@ def convert_weights(
     )
     prefix = ''
     if goal.is_foreign:
-        report.dropped += _by_module(others)
+        modules: dict[str, list[str]] = {}
+        for key in others:
+            modules.setdefault(key.split('.')[0], []).append(key)
+        report.dropped += [f'{module}.* ({counted(keys)})' for module, keys in modules.items()]
         others = {}
     elif others or to == goal.prefixed_for:
         prefix = BACKBONE
     result = {f'{prefix}{key}': value for key, value in encoded.state.items()} | others
     report.matched = [key for key in result if key.removeprefix(prefix) not in report.added]
     return Converted(result, found, goal, report)
-
-
-def _by_module(weights: StateDict) -> list[str]:
-    """How many weights each module of a whole model has."""
-    modules: dict[str, list[str]] = {}
-    for key in weights:
-        modules.setdefault(key.split('.')[0], []).append(key)
-    return [f'{module}.* ({counted(keys)})' for module, keys in modules.items()]
 
 
 def _resized(
