@@ -66,13 +66,9 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Make the pyramid.
+        """Make ``num_outs`` maps (B, D, H', W'), largest first; H' is ``factor * H`` rounded up.
 
-        Args:
-            inputs: The maps of a backbone, of which the last one (B, C, H, W) is used, or that map.
-
-        Returns:
-            ``num_outs`` maps (B, D, H', W'), the largest first; H' is ``factor * H`` rounded up.
+        Of the maps of a backbone the last one (B, C, H, W) is used; it may also come alone.
 
         Raises:
             TypeError: The last entry is no tensor, as with a class token beside each map.
