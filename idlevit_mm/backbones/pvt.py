@@ -47,7 +47,7 @@ class IdlePVTBlock(IdleBlock):
         **kwargs: Any,
     ) -> None:
         super().__init__(embed_dims, **kwargs)
-        both = dict(drop_path_rate=drop_path_rate)
+        both: dict[str, Any] = dict(drop_path_rate=drop_path_rate)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **both, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -158,9 +158,11 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
-        attention = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias)
+        attention: dict[str, Any] = dict(
+            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias
+        )
         feedforward = dict(act_cfg=act_cfg, ffn_drop=drop_rate, use_conv=use_conv_ffn)
-        settings = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
+        settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
         rates = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist())
         self.layers = ModuleList()
         for index in range(num_stages):

@@ -60,10 +60,7 @@ class IdleSwinBlock(IdleBlock):
         return self.attn(self.norm1(tokens.now), tokens.hw_shape, plan.rows, context), None
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(self._transform, now, self.norm2, self.ffn)
-
-    def _transform(self, now: Tensor) -> Tensor:
-        return self.ffn(self.norm2(now), identity=now)
+        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
@@ -200,14 +197,16 @@ class IdleSwinTransformer(IdleBackbone):
             proj_drop_rate=drop_rate,
         )
         feedforward = dict(ffn_drop=drop_rate, act_cfg=act_cfg)
-        settings = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
+        settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
         shifts = 0, window_size // 2
         self.num_features = [embed_dims * 2**index for index in range(len(depths))]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = ModuleList()
         for index, (channels, depth) in enumerate(zip(self.num_features, depths, strict=True)):
-            last = index == len(depths) - 1
-            merge = None if last else _merge(channels, strides[index + 1], patch_norm_cfg)
+            merge = None
+            if index < len(depths) - 1:
+                stride = strides[index + 1]
+                merge = MergePatches(channels, 2 * channels, stride=stride, norm_cfg=patch_norm_cfg)
             attention['num_heads'] = num_heads[index]
             feedforward['feedforward_channels'] = int(mlp_ratio * channels)
             blocks = [
@@ -287,7 +286,3 @@ class IdleSwinTransformer(IdleBackbone):
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
         return self.fit_tables(state, shapes, self.window_size, is_foreign)
-
-
-def _merge(channels: int, stride: int, norm_cfg: dict | None) -> MergePatches:
-    return MergePatches(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)
