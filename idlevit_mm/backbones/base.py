@@ -33,6 +33,9 @@ GELU = dict(type='GELU')
 class IdleBackbone(BaseModule, ABC):
     """Base of backbones whose blocks compute only active tokens.
 
+    Names and shapes of parameters are those of the dense twins; at ``keep_ratios=1.0`` so are
+    outputs and gradients.
+
     Args:
         depths: Number of blocks of each stage.
         out_indices: Stages whose maps are returned; blocks where there is one stage.
@@ -45,8 +48,11 @@ class IdleBackbone(BaseModule, ABC):
         init_cfg: Where the weights come from: ``dict(type='Pretrained', checkpoint=...)`` with a
             ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm.
 
-    All families take these arguments (but for ``depths``, which has other names), and besides:
+    All families take these arguments, and besides:
         in_channels: Channels of the image.
+        embed_dims: Channels of the tokens.
+        num_layers, num_heads: Blocks (in Swin ``depths``) and attention heads of each stage.
+        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
         qkv_bias: Whether query, key and value have a bias; but for Swin, the output has it too.
         drop_rate: Dropout.
         attn_drop_rate: Dropout of the attention weights.
@@ -58,18 +64,15 @@ class IdleBackbone(BaseModule, ABC):
         policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='mean_distance')``.
 
     Raises:
-        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type, or
-            ``pretrained`` is no string.
-        ValueError: A value is not allowed, lists have different lengths, or both ``pretrained``
-            and ``init_cfg`` are given.
+        TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
+        ValueError: A value is not allowed, or lists have different lengths.
 
     Attributes:
         family: What its checkpoints are called in ``converters``.
         DENSE: Library and class of each dense twin; the first one is compared with.
         FORMATS: Names that its weights have in OpenMMLab, first of all, and elsewhere.
         TABLE_MODE: How absolute position tables of weights are interpolated.
-        keep_ratios: One list per stage with one ratio per block; a family sets them at the end of
-            its constructor by ``set_keep_ratios``.
+        keep_ratios: One list per stage with one ratio per block; set by ``built``.
         records: What each stage did in the last forward pass.
         record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
@@ -152,10 +155,15 @@ class IdleBackbone(BaseModule, ABC):
         return self
 
     def _freeze(self) -> None:
-        for module in self._frozen_modules():
-            module.eval()
+        for part in self._frozen_modules():
+            if isinstance(part, nn.Module):
+                part.eval()
         for parameter in self._frozen_parameters():
             parameter.requires_grad = False
+
+    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
+        for part in self._frozen_modules():
+            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
 
     def init_weights(self) -> None:
         """Draw new weights, or load the checkpoint named in ``init_cfg``.
@@ -171,9 +179,7 @@ class IdleBackbone(BaseModule, ABC):
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
-        """Height and width in tokens of the absolute position tables among weights, by name.
-
-        The image is given in pixels.
+        """Height and width in tokens of absolute position tables, by name, for a size in pixels.
 
         Raises:
             SettingError: An image is smaller than a token.
@@ -194,10 +200,7 @@ class IdleBackbone(BaseModule, ABC):
     def dense_twin(self, cfg: Mapping[str, Any]) -> tuple[dict[str, Any], StateDict]:
         """Settings and weights with which the first of ``DENSE`` is this backbone at 1.0.
 
-        It was built from ``cfg``.
-
-        Returns:
-            Arguments, those included that the dense class does not take, and all of its weights.
+        ``cfg`` is what this one was built from; some settings may not be taken by the dense class.
 
         Raises:
             ValueError: The dense class has no such settings.
@@ -213,12 +216,8 @@ class IdleBackbone(BaseModule, ABC):
         """Draw new weights as the reference implementation does."""
 
     @abstractmethod
-    def _frozen_modules(self) -> Iterable[nn.Module]:
-        """Modules of the patch embedding and the first ``frozen_stages`` stages."""
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        for module in self._frozen_modules():
-            yield from module.parameters()
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Modules of the patch embedding and the first ``frozen_stages`` stages; and tables."""
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         """Resize position tables to the sizes of this backbone."""
@@ -234,25 +233,22 @@ class IdleBackbone(BaseModule, ABC):
             )
         state, _ = split_backbone(read_weights(path, logger))
         found = detect(state)
-        self._check(path, self._format_misfit(found))
+        if misfit := self._format_misfit(found):
+            raise SettingError(f'checkpoint {path!r} {misfit}')
         dropped: list[str] = []
         if found is not None:
             state, dropped, _ = found.decode(state)
         fitted = self._fit_tables(state, found is not None and found.is_foreign)
         report = compare(self.state_dict(), fitted.state, policy_too=False)
         report.resized, report.dropped = fitted.resized, dropped
-        self._check(path, self._misfit(report, path, state))
+        if misfit := self._misfit(report, path, state):
+            raise SettingError(f'checkpoint {path!r} {misfit}')
         self.load_state_dict(fitted.state, strict=False)
         title = '' if found is None else f' ({found.title})'
         # Norms of outputs start anew where a classifier was; weights of blocks hardly ever should.
         partly = _of_stages(report.missing) or _of_stages(report.unexpected)
         level = logging.WARNING if partly else logging.INFO
         logger.log(level, f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
-
-    @staticmethod
-    def _check(path: str, misfit: str) -> None:
-        if misfit:
-            raise SettingError(f'checkpoint {path!r} {misfit}')
 
     def _format_misfit(self, found: Format | None) -> str:
         """Why weights with these names are none of this backbone's; '' where they may be."""

@@ -10,16 +10,14 @@ from .pvt import IdlePyramidVisionTransformer
 
 @MODELS.register_module()
 class IdleMixVisionTransformer(IdlePyramidVisionTransformer):
-    """Mix Transformer (MiT) that computes only active tokens.
+    """Mix Transformer (MiT) of mmseg that computes only active tokens.
 
     It is a PVTv2 with other numbers: overlapping patches, a depth-wise convolution in the
-    feed-forward network, a norm after each stage, and no position table. Names, outputs and
-    gradients are those of mmseg's ``MixVisionTransformer``, as PVT's are of mmdet's.
+    feed-forward network, a norm after each stage, and no position table.
 
     Args:
-        num_heads: Attention heads of each stage; (1, 2, 5, 8) in the published models.
+        num_heads: (1, 2, 5, 8) in the published models.
         patch_sizes: Kernel size of the patch embedding of each stage; padded by half of it.
-        mlp_ratio: Hidden channels of all feed-forward networks, relative to the tokens'.
         convert_weights: Needed for an official SegFormer release, not for mmseg's ``mit_b*.pth``.
         **kwargs: Further arguments of ``IdlePyramidVisionTransformer`` except
             ``pretrain_img_size``, ``paddings``, ``mlp_ratios``, ``use_abs_pos_embed``,

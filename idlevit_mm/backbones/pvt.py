@@ -81,29 +81,23 @@ class IdlePVTBlock(IdleBlock):
 
 @MODELS.register_module()
 class IdlePyramidVisionTransformer(IdleBackbone):
-    """Pyramid Vision Transformer that computes only active tokens.
+    """Pyramid Vision Transformer of mmdet that computes only active tokens.
 
-    Parameter names and shapes are those of mmdet's ``PyramidVisionTransformer``; at
-    ``keep_ratios=1.0`` so are outputs and gradients. A map smaller than a patch or a cell of the
-    spatial reduction, which mmdet's class refuses, is padded with zeros.
+    A map smaller than a patch or a cell of the spatial reduction, which mmdet's class refuses, is
+    padded with zeros.
 
     Args:
         pretrain_img_size: Image size in pixels of the position tables.
         embed_dims: Channels per attention head; a stage has ``embed_dims * num_heads`` channels.
-        num_stages: Number of stages.
-        num_layers: Number of blocks of each stage.
-        num_heads: Attention heads of each stage.
         patch_sizes: Kernel size of the patch embedding of each stage.
         strides: Stride of the patch embedding of each stage.
         paddings: Padding of the patch embedding of each stage.
         sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
-        mlp_ratios: Hidden channels of the feed-forward networks, relative to the tokens'.
         use_abs_pos_embed: Whether stages have a position table, resized to each image.
         norm_after_stage: Whether a norm follows each stage.
         use_conv_ffn: Whether feed-forward networks have a depth-wise convolution.
 
-    Further arguments, and errors, are those of ``IdleBackbone``. The checkpoint may be a PVT
-    release or one of timm.
+    Further arguments, and errors, are those of ``IdleBackbone``.
     """
 
     family = 'pvt'
@@ -198,11 +192,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute feature maps of an image batch (B, 3, height, width).
-
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``.
-        """
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             tokens, record = self._run_stage(stage, x, ratios)

@@ -99,33 +99,21 @@ class IdleSwinStage(BaseModule):
         self.blocks = ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratios: Sequence[float],
-        record_inputs: bool = False,
-    ) -> tuple[Tensor, StageRecord]:
-        """Run the blocks on the map x (B, N, C)."""
-        (x,), record = run_blocks(self.blocks, x, hw_shape, keep_ratios, record_inputs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, StageRecord]:
+        """Run the blocks on the map x (B, N, C); further arguments are those of ``run_blocks``."""
+        (x,), record = run_blocks(self.blocks, x, *args, **kwargs)
         return x, record
 
 
 @MODELS.register_module()
 class IdleSwinTransformer(IdleBackbone):
-    """Swin Transformer that computes only active tokens.
-
-    Parameter names and shapes are those of mmdet's and mmseg's ``SwinTransformer``; at
-    ``keep_ratios=1.0`` so are outputs and gradients.
+    """Swin Transformer of mmdet and mmseg that computes only active tokens.
 
     Args:
         pretrain_img_size: Image size in pixels of the absolute position table.
         embed_dims: Channels of the first stage; they double with each stage.
         patch_size: Side of a token of the first stage in pixels.
         window_size: Side of a window in tokens.
-        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
-        depths: Number of blocks of each stage.
-        num_heads: Attention heads of each stage.
         strides: Stride of the patch embedding and of each merge.
         qk_scale: Factor of the attention logits; None means ``head channels ** -0.5``.
         patch_norm: Whether patch embedding and merges have a norm.
@@ -133,8 +121,7 @@ class IdleSwinTransformer(IdleBackbone):
         policy: Its scopes are ``map`` (best tokens of the whole map), ``window_tokens`` (best
             tokens of each window) and ``windows`` (best windows).
 
-    Further arguments, and errors, are those of ``IdleBackbone``. The checkpoint may be a Swin
-    release or one of timm.
+    Further arguments, and errors, are those of ``IdleBackbone``.
     """
 
     family = 'swin'
@@ -226,13 +213,12 @@ class IdleSwinTransformer(IdleBackbone):
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute feature maps of an image batch (B, 3, height, width).
-
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``.
-        """
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         x, hw_shape = self.patch_embed(x)
-        x = self.drop_after_pos(self._add_position(x, hw_shape))
+        if self.use_abs_pos_embed:
+            table = self.absolute_pos_embed
+            x = x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
+        x = self.drop_after_pos(x)
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
             x, record = stage(x, hw_shape, ratios, self.record_inputs)
@@ -244,12 +230,6 @@ class IdleSwinTransformer(IdleBackbone):
                 x, hw_shape = stage.downsample(x, hw_shape)
         self.records = records
         return outs
-
-    def _add_position(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        if not self.use_abs_pos_embed:
-            return x
-        table = self.absolute_pos_embed
-        return x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.stages
@@ -263,18 +243,15 @@ class IdleSwinTransformer(IdleBackbone):
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, 1.0)
 
-    def _frozen_modules(self) -> Iterable[nn.Module]:
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         if self.frozen_stages >= 0:
             yield from (self.patch_embed, self.drop_after_pos)
+            if self.use_abs_pos_embed:
+                yield self.absolute_pos_embed
         for index in range(self.frozen_stages):
             yield self.stages[index]
             if index in self.out_indices:
                 yield getattr(self, f'norm{index}')
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        yield from super()._frozen_parameters()
-        if self.frozen_stages >= 0 and self.use_abs_pos_embed:
-            yield self.absolute_pos_embed
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:

@@ -104,8 +104,7 @@ class IdleViTBlock(IdleBlock):
 class IdleVisionTransformer(IdleBackbone):
     """Plain Vision Transformer that computes only active tokens: DeiT and LV-ViT shapes.
 
-    Parameter names are those of mmseg's ``VisionTransformer``; at ``keep_ratios=1.0`` so are
-    outputs and gradients. It is one stage of ``num_layers`` blocks.
+    It is one stage of ``num_layers`` blocks, mmseg's ``VisionTransformer``.
 
     Args:
         arch: Shape, one of ``deit-tiny``, ``deit-small``, ``deit-base``, ``lvvit-small`` and
@@ -113,10 +112,6 @@ class IdleVisionTransformer(IdleBackbone):
             ``stem``, ``residual_scale`` and ``norm_cfg`` are where they are None.
         img_size: Image size in pixels of the position table, which is resized to each image.
         patch_size: Side of a token in pixels.
-        embed_dims: Channels of the tokens.
-        num_layers: Number of blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
         stem: ``patch`` (one convolution) or ``conv`` (LV-ViT's three before it).
         residual_scale: Factor of both branches of a block (LV-ViT, arXiv 2104.10858: 1 / 2).
         out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
@@ -127,8 +122,7 @@ class IdleVisionTransformer(IdleBackbone):
         final_norm: Whether a norm follows the last block.
         interpolate_mode: How the position table is resized.
 
-    Further arguments, and errors, are those of ``IdleBackbone``. The checkpoint may be one of timm,
-    DeiT, LV-ViT, IdleViT or mmpretrain.
+    Further arguments, and errors, are those of ``IdleBackbone``.
 
     Attributes:
         shape: What ``arch`` and the arguments that override it come to, by argument.
@@ -226,11 +220,9 @@ class IdleVisionTransformer(IdleBackbone):
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Any]:
-        """Compute feature maps of an image batch (B, 3, height, width).
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``, or with ``output_cls_token`` one list of
-            it and the class token (B, C).
+        With ``output_cls_token`` each is a list of the map and the class token (B, C).
         """
         x, hw_shape = self.patch_embed(x)
         x = self.drop_after_pos(self._with_class_token(x, hw_shape))
@@ -274,17 +266,12 @@ class IdleVisionTransformer(IdleBackbone):
             elif isinstance(module, (_BatchNorm, nn.LayerNorm)):
                 constant_init(module, val=1.0, bias=0.0)
 
-    def _frozen_modules(self) -> Iterable[nn.Module]:
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         if self.frozen_stages >= 0:
-            yield from (self.patch_embed, self.drop_after_pos)
-        yield from self.layers[: max(self.frozen_stages, 0)]
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        yield from super()._frozen_parameters()
-        if self.frozen_stages >= 0:
-            yield self.pos_embed
+            yield from (self.patch_embed, self.drop_after_pos, self.pos_embed)
             if self.num_class:
                 yield self.cls_token
+        yield from self.layers[: max(self.frozen_stages, 0)]
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:

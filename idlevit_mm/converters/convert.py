@@ -67,16 +67,10 @@ def convert_weights(
 ) -> Converted:
     """Bring weights to another format.
 
-    Weights of a whole model keep necks and heads among OpenMMLab's names; of other formats only
-    the backbone exists.
-
-    Args:
-        weights: Weights of a backbone alone or of a whole detector or segmentor.
-        to: One of ``TARGETS``.
-        window_size: Window in tokens for which Swin's bias tables are resized; None leaves them.
-        img_size: Height and width in pixels for which absolute tables are resized; None leaves
-            them.
-        source: Where the weights come from, for messages.
+    Weights are of a backbone alone or of a whole model. That keeps necks and heads among
+    OpenMMLab's names; of other formats only the backbone exists. Tables are resized for a window in
+    tokens (Swin's bias tables) and for height and width in pixels (absolute ones) where these are
+    given. ``source`` is where the weights come from, for messages.
 
     Raises:
         SettingError: The format is unknown, the other one cannot hold the weights, or there are no

@@ -168,9 +168,8 @@ def to_official(state: StateDict) -> Conversion:
     Raises:
         SettingError: A weight has no counterpart.
     """
-    names = _official(
-        'layers.0.1.0.pos_embed' in state, any('.ffn.layers.4.' in key for key in state)
-    )
+    has_conv = any('.ffn.layers.4.' in key for key in state)
+    names = _official('layers.0.1.0.pos_embed' in state, has_conv)
     converted, dropped, _ = names.encode(state)
     last = f'pos_embed{_CLASS_STAGE + 1}'
     if last not in converted:

@@ -114,13 +114,13 @@ _TIMM = KeyMap(
     decoded=_with_indices,
     encoded=_without_indices,
 )
-_matches = with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight')
+_is_ours = with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight')
 FORMATS = (
     Format(
         'swin',
         OPENMMLAB,
         'mmdet and mmseg Swin',
-        _matches,
+        _is_ours,
         place='state_dict',
         prefixed_for='mmdet',
     ),
