@@ -15,7 +15,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks
+from ..blocks import IdleBlock, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
@@ -195,24 +195,17 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
-            tokens, record = self._run_stage(stage, x, ratios)
+            patch_embed, blocks, norm = stage
+            x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
+            if isinstance(blocks[0], AbsolutePositionEmbedding):
+                x, blocks = blocks[0](x, hw_shape), blocks[1:]
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, self.record_inputs)
             records.append(record)
-            x = to_map(tokens, record.hw_shape)
+            x = to_map(norm(x), hw_shape)
             if index in self.out_indices:
                 outs.append(x.contiguous())
         self.records = records
         return outs
-
-    def _run_stage(
-        self, stage: ModuleList, x: Tensor, keep_ratios: Sequence[float]
-    ) -> tuple[Tensor, StageRecord]:
-        """Run one stage on a map (B, C, H, W) of the stage before."""
-        patch_embed, blocks, norm = stage
-        x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
-        if isinstance(blocks[0], AbsolutePositionEmbedding):
-            x, blocks = blocks[0](x, hw_shape), blocks[1:]
-        (x,), record = run_blocks(blocks, x, hw_shape, keep_ratios, self.record_inputs)
-        return norm(x), record
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.layers

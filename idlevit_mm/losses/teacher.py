@@ -41,7 +41,7 @@ class Teacher:
         What will not run need not fit either, so a checkpoint may come from another version of a
         detector, and its heads take no memory. A SettingError tells what does not fit.
         """
-        misfits = f'teacher.checkpoint={path!r} does not fit {type(self.model).__name__}'
+        name = type(self.model).__name__
         given = read_weights(path)
         if not self.heads:
             self.model = only(self.model, sorted(self.backbones))
@@ -49,12 +49,13 @@ class Teacher:
             given = {key: value for key, value in given.items() if key.startswith(prefixes)}
         # A dense network has no weights of policies, and does not ask those of a checkpoint.
         report = compare(self.model.state_dict(), given, policy_too=False)
-        report.unexpected = [name for name in report.unexpected if not of_policy(name)]
+        report.unexpected = [key for key in report.unexpected if not of_policy(key)]
         # An index that follows from the window size; whether it is saved differs by version.
-        report.missing = [name for name in report.missing if not name.endswith(_FOLLOWING)]
+        report.missing = [key for key in report.missing if not key.endswith(_FOLLOWING)]
         if misfit := report.misfit():
             raise SettingError(
-                f'{misfits}: it {misfit}; name the config it was trained with as teacher.config'
+                f'teacher.checkpoint={path!r} does not fit {name}: it {misfit}; name the config it '
+                'was trained with as teacher.config'
             )
         self.model.load_state_dict(given, strict=False)
 

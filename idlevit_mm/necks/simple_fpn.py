@@ -120,11 +120,10 @@ def _divisor(factor: float) -> int:
 def _level(
     in_channels: int, out_channels: int, factor: float, norm_cfg: dict[str, Any] | None
 ) -> nn.Sequential:
+    channels = in_channels // _divisor(factor)
     return nn.Sequential(
         *_resize(in_channels, factor, norm_cfg),
-        ConvModule(
-            in_channels // _divisor(factor), out_channels, 1, norm_cfg=norm_cfg, act_cfg=None
-        ),
+        ConvModule(channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None),
         ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=None),
     )
 

@@ -17,8 +17,8 @@ from ...errors import SettingError
 
 _QUERY = re.compile(r'(.+\.attn\.)q\.(weight|bias)')
 _QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)qkv\.(weight|bias)')
-# The stage of PVT whose position table has a row for the class token, from 0.
-_CLASS_STAGE = 3
+# The position table of PVT that has a row for the class token, and its places then.
+_CLASS_TABLE = 'pos_embed4'
 _CLASS_PLACES = 50
 
 
@@ -152,10 +152,9 @@ def from_official(state: StateDict) -> Conversion:
         SettingError: A weight has no counterpart.
     """
     names = _official('pos_embed1' in state, any('.dwconv.' in key for key in state))
-    last = f'pos_embed{_CLASS_STAGE + 1}'
-    table = state.get(last)
+    table = state.get(_CLASS_TABLE)
     if table is not None and ('cls_token' in state or table.shape[1] == _CLASS_PLACES):
-        state = {**state, last: table[:, 1:]}
+        state = {**state, _CLASS_TABLE: table[:, 1:]}
     return names.decode(state)
 
 
@@ -171,13 +170,12 @@ def to_official(state: StateDict) -> Conversion:
     has_conv = any('.ffn.layers.4.' in key for key in state)
     names = _official('layers.0.1.0.pos_embed' in state, has_conv)
     converted, dropped, _ = names.encode(state)
-    last = f'pos_embed{_CLASS_STAGE + 1}'
-    if last not in converted:
+    if _CLASS_TABLE not in converted:
         return Conversion(converted, dropped, [])
-    table = converted[last]
+    table = converted[_CLASS_TABLE]
     first = torch.zeros_like(table[:, :1])
-    converted |= {'cls_token': first, last: torch.cat([first, table], dim=1)}
-    return Conversion(converted, dropped, ['cls_token', f'{last}[:, 0]'])
+    converted |= {'cls_token': first, _CLASS_TABLE: torch.cat([first, table], dim=1)}
+    return Conversion(converted, dropped, ['cls_token', f'{_CLASS_TABLE}[:, 0]'])
 
 
 _is_timm = with_keys('stages.0.blocks.0.attn.q.weight')

@@ -6,6 +6,7 @@ detection and segmentation releases of the authors have the norms of the outputs
 """
 
 import re
+from functools import partial
 
 from torch import Tensor
 
@@ -93,25 +94,22 @@ def _without_indices(conversion: Conversion) -> Conversion:
 # What stays of a classifier in files of mmseg 0.x and mmpretrain under OpenMMLab's names, masks
 # that depend on the image size, and indices.
 _LEFTOVERS = rf'^head\.|^norm\.|\.attn_mask$|{INDEX_OF_BIAS}$'
-_OFFICIAL = KeyMap(
+_names = partial(KeyMap, theirs_only=re.compile(_LEFTOVERS), decoded=_with_indices)
+_OFFICIAL = _names(
     "the Swin release's",
     (
         *_rules('{stage}'),
         *with_leaves([('norm{stage}', 'norm{stage}')]),
         Rule('absolute_pos_embed', 'absolute_pos_embed'),
     ),
-    theirs_only=re.compile(_LEFTOVERS),
     ours_only=re.compile(_LEFTOVERS),
-    decoded=_with_indices,
     encoded=_with_indices,
 )
 # timm's Swin has neither norms of the outputs, which are dropped, nor an absolute position table.
-_TIMM = KeyMap(
+_TIMM = _names(
     "timm's swin_*",
     _rules('{stage+1}'),
-    theirs_only=re.compile(_LEFTOVERS),
     ours_only=re.compile(rf'{_LEFTOVERS}|^norm\d+\.'),
-    decoded=_with_indices,
     encoded=_without_indices,
 )
 _is_ours = with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight')
