@@ -5,8 +5,6 @@ appended), N tokens of the map (H * W), T computed rows, R summaries of idle tok
 heads.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any

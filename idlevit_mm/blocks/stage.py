@@ -4,8 +4,6 @@ Shape letters: B images, S rows (the map, then P class tokens, then what a polic
 channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 

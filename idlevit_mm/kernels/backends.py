@@ -1,7 +1,5 @@
 """Which backend computes: one list, one predicate, one answer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

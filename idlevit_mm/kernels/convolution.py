@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T computed rows, C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A layer that somebody has replaced, hooked, pruned, parametrised, quantised or g
 its own does more than its weights say: it is called as a module.
 """
 
-from __future__ import annotations
-
 from mmcv.cnn.bricks.drop import DropPath
 from mmcv.cnn.bricks.scale import LayerScale
 from mmcv.cnn.bricks.wrappers import Linear as WrappedLinear

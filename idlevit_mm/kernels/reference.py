@@ -7,8 +7,6 @@ Shape letters: B images, N tokens of the map (H * W), T computed rows, R summari
 G groups, U units of a group, C channels, O channels out, A heads, K keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Shape letters: B images, S rows of x, C channels, T computed rows, N tokens of the map.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

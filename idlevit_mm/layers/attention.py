@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T active tokens, K keys, C channels, A heads.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention

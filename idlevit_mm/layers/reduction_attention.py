@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmcv.cnn import build_norm_layer

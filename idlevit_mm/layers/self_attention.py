@@ -3,8 +3,6 @@
 Shape letters: B images, S rows (the map, then class tokens), T computed rows, C channels.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .attention import PackedAttention

@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

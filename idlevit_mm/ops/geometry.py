@@ -7,8 +7,6 @@ A table holds ids of tokens, which are rows of the flat map; -1 is padding. Tabl
 sizes: the numbers are computed once for each size, and put on each device once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple

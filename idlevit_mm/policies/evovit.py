@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T rows in play, K informative tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

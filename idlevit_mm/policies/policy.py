@@ -6,8 +6,6 @@ forward passes. The last plan and a *state* of its own are handed from block to 
 Shape letters: B images, N tokens of the map (H * W), T rows in play.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar

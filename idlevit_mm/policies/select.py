@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map, G groups, U units of a group, S to
 units that are kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
