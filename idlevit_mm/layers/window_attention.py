@@ -179,25 +179,17 @@ class ShiftWindowMSA(BaseModule):
             x: (B, T, C), the normalised active tokens; all N of them where ``rows`` is None.
                 (B, T + M, C) with a summary of its idle tokens for each window of the layout: a
                 slot more without position bias, hidden as a key where no token is idle.
-            hw_shape: Height and width of the map in tokens.
+            hw_shape: (H, W).
             rows: Which tokens of the map are active, maybe whole windows.
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
         """
         return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of each token's attention that goes to active tokens of its window.
+        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
 
         Logits are those of the dense block: position bias added, other regions hidden. Padding
         slots are neither keys nor rows, since padding is neither active nor idle.
-
-        Args:
-            x: (B, N, C), normalised tokens.
-            hw_shape: Height and width of the map in tokens.
-            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``.
         """
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
         query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)

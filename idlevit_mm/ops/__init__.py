@@ -11,6 +11,7 @@ from .geometry import (
     window_units,
 )
 from .rows import Rows, row_mask
+from .shape import pad_to, to_map, to_tokens
 
 __all__ = [
     'CACHED_TABLES',
@@ -19,7 +20,10 @@ __all__ = [
     'WindowLayout',
     'map_units',
     'on_device',
+    'pad_to',
     'row_mask',
+    'to_map',
+    'to_tokens',
     'window_layout',
     'window_numbers',
     'window_units',

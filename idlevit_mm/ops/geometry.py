@@ -64,17 +64,9 @@ class Units(NamedTuple):
 def window_layout(
     height: int, width: int, window_size: int, shift_size: int, device: torch.device
 ) -> WindowLayout:
-    """Lay windows over a (height, width) map, padded bottom and right and shifted cyclically.
+    """Lay windows over a map, padded bottom and right and rolled up and left by ``shift_size``.
 
-    Args:
-        height: Rows of the map in tokens.
-        width: Columns of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Tokens by which the padded map is rolled up and left before it is partitioned.
-        device: Where the tables live.
-
-    Returns:
-        The tables; shared, so never write to them.
+    All sizes are in tokens. The tables are shared, so never write to them.
     """
     return on_device(window_numbers, (height, width, window_size, shift_size), device)
 
@@ -94,30 +86,15 @@ def window_units(
     whole: bool,
     device: torch.device,
 ) -> Units:
-    """Units from windows: the tokens of each window, or whole windows.
-
-    Args:
-        height: Rows of the map in tokens.
-        width: Columns of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-        whole: True: one group whose units are windows. False: one group for each window whose units
-            are its tokens.
-        device: Where the tables live.
-    """
+    """Units from windows: one group of whole windows, or a group for the tokens of each window."""
     return on_device(_window_units, (height, width, window_size, shift_size, whole), device)
 
 
 def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: torch.device) -> Any:
-    """The tables that a function computes in numpy, as tensors that every later call shares.
+    """The NamedTuple that a function makes of sizes, its arrays as tensors that all calls share.
 
     A table is made of numbers alone, whatever mode is on: one that was first wanted in inference
     mode is usable in training, and fake ones stay with the mode that asked for them.
-
-    Args:
-        numbers: From ``key`` to a NamedTuple, arrays of which become tensors.
-        key: Sizes.
-        device: Where the tables live.
     """
     fake = active_fake_mode()
     if fake is None:

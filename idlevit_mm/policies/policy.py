@@ -95,12 +95,7 @@ class Policy(nn.Module, ABC):
             )
 
     def wants_scores(self, keep_ratio: float, state: Any) -> bool:
-        """Whether ``plan`` needs scores of the tokens as they enter the block.
-
-        Args:
-            keep_ratio: Share of the units that is active, in (0, 1].
-            state: As for ``plan``.
-        """
+        """Whether ``plan`` needs scores of the tokens as they enter the block."""
         return keep_ratio < 1.0 and self.scorer.NEEDS != 'class_attention'
 
     @abstractmethod
@@ -139,10 +134,7 @@ class Policy(nn.Module, ABC):
         raise NotImplementedError(f'{type(self).__name__} chooses before attention')
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
-        """Refuse ratios that this policy cannot follow.
-
-        Args:
-            keep_ratios: One list per stage with one ratio per block.
+        """Refuse ratios, a list per stage with one per block, that this policy cannot follow.
 
         Raises:
             ValueError: The ratios of a stage do not fit the policy.

@@ -90,14 +90,7 @@ def pack_windows(
 def pack_whole_windows(
     window_ids: Tensor, hw_shape: tuple[int, int], window_size: int, shift_size: int
 ) -> WindowPacking:
-    """Windows whose slots are packed one after another already.
-
-    Args:
-        window_ids: (B, K), numbers of the windows.
-        hw_shape: Height and width of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-    """
+    """Windows, by their numbers (B, K), whose slots are packed one after another already."""
     tables = _cell_tables(1, hw_shape, window_size, shift_size)
     windows = window_ids.flatten().numpy()
     slots = window_size**2
@@ -238,13 +231,10 @@ def _widths(counts: np.ndarray, slots: int, min_places: int) -> np.ndarray:
 def _buckets(
     widths: np.ndarray, whole: np.ndarray, slots: int, num_border: int
 ) -> tuple[Bucket, ...]:
-    """Group windows by width.
+    """Group windows by their width (M * B,), 0 for those that are left out.
 
-    Args:
-        widths: (M * B,), places of each window, 0 for those that are left out.
-        whole: (M * B,), which windows hold all their slots and nothing else.
-        slots: L.
-        num_border: How many windows, the last ones, lie at the border of a shifted map.
+    ``whole`` (M * B,) windows hold all their slots and nothing else; the last ``num_border`` lie at
+    the border of a shifted map.
     """
     buckets, first = [], 0
     numbers = np.bincount(widths)
