@@ -10,12 +10,12 @@ sizes: the numbers are computed once for each size, and put on each device once.
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 # A table of a 200 x 336 map takes about 1 MiB and a detector meets many image sizes.
@@ -97,19 +97,17 @@ def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: to
     mode is usable in training, and fake ones stay with the mode that asked for them.
     """
     fake = active_fake_mode()
-    if fake is None:
+    # What records a graph of fake tensors, as torch.export does, takes real ones as constants.
+    if fake is None or get_proxy_mode() is not None:
         return _shared(numbers, key, device)
-    tables = _FAKE.setdefault(fake, {})
-    place = numbers, key, device
+    # They refer to the mode, and go with it.
+    tables, place = vars(fake).setdefault('_idlevit_mm_tables', {}), (numbers, key, device)
     if place not in tables:
         real = _tensors(numbers(*key), torch.device('cpu'))
         tables[place] = type(real)(
             *(fake.from_tensor(x).to(device) if isinstance(x, Tensor) else x for x in real)
         )
     return tables[place]
-
-
-_FAKE: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @lru_cache(4 * CACHED_TABLES)

@@ -40,13 +40,12 @@ class WindowPacking(NamedTuple):
 
     Attributes:
         rows: (P,), number b * R + r of the packed row in each place; B * R in places of padding,
-            B * R + 1 in empty ones.
+            B * R + 1 in empty ones. Rows of summaries that summarise nothing have none.
         slots: (P,), the slot in each place: 0 to L - 1 in the window, L for a summary, L + 1 where
             the place is empty.
         regions: (P,), the image region of each place of a border window; -1 for summaries, which
             belong to all regions, and everywhere else.
         buckets: The windows by width. Windows without any packed row are in none.
-        num_rows: B * R. Rows of summaries that summarise nothing have no place.
         has_padding: Whether there are places of padding.
     """
 
@@ -54,7 +53,6 @@ class WindowPacking(NamedTuple):
     slots: Tensor
     regions: Tensor
     buckets: tuple[Bucket, ...]
-    num_rows: int
     has_padding: bool
 
 
@@ -103,7 +101,6 @@ def pack_whole_windows(
         slots=torch.from_numpy(np.tile(np.arange(slots), len(windows))),
         regions=torch.from_numpy(regions.reshape(-1)),
         buckets=(Bucket(0, len(windows), slots, bordering, True),),
-        num_rows=len(rows),
         has_padding=bool(padding.any()),
     )
 
@@ -196,7 +193,6 @@ def _pack(
         slots=torch.from_numpy(tables.slots[owners]),
         regions=torch.from_numpy(tables.regions[owners]),
         buckets=_buckets(widths, whole, occupied.shape[1] - 1, tables.num_border),
-        num_rows=len(cells),
         has_padding=bool(len(tables.padded)),
     )
 
