@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from .unpickling import ForeignContentsError, Inert, Unpickler, size_of
+from .unpickling import ForeignContentsError, Inert, Unpickler, size_of, text_of
 
 # Bytes of the list of members; a large model has some thousand members of about 100 bytes.
 _LARGEST_LIST = 2**26
@@ -129,10 +129,10 @@ def _of_pickles(file: BinaryIO, size: int) -> Archive:
     one()
     pickled = _bytes(file, begin, file.tell() - begin)
     storages = {}
-    for key in one():
+    for key in map(text_of, one()):
         # A number of elements, which the pickle has too, then the elements.
-        storages[str(key)] = file.seek(8, io.SEEK_CUR), sizes[str(key)]
-        if file.seek(sizes[str(key)], io.SEEK_CUR) > size:
+        storages[key] = file.seek(8, io.SEEK_CUR), sizes[key]
+        if file.seek(sizes[key], io.SEEK_CUR) > size:
             raise EOFError('the file ends within a tensor')
     return Archive(file, size, pickled, storages)
 
@@ -146,5 +146,5 @@ class _Sizes(Unpickler):
 
     def persistent_load(self, pid: Any) -> Inert:
         if isinstance(pid, tuple) and isinstance(pid[1], torch.dtype):
-            self._sizes[str(pid[2])] = pid[4] * size_of(pid[1])
+            self._sizes[text_of(pid[2])] = pid[4] * size_of(pid[1])
         return Inert()

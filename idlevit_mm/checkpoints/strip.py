@@ -10,6 +10,7 @@ import torch
 
 from ..errors import MissingFileError, UsageError
 from .safe_load import read
+from .unpickling import shown
 from .weights import PLACES, place_of_weights, weights_of
 
 
@@ -37,7 +38,7 @@ def strip_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> tu
         raise UsageError(f'{target} exists already; choose another name')
     checkpoint = _read(source)
     place = place_of_weights(checkpoint) if isinstance(checkpoint, dict) else ''
-    dropped = [key for key in checkpoint if key != place and isinstance(key, str)] if place else []
+    dropped = [shown(key) for key in checkpoint if key != place] if place else []
     tensors = {key: value.detach().clone() for key, value in weights_of(checkpoint).items()}
     if not tensors:
         raise UsageError(f'checkpoint {source} holds no tensors under {", ".join(PLACES)}')

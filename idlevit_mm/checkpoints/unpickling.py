@@ -26,6 +26,11 @@ _STORED_METHODS: dict[Any, frozenset[str]] = {
     HistoryBuffer: frozenset({'min', 'max', 'mean', 'current'}),
     OneCycleParamScheduler: frozenset({'_annealing_cos', '_annealing_linear'}),
 }
+# What mmengine stores the names of; only a buffer is made anew, and then without arguments.
+_NAMED = [
+    *_STORED_METHODS,
+    *(getattr(owner, name) for owner, names in _STORED_METHODS.items() for name in names),
+]
 # numpy 1 writes numpy.core, numpy 2 writes numpy._core; both must be readable under either.
 NUMPY_MODULES = ('numpy.core.multiarray', 'numpy._core.multiarray')
 _NATIVE = ('|', '=', '<' if sys.byteorder == 'little' else '>')
@@ -37,9 +42,9 @@ class ForeignContentsError(pickle.UnpicklingError):
 
 def stored_method(owner: Any, name: Any) -> Any:
     """Stand in for ``getattr``; knows mmengine's own methods only."""
-    if isinstance(owner, type) and name in _STORED_METHODS.get(owner, ()):
+    if isinstance(owner, type) and isinstance(name, str) and name in _STORED_METHODS.get(owner, ()):
         return getattr(owner, name)
-    raise ForeignContentsError(f'getattr({getattr(owner, "__name__", "an object")}, {name!r:.99})')
+    raise ForeignContentsError(f'getattr({getattr(owner, "__name__", "an object")}, {shown(name)})')
 
 
 def plain_dtype(code: Any, *_: Any) -> np.dtype:
@@ -48,9 +53,9 @@ def plain_dtype(code: Any, *_: Any) -> np.dtype:
     An object in an array is an address, and one that a file chose is followed when it is read.
     numpy's own dtypes of numbers are given out, not copies, as nothing can be built into those.
     """
-    if isinstance(code, str) and re.fullmatch(r'[biufc]\d{1,2}|[US]\d{1,6}', code):
+    if isinstance(code, str) and re.fullmatch(r'[biufc]\d{1,2}|[US][1-9]\d{0,5}', code):
         return np.dtype(code)
-    raise ForeignContentsError(f'numpy.dtype({code!r:.99})')
+    raise ForeignContentsError(f'numpy.dtype({shown(code)})')
 
 
 def empty_array(*_: Any) -> np.ndarray:
@@ -82,7 +87,8 @@ def _build_dtype(_: np.dtype, state: Any) -> None:
 
 
 def _build_attributes(instance: Any, state: Any) -> None:
-    vars(instance).update(state)
+    if isinstance(state, dict):
+        vars(instance).update(state)
 
 
 def _uncalled(*_: Any) -> None:
@@ -187,12 +193,12 @@ class Unpickler(_Base):
         """What a name means; :class:`Inert` if nothing."""
         full = f'{module.replace("__builtin__", "builtins")}.{name}'  # as Python 2 had it
         if full not in self._known:
-            self.foreign.add(full)
+            self.foreign.add(shown(full))
         return self._known.get(full, Inert)
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage of a tensor."""
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or _text(pid[0]) != 'storage':
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or text_of(pid[0]) != 'storage':
             self.foreign.add('the source code of a module')
             return Inert()
         _, dtype, key, location, count, *part = pid
@@ -200,7 +206,7 @@ class Unpickler(_Base):
             return Inert()  # its name is noted
         if any(part) or type(count) is not int or count < 0:
             raise ForeignContentsError('a storage that is a part of another, or without a size')
-        data = self._storage(_text(key), _text(location))
+        data = self._storage(text_of(key), text_of(location))
         if count * size_of(dtype) > data.nbytes():
             raise ForeignContentsError('a storage of which only a part is there')
         return _Storage(data, dtype)
@@ -218,10 +224,19 @@ class Unpickler(_Base):
             self.foreign.add(f'a state of {type(instance).__name__}')
         self.stack.pop()
 
+    def load_reduce(self) -> None:
+        """Call a function, if it is one to be called."""
+        if any(self.stack[-2] is named for named in _NAMED):
+            self.foreign.add(f'a call of {self.stack[-2].__qualname__}')
+            self.stack[-2] = Inert
+        super().load_reduce()
+
     dispatch = dict(_Base.dispatch)
     dispatch[pickle.BUILD[0]] = load_build
-    # Takes the memory that it declares; torch.save does not write it.
-    del dispatch[pickle.BYTEARRAY8[0]]
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    # The first takes the memory that it declares, the others call; torch.save writes none of them.
+    for code in (pickle.BYTEARRAY8, pickle.INST, pickle.OBJ):
+        del dispatch[code[0]]
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a function that refuses something pass over it."""
@@ -253,7 +268,7 @@ class Unpickler(_Base):
                 dtype = value
             elif value:
                 raise ForeignContentsError('a conjugated or negated view of a tensor')
-        if len(size) != len(stride) or not all(
+        if not len(size) == len(stride) <= 64 or not all(
             type(number) is int and number >= 0 for number in (offset, *size, *stride)
         ):
             raise ForeignContentsError('a tensor without a shape')
@@ -278,5 +293,20 @@ def size_of(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
-def _text(value: Any) -> str:
-    return value.decode('ascii') if isinstance(value, bytes) else str(value)
+def text_of(value: Any) -> str:
+    """A text that may be in bytes."""
+    if isinstance(value, bytes):
+        return value.decode('ascii')
+    if not isinstance(value, str):
+        raise ForeignContentsError('a storage without a name')
+    return value
+
+
+def shown(value: Any) -> str:
+    """What a file has as a name, for one line on a terminal.
+
+    A tuple may hold itself in parts so often that no memory takes the text of it.
+    """
+    if not isinstance(value, str):
+        return type(value).__name__
+    return value if re.fullmatch(r'[\w.]{1,99}', value) else repr(value[:99])

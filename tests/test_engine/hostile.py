@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from torch._utils import _rebuild_tensor_v2
@@ -73,6 +74,14 @@ def fields(inner):
     return dtype_of('f8', None, ('a',), {'a': (inner, 0)}, 8, 8, 0)
 
 
+def nested():
+    """A tuple of 2 ** 48 parts in some hundred bytes."""
+    value = ()
+    for _ in range(48):
+        value = (value, value)
+    return value
+
+
 def tensor_of(size, stride):
     storage = torch.storage.TypedStorage(
         wrap_storage=torch.ones(4).untyped_storage(), dtype=torch.float32, _internal=True
@@ -122,6 +131,9 @@ BESIDE = {
     'large scalar': lambda made: Call(
         np._core.multiarray.scalar, (Call(np.dtype, ('U999999999',)), b'')
     ),
+    'array of nested tuples': lambda made: Call(HistoryBuffer, (nested(), nested())),
+    'record that is called': lambda made: Call(HistoryBuffer.mean, (HistoryBuffer(),)),
+    'name of many': lambda made: Call(np.dtype, (nested(),)),
     'large bytes': lambda made: Call(bytearray, (2**40,)),
     'large tensor': lambda made: Call(torch.Tensor, (2**40,)),
     'sparse': lambda made: torch.sparse_coo_tensor([[0]], [1.0], (2**40,)),

@@ -264,7 +264,7 @@ def runner_to_resume(folder, change, **settings):
         torch.ones(2),
         ['x = 1'],
     ],
-    ids=str,
+    ids=lambda value: getattr(value, '__name__', repr(value)[:30]),
 )
 def test_a_config_does_not_run_on_resuming(tmp_path, runner, text):
     made = tmp_path / 'made'
