@@ -139,7 +139,7 @@ def test_inferencers_and_the_config_in_a_checkpoint(task, trained, noise, tmp_pa
     torch.save(checkpoint, tmp_path / 'hostile.pth')
     for path in (trained[task], tmp_path / 'hostile.pth'):
         with pytest.raises(UsageError, match=r'without a config.*print_config\.py'):
-            inferencer(weights=str(path), device='cpu')
+            inferencer(None, str(path), device='cpu')
     assert not (tmp_path / 'made').exists()
 
     (tmp_path / 'config.py').write_text(config_text(trained[task]))
