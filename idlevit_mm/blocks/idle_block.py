@@ -154,8 +154,12 @@ class IdleBlock(BaseModule, ABC):
         if not learns and not self.policy.wants_scores(keep_ratio, state):
             return tokens, None, None
         tokens = Tokens(self.settled(tokens), tokens.hw_shape)
+        # Both depend on autocast, and so are asked for before it is switched off. Under it keys
+        # are not computed in the precision of scores.
+        x = ranking_precision(tokens.x, scorer.uses_weights)
+        with_keys = not site_of(tokens.x).autocast
         with full_precision(tokens.x):
-            seen, keys = self._seen(tokens)
+            seen, keys = self._seen(x, tokens.hw_shape, with_keys)
             with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
                 return tokens, scorer(seen), keys
 
@@ -280,15 +284,13 @@ class IdleBlock(BaseModule, ABC):
         width = self.ffn.feedforward_channels
         return backend_at(x).by_tokens(function, x, width, self.training)
 
-    def _seen(self, tokens: Tokens) -> tuple[Seen, Tensor | None]:
+    def _seen(
+        self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
+    ) -> tuple[Seen, Tensor | None]:
         """What the scorer needs, and the keys of all rows if they were computed on the way."""
-        scorer, hw_shape = self.policy.scorer, tokens.hw_shape
-        count = hw_shape[0] * hw_shape[1]
-        x = ranking_precision(tokens.x, scorer.uses_weights)
+        scorer, count = self.policy.scorer, hw_shape[0] * hw_shape[1]
         seen = x[:, :count] if self.num_class else x
         if scorer.NEEDS == 'class_query':
-            # Under autocast keys are not computed in the precision of scores.
-            with_keys = not site_of(tokens.x).autocast
             with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
                 query, keys = self.class_query(x, hw_shape, with_keys)
             return Seen(seen, hw_shape, class_query=query.detach()[:, :count]), keys
