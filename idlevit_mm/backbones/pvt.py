@@ -216,6 +216,11 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
+        self.use_abs_pos_embed = use_abs_pos_embed
+        # Sides in pixels of the smallest map that each patch embedding takes.
+        self.least_sides = [
+            patch - 2 * padding for patch, padding in zip(patch_sizes, paddings, strict=True)
+        ]
         rates = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist())
         self.layers = ModuleList()
         for index in range(num_stages):
@@ -265,7 +270,8 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         """
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
-            tokens, record = self._run_stage(stage, x, ratios)
+            side = self.least_sides[index]
+            tokens, record = self._run_stage(stage, pad_to(x, side, side), ratios)
             records.append(record)
             x = to_map(tokens, record.hw_shape)
             if index in self.out_indices:
@@ -278,8 +284,8 @@ class IdlePyramidVisionTransformer(IdleBackbone):
     ) -> tuple[Tensor, StageRecord]:
         """Run one stage on a map (B, C, H, W) of the stage before."""
         patch_embed, blocks, norm = stage
-        x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
-        if isinstance(blocks[0], AbsolutePositionEmbedding):
+        x, hw_shape = patch_embed(x)
+        if self.use_abs_pos_embed:
             x, blocks = blocks[0](x, hw_shape), blocks[1:]
         (x,), record = run_blocks(blocks, x, hw_shape, keep_ratios, self.record_inputs)
         return norm(x), record
@@ -344,12 +350,3 @@ class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
             use_conv_ffn=True,
             **kwargs,
         )
-
-
-def _fit_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
-    """Pad a map that is smaller than one patch to the size of one."""
-    height, width = (
-        kernel - 2 * padding
-        for kernel, padding in zip(projection.kernel_size, projection.padding, strict=True)
-    )
-    return pad_to(x, height, width)

@@ -9,8 +9,9 @@ from .cpu import CPU
 from .reference import Reference
 from .site import Site, site_of
 
-# The first that can be taken is; the last one always can.
-BACKENDS: list[Reference] = [CPU(), Reference()]
+_REFERENCE = Reference()
+# The first that can be taken is; the reference always can.
+BACKENDS: list[Reference] = [CPU(), _REFERENCE]
 _forced: list[str] = []
 
 
@@ -21,7 +22,7 @@ def backend_for(site: Site) -> Reference:
             continue
         if not backend.why_not(site):
             return backend
-    return BACKENDS[-1]
+    return _REFERENCE
 
 
 def backend_at(x: Tensor) -> Reference:
