@@ -33,29 +33,46 @@ GELU = dict(type='GELU')
 class IdleBackbone(BaseModule, ABC):
     """Base of backbones whose blocks compute only active tokens.
 
+    Names and shapes of parameters are those of the dense twins; at ``keep_ratios=1.0`` so are
+    outputs and gradients.
+
     Args:
         depths: Number of blocks of each stage.
         out_indices: Stages whose maps are returned; blocks where there is one stage.
         frozen_stages: Number of stages without gradients and in eval mode, the patch embedding
-            included; 0 freezes the patch embedding alone, -1 nothing.
+            included (blocks where there is one stage); 0 freezes the patch embedding alone, -1
+            nothing.
         convert_weights: Whether a checkpoint named in ``init_cfg`` may have other names than
             mmdet's and mmseg's: those of timm or of a release; its keys tell which.
         pretrained: Deprecated spelling of ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         init_cfg: Where the weights come from: ``dict(type='Pretrained', checkpoint=...)`` with a
             ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm.
 
+    All families take these arguments, and besides:
+        in_channels: Channels of the image.
+        embed_dims: Channels of the tokens.
+        num_layers, num_heads: Blocks (in Swin ``depths``) and attention heads of each stage.
+        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
+        qkv_bias: Whether query, key and value have a bias; but for Swin, the output has it too.
+        drop_rate: Dropout.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
+        act_cfg: Activation of the feed-forward networks.
+        norm_cfg: Norm layers.
+        with_cp: Whether to recompute blocks in the backward pass to save memory.
+        keep_ratios: Share of active tokens; see ``set_keep_ratios``. 1.0 is the dense backbone.
+        policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='mean_distance')``.
+
     Raises:
-        TypeError: ``pretrained`` is no string.
-        ValueError: ``out_indices`` or ``frozen_stages`` names a stage that is not there, or both
-            ``pretrained`` and ``init_cfg`` are given.
+        TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
+        ValueError: A value is not allowed, or lists have different lengths.
 
     Attributes:
         family: What its checkpoints are called in ``converters``.
         DENSE: Library and class of each dense twin; the first one is compared with.
         FORMATS: Names that its weights have in OpenMMLab, first of all, and elsewhere.
         TABLE_MODE: How absolute position tables of weights are interpolated.
-        keep_ratios: One list per stage with one ratio per block; a family sets them at the end of
-            its constructor by ``set_keep_ratios``.
+        keep_ratios: One list per stage with one ratio per block; set by ``built``.
         records: What each stage did in the last forward pass.
         record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
@@ -138,10 +155,15 @@ class IdleBackbone(BaseModule, ABC):
         return self
 
     def _freeze(self) -> None:
-        for module in self._frozen_modules():
-            module.eval()
+        for part in self._frozen_modules():
+            if isinstance(part, nn.Module):
+                part.eval()
         for parameter in self._frozen_parameters():
             parameter.requires_grad = False
+
+    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
+        for part in self._frozen_modules():
+            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
 
     def init_weights(self) -> None:
         """Draw new weights, or load the checkpoint named in ``init_cfg``.
@@ -157,11 +179,7 @@ class IdleBackbone(BaseModule, ABC):
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
-        """Height and width in tokens of the absolute position tables among weights, by name.
-
-        Args:
-            state: Weights by the names of this backbone.
-            img_size: Height and width of the images in pixels.
+        """Height and width in tokens of absolute position tables, by name, for a size in pixels.
 
         Raises:
             SettingError: An image is smaller than a token.
@@ -174,23 +192,15 @@ class IdleBackbone(BaseModule, ABC):
     ) -> Fitted:
         """Resize the position tables of weights that no backbone has been built for.
 
-        Args:
-            state: Weights by the names of this backbone.
-            shapes: Height and width in tokens of the tables to resize; see ``table_shapes``.
-            window_size: Side of the windows in tokens, for tables that depend on it; None leaves
-                them alone.
-            is_foreign: Whether weights had other names in their file.
+        ``shapes`` are like those of ``table_shapes``; ``window_size`` is in tokens, and None leaves
+        tables that depend on it alone; foreign weights had other names in their file.
         """
         return fit_tables(state, shapes, cls.TABLE_MODE, window_size)
 
     def dense_twin(self, cfg: Mapping[str, Any]) -> tuple[dict[str, Any], StateDict]:
         """Settings and weights with which the first of ``DENSE`` is this backbone at 1.0.
 
-        Args:
-            cfg: Config that this backbone was built from.
-
-        Returns:
-            Arguments, those included that the dense class does not take, and all of its weights.
+        ``cfg`` is what this one was built from; some settings may not be taken by the dense class.
 
         Raises:
             ValueError: The dense class has no such settings.
@@ -206,20 +216,11 @@ class IdleBackbone(BaseModule, ABC):
         """Draw new weights as the reference implementation does."""
 
     @abstractmethod
-    def _frozen_modules(self) -> Iterable[nn.Module]:
-        """Modules of the patch embedding and the first ``frozen_stages`` stages."""
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        for module in self._frozen_modules():
-            yield from module.parameters()
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Modules of the patch embedding and the first ``frozen_stages`` stages; and tables."""
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
-        """Resize position tables to the sizes of this backbone.
-
-        Args:
-            state: Weights by the names of this backbone.
-            is_foreign: Whether they had others in their file.
-        """
+        """Resize position tables to the sizes of this backbone."""
         return Fitted(state, {})
 
     def _init_from_checkpoint(self) -> None:
@@ -232,14 +233,16 @@ class IdleBackbone(BaseModule, ABC):
             )
         state, _ = split_backbone(read_weights(path, logger))
         found = detect(state)
-        self._check_format(found, path)
+        if misfit := self._format_misfit(found):
+            raise SettingError(f'checkpoint {path!r} {misfit}')
         dropped: list[str] = []
         if found is not None:
             state, dropped, _ = found.decode(state)
         fitted = self._fit_tables(state, found is not None and found.is_foreign)
         report = compare(self.state_dict(), fitted.state, policy_too=False)
         report.resized, report.dropped = fitted.resized, dropped
-        self._check_fit(report, path, state)
+        if misfit := self._misfit(report, path, state):
+            raise SettingError(f'checkpoint {path!r} {misfit}')
         self.load_state_dict(fitted.state, strict=False)
         title = '' if found is None else f' ({found.title})'
         # Norms of outputs start anew where a classifier was; weights of blocks hardly ever should.
@@ -247,47 +250,42 @@ class IdleBackbone(BaseModule, ABC):
         level = logging.WARNING if partly else logging.INFO
         logger.log(level, f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
 
-    def _check_format(self, found: Format | None, path: str) -> None:
-        """Refuse the weights of another family, and names that shall not be converted."""
-        if found is None:
-            return
-        if found.family != self.family:
-            raise SettingError(
-                f'checkpoint {path!r} has no weight of {type(self).__name__}: '
-                f'its keys are those of {found.title}'
-            )
-        if found.is_foreign and not self.convert_weights:
-            raise SettingError(
-                f'checkpoint {path!r} has no weight by the names of {type(self).__name__}: its '
-                f'keys are those of {found.title}; set convert_weights=True to convert them'
-            )
-
-    def _check_fit(self, report: WeightsReport, path: str, state: StateDict) -> None:
-        """Refuse weights that are others than this backbone's."""
+    def _format_misfit(self, found: Format | None) -> str:
+        """Why weights with these names are none of this backbone's; '' where they may be."""
         name = type(self).__name__
-        if not report.matched and not report.mismatched:
-            raise SettingError(
-                f'checkpoint {path!r} has no weight of {name}: its keys begin with '
-                f'{shortened(sorted(state), 3)}'
+        if found is None:
+            return ''
+        if found.family != self.family:
+            return f'has no weight of {name}: its keys are those of {found.title}'
+        if found.is_foreign and not self.convert_weights:
+            return (
+                f'has no weight by the names of {name}: its keys are those of {found.title}; set '
+                'convert_weights=True to convert them'
             )
+        return ''
+
+    def _misfit(self, report: WeightsReport, path: str, state: StateDict) -> str:
+        """Why weights by the right names are others than this backbone's; '' where they are not."""
+        name = type(self).__name__
         if report.mismatched:
             listed = with_shapes(report.mismatched, 'not')
-            raise SettingError(
-                f'checkpoint {path!r} has another shape than {name}: {shortened(listed, 3)}'
-            )
+            return f'has another shape than {name}: {shortened(listed, 3)}'
+        if not report.matched:
+            return f'has no weight of {name}: its keys begin with {shortened(sorted(state), 3)}'
         # A model's name stands for one architecture; a file may well be a part of it.
         lacking, unknown = _of_stages(report.missing), _of_stages(report.unexpected)
         if str(path).startswith(TIMM) and (lacking or unknown):
             what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'
-            raise SettingError(f'checkpoint {path!r} is of another size than {name}: it {what}')
+            return f'is of another size than {name}: it {what}'
+        return ''
 
 
-def image_size(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from one number or a sequence of one or two."""
-    sizes = (size,) if isinstance(size, int) else tuple(size)
+def table_size(img_size: int | Sequence[int], stride: int) -> Size:
+    """Height and width in tokens of a position table for images of one or two numbers of pixels."""
+    sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
     if len(sizes) not in (1, 2):
-        raise ValueError(f'pretrain_img_size={size} must be one number or two')
-    return sizes[0], sizes[-1]
+        raise ValueError(f'pretrain_img_size={img_size} must be one number or two')
+    return sizes[0] // stride, sizes[-1] // stride
 
 
 def _pretrained_cfg(pretrained: Any, init_cfg: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,21 +10,15 @@ from .pvt import IdlePyramidVisionTransformer
 
 @MODELS.register_module()
 class IdleMixVisionTransformer(IdlePyramidVisionTransformer):
-    """Mix Transformer (MiT) that computes only active tokens.
+    """Mix Transformer (MiT) of mmseg that computes only active tokens.
 
-    It is a PVTv2 with other numbers: overlapping patches, spatial-reduction attention, a
-    depth-wise convolution in the feed-forward network, a norm after each stage, and no position
-    table. Parameter names and shapes are those of mmseg's ``MixVisionTransformer``; at
-    ``keep_ratios=1.0`` so are outputs and gradients. A map smaller than a cell of the spatial
-    reduction, which mmseg's class refuses, is padded with zeros.
+    It is a PVTv2 with other numbers: overlapping patches, a depth-wise convolution in the
+    feed-forward network, a norm after each stage, and no position table.
 
     Args:
-        num_heads: Attention heads of each stage; (1, 2, 5, 8) in the published models.
+        num_heads: (1, 2, 5, 8) in the published models.
         patch_sizes: Kernel size of the patch embedding of each stage; padded by half of it.
-        mlp_ratio: Hidden channels of all feed-forward networks, relative to the tokens'.
-        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be an official SegFormer
-            release; mmseg's own ``mit_b*.pth`` need no conversion.
+        convert_weights: Needed for an official SegFormer release, not for mmseg's ``mit_b*.pth``.
         **kwargs: Further arguments of ``IdlePyramidVisionTransformer`` except
             ``pretrain_img_size``, ``paddings``, ``mlp_ratios``, ``use_abs_pos_embed``,
             ``norm_after_stage`` and ``use_conv_ffn``, which make the architecture.

@@ -19,15 +19,9 @@ from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
-from ..layers import (
-    AbsolutePositionEmbedding,
-    MixFFN,
-    SpatialReductionAttention,
-    pad_to,
-    to_map,
-)
+from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, image_size
+from .base import GELU, IdleBackbone, table_size
 from .names import pvt as names
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
@@ -37,20 +31,8 @@ _TABLE = 'layers.{}.1.0.pos_embed'
 class IdlePVTBlock(IdleBlock):
     """One PVT block on the active tokens of a map; all tokens serve as keys and values.
 
-    Args:
-        embed_dims: Channels of the tokens.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the feed-forward network.
-        drop_rate: Dropout of both branches.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of both branches.
-        qkv_bias: Whether query, key, value and output have a bias.
-        act_cfg: Activation of the feed-forward network.
-        norm_cfg: Norm layers.
-        sr_ratio: Side of the cells, in tokens, that give one key each.
-        use_conv_ffn: Whether the feed-forward network has a depth-wise convolution.
-        with_cp: Whether to recompute the block in the backward pass.
-        policy: Config of the idling policy.
+    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
+    ``IdleBlock``.
     """
 
     reads_map = True
@@ -58,37 +40,20 @@ class IdlePVTBlock(IdleBlock):
     def __init__(
         self,
         embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        drop_rate: float,
-        attn_drop_rate: float,
-        drop_path_rate: float,
-        qkv_bias: bool,
-        act_cfg: dict,
         norm_cfg: dict,
-        sr_ratio: int,
-        use_conv_ffn: bool,
-        with_cp: bool,
-        policy: dict[str, Any] | None,
+        drop_path_rate: float,
+        attention: dict[str, Any],
+        feedforward: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
-        super().__init__(embed_dims, policy, with_cp)
-        # All idle tokens are among the keys, so only the convolution has use for their summary.
-        self.uses_summaries = use_conv_ffn
+        super().__init__(embed_dims, **kwargs)
+        both: dict[str, Any] = dict(drop_path_rate=drop_path_rate)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SpatialReductionAttention(
-            embed_dims,
-            num_heads,
-            attn_drop=attn_drop_rate,
-            proj_drop=drop_rate,
-            drop_path_rate=drop_path_rate,
-            qkv_bias=qkv_bias,
-            norm_cfg=norm_cfg,
-            sr_ratio=sr_ratio,
-        )
+        self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **both, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = MixFFN(
-            embed_dims, feedforward_channels, act_cfg, drop_rate, drop_path_rate, use_conv_ffn
-        )
+        self.ffn = MixFFN(embed_dims, **both, **feedforward)
+        # All idle tokens are among the keys, so only the convolution has use for their summary.
+        self.uses_summaries = self.ffn.use_conv
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         context = queries = self.norm1(tokens.x)
@@ -116,47 +81,23 @@ class IdlePVTBlock(IdleBlock):
 
 @MODELS.register_module()
 class IdlePyramidVisionTransformer(IdleBackbone):
-    """Pyramid Vision Transformer that computes only active tokens.
+    """Pyramid Vision Transformer of mmdet that computes only active tokens.
 
-    Parameter names and shapes are those of mmdet's ``PyramidVisionTransformer``; at
-    ``keep_ratios=1.0`` so are outputs and gradients. A map smaller than a patch or a cell of the
-    spatial reduction, which mmdet's class refuses, is padded with zeros.
+    A map smaller than a patch or a cell of the spatial reduction, which mmdet's class refuses, is
+    padded with zeros.
 
     Args:
         pretrain_img_size: Image size in pixels of the position tables.
-        in_channels: Channels of the image.
         embed_dims: Channels per attention head; a stage has ``embed_dims * num_heads`` channels.
-        num_stages: Number of stages.
-        num_layers: Number of blocks of each stage.
-        num_heads: Attention heads of each stage.
         patch_sizes: Kernel size of the patch embedding of each stage.
         strides: Stride of the patch embedding of each stage.
         paddings: Padding of the patch embedding of each stage.
         sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
-        out_indices: Stages whose maps are returned.
-        mlp_ratios: Hidden channels of the feed-forward networks, relative to the tokens'.
-        qkv_bias: Whether query, key, value and output have a bias.
-        drop_rate: Dropout.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
         use_abs_pos_embed: Whether stages have a position table, resized to each image.
         norm_after_stage: Whether a norm follows each stage.
         use_conv_ffn: Whether feed-forward networks have a depth-wise convolution.
-        act_cfg: Activation of the feed-forward networks.
-        norm_cfg: Norm layers.
-        pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be a PVT release or one of timm.
-        with_cp: Whether to recompute blocks in the backward pass to save memory.
-        frozen_stages: Number of frozen stages; 0 for the first patch embedding alone, -1 for none.
-        keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
-            stage with one per block. 1.0 is the dense backbone. Also a schedule by name; see
-            ``normalize_keep_ratios``.
-        policy: Which tokens are active, such as ``dict(scorer='mean_distance')``.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
 
-    Raises:
-        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
-        ValueError: A value is not allowed, or lists have different lengths.
+    Further arguments, and errors, are those of ``IdleBackbone``.
     """
 
     family = 'pvt'
@@ -196,12 +137,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            num_layers,
-            out_indices,
-            frozen_stages,
-            convert_weights,
-            pretrained,
-            init_cfg,
+            num_layers, out_indices, frozen_stages, convert_weights, pretrained, init_cfg
         )
         per_stage = dict(
             num_layers=num_layers,
@@ -221,6 +157,11 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         self.least_sides = [
             patch - 2 * padding for patch, padding in zip(patch_sizes, paddings, strict=True)
         ]
+        attention: dict[str, Any] = dict(
+            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias
+        )
+        feedforward = dict(act_cfg=act_cfg, ffn_drop=drop_rate, use_conv=use_conv_ffn)
+        settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
         rates = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist())
         self.layers = ModuleList()
         for index in range(num_stages):
@@ -235,27 +176,20 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             )
             blocks = ModuleList()
             if use_abs_pos_embed:
-                scale = math.prod(patch_sizes[: index + 1])
-                height, width = image_size(pretrain_img_size)
-                shape = height // scale, width // scale
+                shape = table_size(pretrain_img_size, math.prod(patch_sizes[: index + 1]))
                 blocks.append(AbsolutePositionEmbedding(shape, channels, drop_rate))
-            for _ in range(num_layers[index]):
-                block = IdlePVTBlock(
+            attention |= dict(num_heads=num_heads[index], sr_ratio=sr_ratios[index])
+            feedforward['feedforward_channels'] = mlp_ratios[index] * channels
+            blocks.extend(
+                IdlePVTBlock(
                     channels,
-                    num_heads[index],
-                    feedforward_channels=mlp_ratios[index] * channels,
-                    drop_rate=drop_rate,
-                    attn_drop_rate=attn_drop_rate,
                     drop_path_rate=next(rates),
-                    qkv_bias=qkv_bias,
-                    act_cfg=act_cfg,
-                    norm_cfg=norm_cfg,
-                    sr_ratio=sr_ratios[index],
-                    use_conv_ffn=use_conv_ffn,
-                    with_cp=with_cp,
-                    policy=policy,
+                    attention=attention,
+                    feedforward=feedforward,
+                    **settings,
                 )
-                blocks.append(block)
+                for _ in range(num_layers[index])
+            )
             norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
             # A plain list of parts gives the parameter names of mmdet: layers.<stage>.<part>.
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
@@ -263,11 +197,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute feature maps of an image batch (B, 3, height, width).
-
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``.
-        """
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             side = self.least_sides[index]
@@ -320,11 +250,10 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         return shapes
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
-        tables = ((index, blocks[0]) for index, (_, blocks, _) in enumerate(self.layers))
         shapes = {
-            _TABLE.format(index): table.pos_shape
-            for index, table in tables
-            if isinstance(table, AbsolutePositionEmbedding)
+            _TABLE.format(index): blocks[0].pos_shape
+            for index, (_, blocks, _) in enumerate(self.layers)
+            if isinstance(blocks[0], AbsolutePositionEmbedding)
         }
         return self.fit_tables(state, shapes, None, is_foreign)
 

@@ -3,6 +3,7 @@
 Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C channels, A heads.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,16 +20,10 @@ from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks, weighted_mean
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
-from ..layers import (
-    FeedForward,
-    MergePatches,
-    ShiftWindowMSA,
-    resize_position_table,
-    to_map,
-)
+from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
 from ..ops import Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, image_size
+from .base import GELU, IdleBackbone, table_size
 from .names import swin as names
 
 LAYER_NORM = dict(type='LN')
@@ -37,21 +32,8 @@ LAYER_NORM = dict(type='LN')
 class IdleSwinBlock(IdleBlock):
     """One Swin block on the active tokens of a map.
 
-    Args:
-        embed_dims: Channels of the tokens.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the feed-forward network.
-        window_size: Side of a window in tokens.
-        shift: Whether windows are shifted by half their size.
-        qkv_bias: Whether query, key and value have a bias.
-        qk_scale: Factor of the logits; None means ``head channels ** -0.5``.
-        drop_rate: Dropout of both branches.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of both branches.
-        act_cfg: Activation of the feed-forward network.
-        norm_cfg: Norm before both branches.
-        with_cp: Whether to recompute the block in the backward pass.
-        policy: Config of the idling policy; scopes ``map``, ``window_tokens`` and ``windows``.
+    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
+    ``IdleBlock``.
     """
 
     SCOPES = ('map', 'window_tokens', 'windows')
@@ -59,41 +41,18 @@ class IdleSwinBlock(IdleBlock):
     def __init__(
         self,
         embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        window_size: int,
-        shift: bool,
-        qkv_bias: bool,
-        qk_scale: float | None,
-        drop_rate: float,
-        attn_drop_rate: float,
-        drop_path_rate: float,
-        act_cfg: dict,
         norm_cfg: dict,
-        with_cp: bool,
-        policy: dict[str, Any] | None,
+        drop_path_rate: float,
+        attention: dict[str, Any],
+        feedforward: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
-        super().__init__(embed_dims, policy, with_cp)
+        super().__init__(embed_dims, **kwargs)
+        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = ShiftWindowMSA(
-            embed_dims,
-            num_heads,
-            window_size,
-            shift_size=window_size // 2 if shift else 0,
-            drop_path_rate=drop_path_rate,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            attn_drop_rate=attn_drop_rate,
-            proj_drop_rate=drop_rate,
-        )
+        self.attn = ShiftWindowMSA(embed_dims, drop_path_rate=drop_path_rate, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(
-            embed_dims,
-            feedforward_channels,
-            ffn_drop=drop_rate,
-            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
-            act_cfg=act_cfg,
-        )
+        self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         idle = plan.keys == 'all' and plan.rows is not None
@@ -101,10 +60,7 @@ class IdleSwinBlock(IdleBlock):
         return self.attn(self.norm1(tokens.now), tokens.hw_shape, plan.rows, context), None
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(self._transform, now, self.norm2, self.ffn)
-
-    def _transform(self, now: Tensor) -> Tensor:
-        return self.ffn(self.norm2(now), identity=now)
+        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
@@ -136,84 +92,36 @@ class IdleSwinBlock(IdleBlock):
 
 
 class IdleSwinStage(BaseModule):
-    """Blocks of one resolution, then the merge to the next.
+    """Blocks of one resolution, then the merge to the next, which the last stage lacks."""
 
-    Args:
-        depth: Number of blocks.
-        drop_path_rates: Stochastic depth of each block.
-        downsample: Merge to the next stage; None in the last.
-        **kwargs: Further arguments of ``IdleSwinBlock``.
-    """
-
-    def __init__(
-        self,
-        depth: int,
-        drop_path_rates: Sequence[float],
-        downsample: nn.Module | None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, blocks: Iterable[IdleSwinBlock], downsample: MergePatches | None) -> None:
         super().__init__()
-        self.blocks = ModuleList(
-            IdleSwinBlock(shift=index % 2 == 1, drop_path_rate=drop_path_rates[index], **kwargs)
-            for index in range(depth)
-        )
+        self.blocks = ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        keep_ratios: Sequence[float],
-        record_inputs: bool = False,
-    ) -> tuple[Tensor, StageRecord]:
-        """Run the blocks on the map x (B, N, C)."""
-        (x,), record = run_blocks(self.blocks, x, hw_shape, keep_ratios, record_inputs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, StageRecord]:
+        """Run the blocks on the map x (B, N, C); further arguments are those of ``run_blocks``."""
+        (x,), record = run_blocks(self.blocks, x, *args, **kwargs)
         return x, record
 
 
 @MODELS.register_module()
 class IdleSwinTransformer(IdleBackbone):
-    """Swin Transformer that computes only active tokens.
-
-    Parameter names and shapes are those of mmdet's and mmseg's ``SwinTransformer``; at
-    ``keep_ratios=1.0`` so are outputs and gradients.
+    """Swin Transformer of mmdet and mmseg that computes only active tokens.
 
     Args:
         pretrain_img_size: Image size in pixels of the absolute position table.
-        in_channels: Channels of the image.
         embed_dims: Channels of the first stage; they double with each stage.
         patch_size: Side of a token of the first stage in pixels.
         window_size: Side of a window in tokens.
-        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
-        depths: Number of blocks of each stage.
-        num_heads: Attention heads of each stage.
         strides: Stride of the patch embedding and of each merge.
-        out_indices: Stages whose maps are returned.
-        qkv_bias: Whether query, key and value have a bias.
         qk_scale: Factor of the attention logits; None means ``head channels ** -0.5``.
         patch_norm: Whether patch embedding and merges have a norm.
-        drop_rate: Dropout.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
         use_abs_pos_embed: Whether tokens get an absolute position table, resized to each image.
-        act_cfg: Activation of the feed-forward networks.
-        norm_cfg: Norm layers.
-        with_cp: Whether to recompute blocks in the backward pass to save memory.
-        pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be a Swin release or one of
-            timm.
-        frozen_stages: Number of frozen stages; 0 for the patch embedding alone, -1 for none.
-        keep_ratios: Share of active tokens: one for all blocks, one per stage, or one list per
-            stage with one per block. 1.0 is the dense backbone. Also a schedule by name; see
-            ``normalize_keep_ratios``.
-        policy: Which tokens are active, such as ``dict(scorer='mean_distance', scope='map')``.
-            Scopes: ``map`` (best tokens of the whole map), ``window_tokens`` (best tokens of each
-            window), ``windows`` (best windows).
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
+        policy: Its scopes are ``map`` (best tokens of the whole map), ``window_tokens`` (best
+            tokens of each window) and ``windows`` (best windows).
 
-    Raises:
-        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
-        ValueError: A value is not allowed, or lists have different lengths.
+    Further arguments, and errors, are those of ``IdleBackbone``.
     """
 
     family = 'swin'
@@ -260,56 +168,57 @@ class IdleSwinTransformer(IdleBackbone):
         self.window_size = window_size
         self.use_abs_pos_embed = use_abs_pos_embed
         patch_norm_cfg = norm_cfg if patch_norm else None
-        self.patch_embed = PatchEmbed(
-            in_channels,
-            embed_dims,
-            kernel_size=patch_size,
-            stride=patch_size,
-            norm_cfg=patch_norm_cfg,
-        )
+        patch = dict(kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, norm_cfg=patch_norm_cfg, **patch)
         if use_abs_pos_embed:
-            height, width = image_size(pretrain_img_size)
-            self.pos_shape = height // patch_size, width // patch_size
-            places = self.pos_shape[0] * self.pos_shape[1]
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, places, embed_dims))
+            self.pos_shape = table_size(pretrain_img_size, patch_size)
+            table = torch.zeros(1, math.prod(self.pos_shape), embed_dims)
+            self.absolute_pos_embed = nn.Parameter(table)
         self.drop_after_pos = nn.Dropout(p=drop_rate)
 
+        attention = dict(
+            window_size=window_size,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=drop_rate,
+        )
+        feedforward = dict(ffn_drop=drop_rate, act_cfg=act_cfg)
+        settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
+        shifts = 0, window_size // 2
         self.num_features = [embed_dims * 2**index for index in range(len(depths))]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = ModuleList()
         for index, (channels, depth) in enumerate(zip(self.num_features, depths, strict=True)):
-            last = index == len(depths) - 1
-            stage = IdleSwinStage(
-                depth,
-                [next(rates) for _ in range(depth)],
-                None if last else _merge(channels, strides[index + 1], patch_norm_cfg),
-                embed_dims=channels,
-                num_heads=num_heads[index],
-                feedforward_channels=int(mlp_ratio * channels),
-                window_size=window_size,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                drop_rate=drop_rate,
-                attn_drop_rate=attn_drop_rate,
-                act_cfg=act_cfg,
-                norm_cfg=norm_cfg,
-                with_cp=with_cp,
-                policy=policy,
-            )
-            self.stages.append(stage)
+            merge = None
+            if index < len(depths) - 1:
+                stride = strides[index + 1]
+                merge = MergePatches(channels, 2 * channels, stride=stride, norm_cfg=patch_norm_cfg)
+            attention['num_heads'] = num_heads[index]
+            feedforward['feedforward_channels'] = int(mlp_ratio * channels)
+            blocks = [
+                IdleSwinBlock(
+                    channels,
+                    drop_path_rate=next(rates),
+                    attention=dict(attention, shift_size=shifts[block % 2]),
+                    feedforward=feedforward,
+                    **settings,
+                )
+                for block in range(depth)
+            ]
+            self.stages.append(IdleSwinStage(blocks, merge))
         for index in out_indices:
             norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
             self.add_module(f'norm{index}', norm)
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute feature maps of an image batch (B, 3, height, width).
-
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``.
-        """
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         x, hw_shape = self.patch_embed(x)
-        x = self.drop_after_pos(self._add_position(x, hw_shape))
+        if self.use_abs_pos_embed:
+            table = self.absolute_pos_embed
+            x = x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
+        x = self.drop_after_pos(x)
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
             x, record = stage(x, hw_shape, ratios, self.record_inputs)
@@ -321,12 +230,6 @@ class IdleSwinTransformer(IdleBackbone):
                 x, hw_shape = stage.downsample(x, hw_shape)
         self.records = records
         return outs
-
-    def _add_position(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        if not self.use_abs_pos_embed:
-            return x
-        table = self.absolute_pos_embed
-        return x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.stages
@@ -340,18 +243,15 @@ class IdleSwinTransformer(IdleBackbone):
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, 1.0)
 
-    def _frozen_modules(self) -> Iterable[nn.Module]:
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         if self.frozen_stages >= 0:
             yield from (self.patch_embed, self.drop_after_pos)
+            if self.use_abs_pos_embed:
+                yield self.absolute_pos_embed
         for index in range(self.frozen_stages):
             yield self.stages[index]
             if index in self.out_indices:
                 yield getattr(self, f'norm{index}')
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        yield from super()._frozen_parameters()
-        if self.frozen_stages >= 0 and self.use_abs_pos_embed:
-            yield self.absolute_pos_embed
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
@@ -363,7 +263,3 @@ class IdleSwinTransformer(IdleBackbone):
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
         return self.fit_tables(state, shapes, self.window_size, is_foreign)
-
-
-def _merge(channels: int, stride: int, norm_cfg: dict | None) -> MergePatches:
-    return MergePatches(channels, 2 * channels, kernel_size=2, stride=stride, norm_cfg=norm_cfg)

@@ -4,6 +4,7 @@ Shape letters: B images, N tokens of the map (H * W), P class tokens behind the 
 of both and of what a policy has appended, T computed rows, C channels.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,16 +22,10 @@ from ..blocks import IdleBlock, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
-from ..layers import (
-    ConvStemEmbed,
-    FeedForward,
-    SelfAttention,
-    resize_position_table,
-    to_map,
-)
+from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table, to_map
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
-from .base import GELU, IdleBackbone, image_size
+from .base import GELU, IdleBackbone, table_size
 from .names import vit as names
 
 _PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
@@ -47,52 +42,28 @@ ARCHS: dict[str, dict[str, Any]] = {
 class IdleViTBlock(IdleBlock):
     """One block of a plain ViT on the active tokens of a map and the class token.
 
-    Args:
-        embed_dims: Channels of the tokens.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the feed-forward network.
-        qkv_bias: Whether query, key, value and output have a bias.
-        drop_rate: Dropout of both branches.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of both branches.
-        residual_scale: Factor of both branches (LV-ViT, arXiv 2104.10858: 1 / 2).
-        class_token: Whether there is a class token behind the map.
-        act_cfg: Activation of the feed-forward network.
-        norm_cfg: Norm before both branches.
-        with_cp: Whether to recompute the block in the backward pass.
-        policy: Config of the idling policy.
+    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
+    ``IdleBlock``.
     """
 
     def __init__(
         self,
         embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        qkv_bias: bool,
-        drop_rate: float,
-        attn_drop_rate: float,
+        norm_cfg: dict,
         drop_path_rate: float,
         residual_scale: float,
-        class_token: bool,
-        act_cfg: dict,
-        norm_cfg: dict,
-        with_cp: bool,
-        policy: dict[str, Any] | None,
+        attention: dict[str, Any],
+        feedforward: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
-        super().__init__(embed_dims, policy, with_cp, int(class_token))
+        super().__init__(embed_dims, **kwargs)
+        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.residual_scale = residual_scale
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SelfAttention(
-            embed_dims, num_heads, attn_drop_rate, drop_rate, drop_path_rate, qkv_bias
-        )
+        self.attn = SelfAttention(embed_dims, drop_path_rate=drop_path_rate, **attention)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(
-            embed_dims,
-            feedforward_channels,
-            ffn_drop=drop_rate,
-            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
-            act_cfg=act_cfg,
-            add_identity=False,
+            embed_dims, dropout_layer=drop_path, add_identity=False, **feedforward
         )
 
     def attend(
@@ -133,8 +104,7 @@ class IdleViTBlock(IdleBlock):
 class IdleVisionTransformer(IdleBackbone):
     """Plain Vision Transformer that computes only active tokens: DeiT and LV-ViT shapes.
 
-    Parameter names are those of mmseg's ``VisionTransformer``; at ``keep_ratios=1.0`` so are
-    outputs and gradients. It is one stage of ``num_layers`` blocks.
+    It is one stage of ``num_layers`` blocks, mmseg's ``VisionTransformer``.
 
     Args:
         arch: Shape, one of ``deit-tiny``, ``deit-small``, ``deit-base``, ``lvvit-small`` and
@@ -142,41 +112,17 @@ class IdleVisionTransformer(IdleBackbone):
             ``stem``, ``residual_scale`` and ``norm_cfg`` are where they are None.
         img_size: Image size in pixels of the position table, which is resized to each image.
         patch_size: Side of a token in pixels.
-        in_channels: Channels of the image.
-        embed_dims: Channels of the tokens.
-        num_layers: Number of blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
         stem: ``patch`` (one convolution) or ``conv`` (LV-ViT's three before it).
-        residual_scale: Factor of both branches of a block.
+        residual_scale: Factor of both branches of a block (LV-ViT, arXiv 2104.10858: 1 / 2).
         out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
-        qkv_bias: Whether query, key, value and output have a bias.
-        drop_rate: Dropout.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
         with_cls_token: Whether there is a class token.
         output_cls_token: Whether each output is a list of the map and the class token (B, C).
-        act_cfg: Activation of the feed-forward networks.
-        norm_cfg: Norm layers.
         patch_norm: Whether the patch embedding has a norm.
         patch_bias: Whether the patch embedding has a bias.
         final_norm: Whether a norm follows the last block.
         interpolate_mode: How the position table is resized.
-        with_cp: Whether to recompute blocks in the backward pass to save memory.
-        pretrained: Deprecated; see ``init_cfg``.
-        convert_weights: Whether the checkpoint of ``init_cfg`` may be one of timm, DeiT, LV-ViT,
-            IdleViT or mmpretrain.
-        frozen_stages: Number of frozen blocks, the embedding included; 0 for the embedding alone,
-            -1 for none.
-        keep_ratios: Share of active tokens: one for all blocks, or a list with one per block. 1.0
-            is the dense backbone. Also a schedule by name, such as ``dict(type='powers',
-            keep_ratio=0.7)``; see ``normalize_keep_ratios``.
-        policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='class_query')``.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
 
-    Raises:
-        TypeError: An argument of ``keep_ratios`` or ``policy`` has the wrong type.
-        ValueError: A value is not allowed, or lists have different lengths.
+    Further arguments, and errors, are those of ``IdleBackbone``.
 
     Attributes:
         shape: What ``arch`` and the arguments that override it come to, by argument.
@@ -243,36 +189,28 @@ class IdleVisionTransformer(IdleBackbone):
         if shape['stem'] == 'conv':
             self.patch_embed = ConvStemEmbed(in_channels, channels, patch_size)
         else:
-            self.patch_embed = PatchEmbed(
-                in_channels,
-                channels,
-                kernel_size=patch_size,
-                stride=patch_size,
-                bias=patch_bias,
-                norm_cfg=norm_cfg if patch_norm else None,
-            )
-        height, width = image_size(img_size)
-        self.pos_shape = height // patch_size, width // patch_size
-        places = self.num_class + self.pos_shape[0] * self.pos_shape[1]
+            patch = dict(kernel_size=patch_size, stride=patch_size, bias=patch_bias)
+            patch_norm_cfg = norm_cfg if patch_norm else None
+            self.patch_embed = PatchEmbed(in_channels, channels, norm_cfg=patch_norm_cfg, **patch)
+        self.pos_shape = table_size(img_size, patch_size)
+        places = self.num_class + math.prod(self.pos_shape)
         if with_cls_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, places, channels))
         self.drop_after_pos = nn.Dropout(p=drop_rate)
+        attention = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias)
+        hidden = int(shape['mlp_ratio'] * channels)
         self.layers = ModuleList(
             IdleViTBlock(
                 channels,
-                shape['num_heads'],
-                feedforward_channels=int(shape['mlp_ratio'] * channels),
-                qkv_bias=qkv_bias,
-                drop_rate=drop_rate,
-                attn_drop_rate=attn_drop_rate,
+                norm_cfg=norm_cfg,
                 drop_path_rate=rate,
                 residual_scale=shape['residual_scale'],
-                class_token=with_cls_token,
-                act_cfg=act_cfg,
-                norm_cfg=norm_cfg,
-                with_cp=with_cp,
+                attention=dict(attention, num_heads=shape['num_heads']),
+                feedforward=dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg),
                 policy=policy,
+                with_cp=with_cp,
+                num_class=self.num_class,
             )
             for rate in torch.linspace(0, drop_path_rate, depth).tolist()
         )
@@ -282,11 +220,9 @@ class IdleVisionTransformer(IdleBackbone):
         self.built(keep_ratios)
 
     def forward(self, x: Tensor) -> list[Any]:
-        """Compute feature maps of an image batch (B, 3, height, width).
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
-        Returns:
-            One (B, C, H, W) for each of ``out_indices``, or with ``output_cls_token`` one list of
-            it and the class token (B, C).
+        With ``output_cls_token`` each is a list of the map and the class token (B, C).
         """
         x, hw_shape = self.patch_embed(x)
         x = self.drop_after_pos(self._with_class_token(x, hw_shape))
@@ -330,17 +266,12 @@ class IdleVisionTransformer(IdleBackbone):
             elif isinstance(module, (_BatchNorm, nn.LayerNorm)):
                 constant_init(module, val=1.0, bias=0.0)
 
-    def _frozen_modules(self) -> Iterable[nn.Module]:
+    def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         if self.frozen_stages >= 0:
-            yield from (self.patch_embed, self.drop_after_pos)
-        yield from self.layers[: max(self.frozen_stages, 0)]
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        yield from super()._frozen_parameters()
-        if self.frozen_stages >= 0:
-            yield self.pos_embed
+            yield from (self.patch_embed, self.drop_after_pos, self.pos_embed)
             if self.num_class:
                 yield self.cls_token
+        yield from self.layers[: max(self.frozen_stages, 0)]
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:

@@ -1,7 +1,5 @@
 """Checkpoint files from one format to another."""
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 
@@ -31,14 +29,7 @@ TARGETS = {
 
 
 class Converted(NamedTuple):
-    """Weights in the format that was asked for.
-
-    Attributes:
-        weights: The weights.
-        source: Format they had.
-        target: Format they have.
-        report: What became of each.
-    """
+    """Weights, the formats they had and have, and what became of each."""
 
     weights: StateDict
     source: Format
@@ -53,15 +44,10 @@ def convert_file(
     window_size: int | None = None,
     img_size: Size | None = None,
 ) -> Converted:
-    """Write the weights of a checkpoint in another format.
+    """Write the weights of a checkpoint in another format; see ``convert_weights``.
 
-    Args:
-        source: File, address, or ``timm://`` and the name of a model; of a backbone alone or of a
-            whole detector or segmentor.
-        target: A ``.pth`` or ``.safetensors`` file that does not exist.
-        to: One of ``TARGETS``.
-        window_size: As in ``convert_weights``.
-        img_size: As in ``convert_weights``.
+    ``source`` is a file, an address, or ``timm://`` and the name of a model; ``target`` a ``.pth``
+    or ``.safetensors`` file that does not exist.
 
     Raises:
         UsageError: The source cannot be read or converted, or the target not written.
@@ -81,16 +67,10 @@ def convert_weights(
 ) -> Converted:
     """Bring weights to another format.
 
-    Weights of a whole model keep necks and heads among OpenMMLab's names; of other formats only
-    the backbone exists.
-
-    Args:
-        weights: Weights of a backbone alone or of a whole detector or segmentor.
-        to: One of ``TARGETS``.
-        window_size: Window in tokens for which Swin's bias tables are resized; None leaves them.
-        img_size: Height and width in pixels for which absolute tables are resized; None leaves
-            them.
-        source: Where the weights come from, for messages.
+    Weights are of a backbone alone or of a whole model. That keeps necks and heads among
+    OpenMMLab's names; of other formats only the backbone exists. Tables are resized for a window in
+    tokens (Swin's bias tables) and for height and width in pixels (absolute ones) where these are
+    given. ``source`` is where the weights come from, for messages.
 
     Raises:
         SettingError: The format is unknown, the other one cannot hold the weights, or there are no
@@ -115,21 +95,16 @@ def convert_weights(
     )
     prefix = ''
     if goal.is_foreign:
-        report.dropped += _by_module(others)
+        modules: dict[str, list[str]] = {}
+        for key in others:
+            modules.setdefault(key.split('.')[0], []).append(key)
+        report.dropped += [f'{module}.* ({counted(keys)})' for module, keys in modules.items()]
         others = {}
     elif others or to == goal.prefixed_for:
         prefix = BACKBONE
     result = {f'{prefix}{key}': value for key, value in encoded.state.items()} | others
     report.matched = [key for key in result if key.removeprefix(prefix) not in report.added]
     return Converted(result, found, goal, report)
-
-
-def _by_module(weights: StateDict) -> list[str]:
-    """How many weights each module of a whole model has."""
-    modules: dict[str, list[str]] = {}
-    for key in weights:
-        modules.setdefault(key.split('.')[0], []).append(key)
-    return [f'{module}.* ({counted(keys)})' for module, keys in modules.items()]
 
 
 def _resized(

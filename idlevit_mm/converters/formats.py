@@ -3,8 +3,6 @@
 OpenMMLab's names are in the middle: each other format is a pair of functions to and from them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,11 +64,7 @@ def detect(state: StateDict) -> Format | None:
 
 
 def format_of(family: str, name: str) -> Format:
-    """The format of a family by name.
-
-    Raises:
-        SettingError: The family has no such names.
-    """
+    """The format of a family by name; a SettingError tells which it has."""
     names = {known.name: known for known in all_formats() if known.family == family}
     if name not in names:
         raise SettingError(f'{name} names are not known for {family}; allowed: {", ".join(names)}')
@@ -80,12 +74,8 @@ def format_of(family: str, name: str) -> Format:
 def known_format(state: StateDict, source: object) -> Format:
     """The format of a backbone's weights.
 
-    Args:
-        state: Weights of the backbone.
-        source: Where they come from, for the message.
-
     Raises:
-        SettingError: It is unknown.
+        SettingError: It is unknown; ``source`` is where the weights come from.
     """
     found = detect(state)
     if found is None:

@@ -1,12 +1,13 @@
 """Tables of names that are read in both directions.
 
 A pattern is a name in which ``{stage}`` stands for a number, ``{stage+1}`` for the same number
-plus one, and ``{leaf}`` for a last part such as ``weight``.
+plus one, and ``{leaf}`` for a last part such as ``weight``. Our names are OpenMMLab's, their names
+those of another project.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ _T = TypeVar('_T')
 Transform = Callable[[Tensor], Tensor]
 
 _FIELD = re.compile(r'\{(\w+)(?:\+(\d+))?\}')
+_NOTHING = re.compile(r'(?!)')
 
 
 def same(value: _T) -> _T:
@@ -27,14 +29,7 @@ def same(value: _T) -> _T:
 
 
 class Rule(NamedTuple):
-    """Two names of one weight.
-
-    Attributes:
-        ours: Pattern of OpenMMLab's names.
-        theirs: Pattern of the other project's names.
-        decode: Their value to ours.
-        encode: Our value to theirs.
-    """
+    """Patterns of the two names of a weight, and what makes either value of the other."""
 
     ours: str
     theirs: str
@@ -61,7 +56,7 @@ class KeyMap:
     """Names of one family of networks in OpenMMLab and in another project.
 
     Attributes:
-        title: What the other project's names are called, for messages.
+        title: What their names are called, for messages.
         rules: All weights that both have.
         theirs_only: What they have beyond that and a backbone does not need: classifiers, buffers.
         ours_only: What a backbone has beyond that and they do not need.
@@ -72,28 +67,20 @@ class KeyMap:
 
     title: str
     rules: tuple[Rule, ...]
-    theirs_only: re.Pattern = field(default=re.compile(r'(?!)'))
-    ours_only: re.Pattern = field(default=re.compile(r'(?!)'))
+    theirs_only: re.Pattern = _NOTHING
+    ours_only: re.Pattern = _NOTHING
     before: Callable[[StateDict], StateDict] = same
     decoded: Callable[[Conversion], Conversion] = same
     encoded: Callable[[Conversion], Conversion] = same
 
     def decode(self, state: StateDict) -> Conversion:
-        """Give weights OpenMMLab's names.
-
-        Raises:
-            SettingError: A weight has no counterpart.
-        """
+        """Give weights our names; a SettingError tells which have no counterpart."""
         table = tuple((rule.theirs, rule.ours, rule.decode) for rule in self.rules)
         names = 'OpenMMLab', self.title
         return self.decoded(_renamed(self.before(state), table, self.theirs_only.search, *names))
 
     def encode(self, state: StateDict) -> Conversion:
-        """Give weights the other project's names.
-
-        Raises:
-            SettingError: A weight has no counterpart.
-        """
+        """Give weights their names; a SettingError tells which have no counterpart."""
         table = tuple((rule.ours, rule.theirs, rule.encode) for rule in self.rules)
 
         def dropped(key: str) -> bool:
@@ -102,9 +89,14 @@ class KeyMap:
         return self.encoded(_renamed(state, table, dropped, self.title, 'OpenMMLab'))
 
 
-def with_leaves(pairs: Iterable[tuple[str, str]], ours: str, theirs: str) -> tuple[Rule, ...]:
+def with_leaves(
+    pairs: Iterable[tuple[str, str]], ours: str = '', theirs: str = '', *transforms: Transform
+) -> tuple[Rule, ...]:
     """Rules of a module's parts: each pair of names behind two prefixes, before ``.{leaf}``."""
-    return tuple(Rule(f'{ours}{one}.{{leaf}}', f'{theirs}{other}.{{leaf}}') for one, other in pairs)
+    return tuple(
+        Rule(f'{ours}{one}.{{leaf}}', f'{theirs}{other}.{{leaf}}', *transforms)
+        for one, other in pairs
+    )
 
 
 def with_qkv_biases(conversion: Conversion) -> Conversion:
@@ -116,12 +108,8 @@ def with_qkv_biases(conversion: Conversion) -> Conversion:
     for key, value in conversion.state.items():
         state[key] = value
         bias = key.removesuffix('weight') + 'bias'
-        output_bias = bias.replace('in_proj_', 'out_proj.')
-        if (
-            key.endswith('.in_proj_weight')
-            and bias not in conversion.state
-            and output_bias in conversion.state
-        ):
+        lacks = key.endswith('.in_proj_weight') and bias not in conversion.state
+        if lacks and bias.replace('in_proj_', 'out_proj.') in conversion.state:
             state[bias] = value.new_zeros(value.shape[0])
             added.append(bias)
     return conversion._replace(state=state, added=added)
@@ -158,25 +146,24 @@ def _translated(key: str, old: str, new: str) -> str | None:
     match = _compiled(old).fullmatch(key)
     if match is None:
         return None
-    values = match.groupdict()
     offsets = {name: int(offset or 0) for name, offset in _FIELD.findall(old)}
-    if any(int(values[name]) < offset for name, offset in offsets.items() if offset):
+    values = match.groupdict()
+    numbers = {name: int(values[name]) - offsets[name] for name in values if name != 'leaf'}
+    if any(number < 0 for number in numbers.values()):
         return None
 
-    def fill(field_: re.Match) -> str:
-        name = field_[1]
-        if name == 'leaf':
-            return values[name]
-        return str(int(values[name]) - offsets[name] + int(field_[2] or 0))
+    def fill(field: re.Match) -> str:
+        name, offset = field.groups(default='0')
+        return values[name] if name == 'leaf' else str(numbers[name] + int(offset))
 
     return _FIELD.sub(fill, new)
 
 
 @cache
 def _compiled(pattern: str) -> re.Pattern:
-    parts, end = [], 0
-    for match in _FIELD.finditer(pattern):
-        parts.append(re.escape(pattern[end : match.start()]))
-        parts.append(rf'(?P<{match[1]}>{"[a-z_]+" if match[1] == "leaf" else "[0-9]+"})')
-        end = match.end()
-    return re.compile(''.join(parts) + re.escape(pattern[end:]))
+    texts_and_fields = _FIELD.split(pattern)
+    expression = re.escape(texts_and_fields[0])
+    for name, text in zip(texts_and_fields[1::3], texts_and_fields[3::3], strict=True):
+        values = '[a-z_]+' if name == 'leaf' else '[0-9]+'
+        expression += f'(?P<{name}>{values}){re.escape(text)}'
+    return re.compile(expression)

@@ -13,11 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import StateDict
 from ..errors import SettingError
-from ..layers import (
-    relative_position_index,
-    resize_position_table,
-    resize_relative_position_table,
-)
+from ..layers import relative_position_index, resize_position_table, resize_relative_position_table
 
 Size = tuple[int, int]
 
@@ -26,12 +22,7 @@ INDEX_OF_BIAS = 'relative_position_index'
 
 
 class Fitted(NamedTuple):
-    """Weights whose tables have the size that was asked for.
-
-    Attributes:
-        state: The weights.
-        resized: Tables that were interpolated: (old shape, new shape).
-    """
+    """Weights whose tables have the size that was asked for, and (old shape, new shape) of some."""
 
     state: StateDict
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -39,8 +30,8 @@ class Fitted(NamedTuple):
 
 def index_of_table(key: str, window_size: int) -> StateDict:
     """The index that belongs to a bias table, under its name; it follows from the window alone."""
-    index = relative_position_index(window_size)
-    return {key.removesuffix(TABLE_OF_BIAS) + INDEX_OF_BIAS: index}
+    prefix = key.removesuffix(TABLE_OF_BIAS)
+    return {f'{prefix}{INDEX_OF_BIAS}': relative_position_index(window_size)}
 
 
 def window_of_table(table: Tensor) -> int:
@@ -71,11 +62,10 @@ def fit_tables(
         state: Weights by OpenMMLab's names.
         shapes: Height and width in tokens of absolute tables, by name.
         mode: How absolute tables are interpolated; bias tables are bicubic, as in Swin's release.
-        window_size: Side of the window in tokens for bias tables; None leaves them and their
-            indices alone.
+        window_size: Side of the window in tokens for bias tables; None leaves them alone.
         num_prefix: P; None where tables never have places but those of the map.
-        is_square: Whether absolute tables are known to be those of square images; one of the right
-            number of places is otherwise taken to be of the right shape.
+        is_square: Whether absolute tables are known to be those of square images; otherwise one of
+            the right number of places is taken to be of the right shape.
 
     Raises:
         SettingError: A bias table is not that of a square window.
@@ -99,11 +89,7 @@ def fit_tables(
 
 
 def in_tokens(img_size: Size, stride: int) -> Size:
-    """Height and width in tokens of an image of a size in pixels.
-
-    Raises:
-        SettingError: The image is smaller than a token.
-    """
+    """Height and width in tokens of an image in pixels; a SettingError if it is below a token."""
     if min(img_size) < stride:
         raise SettingError(f'img_size={img_size} must be at least {stride}, the side of a token')
     return img_size[0] // stride, img_size[1] // stride

@@ -1,7 +1,5 @@
 """What a training signal is, and how it is built from a config."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,8 +19,8 @@ class AuxiliaryLoss(ABC):
         name: Its key among the losses. mmengine sums and logs keys that contain ``loss``.
 
     Raises:
-        TypeError: ``loss_weight`` is no number.
-        ValueError: ``loss_weight`` is negative, or ``name`` would not be summed.
+        TypeError: An argument has the wrong type.
+        ValueError: A value is not allowed, such as a ``name`` that would not be summed.
     """
 
     needs_inputs = False  # whether idle backbones must record the inputs of their blocks
@@ -62,10 +60,7 @@ class AuxiliaryLoss(ABC):
 
 
 def build_losses(losses: Sequence[dict[str, Any] | AuxiliaryLoss]) -> list[AuxiliaryLoss]:
-    """Build losses from configs.
-
-    Args:
-        losses: Dicts with ``type`` and arguments, or built losses.
+    """Build losses from dicts with ``type`` and arguments; those that are built stay as they are.
 
     Raises:
         TypeError: It is no list of dicts, or a loss does not take an argument given to it.

@@ -1,7 +1,5 @@
 """How a loss looks into a model's forward pass without changing the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +9,7 @@ from torch import nn
 
 
 class Call(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        output: What it returned.
-    """
+    """Arguments of one call of a module, and what it returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -46,10 +38,7 @@ def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
     """Note the last call of each module while the context is open.
 
     Forward hooks would miss heads whose ``forward`` is called directly, as mmseg does, so the
-    method is wrapped on the instance and put back at the end.
-
-    Args:
-        modules: Modules by the name that the calls shall have.
+    method is wrapped on the instance and put back at the end. Calls have the names of ``modules``.
     """
     calls: dict[str, Call] = {}
     before = {name: module.__dict__.get('forward') for name, module in modules.items()}
@@ -72,13 +61,7 @@ def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
 
 
 def restore_method(module: nn.Module, method: str, before: Callable | None) -> None:
-    """Undo the replacement of a method on an instance.
-
-    Args:
-        module: The instance.
-        method: Name of the method.
-        before: What the instance itself held; None where it had the method from its class.
-    """
+    """Undo the replacement of a method on an instance, which itself held ``before``, or None."""
     if before is None:
         module.__dict__.pop(method, None)
     else:

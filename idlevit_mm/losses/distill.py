@@ -3,8 +3,6 @@
 Shape letters: B images, C channels, H and W rows and columns of a map, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..kernels import exact
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss
 from .capture import Step
@@ -32,13 +31,9 @@ class FeatureDistillation(AuxiliaryLoss):
         teacher: ``dict(checkpoint='...')`` for the student's own network with every token active,
             or ``dict(config='...', checkpoint='...')`` for another one. None: the student's own
             network as training started from it (``load_from``).
-        loss_weight: Factor of the loss.
         stages: Places among the outputs of the backbone; None for all.
-        name: Its key among the losses.
 
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument has a value that is not allowed.
+    Further arguments, and errors, are those of ``AuxiliaryLoss``.
     """
 
     def __init__(
@@ -105,13 +100,9 @@ class LogitDistillation(AuxiliaryLoss):
     Args:
         teacher: As in ``FeatureDistillation``; losses with the same teacher share it.
         modules: Names of the heads in the model.
-        loss_weight: Factor of the loss.
         temperature: Divisor of the logits.
-        name: Its key among the losses.
 
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument has a value that is not allowed.
+    Further arguments, and errors, are those of ``AuxiliaryLoss``.
     """
 
     def __init__(
@@ -168,7 +159,7 @@ def feature_maps(output: Any) -> list[Tensor]:
 
 def direction_distance(own: Tensor, other: Tensor) -> Tensor:
     """Mean over images and positions of the squared distance of unit features (B, C, H, W)."""
-    own, other = (F.normalize(_exact(part), dim=1) for part in (own, other))
+    own, other = (F.normalize(exact(part), dim=1) for part in (own, other))
     return (own - other).square().sum(dim=1).mean()
 
 
@@ -195,15 +186,11 @@ def is_sigmoid(head: nn.Module) -> bool:
 def divergence(own: list[Tensor], other: list[Tensor], temperature: float, sigmoid: bool) -> Tensor:
     """Divergence of a head's class scores from the teacher's, a mean over images.
 
-    Args:
-        own: (B, anchors, K, H, W) of each level, logits of the student.
-        other: Logits of the teacher, of the same shapes.
-        temperature: Divisor of the logits.
-        sigmoid: Whether classes are independent.
+    Both are logits (B, anchors, K, H, W) of each level; with ``sigmoid`` classes are independent.
     """
     sums = [_divergences(a, b, temperature, sigmoid) for a, b in zip(own, other, strict=True)]
     if sigmoid:
-        positives = [_exact(level).sigmoid().flatten(1).sum(dim=1) for level in other]
+        positives = [exact(level).sigmoid().flatten(1).sum(dim=1) for level in other]
         count = torch.stack(positives).sum(dim=0).clamp(min=1.0)
     else:
         count = sum(level[0].numel() // level.shape[2] for level in other)
@@ -212,7 +199,7 @@ def divergence(own: list[Tensor], other: list[Tensor], temperature: float, sigmo
 
 def _divergences(own: Tensor, other: Tensor, temperature: float, sigmoid: bool) -> Tensor:
     """Sum of the divergences of one level in each image: (B,)."""
-    own, other = _exact(own) / temperature, _exact(other) / temperature
+    own, other = exact(own) / temperature, exact(other) / temperature
     if sigmoid:
         goal = F.logsigmoid(torch.stack([other, -other], dim=1))
         own = F.logsigmoid(torch.stack([own, -own], dim=1))
@@ -223,19 +210,10 @@ def _divergences(own: Tensor, other: Tensor, temperature: float, sigmoid: bool) 
 
 
 def check_same_shapes(own: list[Tensor], other: list[Tensor], what: str) -> None:
-    """Check that student and teacher give the same number and shapes of tensors.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Raise a ValueError where student and teacher give other numbers or shapes of tensors."""
     shapes = [[tuple(part.shape) for part in parts] for parts in (own, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f'{what} differ: the student gives {shapes[0]}, the teacher {shapes[1]}; a teacher '
             'must have outputs of the same number and shape'
         )
-
-
-def _exact(x: Tensor) -> Tensor:
-    """At least float32: squares and logarithms of half precision are too coarse."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,9 +1,7 @@
 """The dense network that students are compared with; never a part of the student."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..checkpoints import StateDict, compare, is_local, of_policy, read_weights
+from ..checkpoints import compare, is_local, of_policy, read_weights
 from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
@@ -24,9 +22,6 @@ class Teacher:
     """A frozen network that sees the same images as the student.
 
     It runs at most once in each forward pass of the student, however many losses ask.
-
-    Args:
-        model: The network, in the form that it shall have.
 
     Attributes:
         backbones: Names of the modules that get what the student's module of that name got.
@@ -44,18 +39,24 @@ class Teacher:
         """Load the weights of all that will run; where no head does, let go of all but backbones.
 
         What will not run need not fit either, so a checkpoint may come from another version of a
-        detector, and its heads take no memory.
-
-        Raises:
-            SettingError: The weights are those of another network.
+        detector, and its heads take no memory. A SettingError tells what does not fit.
         """
-        name = type(self.model).__name__
+        misfits = f'teacher.checkpoint={path!r} does not fit {type(self.model).__name__}'
         given = read_weights(path)
         if not self.heads:
             self.model = only(self.model, sorted(self.backbones))
             prefixes = tuple(f'{backbone}.' for backbone in self.backbones)
             given = {key: value for key, value in given.items() if key.startswith(prefixes)}
-        _load(self.model, given, f'teacher.checkpoint={path!r} does not fit {name}')
+        # A dense network has no weights of policies, and does not ask those of a checkpoint.
+        report = compare(self.model.state_dict(), given, policy_too=False)
+        report.unexpected = [name for name in report.unexpected if not of_policy(name)]
+        # An index that follows from the window size; whether it is saved differs by version.
+        report.missing = [name for name in report.missing if not name.endswith(_FOLLOWING)]
+        if misfit := report.misfit():
+            raise SettingError(
+                f'{misfits}: it {misfit}; name the config it was trained with as teacher.config'
+            )
+        self.model.load_state_dict(given, strict=False)
 
     def calls(self, step: Step) -> Mapping[str, Call]:
         """Last call of each backbone and head, by name, for the images of a student's step."""
@@ -108,7 +109,7 @@ class Teachers:
         Raises:
             FileNotFoundError: Checkpoint or config do not exist.
             SettingError: There is no description, and training started from no checkpoint.
-            TypeError: The description is no dict of paths, or has an unknown key.
+            TypeError: See ``check_description``.
         """
         checkpoint, config = check_description(description) or (self.start, '')
         if not checkpoint:
@@ -122,11 +123,7 @@ class Teachers:
         return self.built[key]
 
     def load(self) -> None:
-        """Load the weights of all teachers.
-
-        Raises:
-            SettingError: Weights are not those of their teacher.
-        """
+        """Load the weights of all teachers; see ``Teacher.load``."""
         device = next(self.student.parameters()).device
         for (checkpoint, _), teacher in self.built.items():
             teacher.load(checkpoint)
@@ -188,29 +185,11 @@ def _check_file(argument: str, path: str) -> None:
         raise MissingFileError(f'{argument}={path!r} does not exist')
 
 
-def _load(model: nn.Module, given: StateDict, misfits: str) -> None:
-    """Load all weights of the teacher, or say in one line why these are others."""
-    # A dense network has no weights of policies, and does not ask those of a checkpoint.
-    report = compare(model.state_dict(), given, policy_too=False)
-    report.unexpected = [name for name in report.unexpected if not of_policy(name)]
-    # A table of indices that follows from the window size; whether it is saved differs by version.
-    report.missing = [name for name in report.missing if not name.endswith(_FOLLOWING)]
-    if misfit := report.misfit():
-        raise SettingError(
-            f'{misfits}: it {misfit}; name the config it was trained with as teacher.config'
-        )
-    model.load_state_dict(given, strict=False)
-
-
 def find_modules(model: nn.Module, names: tuple[str, ...], argument: str, whose: str) -> None:
-    """Check that a model has all modules of these names.
-
-    Raises:
-        SettingError: One is missing.
-    """
-    have: Callable[[str], bool] = dict(model.named_modules()).__contains__
+    """Raise a SettingError where a model has no module of one of these names."""
+    have = dict(model.named_modules())
     for name in names:
-        if not have(name):
+        if name not in have:
             children = ', '.join(child for child, _ in model.named_children())
             raise SettingError(
                 f'{argument} names {name!r}, which the {whose} {type(model).__name__} does not '

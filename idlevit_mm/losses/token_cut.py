@@ -4,15 +4,15 @@ Shape letters: B images, N tokens of a block (those of the map, and a class toke
 one).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..kernels import exact
 from ..ops import row_mask
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss
@@ -37,13 +37,9 @@ class TokenCutLoss(AuxiliaryLoss):
     images, and then idle blocks.
 
     Args:
-        kind: ``inter``, ``intra`` or ``both`` for their sum.
+        kind: ``inter``, ``intra`` or ``both`` for their sum; any other is a ValueError.
         loss_weight: Factor of the loss; 20 in the paper.
-        name: Its key among the losses.
-
-    Raises:
-        TypeError: ``loss_weight`` is no number.
-        ValueError: Unknown ``kind``, negative ``loss_weight``, or a ``name`` without ``loss``.
+        name: As in ``AuxiliaryLoss``, whose errors it shares.
     """
 
     needs_inputs = True
@@ -58,35 +54,24 @@ class TokenCutLoss(AuxiliaryLoss):
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
         for name, backbone in backbones.items():
-            for block in (block for stage in backbone.idle_blocks for block in stage):
-                if block.policy.scope == 'windows':
-                    raise SettingError(
-                        f"{name} has policy.scope='windows': whole windows idle, so no attention "
-                        'crosses from active to idle tokens and TokenCutLoss is 0 by definition; '
-                        'use another scope or drop the loss'
-                    )
+            if any(block.policy.scope == 'windows' for block in chain(*backbone.idle_blocks)):
+                raise SettingError(
+                    f"{name} has policy.scope='windows': whole windows idle, so no attention "
+                    'crosses from active to idle tokens and TokenCutLoss is 0 by definition; '
+                    'use another scope or drop the loss'
+                )
 
     def __call__(self, step: Step) -> Tensor:
         return self.of_backbones(step.backbones.values())
 
     def of_backbones(self, backbones: Any) -> Tensor:
-        """Compute the weighted loss of the last forward pass of the backbones.
+        """Compute the weighted loss of the last pass of idle backbones; see ``kept_shares``.
 
-        Args:
-            backbones: Idle backbones that ran with ``record_inputs`` set.
-
-        Returns:
-            A scalar; 0 with graph where no block idled.
-
-        Raises:
-            RuntimeError: Blocks idled, but their inputs are not on record.
+        It is a scalar; 0 with graph where no block idled.
         """
         backbones = list(backbones)
-        cuts = [
-            token_cut(share, mask, self.kind)
-            for backbone in backbones
-            for share, mask in kept_shares(backbone)
-        ]
+        shares = chain.from_iterable(map(kept_shares, backbones))
+        cuts = [token_cut(share, mask, self.kind) for share, mask in shares]
         if not cuts:
             return 0.0 * next(backbones[0].parameters()).sum()
         return self.loss_weight * torch.stack(cuts).mean()
@@ -95,14 +80,11 @@ class TokenCutLoss(AuxiliaryLoss):
 def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Share of attention to active tokens in each block that idled in the last forward pass.
 
-    Args:
-        backbone: An idle backbone that ran with ``record_inputs`` set.
-
     Yields:
         (B, N) share and (B, N) keep mask. A row of an idle token leaves the class token out.
 
     Raises:
-        RuntimeError: The inputs are not on record.
+        RuntimeError: The backbone ran without ``record_inputs``.
     """
     for record, blocks in zip(backbone.records, backbone.idle_blocks, strict=True):
         idled = [plan.rows is not None for plan in record.plans]
@@ -131,17 +113,14 @@ def _kept_share(block: Any, x: Tensor, record: Any, mask: Tensor) -> Tensor:
 
 
 def token_cut(share: Tensor, mask: Tensor, kind: str) -> Tensor:
-    """Token cut loss of one block, unweighted.
+    """Token cut loss of one block, unweighted: a scalar of at least float32.
 
     Args:
         share: (B, N), sum_j W_ij m_j; in rows of idle tokens without the class token.
         mask: (B, N), 1 for active tokens and 0 for idle ones.
         kind: One of ``KINDS``.
-
-    Returns:
-        A scalar of at least float32.
     """
-    share = share if share.dtype == torch.float64 else share.float()
+    share = exact(share)
     mask = mask.to(share.dtype)
     # Rows of an active token i: |1 - m_j| sums to 1 - a_i. Rows of an idle one: m_j sums to a_i.
     leaving = (mask * (1 - share)).square().mean()

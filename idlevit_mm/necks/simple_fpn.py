@@ -51,8 +51,7 @@ class SimpleFeaturePyramid(BaseModule):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        _check_factors(scale_factors)
-        _check_channels(in_channels, out_channels, max(scale_factors))
+        _check(scale_factors, in_channels, out_channels)
         num_outs = len(scale_factors) if num_outs is None else num_outs
         if num_outs < len(scale_factors):
             raise ValueError(
@@ -66,13 +65,9 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Make the pyramid.
+        """Make ``num_outs`` maps (B, D, H', W'), largest first; H' is ``factor * H`` rounded up.
 
-        Args:
-            inputs: The maps of a backbone, of which the last one (B, C, H, W) is used, or that map.
-
-        Returns:
-            ``num_outs`` maps (B, D, H', W'), the largest first; H' is ``factor * H`` rounded up.
+        Of the maps of a backbone the last one (B, C, H, W) is used; it may also come alone.
 
         Raises:
             TypeError: The last entry is no tensor, as with a class token beside each map.
@@ -101,50 +96,47 @@ class SimpleFeaturePyramid(BaseModule):
         return last
 
 
-def _check_factors(factors: Sequence[float]) -> None:
+def _check(factors: Sequence[float], in_channels: int, out_channels: int) -> None:
     known = all(factor in SCALE_FACTORS for factor in factors)
     if not factors or not known or list(factors) != sorted(set(factors), reverse=True):
         raise ValueError(
             f'scale_factors={factors!r}; allowed: one or more of {SCALE_FACTORS}, decreasing'
         )
-
-
-def _check_channels(in_channels: int, out_channels: int, largest_factor: float) -> None:
-    # Each doubling of the size halves the channels.
-    step = max(1, int(largest_factor))
+    step = _divisor(factors[0])
     if in_channels < 1 or in_channels % step:
         raise ValueError(
             f'in_channels={in_channels}; allowed: a multiple of {step}, because the largest of '
-            f'scale_factors is {largest_factor:g}'
+            f'scale_factors is {factors[0]:g}'
         )
     if out_channels < 1:
         raise ValueError(f'out_channels={out_channels}; allowed: 1 or more')
 
 
+def _divisor(factor: float) -> int:
+    """Each doubling of the size halves the channels."""
+    return max(1, int(factor))
+
+
 def _level(
     in_channels: int, out_channels: int, factor: float, norm_cfg: dict[str, Any] | None
 ) -> nn.Sequential:
-    resize, channels = _resize(in_channels, factor, norm_cfg)
     return nn.Sequential(
-        *resize,
-        ConvModule(channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None),
+        *_resize(in_channels, factor, norm_cfg),
+        ConvModule(
+            in_channels // _divisor(factor), out_channels, 1, norm_cfg=norm_cfg, act_cfg=None
+        ),
         ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=None),
     )
 
 
-def _resize(
-    channels: int, factor: float, norm_cfg: dict[str, Any] | None
-) -> tuple[list[nn.Module], int]:
-    """Layers that change the size by ``factor``, and the channels they leave."""
+def _resize(channels: int, factor: float, norm_cfg: dict[str, Any] | None) -> list[nn.Module]:
+    """Layers that change the size by ``factor``."""
     if factor == 4:
         norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, channels // 2)[1]]
-        double, quadruple = _double(channels), _double(channels // 2)
-        return [double, *norm, nn.GELU(), quadruple], channels // 4
+        return [_double(channels), *norm, nn.GELU(), _double(channels // 2)]
     if factor == 2:
-        return [_double(channels)], channels // 2
-    if factor == 1:
-        return [], channels
-    return [nn.MaxPool2d(kernel_size=2, ceil_mode=True)], channels
+        return [_double(channels)]
+    return [] if factor == 1 else [nn.MaxPool2d(kernel_size=2, ceil_mode=True)]
 
 
 def _double(channels: int) -> nn.ConvTranspose2d:

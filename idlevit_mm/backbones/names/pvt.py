@@ -32,18 +32,18 @@ def _to_linear(value: Tensor) -> Tensor:
     return value[:, :, 0, 0]
 
 
-def _block_rules(ours: str, theirs: str, has_conv: bool, conv: str) -> tuple[Rule, ...]:
-    """Rules of a block; ``conv`` is what they call the depth-wise convolution."""
-    second = 'ffn.layers.4' if has_conv else 'ffn.layers.3'
-    linear = (('ffn.layers.0', 'mlp.fc1'), (second, 'mlp.fc2'))
-    same_kind = (
+def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
+    """Rules of a block; ``conv`` is what they call the depth-wise convolution, '' without one."""
+    same_kind = [
         ('norm1', 'norm1'),
         ('attn.attn.out_proj', 'attn.proj'),
         ('attn.sr', 'attn.sr'),
         ('attn.norm', 'attn.norm'),
         ('norm2', 'norm2'),
-        *((('ffn.layers.1', conv),) if has_conv else ()),
-    )
+    ]
+    if conv:
+        same_kind.append(('ffn.layers.1', conv))
+    linear = (('ffn.layers.0', 'mlp.fc1'), ('ffn.layers.4' if conv else 'ffn.layers.3', 'mlp.fc2'))
     return (
         *with_leaves(same_kind, ours, theirs),
         Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{theirs}attn.qkv.{{leaf}}'),
@@ -102,7 +102,7 @@ _names = partial(
 
 def _official(has_position: bool, has_conv: bool) -> KeyMap:
     # A position table is the first of a stage's blocks in OpenMMLab.
-    block = '{block+1}' if has_position else '{block}'
+    ours = f'layers.{{stage}}.1.{"{block+1}" if has_position else "{block}"}.'
     return _names(
         "the PVT and SegFormer releases'",
         (
@@ -111,17 +111,10 @@ def _official(has_position: bool, has_conv: bool) -> KeyMap:
                     ('layers.{stage}.0.projection', 'patch_embed{stage+1}.proj'),
                     ('layers.{stage}.0.norm', 'patch_embed{stage+1}.norm'),
                     ('layers.{stage}.2', 'norm{stage+1}'),
-                ),
-                '',
-                '',
+                )
             ),
             Rule('layers.{stage}.1.0.pos_embed', 'pos_embed{stage+1}'),
-            *_block_rules(
-                f'layers.{{stage}}.1.{block}.',
-                'block{stage+1}.{block}.',
-                has_conv,
-                'mlp.dwconv.dwconv',
-            ),
+            *_block_rules(ours, 'block{stage+1}.{block}.', 'mlp.dwconv.dwconv' if has_conv else ''),
         ),
     )
 
@@ -137,13 +130,9 @@ _TIMM = _names(
                 ('layers.{stage}.0.projection', 'stages.{stage}.downsample.proj'),
                 ('layers.{stage}.0.norm', 'stages.{stage}.downsample.norm'),
                 ('layers.{stage}.2', 'stages.{stage}.norm'),
-            ),
-            '',
-            '',
+            )
         ),
-        *_block_rules(
-            'layers.{stage}.1.{block}.', 'stages.{stage}.blocks.{block}.', True, 'mlp.dwconv'
-        ),
+        *_block_rules('layers.{stage}.1.{block}.', 'stages.{stage}.blocks.{block}.', 'mlp.dwconv'),
     ),
 )
 
@@ -179,9 +168,8 @@ def to_official(state: StateDict) -> Conversion:
     Raises:
         SettingError: A weight has no counterpart.
     """
-    names = _official(
-        'layers.0.1.0.pos_embed' in state, any('.ffn.layers.4.' in key for key in state)
-    )
+    has_conv = any('.ffn.layers.4.' in key for key in state)
+    names = _official('layers.0.1.0.pos_embed' in state, has_conv)
     converted, dropped, _ = names.encode(state)
     last = f'pos_embed{_CLASS_STAGE + 1}'
     if last not in converted:
@@ -192,22 +180,10 @@ def to_official(state: StateDict) -> Conversion:
     return Conversion(converted, dropped, ['cls_token', f'{last}[:, 0]'])
 
 
+_is_timm = with_keys('stages.0.blocks.0.attn.q.weight')
+_is_official = with_keys('block1.0.attn.q.weight')
 FORMATS = (
     Format('pvt', OPENMMLAB, 'mmdet and mmseg PVT and MiT', is_ours, place='state_dict'),
-    Format(
-        family='pvt',
-        name='timm',
-        title='timm pvt_v2_*',
-        matches=with_keys('stages.0.blocks.0.attn.q.weight'),
-        decode=_TIMM.decode,
-        encode=_TIMM.encode,
-    ),
-    Format(
-        family='pvt',
-        name='official',
-        title='PVT or SegFormer release',
-        matches=with_keys('block1.0.attn.q.weight'),
-        decode=from_official,
-        encode=to_official,
-    ),
+    Format('pvt', 'timm', 'timm pvt_v2_*', _is_timm, _TIMM.decode, _TIMM.encode),
+    Format('pvt', 'official', 'PVT or SegFormer release', _is_official, from_official, to_official),
 )

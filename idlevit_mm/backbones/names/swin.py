@@ -44,22 +44,17 @@ def _to_release_order(value: Tensor) -> Tensor:
 def _rules(merge: str) -> tuple[Rule, ...]:
     """What release and timm share; ``merge`` is the number of the stage that has the merge."""
     ours, theirs = 'stages.{stage}.blocks.{block}.', 'layers.{stage}.blocks.{block}.'
-    merges = (
-        Rule(
-            f'stages.{{stage}}.downsample.{part}.{{leaf}}',
-            f'layers.{merge}.downsample.{part}.{{leaf}}',
-            _from_release_order,
-            _to_release_order,
-        )
-        for part in ('norm', 'reduction')
-    )
     return (
-        *with_leaves(
-            (('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2), '', ''
-        ),
+        *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
         *with_leaves(_BLOCK, ours, theirs),
         Rule(f'{ours}attn.w_msa.{TABLE_OF_BIAS}', f'{theirs}attn.{TABLE_OF_BIAS}'),
-        *merges,
+        *with_leaves(
+            (('norm', 'norm'), ('reduction', 'reduction')),
+            'stages.{stage}.downsample.',
+            f'layers.{merge}.downsample.',
+            _from_release_order,
+            _to_release_order,
+        ),
     )
 
 
@@ -102,7 +97,7 @@ _OFFICIAL = KeyMap(
     "the Swin release's",
     (
         *_rules('{stage}'),
-        *with_leaves((('norm{stage}', 'norm{stage}'),), '', ''),
+        *with_leaves([('norm{stage}', 'norm{stage}')]),
         Rule('absolute_pos_embed', 'absolute_pos_embed'),
     ),
     theirs_only=re.compile(_LEFTOVERS),
@@ -119,23 +114,18 @@ _TIMM = KeyMap(
     decoded=_with_indices,
     encoded=_without_indices,
 )
+_is_ours = with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight')
 FORMATS = (
     Format(
-        family='swin',
-        name=OPENMMLAB,
-        title='mmdet and mmseg Swin',
-        matches=with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight'),
+        'swin',
+        OPENMMLAB,
+        'mmdet and mmseg Swin',
+        _is_ours,
         place='state_dict',
         prefixed_for='mmdet',
     ),
     Format('swin', 'timm', 'timm swin_*', is_timm, _TIMM.decode, _TIMM.encode),
     Format(
-        family='swin',
-        name='official',
-        title='Swin release',
-        matches=is_official,
-        decode=_OFFICIAL.decode,
-        encode=_OFFICIAL.encode,
-        place='model',
+        'swin', 'official', 'Swin release', is_official, _OFFICIAL.decode, _OFFICIAL.encode, 'model'
     ),
 )

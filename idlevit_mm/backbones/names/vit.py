@@ -20,27 +20,30 @@ from ...checkpoints import StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
 from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
 
-_OUTER = (
-    Rule('cls_token', 'cls_token'),
-    Rule('pos_embed', 'pos_embed'),
-    *with_leaves((('patch_embed.norm',) * 2,), '', ''),
+# Parts of a block here, in timm and in mmpretrain.
+_BLOCK = (
+    ('ln1', 'norm1', 'ln1'),
+    ('attn.attn.out_proj', 'attn.proj', 'attn.proj'),
+    ('ln2', 'norm2', 'ln2'),
+    ('ffn.layers.0.0', 'mlp.fc1', 'ffn.layers.0.0'),
+    ('ffn.layers.1', 'mlp.fc2', 'ffn.layers.1'),
 )
-_TIMM_RULES = (
-    *_OUTER,
-    *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('ln1', 'norm')), '', ''),
-    *with_leaves(
-        (
-            ('ln1', 'norm1'),
-            ('attn.attn.out_proj', 'attn.proj'),
-            ('ln2', 'norm2'),
-            ('ffn.layers.0.0', 'mlp.fc1'),
-            ('ffn.layers.1', 'mlp.fc2'),
-        ),
-        'layers.{block}.',
-        'blocks.{block}.',
-    ),
-    Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'blocks.{block}.attn.qkv.{leaf}'),
-)
+
+
+def _rules(column: int, projection: str, norm: str, block: str) -> tuple[Rule, ...]:
+    """What all have, by their names of the embedding, the last norm and a block."""
+    ours = 'layers.{block}.'
+    outer = (('patch_embed.projection', f'patch_embed.{projection}'), ('ln1', norm))
+    return (
+        Rule('cls_token', 'cls_token'),
+        Rule('pos_embed', 'pos_embed'),
+        *with_leaves((('patch_embed.norm', 'patch_embed.norm'), *outer)),
+        *with_leaves(((names[0], names[column]) for names in _BLOCK), ours, block),
+        Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{block}attn.qkv.{{leaf}}'),
+    )
+
+
+_TIMM_RULES = _rules(1, 'proj', 'norm', 'blocks.{block}.')
 # Convolution, norm and activation follow each other in `patch_embed.stem`; only two have weights.
 _STEM_RULES = with_leaves(
     (
@@ -79,21 +82,7 @@ _TIMM = _names("timm's vit_* and DeiT's", _TIMM_RULES)
 _LVVIT = _names("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
 _MMPRETRAIN = _names(
     "mmpretrain's VisionTransformer",
-    (
-        *_OUTER,
-        *with_leaves((('patch_embed.projection',) * 2, ('ln1',) * 2), '', ''),
-        *with_leaves(
-            (
-                ('ln1',) * 2,
-                ('attn.attn.out_proj', 'attn.proj'),
-                ('ln2',) * 2,
-                ('ffn.layers.0.0',) * 2,
-                ('ffn.layers.1',) * 2,
-            ),
-            *(('layers.{block}.',) * 2),
-        ),
-        Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'layers.{block}.attn.qkv.{leaf}'),
-    ),
+    _rules(2, 'projection', 'ln1', 'layers.{block}.'),
     theirs_only=re.compile(r'^head\.'),
 )
 _has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
@@ -119,31 +108,18 @@ def to_official(state: StateDict) -> Conversion:
     return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
 
 
+_is_ours = with_keys('layers.0.attn.attn.in_proj_weight')
 FORMATS = (
-    Format(
-        family='vit',
-        name=OPENMMLAB,
-        title='mmseg ViT',
-        matches=with_keys('layers.0.attn.attn.in_proj_weight'),
-        place='state_dict',
-    ),
+    Format('vit', OPENMMLAB, 'mmseg ViT', _is_ours, place='state_dict'),
     Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
+    Format('vit', 'official', 'LV-ViT release', is_lvvit, _LVVIT.decode, to_official, 'model'),
     Format(
-        family='vit',
-        name='official',
-        title='LV-ViT release',
-        matches=is_lvvit,
-        decode=_LVVIT.decode,
-        encode=to_official,
-        place='model',
-    ),
-    Format(
-        family='vit',
-        name='mmpretrain',
-        title='mmpretrain ViT',
-        matches=with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
-        decode=_MMPRETRAIN.decode,
-        encode=_MMPRETRAIN.encode,
-        place='state_dict',
+        'vit',
+        'mmpretrain',
+        'mmpretrain ViT',
+        with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
+        _MMPRETRAIN.decode,
+        _MMPRETRAIN.encode,
+        'state_dict',
     ),
 )
