@@ -13,23 +13,3 @@ from .reduction_attention import SpatialReductionAttention
 from .self_attention import SelfAttention
 from .share import cell_means, kept_share
 from .window_attention import ShiftWindowMSA, relative_position_index
-
-__all__ = [
-    'AbsolutePositionEmbedding',
-    'ConvStemEmbed',
-    'FeedForward',
-    'LayerNorm2d',
-    'MergePatches',
-    'MixFFN',
-    'SelfAttention',
-    'ShiftWindowMSA',
-    'SpatialReductionAttention',
-    'cell_means',
-    'kept_share',
-    'pad_to',
-    'relative_position_index',
-    'resize_position_table',
-    'resize_relative_position_table',
-    'to_map',
-    'to_tokens',
-]

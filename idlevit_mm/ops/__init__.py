@@ -12,19 +12,3 @@ from .geometry import (
 )
 from .rows import Rows, row_mask
 from .shape import pad_to, to_map, to_tokens
-
-__all__ = [
-    'CACHED_TABLES',
-    'Rows',
-    'Units',
-    'WindowLayout',
-    'map_units',
-    'on_device',
-    'pad_to',
-    'row_mask',
-    'to_map',
-    'to_tokens',
-    'window_layout',
-    'window_numbers',
-    'window_units',
-]

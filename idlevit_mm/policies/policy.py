@@ -118,18 +118,10 @@ class Policy(nn.Module, ABC):
     def between(
         self, attention: Tensor, plan: Plan, keep_ratio: float, state: Any
     ) -> tuple[Regroup | None, Any]:
-        """Use the attention of the class token, after the attention of a block and before its MLP.
+        """Say what happens to the rows before the MLP of a block, None for nothing; and the state.
 
-        Called only where the plan asks.
-
-        Args:
-            attention: (B, T), what the class token pays to each computed row, mean over heads.
-            plan: What the block does.
-            keep_ratio: Share of the units that is active, in (0, 1].
-            state: What ``plan`` returned.
-
-        Returns:
-            What happens to the rows, None for nothing, and what to remember until the next block.
+        Called only where the plan asks. ``attention`` (B, T) is what the class token has paid to
+        each computed row, mean over heads.
         """
         raise NotImplementedError(f'{type(self).__name__} chooses before attention')
 
@@ -157,9 +149,9 @@ def build_policy(
     Args:
         policy: None for the default, the name of a registered policy, or a dict with its arguments
             and optionally its ``type``.
-        embed_dims: Channels of the tokens.
-        scopes: Scopes that the block can compute.
-        class_token: Whether the block has a class token.
+        embed_dims: As for ``Policy``.
+        scopes: As for ``Policy``.
+        class_token: As for ``Policy``.
 
     Raises:
         TypeError: The policy or its scorer does not take an argument given to it.

@@ -65,19 +65,11 @@ def pack_windows(
     summarised: bool = False,
     min_places: int = 1,
 ) -> WindowPacking:
-    """Squeeze the windows of a batch on the CPU.
+    """Squeeze the windows of a batch to its active tokens (B, T); all are where there is None.
 
     A slot is occupied by an active token or by padding, which serves as a key; and each window by
-    the summary of its idle tokens, if it has any.
-
-    Args:
-        token_ids: (B, T), the active tokens; None if all are.
-        batch: B.
-        hw_shape: Height and width of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-        summarised: Whether the rows of each image end with a summary for each window.
-        min_places: Buckets of fewer places are joined with the next wider one.
+    the summary of its idle tokens, if rows end with one for each window (``summarised``). Buckets
+    of fewer than ``min_places`` places are joined with the next wider one.
     """
     if token_ids is None:
         return _pack_all(batch, hw_shape, window_size, shift_size)
