@@ -116,14 +116,9 @@ class IdleBlock(BaseModule, ABC):
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of each token's attention that would go to active tokens, were none idle.
 
-        Args:
-            x: (B, S, C), all tokens as they enter the block.
-            hw_shape: (H, W).
-            mask: (B, S), or (B, S, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``: sum over keys j of W_ij * mask_j, with W the softmax over j of
-            the head mean of the scaled logits.
+        Of x (B, S, C), all tokens as they enter the block, and a mask (B, S), or (B, S, V) for V at
+        once, 1 for active tokens. Of the shape of the mask: sum over keys j of W_ij * mask_j, with
+        W the softmax over j of the head mean of the scaled logits.
         """
         raise NotImplementedError(f'{type(self).__name__} does not implement kept_share')
 

@@ -48,9 +48,6 @@ def use_backend(name: str) -> Iterator[None]:
 
     For all threads of the process, and for what is compiled within.
 
-    Args:
-        name: Of a backend.
-
     Raises:
         ValueError: It is unknown.
     """
