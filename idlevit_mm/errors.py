@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection
 from typing import Any
 
@@ -47,7 +48,7 @@ class MissingFileError(UsageError, FileNotFoundError):
     """A file that was named is not there."""
 
 
-class UnsafeCheckpointError(UsageError):
+class UnsafeCheckpointError(UsageError, pickle.UnpicklingError):
     """A checkpoint holds more than tensors and mmengine's own records."""
 
 

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
+from idlevit_mm.blocks import Carried, Tokens
 
 SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
 DETERMINISTIC_SCORERS = tuple(s for s in SCORERS if s != 'random')
@@ -275,7 +276,8 @@ def stage_blocks(model: nn.Module) -> list[list[nn.Module]]:
 class BlockTrace:
     """Records input and output (B, N, C) and size (H, W) of every block of a model's forwards.
 
-    Tokens before the map (class token) and behind it (fused tokens) are left out.
+    Rows that stay packed from block to block are put in their places; those behind the map (class
+    token, fused tokens) are left out.
 
     Attributes:
         calls: ``calls[stage][block]`` = (input, output, (H, W)) of the last forward.
@@ -291,22 +293,26 @@ class BlockTrace:
     def _watch(self, block: nn.Module, s: int, b: int) -> list:
         before: list[Tensor] = []
 
-        def pre(_module, args, kwargs):
-            x = args[0] if args else kwargs['x']
+        def whole(x, args, carried):
+            height, width = map(int, args['hw_shape'])
+            tokens = Tokens(x, (height, width), carried.pack)
             # A copy, so that a block that writes into its input is found out.
-            before[:] = [x.detach().clone()]
+            return block.settled(tokens).detach()[:, : height * width].clone()
+
+        def named(args, kwargs):
+            return {
+                **dict(zip(('x', 'hw_shape', 'keep_ratio', 'carried'), args, strict=False)),
+                **kwargs,
+            }
+
+        def pre(_module, args, kwargs):
+            args = named(args, kwargs)
+            before[:] = [whole(args['x'], args, args.get('carried', Carried()))]
 
         def post(_module, args, kwargs, output):
-            out = output[0] if isinstance(output, (tuple, list)) else output
-            hw = args[1] if len(args) > 1 else kwargs['hw_shape']
-            height, width = int(hw[0]), int(hw[1])
-            first = getattr(block, 'num_prefix', 0)
-            tokens = slice(first, first + height * width)
-            self.calls[s][b] = (
-                before[0][:, tokens],
-                out.detach().clone()[:, tokens],
-                (height, width),
-            )
+            args = named(args, kwargs)
+            hw_shape = tuple(map(int, args['hw_shape']))
+            self.calls[s][b] = (before[0], whole(output[0], args, output[1]), hw_shape)
 
         return [
             block.register_forward_pre_hook(pre, with_kwargs=True),

@@ -14,13 +14,13 @@ def _same_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=['squeezed', 'static'])
-def each_window_path(request, monkeypatch):
+@pytest.fixture(params=['cpu', 'reference'])
+def each_window_path(request):
     """Runs a test twice: with the windows of the CPU, and with those of GPUs and compilers."""
-    if request.param == 'static':
-        from idlevit_mm.layers.window_attention import WindowMSA
+    from idlevit_mm.kernels import use_backend
 
-        monkeypatch.setattr(WindowMSA, 'squeezes', lambda self, qkv: False)
+    with use_backend(request.param):
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from backbone_zoo import BY_NAME, Variant, randomize
 from torch import nn
 
 FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls')
+# MiT is PVTv2 with other numbers.
+CASE_FAMILIES = tuple(name for name in FAMILY_NAMES if name != 'mit')
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,22 @@ class Case:
 
 def _cases() -> list[Case]:
     cases = []
-    for name in FAMILY_NAMES:
+    for name in CASE_FAMILIES:
         variant = BY_NAME[name]
         policies: dict[str, dict[str, Any]] = {}
         for scope in variant.scopes:
             policies[f'idlevit-{scope}'] = dict(type='IdleViT', scope=scope)
-            policies[f'idlevit-{scope}-learned'] = dict(
-                type='IdleViT', scope=scope, scorer='learned'
-            )
+            if scope != 'window_tokens':
+                policies[f'idlevit-{scope}-learned'] = dict(
+                    type='IdleViT', scope=scope, scorer='learned'
+                )
         policies['idlevit-context'] = dict(type='IdleViT', context='all')
         policies['idlevit-summary'] = dict(type='IdleViT', context='summary')
-        for fuse in (True, False):
-            policies[f'evit{"" if fuse else "-dropping"}'] = dict(type='EViT', fuse=fuse)
-        for representative in (True, False):
-            policies[f'evovit{"" if representative else "-passing"}'] = dict(
-                type='EvoViT', representative=representative
-            )
+        policies['evit'] = dict(type='EViT', fuse=True)
+        policies['evovit'] = dict(type='EvoViT', representative=True)
+        if name in ('swin', 'vit'):
+            policies['evit-dropping'] = dict(type='EViT', fuse=False)
+            policies['evovit-passing'] = dict(type='EvoViT', representative=False)
         if 'windows' in variant.scopes:
             policies['sparsevit'] = dict(type='SparseViT')
         if variant.has_class_token:
@@ -74,14 +77,23 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+BY_CASE = {case.name: case for case in CASES}
+# What each policy and scope does in windows, in reduced maps with a convolution, and with a class
+# token; the others are the same code with less.
+CORE = [
+    case
+    for case in CASES
+    if case.variant.name in ('swin', 'pvtv2', 'vit')
+    and case.name.split('-')[-1] not in ('learned', 'dropping', 'passing')
+]
 
 
-def each_case(*types: str, **options: Any) -> pytest.MarkDecorator:
-    """``parametrize`` over the cases of the given policies (default all) with these options."""
-    chosen = [
-        case
-        for case in CASES
-        if (not types or case.policy['type'] in types)
-        and all(case.policy.get(key, True) == value for key, value in options.items())
-    ]
+def each(cases: Iterable[Case | str]) -> pytest.MarkDecorator:
+    """``parametrize`` over cases, or their names."""
+    chosen = [case if isinstance(case, Case) else BY_CASE[case] for case in cases]
     return pytest.mark.parametrize('case', chosen, ids=[case.name for case in chosen])
+
+
+def each_case(*types: str) -> pytest.MarkDecorator:
+    """``parametrize`` over the cases of the given policies, by default of all."""
+    return each(case for case in CASES if not types or case.policy['type'] in types)

@@ -14,6 +14,9 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 
+from idlevit_mm.checkpoints import config_text
+from idlevit_mm.errors import UsageError
+
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
@@ -122,13 +125,29 @@ def test_det_inferencer(model_of, trained, scenes, noise, tmp_path):
             assert torch.equal(result.pred_instances.masks, instances.masks)
 
 
-def test_det_inferencer_from_the_checkpoint_alone(trained, noise):
-    """The config is in the checkpoint; this package has been imported by the test."""
+@pytest.mark.parametrize('task', NAMES)
+def test_inferencers_and_the_config_in_a_checkpoint(task, trained, noise, tmp_path):
+    """It does not run by itself; printed and named, it is used."""
     from mmdet.apis import DetInferencer
+    from mmseg.apis import MMSegInferencer
 
-    inferencer = DetInferencer(weights=trained['detection'], device='cpu')
-    assert type(inferencer.model.backbone).__name__ == 'IdleSwinTransformer'
-    assert len(inferencer(noise, no_save_vis=True)['predictions']) == 1
+    inferencer = {'detection': DetInferencer, 'segmentation': MMSegInferencer}[task]
+    checkpoint = torch.load(trained[task])
+    text = checkpoint['message_hub']['runtime_info']['cfg']
+    hostile = f"open({str(tmp_path / 'made')!r}, 'w')\n{text}"
+    checkpoint['message_hub']['runtime_info']['cfg'] = checkpoint['meta']['cfg'] = hostile
+    torch.save(checkpoint, tmp_path / 'hostile.pth')
+    for path in (trained[task], tmp_path / 'hostile.pth'):
+        with pytest.raises(UsageError, match=r'without a config.*print_config\.py'):
+            inferencer(None, str(path), device='cpu')
+    assert not (tmp_path / 'made').exists()
+
+    (tmp_path / 'config.py').write_text(config_text(trained[task]))
+    built = inferencer(str(tmp_path / 'config.py'), trained[task], device='cpu')
+    name = {'detection': 'IdleSwinTransformer', 'segmentation': 'IdlePyramidVisionTransformerV2'}
+    assert type(built.model.backbone).__name__ == name[task]
+    arguments = dict(no_save_vis=True) if task == 'detection' else {}
+    assert len(built(noise, **arguments)['predictions'])
 
 
 def test_seg_inferencer(model_of, trained, scenes, noise, tmp_path):

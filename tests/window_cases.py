@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from idlevit_mm.ops import WindowLayout, WindowPacking, pack_windows, window_layout
+from idlevit_mm.kernels.cpu.packing import WindowPacking, pack_windows
+from idlevit_mm.ops import WindowLayout, window_layout
 
 CPU = torch.device('cpu')
 
@@ -55,13 +56,13 @@ class Problem:
 
     def occupied(self) -> dict[tuple[int, int], list[int]]:
         """Slots that have a place, ascending, of each (image, window) that has any; L: summary."""
-        num_tokens, slots = len(self.layout.slot_ids), self.slots
+        slots = self.slots
         found = {}
         for image, active in enumerate(self.active.tolist()):
             chosen = set(active)
             for window, tokens in enumerate(self.layout.token_ids.tolist()):
                 mine = [slot for slot, token in enumerate(tokens) if token in chosen]
-                padding = [slot for slot, token in enumerate(tokens) if token == num_tokens]
+                padding = [slot for slot, token in enumerate(tokens) if token < 0]
                 idle = len(mine) + len(padding) < slots
                 summary = [slots] if self.summarised and idle else []
                 if mine or summary:
@@ -73,7 +74,7 @@ class Problem:
         if slot == self.slots:
             return image * self.rows + self.active.shape[1] + window
         token = int(self.layout.token_ids[window, slot])
-        if token == len(self.layout.slot_ids):
+        if token < 0:
             return None
         return image * self.rows + self.active[image].tolist().index(token)
 

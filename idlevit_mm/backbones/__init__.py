@@ -8,12 +8,3 @@ from .swin import IdleSwinTransformer
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
 from .vit import IdleVisionTransformer
-
-__all__ = [
-    'IdleBackbone',
-    'IdleMixVisionTransformer',
-    'IdlePyramidVisionTransformer',
-    'IdlePyramidVisionTransformerV2',
-    'IdleSwinTransformer',
-    'IdleVisionTransformer',
-]

@@ -152,6 +152,11 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
+        self.use_abs_pos_embed = use_abs_pos_embed
+        # Sides in pixels of the smallest map that each patch embedding takes.
+        self.least_sides = [
+            patch - 2 * padding for patch, padding in zip(patch_sizes, paddings, strict=True)
+        ]
         attention: dict[str, Any] = dict(
             attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias
         )
@@ -196,8 +201,9 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             patch_embed, blocks, norm = stage
-            x, hw_shape = patch_embed(_fit_patch(x, patch_embed.projection))
-            if isinstance(blocks[0], AbsolutePositionEmbedding):
+            side = self.least_sides[index]
+            x, hw_shape = patch_embed(pad_to(x, side, side))
+            if self.use_abs_pos_embed:
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, self.record_inputs)
             records.append(record)
@@ -266,12 +272,3 @@ class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
             use_conv_ffn=True,
             **kwargs,
         )
-
-
-def _fit_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
-    """Pad a map that is smaller than one patch to the size of one."""
-    height, width = (
-        kernel - 2 * padding
-        for kernel, padding in zip(projection.kernel_size, projection.padding, strict=True)
-    )
-    return pad_to(x, height, width)

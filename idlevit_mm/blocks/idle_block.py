@@ -1,11 +1,9 @@
 """The sequence of an idle block: look, plan, attention half, MLP half.
 
 Shape letters: B images, S rows of x (the map, then P class tokens, then what a policy has
-appended), N tokens of the map (H * W), T computed rows, R summaries of idle tokens, C channels, A
-heads.
+appended), N tokens of the map (hw_shape: H * W), T computed rows, R summaries of idle tokens, C
+channels, A heads.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -66,7 +64,7 @@ class IdleBlock(BaseModule, ABC):
 
         Args:
             x: (B, S, C), the tokens.
-            hw_shape: Height and width of the map in tokens.
+            hw_shape: (H, W).
             keep_ratio: Share of the units that is active; 1.0 is the dense block, without scoring
                 and gathering (unless the policy has taken tokens out of play before).
             carried: What the block before returned; ``START`` at the start of a stage.
@@ -93,17 +91,11 @@ class IdleBlock(BaseModule, ABC):
     def attend(
         self, tokens: Tokens, plan: Plan, keys: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention branch, norm included and identity left out.
+        """The attention branch (B, T + P + R, C), norm included and identity left out.
 
-        Args:
-            tokens: ``now`` attends; x is up to date where ``reads_map``, or the plan's keys are
-                all.
-            plan: What to do.
-            keys: (B, S, C), keys of all rows where scoring has computed them already.
-
-        Returns:
-            (B, T + P + R, C), and where the plan asks the attention of the class token to the
-            computed rows, mean over heads: (B, T).
+        And where the plan asks, the class token's attention to the computed rows, mean over heads:
+        (B, T). ``tokens.now`` attends; ``tokens.x`` is up to date where ``reads_map``, or the keys
+        of the plan are all. ``keys`` (B, S, C) are those of all rows, if scoring computed them.
         """
 
     @abstractmethod
@@ -115,25 +107,18 @@ class IdleBlock(BaseModule, ABC):
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
     def class_query(self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool) -> Any:
-        """Rank all tokens x (B, S, C) by the class token's query, in blocks that have one.
+        """Mean over heads of the class token's query times every key of x (B, S, C): (B, S).
 
-        Returns:
-            Mean over heads of the query times every key: (B, S), and the keys (B, S, C), or None
-            without ``with_keys``.
+        And the keys (B, S, C), or None without ``with_keys``.
         """
         raise NotImplementedError(f'{type(self).__name__} has no class token')
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of each token's attention that would go to active tokens, were none idle.
 
-        Args:
-            x: (B, S, C), all tokens as they enter the block.
-            hw_shape: Height and width of the map in tokens.
-            mask: (B, S), or (B, S, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``: sum over keys j of W_ij * mask_j, with W the softmax over j of
-            the head mean of the scaled logits.
+        Of x (B, S, C), all tokens as they enter the block, and a mask (B, S), or (B, S, V) for V at
+        once, 1 for active tokens. Of the shape of the mask: sum over keys j of W_ij * mask_j, with
+        W the softmax over j of the head mean of the scaled logits.
         """
         raise NotImplementedError(f'{type(self).__name__} does not implement kept_share')
 
@@ -154,19 +139,22 @@ class IdleBlock(BaseModule, ABC):
     def look(
         self, tokens: Tokens, keep_ratio: float, state: Any
     ) -> tuple[Tokens, Tensor | None, Tensor | None]:
-        """Score the map if the policy wants scores or the scorer is to learn.
+        """Scores of the map (B, N), if the policy wants them or the scorer is to learn.
 
-        Returns:
-            The tokens; scores (B, N), with gradient only if the scorer learns; and the keys of all
-            rows (B, S, C) if they were computed on the way, with gradient.
+        They have a gradient only if the scorer learns. And the keys of all rows (B, S, C), with
+        gradient, if they were computed on the way.
         """
         scorer = self.policy.scorer
         learns = scorer.learns and self.training
         if not learns and not self.policy.wants_scores(keep_ratio, state):
             return tokens, None, None
         tokens = Tokens(self.settled(tokens), tokens.hw_shape)
+        # Both depend on autocast, and so are asked for before it is switched off. Under it keys
+        # are not computed in the precision of scores.
+        x = ranking_precision(tokens.x, scorer.uses_weights)
+        with_keys = not site_of(tokens.x).autocast
         with full_precision(tokens.x):
-            seen, keys = self._seen(tokens)
+            seen, keys = self._seen(x, tokens.hw_shape, with_keys)
             with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
                 return tokens, scorer(seen), keys
 
@@ -291,15 +279,13 @@ class IdleBlock(BaseModule, ABC):
         width = self.ffn.feedforward_channels
         return backend_at(x).by_tokens(function, x, width, self.training)
 
-    def _seen(self, tokens: Tokens) -> tuple[Seen, Tensor | None]:
+    def _seen(
+        self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
+    ) -> tuple[Seen, Tensor | None]:
         """What the scorer needs, and the keys of all rows if they were computed on the way."""
-        scorer, hw_shape = self.policy.scorer, tokens.hw_shape
-        count = hw_shape[0] * hw_shape[1]
-        x = ranking_precision(tokens.x, scorer.uses_weights)
+        scorer, count = self.policy.scorer, hw_shape[0] * hw_shape[1]
         seen = x[:, :count] if self.num_class else x
         if scorer.NEEDS == 'class_query':
-            # Under autocast keys are not computed in the precision of scores.
-            with_keys = not site_of(tokens.x).autocast
             with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
                 query, keys = self.class_query(x, hw_shape, with_keys)
             return Seen(seen, hw_shape, class_query=query.detach()[:, :count]), keys
@@ -323,12 +309,9 @@ def straight_through(scores: Tensor, rows: Rows | None) -> Tensor:
 
 
 def gated(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    """Give the gate (B, K), whose value is 0, the gradient of scaling what the block has added.
+    """Rows after the block (B, T, C), and a gate whose value is 0 (B, K) for the first K of them.
 
-    Args:
-        before: (B, T, C), rows before the block; K <= T, the gate is for the first ones.
-        after: (B, T, C), rows after the block, whose values are returned.
-        gate: (B, K).
+    The gate gets the gradient of scaling what the block has added.
     """
     count = gate.shape[1]
     added = (after - before).detach()[:, :count]

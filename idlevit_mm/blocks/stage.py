@@ -4,8 +4,6 @@ Shape letters: B images, S rows (the map, then P class tokens, then what a polic
 channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ class StageRecord(NamedTuple):
         batch: Number of images.
         hw_shape: Height and width of the map in tokens.
         device: Where the map lies.
-        plans: For each block what it did.
+        plans: For each block what it did, less the weights of summaries and gates.
         num_class: P.
         inputs: For each block its input (B, S, C), in the autograd graph; None where the block was
             dense; empty unless asked for.
@@ -78,7 +76,8 @@ def run_blocks(
             before = block.settled(Tokens(x, hw_shape, carried.pack))
             x, carried = before, Carried(None, carried.plan, carried.state)
         x, carried = block(x, hw_shape, keep_ratio, carried)
-        plans.append(carried.plan)
+        # Gates and weights of summaries may hold the graph of the pass.
+        plans.append(carried.plan.but(summary=None, gate=None))
         if record_inputs:
             inputs.append(None if carried.plan.rows is None else before)
         if index in taps:

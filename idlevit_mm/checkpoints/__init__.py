@@ -2,7 +2,9 @@
 
 from .files import TIMM, check_target, is_local, read_checkpoint, read_weights, write_weights
 from .report import WeightsReport, compare, counted, of_policy, with_shapes
-from .safe_load import allow_mmengine_globals, load_checkpoint, strip_checkpoint
+from .safe_load import load_checkpoint, without_advice
+from .strip import config_text, strip_checkpoint
+from .ways import allow_mmengine_globals
 from .weights import BACKBONE, StateDict, split_backbone, unwrapped, weights_of
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     'allow_mmengine_globals',
     'check_target',
     'compare',
+    'config_text',
     'counted',
     'is_local',
     'load_checkpoint',
@@ -24,5 +27,6 @@ __all__ = [
     'unwrapped',
     'weights_of',
     'with_shapes',
+    'without_advice',
     'write_weights',
 ]

@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint
 import torch
@@ -25,8 +26,10 @@ from ..errors import BrokenCheckpointError, UsageError, one_line
 from .safe_load import (
     SAFETENSORS,
     load_checkpoint,
+    read,
     reading_error,
     safetensors_torch,
+    without_advice,
 )
 from .weights import StateDict, unwrapped, weights_of
 
@@ -147,7 +150,7 @@ def load_from_timm(filename: str, map_location: Any = None) -> StateDict:
     except Exception as error:
         raise UsageError(
             f'checkpoint {filename} cannot be fetched by timm ({type(error).__name__}: '
-            f'{one_line(error, 200)}). Without network, download the file of that model elsewhere '
+            f'{without_advice(error)}). Without network, download the file of that model elsewhere '
             'and name its path instead'
         ) from error
     return {key: value.to(map_location or 'cpu') for key, value in model.state_dict().items()}
@@ -181,18 +184,33 @@ def _check_timm_name(name: str, filename: str) -> None:
     raise UsageError(f'checkpoint {filename}: timm {timm.__version__} has {what}{hint}')
 
 
-def _download(url: str, *args: Any, **kwargs: Any) -> Any:
+def _download(
+    url: str,
+    model_dir: str | None = None,
+    map_location: Any = None,
+    progress: bool = True,
+    check_hash: bool = False,
+    file_name: str | None = None,
+) -> Any:
     """Stand in for the function with which mmengine downloads, whoever asks it to.
 
     ``load_from``, resuming, testing and other backbones read addresses through mmengine alone.
+    torch's own function unpacks archives with a single member into its cache, and reads the rest
+    by ``torch.load``; the file has its place in the cache here too.
     """
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / (file_name or Path(urlparse(url).path).name)
     with _fetching_safely(url):
-        return torch.hub.load_state_dict_from_url(url, *args, **kwargs)
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = torch.hub.HASH_REGEX.search(path.name) if check_hash else None
+            torch.hub.download_url_to_file(url, str(path), begun and begun.group(1), progress)
+        return read(path, map_location)
 
 
 @contextlib.contextmanager
 def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
-    """Make torch read safely where its caller forgets to ask, as torch.hub's downloads do.
+    """Make torch read safely where its caller forgets to ask, as loaders of others may.
 
     Raises:
         UsageError: As in ``read_checkpoint``.
@@ -209,7 +227,7 @@ def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
     except Exception as error:  # of the network, a storage's client, or the list of models
         raise UsageError(
             f'checkpoint {source} cannot be fetched '
-            f'({type(error).__name__}: {one_line(error, 200)})'
+            f'({type(error).__name__}: {without_advice(error)})'
         ) from error
     finally:
         for name, value in before.items():

@@ -23,7 +23,11 @@ def weights_of(checkpoint: Any) -> StateDict:
         return {}
     place = place_of_weights(checkpoint)
     weights = checkpoint[place] if place else checkpoint
-    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {
+        str(name): value
+        for name, value in weights.items()
+        if isinstance(name, (str, int)) and isinstance(value, Tensor)
+    }
 
 
 def unwrapped(weights: StateDict) -> StateDict:

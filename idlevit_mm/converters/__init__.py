@@ -4,21 +4,3 @@ from .convert import TARGETS, Converted, convert_file, convert_weights
 from .formats import OPENMMLAB, Format, all_formats, detect, format_of, known_format
 from .renaming import Conversion
 from .tables import Fitted, Size, fit_tables, in_tokens
-
-__all__ = [
-    'OPENMMLAB',
-    'TARGETS',
-    'Conversion',
-    'Converted',
-    'Fitted',
-    'Format',
-    'Size',
-    'all_formats',
-    'convert_file',
-    'convert_weights',
-    'detect',
-    'fit_tables',
-    'format_of',
-    'in_tokens',
-    'known_format',
-]

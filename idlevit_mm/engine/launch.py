@@ -27,7 +27,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint
+from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint, without_advice
 from ..errors import UnsafeCheckpointError, UsageError, one_line
 from .checks import (
     check_datasets,
@@ -52,6 +52,8 @@ _STARTED_BY = {
     'slurm': 'tools/slurm_train.sh, tools/slurm_test.sh or srun',
     'mpi': "Open MPI's mpirun",
 }
+# How mmengine's error begins when a run is resumed on more or fewer of them.
+_OTHER_GPUS = 'Number of GPUs used for current experiment'
 _PICKLES = ('.pkl', '.pickle')
 _FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
 
@@ -274,8 +276,8 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
         if not is_local(resume):
             return None
         checkpoint = load_checkpoint(resume)
-        meta = checkpoint.get('meta') or {}
-        if 'optimizer' not in checkpoint or 'iter' not in meta:
+        meta = checkpoint.get('meta')
+        if 'optimizer' not in checkpoint or not isinstance(meta, dict) or 'iter' not in meta:
             raise UsageError(
                 f'--resume {resume} holds weights only, not the state of a training. To start '
                 f'from its weights: --cfg-options load_from={resume}'
@@ -292,9 +294,9 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
     return load_checkpoint(start)
 
 
-def _take_seed(cfg: Config, seed: int | None) -> None:
+def _take_seed(cfg: Config, seed: Any) -> None:
     """Go on with the seed of the run, also where the config leaves the choice to chance."""
-    if seed is None:
+    if not isinstance(seed, int):
         return
     randomness = cfg.setdefault('randomness', ConfigDict())
     asked = randomness.get('seed')
@@ -393,11 +395,20 @@ def _refusing(call: Callable[[], Any]) -> Any:
     """Call, and name the remedy if a checkpoint from an address turns out to be unsafe."""
     try:
         return call()
+    except UsageError:
+        raise
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(
-            f'a checkpoint is refused: {one_line(error, 300)}. Download it, drop everything but '
+            f'a checkpoint is refused: {without_advice(error)}. Download it, drop everything but '
             'its weights (python tools/model_converters/strip_checkpoint.py FILE stripped.pth), '
             'and name that file in the config'
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith(_OTHER_GPUS):
+            raise
+        raise UsageError(
+            'the config in the checkpoint was run on another number of GPUs (gpu_ids), and the '
+            'learning rate would not fit: start as many processes, or add --auto-scale-lr'
         ) from error
 
 

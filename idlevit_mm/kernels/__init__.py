@@ -7,28 +7,3 @@ from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
 from .site import Site, exact, full_precision, ranking_precision, site_of
 from .slots import WindowCore, hide, region_mask
-
-__all__ = [
-    'BACKENDS',
-    'CPU',
-    'LINEAR',
-    'Reference',
-    'Site',
-    'WindowCore',
-    'all_plain',
-    'backend_at',
-    'backend_for',
-    'exact',
-    'full_precision',
-    'hide',
-    'is_plain',
-    'known_plain',
-    'put_rows',
-    'ranking_precision',
-    'region_mask',
-    'site_of',
-    'split_heads',
-    'take_rows',
-    'use_backend',
-    'why_not',
-]

@@ -1,7 +1,5 @@
 """Which backend computes: one list, one predicate, one answer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +9,9 @@ from .cpu import CPU
 from .reference import Reference
 from .site import Site, site_of
 
-# The first that can be taken is; the last one always can.
-BACKENDS: list[Reference] = [CPU(), Reference()]
+_REFERENCE = Reference()
+# The first that can be taken is; the reference always can.
+BACKENDS: list[Reference] = [CPU(), _REFERENCE]
 _forced: list[str] = []
 
 
@@ -23,7 +22,7 @@ def backend_for(site: Site) -> Reference:
             continue
         if not backend.why_not(site):
             return backend
-    return BACKENDS[-1]
+    return _REFERENCE
 
 
 def backend_at(x: Tensor) -> Reference:
@@ -48,9 +47,6 @@ def use_backend(name: str) -> Iterator[None]:
     """Take one backend alone, or the reference where it cannot be taken: for tests, benchmarks.
 
     For all threads of the process, and for what is compiled within.
-
-    Args:
-        name: Of a backend.
 
     Raises:
         ValueError: It is unknown.

@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T computed rows, C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import Rows
+from ..ops import Rows, to_map, to_tokens
 from .rows import fill_map, take_rows
 
 
@@ -21,8 +19,8 @@ def depthwise(
 ) -> Tensor:
     """Convolve all tokens (B, N, C) of a map by weight (C, 1, side, side)."""
     padding = weight.shape[-1] // 2
-    out = F.conv2d(_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
-    return out.flatten(2).transpose(1, 2)
+    out = F.conv2d(to_map(tokens, hw_shape), weight, bias, padding=padding, groups=len(weight))
+    return to_tokens(out)
 
 
 class ConvolveRows(torch.autograd.Function):
@@ -57,8 +55,8 @@ class ConvolveRows(torch.autograd.Function):
         grad_map = fill_map(torch.zeros_like(blank), num_tokens, rows, grad)
         channels, padding = len(weight), weight.shape[-1] // 2
         grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            _map(grad_map, hw_shape),
-            _map(canvas, hw_shape),
+            to_map(grad_map, hw_shape),
+            to_map(canvas, hw_shape),
             weight,
             [channels],
             stride=[1, 1],
@@ -69,13 +67,9 @@ class ConvolveRows(torch.autograd.Function):
             groups=channels,
             output_mask=[True, True, ctx.has_bias],
         )
-        grad_canvas = grad_canvas.flatten(2).transpose(1, 2)
+        grad_canvas = to_tokens(grad_canvas)
         grad_x = take_rows(grad_canvas, rows)
         grad_blank = None
         if ctx.needs_input_grad[1]:
             grad_blank = (grad_canvas.sum(1) - grad_x.sum(1))[:, None]
         return grad_x, grad_blank, grad_weight, grad_bias, None, None
-
-
-def _map(tokens: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-    return tokens.unflatten(1, hw_shape).permute(0, 3, 1, 2)

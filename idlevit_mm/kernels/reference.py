@@ -7,8 +7,6 @@ Shape letters: B images, N tokens of the map (H * W), T computed rows, R summari
 G groups, U units of a group, C channels, O channels out, A heads, K keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import Rows, on_device, window_layout
 from .convolution import ConvolveRows, depthwise
-from .rows import fill_map, put_rows, take_rows
+from .rows import put_rows, take_rows
 from .site import Site, site_of
 from .slots import WindowCore, attend_slots, attend_whole_windows
 
@@ -48,15 +46,7 @@ class Reference:
         return put_rows(x, rows, values)
 
     def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """The best units of each group, ascending.
-
-        Args:
-            scores: (B, G, U).
-            counts: How many units each of the G groups keeps.
-
-        Returns:
-            (B, sum of counts), numbers g * U + u.
-        """
+        """Numbers g * U + u of the best ``counts[g]`` units by scores (B, G, U), ascending in g."""
         _, groups, units = scores.shape
         most = max(counts)
         uneven = min(counts) < most
@@ -90,27 +80,16 @@ class Reference:
     def by_tokens(
         self, function: Callable[[Tensor], Tensor], x: Tensor, width: int, training: bool = False
     ) -> Tensor:
-        """Apply a function that treats each token of x (B, T, C) by itself, and may do so in parts.
+        """Apply a function of single tokens, (B, T, C) to (B, T, O), maybe in parts.
 
-        Args:
-            function: From (B, T, C) to (B, T, O).
-            x: The tokens.
-            width: Channels of the widest intermediate result.
-            training: Whether the function draws random numbers.
+        ``width`` is that of its widest intermediate result; in training it draws random numbers.
         """
         return function(x)
 
     def channel_parts(
         self, channels: int, pixels: int, x: Tensor, training: bool = False
     ) -> list[slice]:
-        """Cut hidden channels that do not depend on each other into parts, one after another.
-
-        Args:
-            channels: Number of hidden channels.
-            pixels: Number of pixels of all maps of the batch.
-            x: A tensor that lies where they will be.
-            training: Whether random numbers are drawn.
-        """
+        """Cut so many independent hidden channels of all pixels of a batch into parts, in order."""
         return [slice(0, channels)]
 
     def convolve(
@@ -122,15 +101,10 @@ class Reference:
         hw_shape: tuple[int, int],
         rows: Rows | None,
     ) -> Tensor:
-        """Depth-wise convolution of rows of a map.
+        """Depth-wise convolution of rows x (B, T, C) of a map by weight (C, 1, side, side).
 
-        Args:
-            x: (B, T, C), the rows; all N where ``rows`` is None.
-            blank: (B, 1, C), what stands in the other places; None for zeros.
-            weight: (C, 1, side, side).
-            bias: (C,) or None.
-            hw_shape: Height and width of the map in tokens.
-            rows: Which.
+        All rows are there where ``rows`` is None; else blank (B, 1, C), or zeros where it is None,
+        stand in the other places.
         """
         if rows is None:
             return depthwise(x, weight, bias, hw_shape)
@@ -140,10 +114,6 @@ class Reference:
         site = site_of(x)
         convolve = ConvolveRows.apply if site.grad and not site.traced else ConvolveRows.forward
         return convolve(x, blank, weight, bias, hw_shape, rows)
-
-    def fill(self, blank: Tensor, num_tokens: int, rows: Rows, values: Tensor) -> Tensor:
-        """A map of blank (B, 1, C) and rows of values (B, T, C): (B, N, C)."""
-        return fill_map(blank, num_tokens, rows, values)
 
     # Attention
 
@@ -163,17 +133,10 @@ class Reference:
         shift_size: int,
         rows: Rows | None,
     ) -> Tensor:
-        """Attention of packed tokens, and of a summary for each window behind them, in windows.
+        """Attention of packed tokens in windows: (B, T + R, 3 * C) to (B, T + R, C).
 
-        Args:
-            qkv: (B, T + R, 3 * C), R is the number of windows or 0.
-            core: What else is needed.
-            hw_shape: Height and width of the map in tokens.
-            shift_size: Cyclic shift of the windows in tokens.
-            rows: Which tokens of the map; None for all.
-
-        Returns:
-            (B, T + R, C).
+        Behind the tokens may be a summary for each window (R). All tokens of the map are there
+        where ``rows`` is None.
         """
         layout = window_layout(*hw_shape, core.window_size, shift_size, qkv.device)
         if rows is not None and rows.windows is not None:

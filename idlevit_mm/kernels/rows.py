@@ -3,8 +3,6 @@
 Shape letters: B images, S rows of x, C channels, T computed rows, N tokens of the map.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,10 +15,7 @@ from ..ops import Rows
 def take_rows(x: Tensor, rows: Rows, traced: bool = False) -> Tensor:
     """Gather rows of x (B, S, C): (B, T, C); those of padding are any and must not be used.
 
-    Args:
-        x: The sequence.
-        rows: Which.
-        traced: Whether a graph is recorded, which is to hold no function of our own.
+    A graph that is ``traced`` holds no function of our own.
     """
     own = torch.is_grad_enabled() and not traced
     take = _TakeRows.apply if own else _TakeRows.forward
@@ -29,15 +24,9 @@ def take_rows(x: Tensor, rows: Rows, traced: bool = False) -> Tensor:
 
 
 def put_rows(x: Tensor, rows: Rows, values: Tensor) -> Tensor:
-    """Copy the sequence with rows replaced; the inverse of ``take_rows``.
+    """Copy x (B, S, C) with rows replaced by values (B, T, C); the inverse of ``take_rows``.
 
-    Args:
-        x: (B, S, C).
-        rows: Which.
-        values: (B, T, C), new values; those of padding are dropped.
-
-    Returns:
-        (B, S, C), whose other rows are bit-identical to those of ``x``.
+    Values of padding are dropped; other rows are bit-identical to those of x.
     """
     flat = x.flatten(0, 1)
     written = F.pad(flat, (0, 0, 0, 1)) if rows.padded else flat

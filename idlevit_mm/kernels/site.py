@@ -1,7 +1,5 @@
 """Where code runs, and all that may decide how: the one place that asks."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 

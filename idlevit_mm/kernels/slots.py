@@ -47,14 +47,7 @@ def attend_slots(
 ) -> Tensor:
     """Attention of active tokens and of summaries among all windows of a map.
 
-    Args:
-        qkv: (B, T + R, 3 * C), R is M or 0.
-        core: What else is needed.
-        layout: The windows.
-        token_ids: (B, T), the active tokens; None if all are.
-
-    Returns:
-        (B, T + R, C).
+    (B, T + R, 3 * C) to (B, T + R, C), R is M or 0; ``token_ids`` (B, T) is None if all are active.
     """
     core = core.to(qkv.dtype)
     batch, _, channels = qkv.shape

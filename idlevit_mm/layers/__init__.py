@@ -1,5 +1,6 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
+from ..ops import pad_to, to_map, to_tokens
 from .ffn import FeedForward, MixFFN
 from .norm import LayerNorm2d
 from .patch import ConvStemEmbed, MergePatches
@@ -10,26 +11,5 @@ from .position import (
 )
 from .reduction_attention import SpatialReductionAttention
 from .self_attention import SelfAttention
-from .shape import pad_to, to_map, to_tokens
 from .share import cell_means, kept_share
 from .window_attention import ShiftWindowMSA, relative_position_index
-
-__all__ = [
-    'AbsolutePositionEmbedding',
-    'ConvStemEmbed',
-    'FeedForward',
-    'LayerNorm2d',
-    'MergePatches',
-    'MixFFN',
-    'SelfAttention',
-    'ShiftWindowMSA',
-    'SpatialReductionAttention',
-    'cell_means',
-    'kept_share',
-    'pad_to',
-    'relative_position_index',
-    'resize_position_table',
-    'resize_relative_position_table',
-    'to_map',
-    'to_tokens',
-]

@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T active tokens, K keys, C channels, A heads.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
@@ -14,31 +12,50 @@ from ..errors import SettingError
 from ..kernels import backend_at, exact, full_precision, is_plain, split_heads
 
 
-def mean_query_attention(
-    x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float
-) -> Tensor:
-    """Softmax over tokens of the logits between the mean token's query and every token's key.
+class Projections:
+    """Queries, keys and values by one layer, or parts of them by its weights alone."""
 
-    The key projection is folded into the query, so that it costs N * C * A instead of N * C ** 2;
-    the key bias adds the same to all tokens of a head and drops out of the softmax.
+    num_heads: int
+    scale: float
 
-    Args:
-        x: (B, N, C), normalised tokens.
-        qkv_weight: (3 * C, C), of which queries and keys are used.
-        qkv_bias: (3 * C,) or None.
-        num_heads: A.
-        scale: Factor of the logits.
+    def weights(self) -> tuple[Tensor, Tensor | None] | None:
+        """Those of queries, keys and values: (3 * C, C), and (3 * C,) or None.
 
-    Returns:
-        (B, A, N), each row sums to 1.
-    """
-    channels = x.shape[-1]
-    weight = qkv_weight.to(x.dtype)
-    bias = None if qkv_bias is None else qkv_bias[:channels].to(x.dtype)
-    query = F.linear(x.mean(dim=1), weight[:channels], bias).unflatten(-1, (num_heads, -1))
-    keys = weight[channels : 2 * channels].unflatten(0, (num_heads, -1))
-    folded = torch.einsum('bad,adc->bac', query * scale, keys)
-    return (folded @ x.transpose(1, 2)).softmax(dim=-1)
+        None in place of both where the layer is to be called, by ``projected``.
+        """
+        raise NotImplementedError
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values by the layer itself: (B, T, 3 * C)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
+        part = slice(first * x.shape[-1], last * x.shape[-1])
+        weights = self.weights()
+        if weights is None:
+            return self.projected(x)[..., part]
+        weight, bias = weights
+        return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
+
+    def mean_query_attention(self, x: Tensor) -> Tensor:
+        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N).
+
+        The key projection is folded into the query, so that it costs N * C * A instead of N * C **
+        2; the key bias adds the same to all tokens of a head and drops out of the softmax.
+        """
+        weights = self.weights()
+        if weights is None:
+            query = split_heads(self.project(x.mean(dim=1, keepdim=True), 0, 1), self.num_heads)
+            keys = split_heads(self.project(x, 1, 2), self.num_heads)
+            return (query * self.scale @ keys.transpose(-1, -2)).softmax(dim=-1).squeeze(2)
+        channels, weight, bias = x.shape[-1], weights[0].to(x.dtype), weights[1]
+        bias = None if bias is None else bias[:channels].to(x.dtype)
+        query = F.linear(x.mean(dim=1), weight[:channels], bias)
+        query = query.unflatten(-1, (self.num_heads, -1)) * self.scale
+        keys = weight[channels : 2 * channels].unflatten(0, (self.num_heads, -1))
+        folded = torch.einsum('bad,adc->bac', query, keys)
+        return (folded @ x.transpose(1, 2)).softmax(dim=-1)
 
 
 def row_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
@@ -52,7 +69,7 @@ def row_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
         return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 
-class PackedAttention(MultiheadAttention):
+class PackedAttention(Projections, MultiheadAttention):
     """Plain multi-head attention under mmcv's names, for packed tokens.
 
     Args:
@@ -85,7 +102,7 @@ class PackedAttention(MultiheadAttention):
         self.scale = (embed_dims // num_heads) ** -0.5
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        """Projection of queries, keys and values: (3 * C, C) and (3 * C,) or None.
+        """As in ``Projections``; also of an ``attn`` that is called as a module.
 
         Raises:
             SettingError: ``attn`` has been replaced by something without them.
@@ -97,12 +114,6 @@ class PackedAttention(MultiheadAttention):
                 'by queries and keys need; allowed: another scorer, or nn.MultiheadAttention'
             )
         return weight, self.attn.in_proj_bias
-
-    def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
-        part = slice(first * self.embed_dims, last * self.embed_dims)
-        weight, bias = self.weights()
-        return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
 
     def branch(
         self,
@@ -133,10 +144,6 @@ class PackedAttention(MultiheadAttention):
         else:
             out, row = self._called(x, x if context is None else context, ask)
         return self.dropout_layer(self.proj_drop(out)), row
-
-    def mean_query_attention(self, x: Tensor) -> Tensor:
-        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
-        return mean_query_attention(x, *self.weights(), self.num_heads, self.scale)
 
     def _projections(
         self, x: Tensor, context: Tensor | None, keys: Tensor | None

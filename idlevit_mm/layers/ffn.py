@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels.
 """
 
-from __future__ import annotations
-
 import torch
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import build_dropout
@@ -14,8 +12,7 @@ from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
 from ..kernels import all_plain, backend_at, is_plain, known_plain
-from ..ops import Rows
-from .shape import to_map, to_tokens
+from ..ops import Rows, to_map, to_tokens
 
 # Side of the kernels of the depth-wise convolution.
 _SIDE = 3
@@ -107,13 +104,9 @@ class MixFFN(BaseModule):
         self.dropout_layer = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor:
-        """Compute the branch, without the identity.
+        """The branch of active tokens (B, T, C), all N where ``rows`` is None, without identity.
 
-        Args:
-            x: (B, T, C), the active tokens; all N of them where ``rows`` is None; (B, T + 1, C)
-                with a summary of the idle tokens.
-            hw_shape: Height and width of the map in tokens.
-            rows: Which tokens of the map are active.
+        Behind them may be a summary of the idle ones: (B, T + 1, C).
         """
         return self.dropout_layer(self.layers(x, hw_shape, rows))
 

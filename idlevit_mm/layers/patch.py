@@ -11,7 +11,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..kernels import backend_at, is_plain
-from .shape import to_map, to_tokens
+from ..ops import to_map, to_tokens
 
 
 class MergePatches(PatchMerging):

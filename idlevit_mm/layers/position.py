@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from .shape import to_map, to_tokens
+from ..ops import to_map, to_tokens
 
 
 def resize_position_table(

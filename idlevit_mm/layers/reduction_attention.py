@@ -4,15 +4,13 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..ops import pad_to, to_map, to_tokens
 from .attention import PackedAttention
-from .shape import pad_to, to_map, to_tokens
 from .share import cell_means, kept_share
 
 
@@ -44,13 +42,7 @@ class SpatialReductionAttention(PackedAttention):
             self.norm = build_norm_layer(norm_cfg or dict(type='LN'), embed_dims)[1]
 
     def forward(self, queries: Tensor, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Compute the branch, without the identity.
-
-        Args:
-            queries: (B, T + R, C), the normalised active tokens and summaries.
-            x: (B, N, C), the normalised map.
-            hw_shape: Height and width of the map in tokens.
-        """
+        """The branch of normalised queries (B, T + R, C) among the normalised map x (B, N, C)."""
         return self.branch(queries, self.reduce(x, hw_shape))[0]
 
     def reduce(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -64,18 +56,10 @@ class SpatialReductionAttention(PackedAttention):
         return self.norm(to_tokens(cells))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of each token's attention that goes to active tokens.
+        """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens.
 
         Keys are cells: one is as active as the mean of its tokens. Tokens that the convolution
         leaves out because they fill no cell are no keys.
-
-        Args:
-            x: (B, N, C), normalised tokens.
-            hw_shape: Height and width of the map in tokens.
-            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``.
         """
         query = self.project(x, 0, 1)
         key = self.project(self.reduce(x, hw_shape), 1, 2)

@@ -3,8 +3,6 @@
 Shape letters: B images, S rows (the map, then class tokens), T computed rows, C channels.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .attention import PackedAttention
@@ -25,28 +23,15 @@ class SelfAttention(PackedAttention):
         return self.branch(x, context, keys, ask)
 
     def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Share of each token's attention that goes to active tokens.
-
-        Args:
-            x: (B, S, C), all tokens, normalised.
-            mask: (B, S), or (B, S, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``.
-        """
+        """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens."""
         query, key = self.project(x, 0, 2).chunk(2, dim=-1)
         return kept_share(query, key, mask, self.scale / self.num_heads)
 
     def class_query(self, x: Tensor, place: int, with_keys: bool) -> tuple[Tensor, Tensor | None]:
         """Mean over heads of one row's query times the key of each: (B, S), and the keys.
 
-        Without keys the key projection is folded with the query, for S * C instead of S * C ** 2
-        multiply-adds.
-
-        Args:
-            x: (B, S, C), all tokens, normalised.
-            place: Row of the class token.
-            with_keys: Whether to compute the keys (B, S, C) of all tokens.
+        Of all normalised tokens x (B, S, C). Without keys the key projection is folded with the
+        query, for S * C instead of S * C ** 2 multiply-adds.
         """
         query = self.project(x[:, place], 0, 1) / self.num_heads
         if with_keys:

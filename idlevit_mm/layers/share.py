@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shape import pad_to, to_map, to_tokens
+from ..ops import pad_to, to_map, to_tokens
 
 
 def kept_share(
@@ -49,16 +49,10 @@ def kept_share(
 
 
 def cell_means(mask: Tensor, hw_shape: tuple[int, int], side: int) -> Tensor:
-    """Mean of a mask over the cells of a convolution of kernel and stride ``side``.
+    """Mean of a mask (B, N, V) over the cells of a convolution of kernel and stride ``side``.
 
-    Args:
-        mask: (B, N, V).
-        hw_shape: Height and width of the map in tokens. Rows and columns that fill no cell are left
-            out; a map smaller than a cell is one cell of the tokens that are there.
-        side: r.
-
-    Returns:
-        (B, cells, V).
+    Rows and columns of the map that fill no cell are left out; a map smaller than a cell is one
+    cell of the tokens that are there.
     """
 
     def sums(tokens: Tensor) -> Tensor:

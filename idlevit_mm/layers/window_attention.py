@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,13 +12,13 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import LINEAR, WindowCore, backend_at, hide, is_plain, region_mask, split_heads
+from ..kernels import LINEAR, WindowCore, backend_at, hide, is_plain, region_mask
 from ..ops import Rows, WindowLayout, window_layout
-from .attention import mean_query_attention
+from .attention import Projections
 from .share import kept_share
 
 
-class WindowMSA(BaseModule):
+class WindowMSA(Projections, BaseModule):
     """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
 
     Args:
@@ -100,31 +98,22 @@ class WindowMSA(BaseModule):
             None if plain else self.attn_drop,
         )
 
-    def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Queries (0), keys (1) and values (2) from ``first`` up to ``last``, one after another."""
-        part = slice(first * x.shape[-1], last * x.shape[-1])
-        if not is_plain(self.qkv, *LINEAR):
-            return self.qkv(x)[..., part]
-        weight, bias = self.qkv.weight[part], self.qkv.bias
-        return backend_at(x).product(x, weight, None if bias is None else bias[part])
+    def weights(self) -> tuple[Tensor, Tensor | None] | None:
+        plain = is_plain(self.qkv, *LINEAR)
+        return (self.qkv.weight, self.qkv.bias) if plain else None
 
-    def mean_query_attention(self, x: Tensor) -> Tensor:
-        """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N)."""
-        if is_plain(self.qkv, *LINEAR):
-            weights = self.qkv.weight, self.qkv.bias
-            return mean_query_attention(x, *weights, self.num_heads, self.scale)
-        query, key = self.project(x.mean(dim=1, keepdim=True), 0, 1), self.project(x, 1, 2)
-        query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
-        return (query * self.scale @ key.transpose(-1, -2)).softmax(dim=-1).squeeze(2)
+    def projected(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
 
     def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
-        if not is_plain(self.qkv, *LINEAR):
+        weights = self.weights()
+        if weights is None:
             padded = any(side % self.window_size for side in hw_shape)
             zero = x.new_zeros(1, 1, x.shape[-1])
             return self.qkv(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
-        bias = self.qkv.bias
-        return self.qkv.weight.new_zeros(len(self.qkv.weight)) if bias is None else bias
+        weight, bias = weights
+        return weight.new_zeros(len(weight)) if bias is None else bias
 
     def _project_queries(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
         """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
@@ -181,25 +170,17 @@ class ShiftWindowMSA(BaseModule):
             x: (B, T, C), the normalised active tokens; all N of them where ``rows`` is None.
                 (B, T + M, C) with a summary of its idle tokens for each window of the layout: a
                 slot more without position bias, hidden as a key where no token is idle.
-            hw_shape: Height and width of the map in tokens.
+            hw_shape: (H, W).
             rows: Which tokens of the map are active, maybe whole windows.
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
         """
         return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of each token's attention that goes to active tokens of its window.
+        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
 
         Logits are those of the dense block: position bias added, other regions hidden. Padding
         slots are neither keys nor rows, since padding is neither active nor idle.
-
-        Args:
-            x: (B, N, C), normalised tokens.
-            hw_shape: Height and width of the map in tokens.
-            mask: (B, N), or (B, N, V) for V masks at once; 1 for active tokens.
-
-        Returns:
-            Of the shape of ``mask``.
         """
         layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
         query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)

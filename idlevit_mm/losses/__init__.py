@@ -5,15 +5,3 @@ from .capture import Step, captured
 from .distill import FeatureDistillation, LogitDistillation
 from .teacher import Teacher, Teachers
 from .token_cut import TokenCutLoss
-
-__all__ = [
-    'AuxiliaryLoss',
-    'FeatureDistillation',
-    'LogitDistillation',
-    'Step',
-    'Teacher',
-    'Teachers',
-    'TokenCutLoss',
-    'build_losses',
-    'captured',
-]

@@ -1,5 +1,3 @@
 """Necks that a one-scale backbone needs, registered in mmengine's root ``MODELS``."""
 
 from .simple_fpn import SimpleFeaturePyramid
-
-__all__ = ['SimpleFeaturePyramid']

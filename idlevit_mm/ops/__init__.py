@@ -11,16 +11,4 @@ from .geometry import (
     window_units,
 )
 from .rows import Rows, row_mask
-
-__all__ = [
-    'CACHED_TABLES',
-    'Rows',
-    'Units',
-    'WindowLayout',
-    'map_units',
-    'on_device',
-    'row_mask',
-    'window_layout',
-    'window_numbers',
-    'window_units',
-]
+from .shape import pad_to, to_map, to_tokens

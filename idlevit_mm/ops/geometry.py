@@ -7,17 +7,15 @@ A table holds ids of tokens, which are rows of the flat map; -1 is padding. Tabl
 sizes: the numbers are computed once for each size, and put on each device once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 # A table of a 200 x 336 map takes about 1 MiB and a detector meets many image sizes.
@@ -66,17 +64,9 @@ class Units(NamedTuple):
 def window_layout(
     height: int, width: int, window_size: int, shift_size: int, device: torch.device
 ) -> WindowLayout:
-    """Lay windows over a (height, width) map, padded bottom and right and shifted cyclically.
+    """Lay windows over a map, padded bottom and right and rolled up and left by ``shift_size``.
 
-    Args:
-        height: Rows of the map in tokens.
-        width: Columns of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Tokens by which the padded map is rolled up and left before it is partitioned.
-        device: Where the tables live.
-
-    Returns:
-        The tables; shared, so never write to them.
+    All sizes are in tokens. The tables are shared, so never write to them.
     """
     return on_device(window_numbers, (height, width, window_size, shift_size), device)
 
@@ -96,45 +86,28 @@ def window_units(
     whole: bool,
     device: torch.device,
 ) -> Units:
-    """Units from windows: the tokens of each window, or whole windows.
-
-    Args:
-        height: Rows of the map in tokens.
-        width: Columns of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-        whole: True: one group whose units are windows. False: one group for each window whose units
-            are its tokens.
-        device: Where the tables live.
-    """
+    """Units from windows: one group of whole windows, or a group for the tokens of each window."""
     return on_device(_window_units, (height, width, window_size, shift_size, whole), device)
 
 
 def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: torch.device) -> Any:
-    """The tables that a function computes in numpy, as tensors that every later call shares.
+    """The NamedTuple that a function makes of sizes, its arrays as tensors that all calls share.
 
     A table is made of numbers alone, whatever mode is on: one that was first wanted in inference
     mode is usable in training, and fake ones stay with the mode that asked for them.
-
-    Args:
-        numbers: From ``key`` to a NamedTuple, arrays of which become tensors.
-        key: Sizes.
-        device: Where the tables live.
     """
     fake = active_fake_mode()
-    if fake is None:
+    # What records a graph of fake tensors, as torch.export does, takes real ones as constants.
+    if fake is None or get_proxy_mode() is not None:
         return _shared(numbers, key, device)
-    tables = _FAKE.setdefault(fake, {})
-    place = numbers, key, device
+    # They refer to the mode, and go with it.
+    tables, place = vars(fake).setdefault('_idlevit_mm_tables', {}), (numbers, key, device)
     if place not in tables:
         real = _tensors(numbers(*key), torch.device('cpu'))
         tables[place] = type(real)(
             *(fake.from_tensor(x).to(device) if isinstance(x, Tensor) else x for x in real)
         )
     return tables[place]
-
-
-_FAKE: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @lru_cache(4 * CACHED_TABLES)

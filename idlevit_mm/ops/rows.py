@@ -6,8 +6,6 @@ the class tokens, then rows that a policy has appended. An id is a row number of
 Shape letters: B images, S rows of x, N tokens of the map, C channels, T computed rows, K windows.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

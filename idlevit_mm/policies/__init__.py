@@ -23,30 +23,3 @@ from .scorers import (
 )
 from .select import select_units, unit_scores
 from .sparsevit import SparseViT
-
-__all__ = [
-    'EVERYTHING',
-    'ActivationNorm',
-    'ClassAttention',
-    'ClassQuery',
-    'EViT',
-    'EvoViT',
-    'IdleViT',
-    'KeepRatios',
-    'Learned',
-    'MeanDistance',
-    'MeanQuery',
-    'Plan',
-    'Policy',
-    'Random',
-    'Regroup',
-    'Scorer',
-    'Seen',
-    'SparseViT',
-    'UniformGrid',
-    'build_policy',
-    'checked_ratio',
-    'normalize_keep_ratios',
-    'select_units',
-    'unit_scores',
-]

@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T rows in play.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -29,11 +27,9 @@ class EViT(Policy):
     between attention and MLP, and the fused token, sum of a_i x_i over those that leave (a the
     class attention, not renormalised), joins the sequence and competes later: the published
     algorithm. With other scorers tokens leave before the block; the fused token is the mean of all
-    tokens that have left, weighted by the scores they left with, is formed anew in each block from
-    their last features (in Swin one for each window), serves as query and key of the block and is
-    then dropped, because windows and maps have no place for it. In spatial-reduction attention
-    the keys are the whole map, with all that have left: there it is a query only, and stands in
-    their places in PVTv2's convolution; PVT has no use for it.
+    that have left, weighted by the scores they left with, is formed anew in each block (in Swin one
+    for each window), and is dropped after it. In spatial-reduction attention it is a query only,
+    and stands in their places in PVTv2's convolution; PVT has no use for it.
 
     Args:
         fuse: Whether there is a fused token.

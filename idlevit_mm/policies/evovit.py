@@ -3,8 +3,6 @@
 Shape letters: B images, N tokens of the map (H * W), T rows in play, K informative tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +28,8 @@ class EvoViT(Policy):
     With the scorer ``class_attention``, the default where there is a class token, a is the class
     attention of each block, mean over heads: the published algorithm. With other scorers a is the
     score of the tokens that enter the block, divided by their sum; g starts anew in each stage and
-    stays as it is in dense blocks, which do not score.
-    In Swin every window has a representative of its own placeholders, a slot more without position
-    bias; in spatial-reduction attention there is one for the map, which is a query only, because
-    the placeholders are in the reduced map already.
+    stays as it is in dense blocks, which do not score. In Swin every window has a representative of
+    its own placeholders; in spatial-reduction attention there is one for the map, a query only.
 
     Args:
         alpha: Weight of the new attention.

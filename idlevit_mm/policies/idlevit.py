@@ -1,7 +1,5 @@
 """IdleViT: the best units are active, idle ones pass through unchanged (arXiv 2310.05654)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -6,8 +6,6 @@ forward passes. The last plan and a *state* of its own are handed from block to 
 Shape letters: B images, N tokens of the map (H * W), T rows in play.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -97,12 +95,7 @@ class Policy(nn.Module, ABC):
             )
 
     def wants_scores(self, keep_ratio: float, state: Any) -> bool:
-        """Whether ``plan`` needs scores of the tokens as they enter the block.
-
-        Args:
-            keep_ratio: Share of the units that is active, in (0, 1].
-            state: As for ``plan``.
-        """
+        """Whether ``plan`` needs scores of the tokens as they enter the block."""
         return keep_ratio < 1.0 and self.scorer.NEEDS != 'class_attention'
 
     @abstractmethod
@@ -125,26 +118,15 @@ class Policy(nn.Module, ABC):
     def between(
         self, attention: Tensor, plan: Plan, keep_ratio: float, state: Any
     ) -> tuple[Regroup | None, Any]:
-        """Use the attention of the class token, after the attention of a block and before its MLP.
+        """Say what happens to the rows before the MLP of a block, None for nothing; and the state.
 
-        Called only where the plan asks.
-
-        Args:
-            attention: (B, T), what the class token pays to each computed row, mean over heads.
-            plan: What the block does.
-            keep_ratio: Share of the units that is active, in (0, 1].
-            state: What ``plan`` returned.
-
-        Returns:
-            What happens to the rows, None for nothing, and what to remember until the next block.
+        Called only where the plan asks. ``attention`` (B, T) is what the class token has paid to
+        each computed row, mean over heads.
         """
         raise NotImplementedError(f'{type(self).__name__} chooses before attention')
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
-        """Refuse ratios that this policy cannot follow.
-
-        Args:
-            keep_ratios: One list per stage with one ratio per block.
+        """Refuse ratios, a list per stage with one per block, that this policy cannot follow.
 
         Raises:
             ValueError: The ratios of a stage do not fit the policy.
@@ -167,9 +149,9 @@ def build_policy(
     Args:
         policy: None for the default, the name of a registered policy, or a dict with its arguments
             and optionally its ``type``.
-        embed_dims: Channels of the tokens.
-        scopes: Scopes that the block can compute.
-        class_token: Whether the block has a class token.
+        embed_dims: As for ``Policy``.
+        scopes: As for ``Policy``.
+        class_token: As for ``Policy``.
 
     Raises:
         TypeError: The policy or its scorer does not take an argument given to it.

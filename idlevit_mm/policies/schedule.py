@@ -55,11 +55,7 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
 
 
 def checked_ratio(value: Any, subject: str) -> float:
-    """Return a keep ratio as a float.
-
-    Args:
-        value: What should be a number in (0, 1].
-        subject: Beginning of the error, such as ``'low is'``; the value follows.
+    """Return a keep ratio as a float; errors begin with ``subject``, such as ``'low is'``.
 
     Raises:
         TypeError: The value is no number.

@@ -7,8 +7,6 @@ names what it needs to see, and the block computes that and nothing else.
 Scores must not be negative where a policy makes summaries of idle tokens (EViT, Evo-ViT).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple

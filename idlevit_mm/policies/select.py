@@ -4,8 +4,6 @@ Shape letters: B images, N tokens of the map, G groups, U units of a group, S to
 units that are kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -29,15 +27,9 @@ def num_active(keep_ratio: float, num_units: int, rounding: str = 'nearest') -> 
 
 
 def unit_scores(scores: Tensor, units: Units, reduction: str = 'mean') -> Tensor:
-    """Score of a unit: the mean over its tokens, or their L2 norm.
+    """Score of a unit: the ``mean`` of its tokens' (B, N), or their ``l2`` norm: (B, G, U).
 
-    Args:
-        scores: (B, N).
-        units: Units of the map.
-        reduction: ``mean`` or ``l2``; padding counts for neither.
-
-    Returns:
-        (B, G, U); minus infinity for units that are all padding.
+    Padding counts for neither; units that are all padding have minus infinity.
     """
     if units.in_order:
         return scores[:, None, :]
@@ -59,11 +51,8 @@ def select_units(
 ) -> Rows:
     """The tokens of the best ``num_active`` units of every group, ascending within a group.
 
-    Args:
-        scores: (B, G, U), minus infinity for units that are all padding.
-        units: Units of the map.
-        keep_ratio: Share of the valid units that is active, in (0, 1].
-        rounding: How the number of active units is rounded; one of ``ROUNDINGS``.
+    ``scores`` (B, G, U) are those of ``unit_scores``; the ratio is that of the units that hold a
+    token.
     """
     counts = tuple(num_active(keep_ratio, valid, rounding) for valid in units.valid)
     chosen = backend_at(scores).best(scores, counts)

@@ -1,7 +1,5 @@
 """SparseViT: the windows with the strongest activations are active (arXiv 2303.17605)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

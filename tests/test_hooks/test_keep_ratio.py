@@ -62,7 +62,7 @@ class Seen(Hook):
         hub = runner.message_hub
         self.logged[runner.iter] = hub.get_scalar('train/keep_ratio').current()
         for record, ratios in zip(model.backbones[0].records, model.ratios, strict=True):
-            idled = [selection is not None for selection in record.selections]
+            idled = [plan.rows is not None for plan in record.plans]
             assert idled == [ratio < 1.0 for ratio in ratios]
         if runner.iter + 1 == self.stop:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What holds for every policy on every family."""
+"""What holds for every policy, each where it acts; the rules themselves are in ``test_pure``."""
 
 import copy
 import pickle
@@ -13,13 +13,16 @@ from backbone_zoo import (
     image,
     stage_blocks,
 )
-from policy_cases import CASES, Case, each_case
+from policy_cases import BY_CASE, CASES, CORE, Case, each, each_case
 from torch import nn
 
+from idlevit_mm.blocks import Carried, Tokens
 from idlevit_mm.registry import POLICIES
 
 ODD = (3, 3, 45, 58)
 SIZES = [ODD, (1, 3, 4, 40), (3, 3, 40, 4), (1, 3, 4, 4)]
+# One case of each family.
+ONE = [name for name in BY_CASE if name.endswith('idlevit-map')]
 
 
 def test_every_registered_policy_has_a_case():
@@ -27,6 +30,13 @@ def test_every_registered_policy_has_a_case():
         name for name, cls in POLICIES.module_dict.items() if 'idlevit_mm' in cls.__module__
     }
     assert {case.policy['type'] for case in CASES} == published
+    assert {case.policy['type'] for case in CORE} == published
+
+
+def test_cases_are_named_apart():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) > 30
+    assert all(isinstance(case, Case) for case in CASES)
 
 
 @each_case()
@@ -42,7 +52,11 @@ def test_shapes_and_finite_values(case):
             assert len(stage) == len(blocks)
 
 
-@each_case()
+@each(
+    case
+    for case in CASES
+    if case.variant.name != 'vit-no-cls' and case.name.split('-')[-1] not in ('dropping', 'passing')
+)
 def test_every_parameter_gets_a_gradient(case):
     """Distributed training refuses parameters without one; at 1.0 too."""
     for keep in (case.ratios(), 1.0, case.ratios(1e-4)):
@@ -55,19 +69,27 @@ def test_every_parameter_gets_a_gradient(case):
                 assert grad.abs().max() > 0, f'{name} has only zero gradients'
 
 
-@each_case()
-@pytest.mark.parametrize('train', [False, True])
-def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case, train):
-    model = case.build(1.0, drop_path_rate=0.0).train(train)
-    dense = case.variant.build(drop_path_rate=0.0).train(train)
+@each(
+    [
+        *ONE, 'swin-idlevit-map-learned', 'vit-idlevit-map-learned', 'swin-sparsevit',
+        'swin-idlevit-context', 'swin-evit', 'pvtv2-evit', 'vit-evit', 'swin-evovit',
+        'pvtv2-evovit', 'vit-evovit',
+    ]
+)  # fmt: skip
+def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case):
+    model = case.build(1.0, drop_path_rate=0.0)
+    dense = case.variant.build(drop_path_rate=0.0)
     dense.load_state_dict(model.state_dict(), strict='learned' not in case.name)
-    for size in SIZES:
-        for a, b in zip(model(image(size)), dense(image(size)), strict=True):
-            assert torch.equal(a, b)
-        assert all(mask.all() for stage in model.keep_masks for mask in stage)
+    for train in (False, True):
+        model.train(train)
+        dense.train(train)
+        for size in SIZES:
+            for a, b in zip(model(image(size)), dense(image(size)), strict=True):
+                assert torch.equal(a, b)
+            assert all(mask.all() for stage in model.keep_masks for mask in stage)
 
 
-@each_case()
+@each(CORE)
 def test_all_tokens_active_equals_the_dense_backbone(case):
     """A ratio just below 1 is no jump: a summary of no token changes nothing."""
     model = case.build(case.ratios(0.9999)).double()
@@ -79,7 +101,7 @@ def test_all_tokens_active_equals_the_dense_backbone(case):
         assert_close(a, b, 1e-10)
 
 
-@each_case()
+@each(CORE)
 def test_checkpointing_changes_nothing(case):
     options = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
     results = []
@@ -94,23 +116,32 @@ def test_checkpointing_changes_nothing(case):
         assert torch.equal(a, b)
 
 
-@each_case()
+@torch.no_grad()
+@each(CORE)
 def test_image_does_not_depend_on_its_batch(case):
     model = case.build()
     x = image(ODD)
     x[1] *= 4
-    with torch.no_grad():
-        together, masks = model(x), sum(model.keep_masks, [])
-        for i in range(3):
-            alone = model(x[i : i + 1])
-            for a, b in zip(sum(model.keep_masks, []), masks, strict=True):
-                assert torch.equal(a[0], b[i])
-            for a, b in zip(alone, together, strict=True):
-                assert_close(a[0], b[i], 1e-5)
+    together, masks = model(x), sum(model.keep_masks, [])
+    for i in range(3):
+        alone = model(x[i : i + 1])
+        for a, b in zip(sum(model.keep_masks, []), masks, strict=True):
+            assert torch.equal(a[0], b[i])
+        for a, b in zip(alone, together, strict=True):
+            assert_close(a[0], b[i], 1e-5)
 
 
-@each_case()
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+AUTOCAST = [(case, torch.bfloat16) for case in CORE] + [
+    (BY_CASE[name], torch.float16)
+    for name in (
+        'swin-evovit', 'pvt-evit', 'pvtv2-idlevit-map-learned', 'vit-evit', 'vit-no-cls-evovit',
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('case', 'dtype'), AUTOCAST, ids=[f'{case.name}-{str(dtype)[6:]}' for case, dtype in AUTOCAST]
+)
 def test_autocast(case, dtype):
     model = case.build(drop_path_rate=0.0).train()
     x = image(ODD)
@@ -123,34 +154,24 @@ def test_autocast(case, dtype):
         assert p.grad.isfinite().all(), name
 
 
-@each_case()
+@each(
+    [
+        'swin-idlevit-map', 'swin-idlevit-summary', 'swin-evit', 'swin-evovit', 'swin-sparsevit',
+        'vit-idlevit-map', 'vit-evit-norm', 'vit-evovit-norm', 'pvtv2-idlevit-summary',
+    ]
+)  # fmt: skip
 def test_autocast_ranks_in_float32(case):
     """A block ranks what enters it as it would without autocast."""
-    if case.by_class_attention:
-        pytest.skip('ranks by its attention, whose inputs autocast rounds')
     model = case.build()
-    block, memory = stage_blocks(model)[0][-1], None
-    block.policy.plan, plans = _recorded(block.policy.plan)
+    block = stage_blocks(model)[0][-1]
     x, hw = tokens_for(case, block, (9, 11))
-    block(x, hw, 0.6, memory)
+    exact = block(x, hw, 0.6)[1].plan
     with torch.autocast('cpu', torch.bfloat16):
-        block(x, hw, 0.6, memory)
-    exact, rounded = plans
-    assert torch.equal(exact.selection.token_ids, rounded.selection.token_ids)
-    if exact.idle_weights is not None:
+        rounded = block(x, hw, 0.6)[1].plan
+    assert torch.equal(exact.rows.ids, rounded.rows.ids)
+    if exact.summary is not None:
         # The class token's query is folded with the keys there: other roundings.
-        assert_close(rounded.idle_weights, exact.idle_weights, 1e-6)
-
-
-def _recorded(plan):
-    plans = []
-
-    def wrapper(*args, **kwargs):
-        result = plan(*args, **kwargs)
-        plans.append(result[0])
-        return result
-
-    return wrapper, plans
+        assert_close(rounded.summary, exact.summary, 1e-6)
 
 
 def tokens_for(case, block, hw, batch=2, dtype=torch.float32):
@@ -162,44 +183,60 @@ def tokens_for(case, block, hw, batch=2, dtype=torch.float32):
     return x.to(dtype), hw
 
 
-PLAIN = [case for case in CASES if case.name.split('-')[-1] in ('map', 'evovit')]
 SCORERS = (
     None, 'mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid', 'learned',
 )  # fmt: skip
+PRECISIONS = [
+    *(('swin-idlevit-map', scorer, torch.bfloat16) for scorer in SCORERS),
+    *(('vit-idlevit-map', scorer, torch.float16) for scorer in SCORERS),
+    *((name, None, torch.float16) for name in BY_CASE if name.endswith('evovit')),
+    ('vit-evit', None, torch.bfloat16),
+]
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('scorer', SCORERS)
-@pytest.mark.parametrize('case', PLAIN, ids=[case.name for case in PLAIN])
-def test_whole_model_in_another_precision(case, scorer, dtype):
-    if scorer == 'learned' and case.policy['type'] != 'IdleViT':
-        pytest.skip('no gradient for it')
+@pytest.mark.parametrize(('name', 'scorer', 'dtype'), PRECISIONS)
+def test_whole_model_in_another_precision(name, scorer, dtype):
     policy = {} if scorer is None else dict(scorer=scorer)
-    model = case.build(policy=policy).to(dtype)
+    model = BY_CASE[name].build(policy=policy).to(dtype)
     outs = model(image((1, 3, 45, 58), dtype=dtype))
     assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
 
 
-@each_case()
+@each(CORE)
 def test_gradients_of_one_block(case):
     """Numerical against analytical, with ranks and weights that do not depend on the input."""
     policy = {} if case.by_class_attention else dict(scorer='uniform_grid')
     model = case.build(policy=policy).double()
     block = stage_blocks(model)[0][-1]
     x, hw = tokens_for(case, block, (3, 5), batch=2, dtype=torch.float64)
-    memory = block(x, hw, 1.0)[2] if case.by_class_attention else None
-    memory = memory.detach() if isinstance(memory, torch.Tensor) else memory
+    state = block(x, hw, 1.0)[1].state if case.by_class_attention else None
+    state = state.detach() if isinstance(state, torch.Tensor) else state
     names = [name for name, _ in block.named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in block.parameters())
 
+    class Settled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            x, carried = self.block(x, hw, 0.5, Carried(state=state))
+            return settled(self.block, x, hw, carried)
+
+    whole = Settled()
+
     def forward(x, *values):
-        parameters = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(block, parameters, (x, hw, 0.5, memory))[0]
+        parameters = {f'block.{n}': value for n, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(whole, parameters, (x,))
 
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values), fast_mode=True)
 
 
-@each_case()
+def settled(block, x, hw, carried):
+    return block.settled(Tokens(x, hw, carried.pack))
+
+
+@each(ONE)
 def test_dense_backbone_runs_on_the_meta_device(case):
     """Operations of a dense backbone are counted there."""
     model = case.build(1.0).to('meta')
@@ -214,43 +251,39 @@ def passing(case):
     return case.policy['type'] != 'EvoViT' or not case.policy.get('representative', True)
 
 
-@each_case()
-@pytest.mark.parametrize('train', [False, True])
-def test_idle_rows_are_bit_identical(case, train):
-    if not passing(case):
-        pytest.skip('idle tokens follow their representative')
-    model = case.build(drop_rate=0.1, drop_path_rate=0.2).train(train)
-    with BlockTrace(model) as trace:
-        model(image(ODD))
-    some_idle = False
-    for s, stage in enumerate(model.keep_masks):
-        for b, mask in enumerate(stage):
-            x, out, _ = trace.calls[s][b]
-            idle = ~mask.flatten(1)
-            if case.by_class_attention and case.policy['type'] == 'EViT' and b:
-                # Those that leave in this block still have what its attention added.
-                idle &= ~model.keep_masks[s][b - 1].flatten(1)
-            some_idle |= bool(idle.any())
-            assert torch.equal(out[idle], x[idle])
-            if not train:
-                moved = (out != x).any(-1)
-                assert moved[mask.flatten(1)].all()
-    assert some_idle
+@each(
+    case
+    for case in CASES
+    if passing(case) and (case.variant.name in ('swin', 'vit') or 'learned' not in case.name)
+)
+def test_idle_rows_are_bit_identical(case):
+    for train in (False, True):
+        model = case.build(drop_rate=0.1, drop_path_rate=0.2).train(train)
+        with BlockTrace(model) as trace:
+            model(image(ODD))
+        some_idle = False
+        for s, stage in enumerate(model.keep_masks):
+            for b, mask in enumerate(stage):
+                x, out, _ = trace.calls[s][b]
+                idle = ~mask.flatten(1)
+                if case.by_class_attention and case.policy['type'] == 'EViT' and b:
+                    # Those that leave in this block still have what its attention added.
+                    idle &= ~model.keep_masks[s][b - 1].flatten(1)
+                some_idle |= bool(idle.any())
+                assert torch.equal(out[idle], x[idle])
+                if not train:
+                    moved = (out != x).any(-1)
+                    assert moved[mask.flatten(1)].all()
+        assert some_idle
 
 
-COMPILED = [
-    case for case in CASES if case.name in ('swin-evit', 'swin-evovit', 'vit-evit', 'vit-evovit')
-]  # IdleViT: tests/test_backbones/test_running.py
-
-
-@pytest.mark.parametrize('case', COMPILED, ids=[case.name for case in COMPILED])
+# IdleViT: tests/test_backbones/test_running.py
+@each(['swin-evovit', 'vit-evit', 'vit-evovit'])
 def test_compiled_equals_eager(case):
     torch._dynamo.reset()
     options = dict(num_layers=2, out_indices=(1,))
     if case.variant.is_swin:
-        # Compiling takes long: the shifted block and memory are compiled for Evo-ViT alone.
-        depths = (2,) if case.policy['type'] == 'EvoViT' else (1,)
-        options = dict(depths=depths, num_heads=(2,), strides=(4,), out_indices=(0,))
+        options = dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
     keep = [[1.0, 0.5]] if case.variant.is_vit else 0.5
     model = case.build(keep, **options)
     compiled = torch.compile(model, backend='aot_eager')
@@ -263,7 +296,7 @@ def test_compiled_equals_eager(case):
                 assert torch.equal(a, b)
 
 
-@each_case()
+@each(['swin-sparsevit', 'pvt-evit', 'vit-evovit', 'vit-idlevit-map-learned'])
 def test_copies_after_a_training_forward(case):
     model = case.build().train()
     x = image((1, 3, 45, 58))
@@ -278,29 +311,35 @@ def test_copies_after_a_training_forward(case):
         assert model.keep_ratios == case.ratios()
 
 
-@each_case()
+@torch.no_grad()
+@each(['swin-sparsevit', 'pvt-evit', 'pvtv2-idlevit-summary', 'vit-evovit', 'vit-no-cls-evit'])
 def test_setting_acts_on_the_next_forward(case):
     model = case.build()
     x = image((2, 3, 45, 58))
-    with torch.no_grad():
-        before, masks = model(x), sum(model.keep_masks, [])
-        model.set_keep_ratios(case.ratios(0.2))
-        few = model(x)
-        assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
-        model.set_keep_ratios(case.ratios())
-        after = model(x)
+    before, masks = model(x), sum(model.keep_masks, [])
+    model.set_keep_ratios(case.ratios(0.2))
+    few = model(x)
+    assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
+    model.set_keep_ratios(case.ratios())
+    after = model(x)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not torch.equal(before[-1], few[-1])
 
 
-@each_case()
+STATEFUL = [
+    'swin-sparsevit', 'swin-evit', 'swin-evovit', 'pvtv2-evit', 'pvtv2-evovit', 'vit-evit',
+    'vit-evovit', 'vit-evit-norm', 'vit-evovit-norm',
+]  # fmt: skip
+
+
+@torch.no_grad()
+@each(STATEFUL)
 def test_stages_and_forwards_share_no_memory(case):
     """An image before this one, of whatever size, leaves no trace."""
     model, fresh = case.build(), case.build()
-    with torch.no_grad():
-        model(image((2, 3, 61, 33), seed=9))
-        for a, b in zip(model(image(ODD)), fresh(image(ODD)), strict=True):
-            assert torch.equal(a, b)
+    model(image((2, 3, 61, 33), seed=9))
+    for a, b in zip(model(image(ODD)), fresh(image(ODD)), strict=True):
+        assert torch.equal(a, b)
 
 
 class Twice(nn.Module):
@@ -314,7 +353,7 @@ class Twice(nn.Module):
         return [a + b for a, b in zip(self.backbone(x), self.backbone(x.flip(-1)), strict=True)]
 
 
-@each_case('EViT', 'EvoViT', 'SparseViT')
+@each(STATEFUL)
 def test_two_forwards_before_one_backward(case):
     model = case.build(with_cp=True, drop_path_rate=0.0).double().train()
     x = image((1, 3, 45, 58), dtype=torch.float64)
@@ -324,9 +363,3 @@ def test_two_forwards_before_one_backward(case):
     second['input'] = second['input'].flip(-1)
     both = {key.removeprefix('backbone.'): grad for key, grad in both.items()}
     assert_same_gradients(both, {key: grad + second[key] for key, grad in first.items()}, 1e-9)
-
-
-def test_cases_are_named_apart():
-    names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) > 30
-    assert all(isinstance(case, Case) for case in CASES)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import FAMILY_NAMES
 
-from idlevit_mm.ops import best_places, map_units, num_active, unit_scores, window_units
+from idlevit_mm.ops import map_units, window_units
 from idlevit_mm.policies import ClassAttention, ClassQuery, EViT, MeanDistance, build_policy
-from idlevit_mm.policies.policy import positive
+from idlevit_mm.policies.select import best_places, num_active, unit_scores
 from idlevit_mm.registry import POLICIES, SCORERS
 
 QUICK = settings(deadline=None, max_examples=40, derandomize=True)
@@ -22,26 +22,26 @@ def first_policy(model):
 
 
 @pytest.mark.parametrize('name', FAMILY_NAMES)
-@pytest.mark.parametrize('policy', ['IdleViT', 'EViT', 'EvoViT'])
-def test_default_scorers(name, policy):
+def test_default_scorers(name):
     variant = BY_NAME[name]
-    built = first_policy(variant.build(policy=dict(type=policy)))
-    want = MeanDistance
-    if variant.has_class_token:
-        want = ClassQuery if policy == 'IdleViT' else ClassAttention
-    assert type(built.scorer) is want
-    assert built.scope == 'map'
-    assert built.rounding == ('ceil' if policy == 'EViT' else 'nearest')
+    for policy in ('IdleViT', 'EViT', 'EvoViT'):
+        built = first_policy(variant.build(policy=dict(type=policy)))
+        want = MeanDistance
+        if variant.has_class_token:
+            want = ClassQuery if policy == 'IdleViT' else ClassAttention
+        assert type(built.scorer) is want
+        assert built.scope == 'map'
+        assert built.rounding == ('ceil' if policy == 'EViT' else 'nearest')
 
 
-@parametrize()
 @pytest.mark.parametrize('policy', [None, {}, 'IdleViT', dict(type='IdleViT'), dict(scope=None)])
-def test_default_policy(variant, policy):
-    assert type(first_policy(variant.build(policy=policy))).__name__ == 'IdleViT'
+def test_default_policy(policy):
+    assert type(build_policy(policy, 8, ('map',))).__name__ == 'IdleViT'
 
 
 @parametrize()
-def test_policy_by_name_alone(variant):
+def test_policies_of_a_family(variant):
+    assert type(first_policy(variant.build())).__name__ == 'IdleViT'
     assert isinstance(first_policy(variant.build(policy='EViT')), EViT)
 
 
@@ -68,24 +68,41 @@ WRONG = {
 }
 
 
-@parametrize()
-@pytest.mark.parametrize('name', WRONG)
-def test_wrong_policies_are_refused(variant, name):
-    policy, words = WRONG[name]
+def refusal(build):
     with pytest.raises((ValueError, TypeError)) as error:
-        variant.build(keep_ratios=0.5, policy=policy)
+        build()
     message = str(error.value)
+    assert '\n' not in message
+    return message
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong_policies_are_refused(name):
+    policy, words = WRONG[name]
+    message = refusal(lambda: build_policy(policy, 8, ('map', 'window_tokens')))
     for word in words:
         assert word in message, f'{message!r} does not mention {word!r}'
-    assert '\n' not in message
 
 
-@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'mit', 'vit-no-cls'])
+@parametrize()
+def test_wrong_policies_of_a_family_are_refused(variant):
+    for name in ('unknown policy', 'key of EViT', 'learned EvoViT', 'arguments of the block'):
+        policy, words = WRONG[name]
+        message = refusal(lambda policy=policy: variant.build(keep_ratios=0.5, policy=policy))
+        assert all(word in message for word in words), message
+
+
 @pytest.mark.parametrize('scorer', ['class_query', 'class_attention'])
 @pytest.mark.parametrize('policy', ['IdleViT', 'EViT', 'EvoViT'])
-def test_class_scorers_need_a_class_token(name, scorer, policy):
+def test_class_scorers_need_a_class_token(scorer, policy):
     with pytest.raises(ValueError, match=rf"policy\.scorer='{scorer}' needs a class token"):
-        BY_NAME[name].build(policy=dict(type=policy, scorer=scorer))
+        build_policy(dict(type=policy, scorer=scorer), 8, ('map',))
+
+
+def test_class_scorers_are_refused_by_families_without_one():
+    for name in ('swin', 'pvt', 'pvtv2', 'mit', 'vit-no-cls'):
+        with pytest.raises(ValueError, match=r"policy\.scorer='class_query' needs a class token"):
+            BY_NAME[name].build(policy=dict(scorer='class_query'))
 
 
 def test_whole_windows_have_no_summary():
@@ -179,7 +196,7 @@ def test_l2_score_of_a_window(height, width, window, shifted, seed):
     scores = torch.rand(2, height * width, generator=generator)
     total = unit_scores(scores, layout, 'l2')
     for unit, ids in enumerate(layout.token_ids[0]):
-        ids = ids[ids < layout.num_tokens]
+        ids = ids[ids >= 0]
         want = scores[:, ids].square().sum(1).sqrt() if len(ids) else torch.full((2,), -math.inf)
         torch.testing.assert_close(total[:, 0, unit], want)
     # The squares of all windows are the squares of the map: no token counts twice.
@@ -193,58 +210,6 @@ def test_units_of_one_token_score_as_the_token(height, width, seed):
     scores = torch.rand(1, height * width, generator=torch.Generator().manual_seed(seed))
     layout = map_units(height, width, torch.device('cpu'))
     assert torch.equal(unit_scores(scores, layout, 'l2')[:, 0], scores)
-
-
-class Whole:
-    """As much of a block as a policy asks for, without class token."""
-
-    uses_summaries = True
-
-    def map_tokens(self, x, hw_shape):
-        return x
-
-    def with_prefix(self, selection):
-        return selection
-
-
-@QUICK
-@given(
-    st.integers(1, 7),
-    st.integers(1, 7),
-    st.lists(st.sampled_from([1.0, 0.95, 0.7, 0.5, 0.01]), min_size=1, max_size=6),
-    st.sampled_from(['floor', 'nearest', 'ceil']),
-    st.integers(0, 999),
-)
-def test_evit_keeps_its_books(height, width, ratios, rounding, seed):
-    """Tokens in play and weights of the others part the map, whatever the ratios."""
-    policy = build_policy(dict(type='EViT', rounding=rounding), 4, ('map',))
-    tokens, memory, hw = height * width, None, (height, width)
-    generator = torch.Generator().manual_seed(seed)
-    in_play, weights = set(range(tokens)), {}
-    for ratio in ratios:
-        x = torch.randn(1, tokens, 4, generator=generator)
-        scores = policy.scores(x, hw, Whole())[0]
-        plan, memory = policy.plan(x, hw, ratio, Whole(), memory)
-        if ratio < 1.0:
-            count = num_active(ratio, len(in_play), rounding)
-            stays = set(sorted(in_play, key=lambda t: -float(scores[t]))[:count])
-            weights |= {t: max(float(scores[t]), 1e-37) for t in in_play - stays}
-            in_play = stays
-        got = plan.selection and set(plan.selection.token_ids[0].tolist())
-        assert in_play == (set(range(tokens)) if got is None else got)
-        if weights:
-            for token in range(tokens):
-                assert float(plan.idle_weights[0, token]) == pytest.approx(weights.get(token, 0.0))
-        else:
-            assert plan.idle_weights is None
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
-def test_weights_are_positive(dtype):
-    weights = positive(torch.tensor([-1.0, 0.0, 2.0], dtype=dtype))
-    assert (weights > 0).all()
-    assert weights.dtype == dtype
-    assert weights[2] == 2
 
 
 def test_families_cover_every_scope():

@@ -1,35 +1,38 @@
 """EViT's fused and Evo-ViT's representative tokens, against naive loops over windows and tokens."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_zoo import BlockTrace, assert_close, image, randomize, stage_blocks
-from policy_cases import CASES
+from backbone_zoo import BlockTrace, assert_close, image, stage_blocks
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from policy_cases import BY_CASE, each_case
 
-from idlevit_mm.blocks import weighted_mean
-from idlevit_mm.layers import MixFFN, SelfAttention
-from idlevit_mm.layers.self_attention import first_attention
-from idlevit_mm.ops import keep_mask, put_tokens, take_tokens
+from idlevit_mm.blocks import Carried, Tokens, weighted_mean
+from idlevit_mm.kernels import use_backend
+from idlevit_mm.kernels.reference import Reference
+from idlevit_mm.layers import MixFFN, SelfAttention, attention
+from idlevit_mm.ops import Rows, row_mask
 from idlevit_mm.policies import Plan
 
-BY_NAME = {case.name: case for case in CASES}
 DOUBLE = torch.float64
+REFERENCE = Reference()
 
 
-def tokens(block, hw, batch=2, prefix=0, seed=5):
+def tokens(block, hw, batch=2, seed=5):
     channels = block.policy.scorer.embed_dims
+    count = hw[0] * hw[1] + block.num_class
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, prefix + hw[0] * hw[1], channels, generator=generator, dtype=DOUBLE)
+    return torch.randn(batch, count, channels, generator=generator, dtype=DOUBLE)
 
 
-def run_planned(block, x, hw, keep, memory=None):
-    """Output of a block, its plan, and its memory."""
-    plan, after = block.policy.plan(x, hw, keep, block, memory)
-    out, selection, _ = block(x, hw, keep, memory)
-    assert torch.equal(selection.token_ids, plan.selection.token_ids)
-    return out, plan, after
+def run_planned(block, x, hw, keep):
+    """Output of a block with all rows in their places, and what it hands on."""
+    out, carried = block(x, hw, keep)
+    return block.settled(Tokens(out, hw, carried.pack)), carried
 
 
 def windows_of(hw, window, shift):
@@ -98,27 +101,38 @@ def naive_swin(block, x, hw, active, weights, spreads):
     return out
 
 
-@pytest.mark.usefixtures('each_window_path')
-@torch.no_grad()
-@pytest.mark.parametrize('hw', [(8, 8), (9, 11), (1, 6), (3, 13)])
-@pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('backend', ['cpu', 'reference'])
 @pytest.mark.parametrize('name', ['swin-evit', 'swin-evovit'])
-@pytest.mark.parametrize('keep', [0.6, 0.15])
-def test_swin_equals_loop_over_windows(name, shifted, hw, keep):
-    model = BY_NAME[name].build().double()
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(st.integers(1, 13), st.integers(1, 13), st.booleans(), st.floats(0.01, 0.99))
+@example(8, 8, True, 0.6)
+@example(9, 11, True, 0.15)
+@example(1, 6, True, 0.6)
+@example(3, 13, False, 0.15)
+@torch.no_grad()
+def test_swin_equals_loop_over_windows(name, backend, height, width, shifted, keep):
+    model, hw = swin_of(name), (height, width)
     block = stage_blocks(model)[0][int(shifted)]
     x = tokens(block, hw)
-    out, plan, _ = run_planned(block, x, hw, keep)
-    active = keep_mask(plan.selection, hw[0] * hw[1])
+    with use_backend(backend):
+        out, (_, plan, _) = run_planned(block, x, hw, keep)
+    active = row_mask(plan.rows, height * width)
+    weights = torch.zeros(active.shape) if plan.summary is None else plan.summary
+    assert (plan.summary is None) == active.all()
     for i in range(len(x)):
-        want = naive_swin(block, x[i], hw, active[i], plan.idle_weights[i], name == 'swin-evovit')
+        want = naive_swin(block, x[i], hw, active[i], weights[i], name == 'swin-evovit')
         assert_close(out[i], want, 1e-10)
+
+
+@cache
+def swin_of(name):
+    return BY_CASE[name].build().double()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('shifted', [False, True])
 def test_summary_of_each_window_is_its_weighted_mean(shifted):
-    model = BY_NAME['swin-evovit'].build().double()
+    model = BY_CASE['swin-evovit'].build().double()
     block = stage_blocks(model)[0][int(shifted)]
     hw = (9, 11)
     x = tokens(block, hw)
@@ -147,7 +161,7 @@ def test_weighted_mean_without_weight_is_zero():
 @pytest.mark.parametrize('shifted', [False, True])
 def test_window_without_idle_tokens_is_not_influenced(shifted):
     """Idle tokens of one window change the features of no other."""
-    model = BY_NAME['swin-evit'].build().double()
+    model = BY_CASE['swin-evit'].build().double()
     block = stage_blocks(model)[0][int(shifted)]
     hw = (9, 11)
     x = tokens(block, hw)
@@ -155,11 +169,8 @@ def test_window_without_idle_tokens_is_not_influenced(shifted):
     idle = torch.zeros(2, 99, dtype=torch.bool)
     idle[:, first[::2]] = True
     ids = (~idle).nonzero()[:, 1].view(2, -1)
-    selection = block.policy.plan(x, hw, 0.5, block)[0].selection
-    plan = Plan(
-        selection._replace(token_ids=ids, unit_ids=ids), idle_weights=idle.to(DOUBLE), spreads=True
-    )
-    out = block._run(x, hw, plan)
+    plan = Plan(Rows(ids), summary=idle.to(DOUBLE), spread=True)
+    out = block.both_halves(Tokens(x, hw), plan, None).x
     dense = block(x, hw)[0]
     others = [t for t in range(99) if t not in first]
     assert_close(out[:, others], dense[:, others], 1e-12)
@@ -170,43 +181,46 @@ def test_window_without_idle_tokens_is_not_influenced(shifted):
 @pytest.mark.parametrize('name', ['vit-no-cls-evit', 'vit-no-cls-evovit', 'vit-evovit-norm'])
 def test_summary_in_plain_vit_is_one_token_more(name):
     """The dense block on the active tokens and the mean of the idle ones, made by hand."""
-    model = BY_NAME[name].build().double()
+    model = BY_CASE[name].build().double()
     block = stage_blocks(model)[0][1]
-    hw, p = (5, 7), block.num_prefix
-    x = tokens(block, hw, prefix=p)
-    out, plan, _ = run_planned(block, x, hw, 0.4)
+    hw, p = (5, 7), block.num_class
+    x = tokens(block, hw)
+    out, (_, plan, _) = run_planned(block, x, hw, 0.4)
     for i in range(2):
-        ids = plan.selection.token_ids[i]
-        assert ids[:p].tolist() == list(range(p))
-        idle = torch.ones(p + 35, dtype=torch.bool).index_fill(0, ids, False)
-        w = plan.idle_weights[i][idle[p:]]
-        mean = (w[:, None] * x[i, idle]).sum(0) / w.sum()
-        sequence = torch.cat([x[i, ids], mean[None]])[None]
-        after = block(sequence, (1, len(ids) + 1 - p))[0][0]
-        assert_close(out[i, ids], after[:-1], 1e-11)
-        added = after[-1] - mean if 'evovit' in name else torch.zeros_like(mean)
-        assert_close(out[i, idle], x[i, idle] + added, 1e-11)
+        ids = plan.rows.ids[i]
+        idle = torch.ones(35, dtype=torch.bool).index_fill(0, ids, False)
+        w = plan.summary[i][idle]
+        mean = (w[:, None] * x[i, :35][idle]).sum(0) / w.sum()
+        # A dense block on a map of one row, whose last token is the mean; then the class token.
+        sequence = torch.cat([x[i, ids], mean[None], x[i, 35:]])[None]
+        after = block(sequence, (1, len(ids) + 1), 1.0)[0][0]
+        count = len(ids)
+        assert_close(out[i, ids], after[:count], 1e-11)
+        assert_close(out[i, 35:], after[count + 1 :], 1e-11)
+        assert out[i, 35:].shape[0] == p
+        added = after[count] - mean if 'evovit' in name else torch.zeros_like(mean)
+        assert_close(out[i, :35][idle], x[i, :35][idle] + added, 1e-11)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['pvt-evovit', 'pvtv2-evovit'])
 def test_representative_of_pvt_is_a_query_only(name):
     """In PVT active tokens are as without it; idle ones follow it, here as the last query."""
-    case = BY_NAME[name]
+    case = BY_CASE[name]
     model = case.build().double()
     block = stage_blocks(model)[1][-1]
     hw = (5, 7)
     x = tokens(block, hw)
-    out, plan, _ = run_planned(block, x, hw, 0.4)
+    out, (_, plan, _) = run_planned(block, x, hw, 0.4)
     plain = case.build(policy=dict(representative=False)).double()
     want = stage_blocks(plain)[1][-1](x, hw, 0.4)[0]
-    active = keep_mask(plan.selection, 35)
+    active = row_mask(plan.rows, 35)
     # In PVTv2 it stands in the places of idle tokens, which the convolution sees.
     assert torch.allclose(out[active], want[active], rtol=0, atol=1e-12) == (name == 'pvt-evovit')
     attn = block.attn.attn
     c = x.shape[-1]
     for i in range(2):
-        w = plan.idle_weights[i]
+        w = plan.summary[i]
         assert ((w > 0) == ~active[i]).all()
         mean = (w / w.sum()) @ x[i]
         context = block.attn.reduce(block.norm1(x[i : i + 1]), hw)[0]
@@ -228,16 +242,16 @@ def test_representative_of_pvt_is_a_query_only(name):
 @torch.no_grad()
 def test_summaries_are_convolved_as_in_a_constant_map():
     ffn = MixFFN(6, 10, dict(type='GELU'), use_conv=True).double()
-    case = BY_NAME['pvtv2-evovit'].build().double()
+    case = BY_CASE['pvtv2-evovit'].build().double()
     block = stage_blocks(case)[0][0]
     hw = (4, 5)
-    selection = block.policy.plan(tokens(block, hw), hw, 0.4, block)[0].selection
-    active = torch.randn(2, selection.token_ids.shape[1], 6, dtype=DOUBLE)
+    rows = block(tokens(block, hw), hw, 0.4)[1].plan.rows
+    active = torch.randn(2, rows.ids.shape[1], 6, dtype=DOUBLE)
     summary = torch.randn(2, 1, 6, dtype=DOUBLE)
-    out = ffn(torch.cat([active, summary], dim=1), hw, selection)
+    out = ffn(torch.cat([active, summary], dim=1), hw, rows)
     # Active tokens see the summary in the places of idle ones.
-    whole = put_tokens(summary.expand(-1, 20, -1), selection, active)
-    assert_close(out[:, :-1], take_tokens(ffn(whole, hw, None), selection), 1e-12)
+    whole = REFERENCE.put(summary.expand(-1, 20, -1).contiguous(), rows, active)
+    assert_close(out[:, :-1], REFERENCE.take(ffn(whole, hw, None), rows), 1e-12)
     for i in range(2):
         alike = ffn(summary[i].expand(1, 9, -1), (3, 3), None)[0, 4]
         assert_close(out[i, -1], alike, 1e-12)
@@ -248,7 +262,7 @@ def test_summaries_are_convolved_as_in_a_constant_map():
     'name', ['swin-evovit', 'pvt-evovit', 'pvtv2-evovit', 'vit-evovit', 'vit-no-cls-evovit']
 )
 def test_placeholders_all_receive_the_same(name):
-    case = BY_NAME[name]
+    case = BY_CASE[name]
     model = case.build().double()
     with BlockTrace(model) as trace:
         model(image((2, 3, 45, 58), dtype=DOUBLE))
@@ -270,50 +284,11 @@ def test_placeholders_all_receive_the_same(name):
                         assert rows.abs().max() > 1e-4
 
 
-# --- EvoViT's running attention ----------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
-@pytest.mark.parametrize('name', ['pvt-evovit', 'swin-evovit', 'vit-evovit-norm'])
-def test_running_scores_of_evovit(name, alpha):
-    """g starts as the first scores over their sum; then only informative places move."""
-    model = BY_NAME[name].build(policy=dict(alpha=alpha, scorer='activation_norm')).double()
-    block = stage_blocks(model)[0][0]
-    hw, p = (5, 7), getattr(block, 'num_prefix', 0)
-    policy, running, memory = block.policy, None, None
-    for step in range(3):
-        x = tokens(block, hw, prefix=p, seed=step)
-        scores = x[:, p:].abs().mean(-1)
-        attention = scores / scores.sum(1, keepdim=True)
-        running = attention if running is None else running
-        plan, memory = policy.plan(x, hw, 0.4, block, memory)
-        best = running.topk(14).indices
-        informative = torch.zeros(2, 35, dtype=torch.bool).scatter(1, best, True)
-        assert torch.equal(keep_mask(plan.selection, p + 35)[:, p:], informative)
-        assert_close(plan.idle_weights, torch.where(informative, 0.0, running), 1e-12)
-        moved = (1 - alpha) * running + alpha * attention
-        running = torch.where(informative, moved, running)
-        assert_close(memory, running, 1e-12)
-    untouched = policy.plan(x, hw, 1.0, block, memory)
-    assert untouched[0].selection is None
-    assert untouched[1] is memory
-
-
 # --- EViT: who is in play ----------------------------------------------------------------------
 
 
-def leaving(case, ratios):
-    model = case.build(ratios)
-    model(image((2, 3, 64, 80)))
-    return [[mask.flatten(1) for mask in stage] for stage in model.keep_masks]
-
-
-EVIT = [case for case in CASES if case.policy['type'] == 'EViT']
-
-
 @torch.no_grad()
-@pytest.mark.parametrize('case', EVIT, ids=[case.name for case in EVIT])
+@each_case('EViT')
 def test_who_leaves_never_comes_back_within_a_stage(case):
     variant = case.variant
     options = {}
@@ -329,7 +304,7 @@ def test_who_leaves_never_comes_back_within_a_stage(case):
     ratios = [[0.7, 1.0, 0.55, 0.9, 1.0][:depth] for depth in depths]
     model = case.build(ratios, **options)
     model(image((2, 3, 64, 80)))
-    fused = case.by_class_attention and case.policy['fuse']
+    fused = case.by_class_attention and case.policy.get('fuse', True)
     for stage, kept_shares in zip(model.keep_masks, ratios, strict=True):
         before = torch.ones_like(stage[0])
         in_play = before[0].numel()
@@ -349,7 +324,7 @@ def test_who_leaves_never_comes_back_within_a_stage(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('case', EVIT, ids=[case.name for case in EVIT])
+@each_case('EViT')
 def test_fused_token_changes_the_result(case):
     outs = []
     for fuse in (True, False):
@@ -364,21 +339,22 @@ def test_fused_token_changes_the_result(case):
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['swin-evit', 'pvt-evit', 'vit-no-cls-evit'])
 def test_weights_of_those_that_left(name):
-    """Each keeps the score it left with; those in play have none."""
-    model = BY_NAME[name].build(policy=dict(scorer='activation_norm')).double()
-    block, memory, hw = stage_blocks(model)[0][0], None, (5, 7)
+    """Each keeps the score it left with, from block to block; those in play have none."""
+    model = BY_CASE[name].build(policy=dict(scorer='activation_norm')).double()
+    block, carried, hw = stage_blocks(model)[0][0], Carried(), (5, 7)
     want = torch.zeros(2, 35, dtype=DOUBLE)
     for step, keep in enumerate((0.8, 0.7, 1.0, 0.5)):
         x = tokens(block, hw, seed=step)
         scores = x.abs().mean(-1)
-        plan, memory = block.policy.plan(x, hw, keep, block, memory)
-        active = keep_mask(plan.selection, 35)
+        carried = Carried(None, *block(x, hw, keep, carried)[1][1:])
+        plan = carried.plan
+        active = row_mask(plan.rows, 35)
         left = ~active & (want == 0)
         want = torch.where(left, scores, want)
         if name == 'pvt-evit':
-            assert plan.idle_weights is None  # its keys are the whole map
+            assert plan.summary is None  # its keys are the whole map
         else:
-            assert_close(plan.idle_weights, want, 1e-12)
+            assert_close(plan.summary, want, 1e-12)
         assert active.sum(1).tolist() == [{0: 28, 1: 20, 2: 20, 3: 10}[step]] * 2
         for i in range(2):
             if left[i].any():
@@ -387,10 +363,9 @@ def test_weights_of_those_that_left(name):
 
 @torch.no_grad()
 def test_evit_computes_class_attention_only_where_tokens_leave(monkeypatch):
-    model, rows = BY_NAME['vit-evit'].build(), []
+    model, rows, whole = BY_CASE['vit-evit'].build(), [], attention.row_attention
     monkeypatch.setattr(
-        'idlevit_mm.layers.self_attention.first_attention',
-        lambda *args: rows.append(first_attention(*args)) or rows[-1],
+        attention, 'row_attention', lambda *args: rows.append(whole(*args)) or rows[-1]
     )
     model.set_keep_ratios(1.0)
     model(image((1, 3, 45, 58)))
@@ -404,35 +379,37 @@ def test_evit_computes_class_attention_only_where_tokens_leave(monkeypatch):
 @pytest.mark.parametrize('fuse', [True, False])
 def test_evit_by_class_attention(fuse):
     """Who leaves keeps what attention has made of it; the fused token weighs what it was paid."""
-    model = BY_NAME['vit-evit'].build(policy=dict(fuse=fuse)).double()
+    model = BY_CASE['vit-evit'].build(policy=dict(fuse=fuse)).double()
     block, hw = stage_blocks(model)[0][1], (5, 7)
-    x = tokens(block, hw, prefix=1)
+    x = tokens(block, hw)
     normed = block.ln1(x).transpose(0, 1)
-    update, attention = block.attn.attn(normed, normed, normed)  # torch's own module
+    update, paid = block.attn.attn(normed, normed, normed)  # torch's own module
     middle = x + update.transpose(0, 1)
-    out, selection, memory = block(x, hw, 0.4)
+    first, carried = block(x, hw, 0.4)
+    out = block.settled(Tokens(first, hw, carried.pack))
+    ids = carried.plan.rows.ids
     assert out.shape[1] == 36 + fuse
     for i in range(2):
-        row = attention[i, 0, 1:]
-        kept = 1 + row.topk(14).indices.sort().values
-        assert selection.token_ids[i].tolist() == [0, *kept.tolist(), *[36] * fuse]
-        left = torch.ones(36, dtype=torch.bool).index_fill(0, kept, False)
-        left[0] = False
-        assert_close(out[i, :36][left], middle[i, left], 1e-12)
-        stays = middle[i, ~left]
+        row = paid[i, 35, :35]
+        kept = row.topk(14).indices.sort().values
+        assert ids[i].tolist() == [*kept.tolist(), *[36] * fuse]
+        left = torch.ones(35, dtype=torch.bool).index_fill(0, kept, False)
+        assert_close(out[i, :35][left], middle[i, :35][left], 1e-12)
+        stays = middle[i, [*kept.tolist(), 35]]
         if fuse:
-            stays = torch.cat([stays, (row[left[1:], None] * middle[i, left]).sum(0)[None]])
+            stays = torch.cat([stays, (row[left, None] * middle[i, :35][left]).sum(0)[None]])
         want = stays + block.ffn(block.ln2(stays))
-        assert_close(out[i, selection.token_ids[i]], want, 1e-11)
+        assert_close(out[i, [*kept.tolist(), 35, *[36] * fuse]], want, 1e-11)
     # The next block goes on with them, and the fused token competes.
-    end, later, _ = block(out, hw, 0.5, memory)
-    assert later.token_ids.shape[1] == 1 + math.ceil(0.5 * (14 + fuse)) + fuse
+    end, (pack, plan, _) = block(first, hw, 0.5, carried)
+    end, later = block.settled(Tokens(end, hw, pack)), plan.rows.ids
+    assert later.shape[1] == math.ceil(0.5 * (14 + fuse)) + fuse
     for i in range(2):
-        in_play, stay = selection.token_ids[i].tolist(), later.token_ids[i].tolist()
+        in_play, stay = [*ids[i].tolist(), 35], later[i].tolist()
         assert set(stay) <= {*in_play, 36 + fuse}
         normed = block.ln1(out[i, in_play])[:, None]
         middle = out[i, in_play] + block.attn.attn(normed, normed, normed)[0][:, 0]
-        for place, token in enumerate(in_play):
+        for place, token in enumerate(in_play[:-1]):
             if token not in stay:
                 assert_close(end[i, token], middle[place], 1e-11)
 
@@ -444,22 +421,25 @@ def test_folded_query_scores_as_keys_do(bias):
     for parameter in attn.parameters():
         parameter.copy_(torch.randn_like(parameter))
     x = torch.randn(2, 9, 12, dtype=DOUBLE)
-    scores, keys = attn.first_query(x, with_keys=True)
-    folded, nothing = attn.first_query(x, with_keys=False)
+    scores, keys = attn.class_query(x, 8, with_keys=True)
+    folded, nothing = attn.class_query(x, 8, with_keys=False)
     assert nothing is None
     assert_close(keys, attn.project(x, 1, 2), 1e-13)
     assert_close(folded, scores, 1e-12)
+    query = attn.project(x[:, 8], 0, 1).unflatten(-1, (3, 4))
+    by_hand = torch.einsum('bad,bsad->bs', query, keys.unflatten(-1, (3, 4))) / 3
+    assert_close(scores, by_hand, 1e-12)
 
 
 @pytest.mark.parametrize('context', ['active', 'all'])
 def test_keys_are_shared_only_in_full_precision(context):
-    variant = BY_NAME['vit-idlevit-map'].variant
-    model = randomize(variant.build(keep_ratios=0.5, policy=dict(context=context)))
+    model = BY_CASE['vit-idlevit-map'].build(0.5, policy=dict(context=context))
     block, hw = stage_blocks(model)[0][0], (5, 7)
-    x = tokens(block, hw).float()
-    full = block.policy.plan(x, hw, 0.5, block)[0]
+    x = Tokens(tokens(block, hw).float(), hw)
+    _, scores, keys = block.look(x, 0.5, None)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        mixed = block.policy.plan(x, hw, 0.5, block)[0]
-    assert full.keys is not None
-    assert mixed.keys is None
-    assert torch.equal(full.selection.token_ids, mixed.selection.token_ids)
+        _, others, nothing = block.look(x, 0.5, None)
+    assert keys.shape == x.x.shape
+    assert nothing is None
+    plans = [block.planned(x, each, 0.5, Carried())[0] for each in (scores, others)]
+    assert torch.equal(plans[0].rows.ids, plans[1].rows.ids)

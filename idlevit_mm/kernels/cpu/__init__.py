@@ -1,7 +1,5 @@
 """The backend of the CPU: shapes may follow from values, and memory is what costs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -23,17 +23,7 @@ _MAX_NATIVE = 20480
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
-    """Apply a linear map to the last dimension, as ``F.linear`` does.
-
-    Args:
-        x: (..., I).
-        weight: (O, I).
-        bias: (O,) or None.
-        site: Circumstances of x.
-
-    Returns:
-        (..., O).
-    """
+    """Apply weight (O, I) to the last dimension, as ``F.linear`` does: (..., I) to (..., O)."""
     if not _pays(x, weight, site):
         return F.linear(x, weight, bias)
     if not site.grad:

@@ -40,13 +40,12 @@ class WindowPacking(NamedTuple):
 
     Attributes:
         rows: (P,), number b * R + r of the packed row in each place; B * R in places of padding,
-            B * R + 1 in empty ones.
+            B * R + 1 in empty ones. Rows of summaries that summarise nothing have none.
         slots: (P,), the slot in each place: 0 to L - 1 in the window, L for a summary, L + 1 where
             the place is empty.
         regions: (P,), the image region of each place of a border window; -1 for summaries, which
             belong to all regions, and everywhere else.
         buckets: The windows by width. Windows without any packed row are in none.
-        num_rows: B * R. Rows of summaries that summarise nothing have no place.
         has_padding: Whether there are places of padding.
     """
 
@@ -54,7 +53,6 @@ class WindowPacking(NamedTuple):
     slots: Tensor
     regions: Tensor
     buckets: tuple[Bucket, ...]
-    num_rows: int
     has_padding: bool
 
 
@@ -67,19 +65,11 @@ def pack_windows(
     summarised: bool = False,
     min_places: int = 1,
 ) -> WindowPacking:
-    """Squeeze the windows of a batch on the CPU.
+    """Squeeze the windows of a batch to its active tokens (B, T); all are where there is None.
 
     A slot is occupied by an active token or by padding, which serves as a key; and each window by
-    the summary of its idle tokens, if it has any.
-
-    Args:
-        token_ids: (B, T), the active tokens; None if all are.
-        batch: B.
-        hw_shape: Height and width of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-        summarised: Whether the rows of each image end with a summary for each window.
-        min_places: Buckets of fewer places are joined with the next wider one.
+    the summary of its idle tokens, if rows end with one for each window (``summarised``). Buckets
+    of fewer than ``min_places`` places are joined with the next wider one.
     """
     if token_ids is None:
         return _pack_all(batch, hw_shape, window_size, shift_size)
@@ -90,14 +80,7 @@ def pack_windows(
 def pack_whole_windows(
     window_ids: Tensor, hw_shape: tuple[int, int], window_size: int, shift_size: int
 ) -> WindowPacking:
-    """Windows whose slots are packed one after another already.
-
-    Args:
-        window_ids: (B, K), numbers of the windows.
-        hw_shape: Height and width of the map in tokens.
-        window_size: Side of a window in tokens.
-        shift_size: Cyclic shift of the windows in tokens.
-    """
+    """Windows, by their numbers (B, K), whose slots are packed one after another already."""
     tables = _cell_tables(1, hw_shape, window_size, shift_size)
     windows = window_ids.flatten().numpy()
     slots = window_size**2
@@ -110,7 +93,6 @@ def pack_whole_windows(
         slots=torch.from_numpy(np.tile(np.arange(slots), len(windows))),
         regions=torch.from_numpy(regions.reshape(-1)),
         buckets=(Bucket(0, len(windows), slots, bordering, True),),
-        num_rows=len(rows),
         has_padding=bool(padding.any()),
     )
 
@@ -203,7 +185,6 @@ def _pack(
         slots=torch.from_numpy(tables.slots[owners]),
         regions=torch.from_numpy(tables.regions[owners]),
         buckets=_buckets(widths, whole, occupied.shape[1] - 1, tables.num_border),
-        num_rows=len(cells),
         has_padding=bool(len(tables.padded)),
     )
 
@@ -238,13 +219,10 @@ def _widths(counts: np.ndarray, slots: int, min_places: int) -> np.ndarray:
 def _buckets(
     widths: np.ndarray, whole: np.ndarray, slots: int, num_border: int
 ) -> tuple[Bucket, ...]:
-    """Group windows by width.
+    """Group windows by their width (M * B,), 0 for those that are left out.
 
-    Args:
-        widths: (M * B,), places of each window, 0 for those that are left out.
-        whole: (M * B,), which windows hold all their slots and nothing else.
-        slots: L.
-        num_border: How many windows, the last ones, lie at the border of a shifted map.
+    ``whole`` (M * B,) windows hold all their slots and nothing else; the last ``num_border`` lie at
+    the border of a shifted map.
     """
     buckets, first = [], 0
     numbers = np.bincount(widths)

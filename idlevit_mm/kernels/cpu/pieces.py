@@ -16,12 +16,9 @@ _MIN_ROWS = 256
 
 
 def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-    """Apply a function of single tokens to x (B, T, C) piece by piece: (B, T, O).
+    """Apply a function of single tokens, (B, T, C) to (B, T, O), piece by piece.
 
-    Args:
-        function: From (B, T, C) to (B, T, O), each token by itself.
-        x: The tokens.
-        width: Channels of the widest intermediate result.
+    ``width`` is that of its widest intermediate result.
     """
     batch, tokens, channels = x.shape
     most = max(_PIECE // width, _MIN_ROWS)
@@ -36,15 +33,7 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Te
 
 
 def channel_parts(channels: int, pixels: int) -> list[slice]:
-    """Cut hidden channels of a large map into parts, where ``in_pieces`` would cut tokens.
-
-    Args:
-        channels: Number of hidden channels.
-        pixels: Number of pixels of all maps of the batch.
-
-    Returns:
-        The parts, in order; a single one where cutting does not pay.
-    """
+    """Cut hidden channels of all pixels of a batch into parts, one where cutting does not pay."""
     number = -(-channels * pixels // _PIECE)
     if number == 1:
         return [slice(0, channels)]

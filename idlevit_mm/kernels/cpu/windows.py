@@ -20,15 +20,9 @@ _CHUNK = 2**18
 
 
 def attend_squeezed(qkv: Tensor, core: WindowCore, packing: WindowPacking) -> Tensor:
-    """Attention within the windows of a packing; without dropout.
+    """Attention within the windows of a packing: (B, R, 3 * C) to (B, R, C), without dropout.
 
-    Args:
-        qkv: (B, R, 3 * C), queries, keys and values of the packed rows.
-        core: What else is needed; summaries have no position bias.
-        packing: The windows.
-
-    Returns:
-        (B, R, C); zero for rows that have no place.
+    Rows that have no place are zero; summaries have no position bias.
     """
     core = core.to(qkv.dtype)
     # A row and a column for summaries, and one for empty places, which are hidden as keys.
@@ -169,17 +163,7 @@ def _mask(table: Tensor, packing: WindowPacking, chunk: Bucket) -> Tensor:
 
 
 def _weights(mask: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention weights of some heads G.
-
-    Args:
-        mask: (G, n or 1, w, w).
-        query: (G, n, w, D).
-        key: (G, n, w, D).
-        scale: Factor of the logits.
-
-    Returns:
-        (G, n, w, w).
-    """
+    """Weights (G, n, w, w) of some heads G: mask (G, n or 1, w, w), query and key (G, n, w, D)."""
     shape = *query.shape[:3], query.shape[2]
     mask = mask.expand(shape).flatten(0, 1)
     keys = key.flatten(0, 1).transpose(1, 2)

@@ -30,7 +30,7 @@ def partition(grid, window):
 def naive_windows(h, w, window, shift):
     """Token ids and region numbers of every slot, as the dense block arrives at them."""
     ids = torch.arange(h * w).reshape(h, w)
-    ids = F.pad(ids, (0, -w % window, 0, -h % window), value=h * w)
+    ids = F.pad(ids, (0, -w % window, 0, -h % window), value=-1)
     ids = torch.roll(ids, (-shift, -shift), (0, 1))
     regions = torch.zeros_like(ids)
     if shift:
@@ -63,16 +63,16 @@ def test_windows_equal_pad_roll_partition(geometry):
 
 
 @given(geometries())
-def test_every_token_has_one_slot_and_padding_the_sentinel(geometry):
+def test_every_token_has_one_slot_and_padding_minus_one(geometry):
     h, w, window, shift = geometry
     n = h * w
     layout = window_layout(h, w, window, shift, CPU)
     flat = layout.token_ids.flatten()
-    counts = flat.bincount(minlength=n + 1)
+    counts = (flat + 1).bincount(minlength=n + 1)
     assert counts.numel() == n + 1
-    assert (counts[:n] == 1).all()
+    assert (counts[1:] == 1).all()
     padded = (h + -h % window) * (w + -w % window)
-    assert int(counts[n]) == padded - n
+    assert int(counts[0]) == padded - n
     assert layout.has_padding == (padded > n)
     assert torch.equal(flat[layout.slot_ids], torch.arange(n))
 
@@ -80,30 +80,36 @@ def test_every_token_has_one_slot_and_padding_the_sentinel(geometry):
 @given(geometries())
 def test_map_units_are_the_tokens(geometry):
     h, w, *_ = geometry
-    layout = map_units(h, w, CPU)
-    assert layout.token_ids.shape == (1, h * w, 1)
-    assert torch.equal(layout.token_ids.flatten(), torch.arange(h * w))
-    assert layout.valid_units == (h * w,)
-    assert layout.num_tokens == h * w
+    units = map_units(h, w, CPU)
+    assert units.token_ids.shape == (1, h * w, 1)
+    assert torch.equal(units.token_ids.flatten(), torch.arange(h * w))
+    assert units.valid == (h * w,)
+    assert units.num_tokens == h * w
+    assert units.in_order
+    assert not units.padded
 
 
 @given(geometries(), st.booleans())
 def test_window_units(geometry, whole):
     h, w, window, shift = geometry
     n = h * w
-    layout = window_units(h, w, window, shift, whole, CPU)
+    found = window_units(h, w, window, shift, whole, CPU)
     ids, _ = naive_windows(h, w, window, shift)
-    groups, units, size = layout.token_ids.shape
+    groups, units, size = found.token_ids.shape
     if whole:
         assert (groups, units, size) == (1, len(ids), window * window)
-        tables = layout.token_ids[0]
-        valid = ((ids < n).any(1).sum().item(),)
+        tables = found.token_ids[0]
+        valid = ((ids >= 0).any(1).sum().item(),)
     else:
         assert (groups, units, size) == (len(ids), window * window, 1)
-        tables = layout.token_ids[:, :, 0]
-        valid = tuple((tables < n).sum(1).tolist())
+        tables = found.token_ids[:, :, 0]
+        valid = tuple((tables >= 0).sum(1).tolist())
     assert sorted_rows(tables) == sorted_rows(ids)
-    assert tuple(layout.valid_units) == valid
+    assert found.valid == valid
+    assert found.num_tokens == n
+    assert not found.in_order
+    # Of single tokens padding is never chosen; of whole windows it comes along.
+    assert found.padded == (whole and bool((ids < 0).any()))
     assert sum(valid) == (len(ids) if whole else n), 'every window holds a token'
 
 

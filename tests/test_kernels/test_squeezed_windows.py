@@ -5,9 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from window_cases import Problem, full_and_idle_windows, problem, problems
 
-from idlevit_mm.layers import window_squeezed
-from idlevit_mm.layers.window_slots import WindowCore
-from idlevit_mm.layers.window_squeezed import attend_squeezed
+from idlevit_mm.kernels import WindowCore
+from idlevit_mm.kernels.cpu import windows
+from idlevit_mm.kernels.cpu.windows import attend_squeezed
 
 HEADS, CHANNELS = 2, 6
 quick = settings(deadline=None, max_examples=40, derandomize=True)
@@ -28,7 +28,7 @@ def tensors(case, seed=0, dtype=torch.float64):
 
 
 def attend(case, qkv, blank, bias, scale=0.7):
-    core = WindowCore(bias[None], blank, HEADS, scale, dropout=0.0)
+    core = WindowCore(bias[None], blank, case.window, HEADS, scale)
     return attend_squeezed(qkv[None], core, case.pack())[0]
 
 
@@ -70,13 +70,7 @@ def assert_equals_naive(case, tol=1e-12, dtype=torch.float64):
         torch.testing.assert_close(a, b, rtol=tol, atol=tol, msg=lambda m, n=name: f'{n}: {m}')
 
 
-def fills_a_window(case):
-    """Whether summaries are there and some window has none because all its tokens are active."""
-    full = [slots for slots in case.occupied().values() if slots == list(range(case.slots))]
-    return case.summarised and bool(full) and case.slots % 8 > 0
-
-
-@given(problems(most=11, windows=(1, 4)).filter(lambda case: not fills_a_window(case)))
+@given(problems(most=11, windows=(1, 4)))
 @example(problem(1, 13, 7, 3, count=5, batch=2))
 @example(problem(13, 11, 7, 3, count=90, batch=2))
 @example(problem(13, 11, 7, 3, count=30, batch=2, summarised=True))
@@ -92,7 +86,7 @@ def test_single_precision(summarised):
     assert_equals_naive(case, 1e-5, torch.float32)
 
 
-@pytest.mark.parametrize('window', [3, 5, 7])
+@pytest.mark.parametrize('window', [3, 7])
 def test_full_windows_beside_summarised_ones(window):
     assert_equals_naive(full_and_idle_windows(window))
 
@@ -107,9 +101,9 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
         out = attend(case, *args)
         return out.detach(), *torch.autograd.grad((out * weight).sum(), args)
 
-    whole, pieces = run(), len(list(window_squeezed._chunks(case.pack())))
-    monkeypatch.setattr(window_squeezed, '_CHUNK', chunk)
-    assert len(list(window_squeezed._chunks(case.pack()))) > pieces, 'nothing was cut'
+    whole, pieces = run(), len(list(windows._chunks(case.pack())))
+    monkeypatch.setattr(windows, '_CHUNK', chunk)
+    assert len(list(windows._chunks(case.pack()))) > pieces, 'nothing was cut'
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert_equals_naive(case)
@@ -118,8 +112,8 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
 @pytest.mark.parametrize(('most', 'sizes'), [(1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
 def test_heads_in_groups(most, sizes, monkeypatch):
     bucket = problem(14, 14, 7).pack().buckets[0]
-    monkeypatch.setattr(window_squeezed, '_CHUNK', most * bucket.num_windows * bucket.width**2)
-    groups = list(window_squeezed._head_groups(5, bucket))
+    monkeypatch.setattr(windows, '_CHUNK', most * bucket.num_windows * bucket.width**2)
+    groups = list(windows._head_groups(5, bucket))
     assert [group.stop - group.start for group in groups] == sizes
     assert [head for group in groups for head in range(5)[group]] == list(range(5))
 
@@ -128,12 +122,12 @@ def test_heads_in_groups(most, sizes, monkeypatch):
 @quick
 def test_pieces_cover_all_windows_and_borders_stay_apart(case: Problem):
     packing = case.pack()
-    before = window_squeezed._CHUNK
-    window_squeezed._CHUNK = 150
+    before = windows._CHUNK
+    windows._CHUNK = 150
     try:
-        pieces = list(window_squeezed._chunks(packing))
+        pieces = list(windows._chunks(packing))
     finally:
-        window_squeezed._CHUNK = before
+        windows._CHUNK = before
     end = 0
     for piece in pieces:
         assert piece.first == end
@@ -145,8 +139,7 @@ def test_pieces_cover_all_windows_and_borders_stay_apart(case: Problem):
     assert sum(piece.num_border for piece in pieces) == border
 
 
-@pytest.mark.parametrize('summarised', [False, True])
-@pytest.mark.parametrize('count', [1, 6])
+@pytest.mark.parametrize(('summarised', 'count'), [(False, 1), (True, 6)])
 def test_numerical_gradients(summarised, count):
     case = problem(3, 4, 2, 1, count=count, summarised=summarised)
     assert torch.autograd.gradcheck(lambda *args: attend(case, *args), tensors(case))

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from operations import count
 
-from idlevit_mm.layers import SelfAttention, attention
-from idlevit_mm.layers.attention import attend_head_by_head, head_by_head_pays, split_heads
-from idlevit_mm.ops import chunks
+from idlevit_mm.kernels import site_of, split_heads
+from idlevit_mm.kernels.cpu import attention, pieces
+from idlevit_mm.layers import SelfAttention
 
 
 def parts(batch, queries, keys, channels):
@@ -19,10 +19,10 @@ def parts(batch, queries, keys, channels):
 @pytest.mark.parametrize('most', [2**20, 1])
 @pytest.mark.parametrize(('batch', 'queries', 'keys', 'heads'), [(1, 301, 37, 1), (3, 259, 300, 4)])
 def test_equals_fused_attention(batch, queries, keys, heads, most, monkeypatch):
-    monkeypatch.setattr(chunks, '_CHUNK', most)
+    monkeypatch.setattr(pieces, '_PIECE', most)
     tensors = parts(batch, queries, keys, 8 * heads)
     with torch.no_grad():
-        got = attend_head_by_head(*tensors, heads)
+        got = attention.attend(*tensors, heads, site_of(tensors[0]))
     want = F.scaled_dot_product_attention(*(split_heads(part, heads) for part in tensors))
     torch.testing.assert_close(got, want.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
 
@@ -46,13 +46,16 @@ def test_taken_at_inference_of_many_pairs_alone(monkeypatch):
         torch.testing.assert_close(module(large)[0], by_head, rtol=1e-5, atol=1e-5)
 
 
+def pays(query, key):
+    return attention.pays(query, key, site_of(query))
+
+
 def test_where_it_does_not_pay():
     query = torch.zeros(1, 2**9, 8)
     with torch.no_grad():
-        assert head_by_head_pays(query, query)
-        assert not head_by_head_pays(query[:, 1:], query)
-        assert not head_by_head_pays(query.double(), query.double())
-        assert not head_by_head_pays(query.to('meta'), query.to('meta'))
+        assert pays(query, query)
+        assert not pays(query[:, 1:], query)
+        assert not pays(query.double(), query.double())
         with torch.autocast('cpu', torch.bfloat16):
-            assert not head_by_head_pays(query, query)
-    assert not head_by_head_pays(query, query), 'gradients need the fused operation'
+            assert not pays(query, query)
+    assert not pays(query, query), 'gradients need the fused operation'

@@ -1,0 +1,362 @@
+"""What travels from block to block: rows that stay packed, and what is made of them."""
+
+import itertools
+
+import pytest
+import torch
+from backbone_zoo import BY_NAME, assert_same_gradients, gradients, image, randomize, weighted_sum
+from policy_cases import CORE, Case, each
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from idlevit_mm import kernels
+from idlevit_mm.blocks import Carried, IdleBlock, Tokens, run_blocks
+from idlevit_mm.kernels.reference import Reference
+from idlevit_mm.ops import Rows
+from idlevit_mm.policies import EVERYTHING, Plan, Regroup
+
+DOUBLE = torch.float64
+HW = (9, 11)
+
+
+class Recording(Reference):
+    """The reference, which counts how often rows are moved."""
+
+    name = 'recording'
+
+    def __init__(self):
+        self.taken, self.put_back = [], 0
+
+    def take(self, x, rows):
+        self.taken.append(rows.ids.shape[1])
+        return super().take(x, rows)
+
+    def put(self, x, rows, values):
+        self.put_back += 1
+        return super().put(x, rows, values)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    backend = Recording()
+    monkeypatch.setattr(kernels.backends, 'BACKENDS', [backend])
+    return backend
+
+
+def stage_of(name, policy, depth, **options):
+    """Blocks of one stage, and tokens that enter it."""
+    variant = BY_NAME[name]
+    if variant.is_vit:
+        options |= dict(num_layers=depth)
+    elif variant.is_swin:
+        options |= dict(depths=(depth, 1))
+    else:
+        options |= dict(num_layers=[depth, *variant.kwargs['num_layers'][1:]])
+    model = randomize(variant.build(policy=policy, drop_path_rate=0.0, **options)).double().eval()
+    blocks = model.idle_blocks[0]
+    generator = torch.Generator().manual_seed(5)
+    shape = 2, HW[0] * HW[1] + blocks[0].num_class, blocks[0].policy.scorer.embed_dims
+    return blocks, torch.randn(shape, generator=generator, dtype=DOUBLE)
+
+
+# --- what is held ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('fuse', [True, False])
+def test_evit_by_class_attention_gathers_once_per_reorganisation(recording, fuse):
+    blocks, x = stage_of('vit', dict(type='EViT', fuse=fuse), 9)
+    ratios = [1.0, 1.0, 0.7, 1.0, 1.0, 0.7, 1.0, 1.0, 1.0]
+    run_blocks(blocks, x, HW, ratios)
+    first = 1 + 70  # ceil(0.7 * 99), and the class token, which is gathered with them
+    second = 1 + (50 if fuse else 49)  # of 71 in play with the fused one
+    assert recording.taken == [first, second]
+    # Who leaves is put back, and all at the end.
+    assert recording.put_back == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['swin', 'vit-no-cls', 'vit'])
+def test_dropping_gathers_once_per_choice(recording, name):
+    policy = dict(type='EViT', fuse=False, scorer='activation_norm')
+    blocks, x = stage_of(name, policy, 6)
+    run_blocks(blocks, x, HW, [1.0, 0.7, 1.0, 1.0, 0.5, 1.0])
+    wide, narrow = (count + blocks[0].num_class for count in (70, 35))
+    assert recording.taken == [wide, narrow]
+    assert recording.put_back == 2
+
+
+@torch.no_grad()
+def test_pvt_puts_rows_back_for_its_keys_alone(recording):
+    """Keys are those of the whole map, so the map is settled in each block; rows stay packed."""
+    blocks, x = stage_of('pvt', dict(type='EViT', fuse=False), 4)
+    run_blocks(blocks, x, HW, [0.7, 1.0, 1.0, 0.5])
+    # Queries are taken from the normalised map in each block, and rows twice.
+    assert recording.taken == [70, 70, 70, 70, 35, 35]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('policy', ['IdleViT', 'EvoViT', dict(type='EViT', fuse=True)])
+def test_rows_with_other_choices_or_summaries_are_not_held(recording, policy):
+    policy = dict(type=policy) if isinstance(policy, str) else policy
+    blocks, x = stage_of('vit-no-cls', dict(policy, scorer='activation_norm'), 3)
+    for block, ratio in zip(blocks, (0.7, 0.7, 0.5), strict=True):
+        x, carried = block(x, HW, ratio)
+        assert carried.pack is None
+    assert len(recording.taken) == 3
+
+
+def settling(blocks, x, ratios):
+    """The stage with rows put back after each block."""
+    carried = Carried()
+    for block, ratio in zip(blocks, ratios, strict=True):
+        x, carried = block(x, HW, ratio, carried)
+        x = block.settled(Tokens(x, HW, carried.pack))
+        carried = Carried(None, carried.plan, carried.state)
+    return x
+
+
+HELD = [
+    ('vit', dict(type='EViT')),
+    ('vit', dict(type='EViT', fuse=False)),
+    ('vit', dict(type='EViT', fuse=False, scorer='activation_norm')),
+    ('swin', dict(type='EViT', fuse=False)),
+    ('pvt', dict(type='EViT', fuse=False)),
+    ('pvtv2', dict(type='EViT', fuse=False)),
+]
+
+
+@pytest.mark.parametrize(('name', 'policy'), HELD)
+def test_held_rows_are_those_that_would_be_gathered(name, policy):
+    """Bit for bit, and the gradients are the same."""
+    blocks, x = stage_of(name, policy, 5)
+    ratios = [1.0, 0.7, 1.0, 0.6, 1.0]
+    results = []
+    for held in (True, False):
+        x = x.detach().requires_grad_()
+        whole = nn.ModuleList(blocks)
+        whole.zero_grad()
+        out = run_blocks(blocks, x, HW, ratios)[0][0] if held else settling(blocks, x, ratios)
+        weighted_sum([out]).backward()
+        grads = {name: p.grad for name, p in whole.named_parameters()}
+        results.append((out.detach(), {**grads, 'x': x.grad}))
+    (out, grads), (want, want_grads) = results
+    assert torch.equal(out, want)
+    assert_same_gradients(grads, want_grads, 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('name', 'policy'), HELD)
+def test_looking_at_the_map_changes_nothing(name, policy):
+    """Outputs in the middle of a stage, and recorded inputs, are of the whole map."""
+    blocks, x = stage_of(name, policy, 4)
+    ratios = [0.8, 1.0, 0.7, 1.0]
+    (want,), _ = run_blocks(blocks, x, HW, ratios)
+    taps = {index: lambda tokens: tokens for index in range(4)}
+    outs, record = run_blocks(blocks, x, HW, ratios, True, taps)
+    assert torch.equal(outs[-1], want)
+    assert len(record.inputs) == 4
+    for out, entering in zip(outs, record.inputs[1:], strict=False):
+        assert torch.equal(out, entering)
+    for count in range(1, 4):
+        (alone,), _ = run_blocks(blocks[:count], x, HW, ratios[:count])
+        assert torch.equal(outs[count - 1], alone)
+
+
+@torch.no_grad()
+@each(CORE)
+def test_settled_changes_nothing(case):
+    """It copies: what is packed stays so, and asking twice gives the same."""
+    model = case.build().double()
+    for blocks, ratios in zip(model.idle_blocks, case.ratios(), strict=True):
+        channels = blocks[0].policy.scorer.embed_dims
+        x = torch.randn(2, HW[0] * HW[1] + blocks[0].num_class, channels, dtype=DOUBLE)
+        carried = Carried()
+        for block, ratio in zip(blocks, ratios, strict=True):
+            x, carried = block(x, HW, ratio, carried)
+            tensors = [leaf for leaf in pytree.tree_leaves((x, carried)) if torch.is_tensor(leaf)]
+            before = [tensor.clone() for tensor in tensors]
+            tokens = Tokens(x, HW, carried.pack)
+            first = block.settled(tokens)
+            assert torch.equal(first, block.settled(tokens))
+            assert torch.equal(first, block.settled(Tokens(first, HW)))
+            assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+# --- regrouping ------------------------------------------------------------------------------
+
+
+def regrouped_by_hand(block, tokens, plan, regroup):
+    """Rows of x after some have left, and what goes on: the same, token by token."""
+    size, num_class = HW[0] * HW[1], block.num_class
+    maps, packs, ids = [], [], []
+    for i in range(len(tokens.x)):
+        x = list(tokens.x[i])
+        now = list(tokens.now[i])
+        in_play = list(range(size)) if plan.rows is None else plan.rows.ids[i].tolist()
+        count = len(in_play)
+        for place, name in enumerate(in_play):
+            x[name] = now[place]
+        for place in range(num_class):
+            x[size + place] = now[count + place]
+        stays = regroup.keep[i].tolist()
+        going, names = [now[place] for place in stays], [in_play[place] for place in stays]
+        if regroup.fuse is not None:
+            weights = regroup.fuse[i].tolist()
+            fused = sum(w * now[place] for place, w in enumerate(weights))
+            names.append(len(x))
+            x.append(fused)
+            going.append(fused)
+        maps.append(torch.stack(x))
+        packs.append(torch.stack([*going, *now[count : count + num_class]]))
+        ids.append(names)
+    return torch.stack(maps), torch.stack(packs), ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['vit', 'vit-no-cls'])
+@pytest.mark.parametrize('fuse', [True, False])
+def test_regrouped_equals_loop(name, fuse):
+    """Twice, so that a fused row leaves too, or stays."""
+    blocks, x = stage_of(name, None, 3)
+    block, size = blocks[0], HW[0] * HW[1]
+    tokens, plan = Tokens(x, HW), Plan(ask=True)
+    generator = torch.Generator().manual_seed(2)
+    for count in (40, 17, 1):
+        tokens = block.opened(tokens, plan)
+        tokens = tokens.become(torch.randn(tokens.now.shape, generator=generator, dtype=DOUBLE))
+        in_play = tokens.now.shape[1] - block.num_class
+        keep = torch.stack([torch.randperm(in_play, generator=generator)[:count] for _ in '12'])
+        keep = keep.sort().values
+        weights = torch.rand(2, in_play, generator=generator, dtype=DOUBLE).scatter(1, keep, 0.0)
+        regroup = Regroup(keep, weights if fuse else None)
+        want_x, want_now, want_ids = regrouped_by_hand(block, tokens, plan, regroup)
+        tokens, plan = block.regrouped(tokens, plan, regroup)
+        torch.testing.assert_close(tokens.x, want_x, rtol=0, atol=1e-12)
+        torch.testing.assert_close(tokens.now, want_now, rtol=0, atol=1e-12)
+        assert plan.rows.ids.tolist() == want_ids
+        assert plan.hold
+        classes = list(range(size, size + block.num_class))
+        assert tokens.pack.rows.ids.tolist() == [[*ids, *classes] for ids in want_ids]
+        assert torch.equal(block.settled(tokens), tokens.x)
+    assert block.regrouped(tokens, plan, None) == (tokens, plan)
+
+
+# --- recomputation ---------------------------------------------------------------------------
+
+
+@each(CORE)
+def test_recomputation_chooses_no_other_tokens(case):
+    """Where scores are drawn at random, and for every policy; a second draw would differ."""
+    policy = {} if case.by_class_attention else dict(scorer='random')
+    results, drawn = [], []
+    for with_cp in (False, True):
+        model = case.build(policy=policy, with_cp=with_cp, drop_path_rate=0.0).double().train()
+        torch.manual_seed(11)
+        outs, grads = gradients(model, image((2, 3, 45, 58), dtype=DOUBLE))
+        drawn.append(torch.rand(()))
+        results.append((outs, grads, sum(model.keep_masks, [])))
+    (outs, grads, masks), (cp_outs, cp_grads, cp_masks) = results
+    assert all(torch.equal(a, b) for a, b in zip(masks, cp_masks, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outs, cp_outs, strict=True))
+    assert_same_gradients(cp_grads, grads, 1e-12)
+    assert drawn[0] == drawn[1], 'the backward pass has drawn scores'
+
+
+# --- blocks as modules among others ----------------------------------------------------------
+
+
+@torch.no_grad()
+@each(CORE)
+def test_a_block_returns_a_tuple_whose_first_is_a_tensor(case):
+    """Hooks of wrappers and debuggers see it; where all are computed it is the true map."""
+    model, seen = case.build(), []
+    for block in itertools.chain(*model.idle_blocks):
+        block.register_forward_hook(lambda module, args, output: seen.append((args, output)))
+    model(image((2, 3, 45, 58)))
+    assert len(seen) == sum(case.variant.depths)
+    for _, output in seen:
+        assert type(output) is tuple
+        x, carried = output
+        assert torch.is_tensor(x)
+        assert x.shape[0] == 2
+        assert isinstance(carried, Carried)
+    model.set_keep_ratios(1.0)
+    del seen[:]
+    model(image((2, 3, 45, 58)))
+    for args, (x, carried) in seen:
+        assert carried.pack is None
+        assert carried.plan.rows is None
+        assert x.shape == args[0].shape
+    for (_, (x, _)), (args, _) in itertools.pairwise(seen):
+        if x.shape == args[0].shape:
+            assert x is args[0]
+
+
+def remake(tree):
+    """New tuples of the same tensors, as wrappers of modules make them."""
+    made = pytree.tree_map(lambda leaf: leaf, tree)
+    assert isinstance(made, type(tree))
+    return made
+
+
+@each([*CORE, 'vit-evit-dropping', 'swin-evit-dropping', 'swin-idlevit-map-learned'])
+def test_tuples_may_be_made_anew_between_blocks(case):
+    results = []
+    for wrapped in (False, True):
+        model = case.build(drop_path_rate=0.0).double().train()
+        if wrapped:
+            for block in itertools.chain(*model.idle_blocks):
+                block.register_forward_pre_hook(lambda module, args: remake(args))
+                block.register_forward_hook(lambda module, args, output: remake(output))
+        results.append(gradients(model, image((2, 3, 45, 58), dtype=DOUBLE)))
+    (outs, grads), (wrapped_outs, wrapped_grads) = results
+    assert all(torch.equal(a, b) for a, b in zip(outs, wrapped_outs, strict=True))
+    assert_same_gradients(wrapped_grads, grads, 1e-14)
+
+
+def test_held_rows_stay_so_in_tuples_made_anew(recording):
+    blocks, x = stage_of('vit', dict(type='EViT'), 5)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: remake(args))
+        block.register_forward_hook(lambda module, args, output: remake(output))
+    run_blocks(blocks, x, HW, [1.0, 0.7, 1.0, 1.0, 1.0])
+    assert len(recording.taken) == 1
+
+
+class Unread(nn.Module):
+    """In the place of a policy that must not be read any more."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f'policy.{name} was read after planning')
+
+
+@torch.no_grad()
+@each(CORE)
+def test_policies_are_not_read_while_a_family_computes(case):
+    """Both halves run with plan and tokens alone."""
+    model = case.build().double()
+    block = model.idle_blocks[0][-1]
+    assert isinstance(block, IdleBlock)
+    channels = block.policy.scorer.embed_dims
+    x = torch.randn(2, HW[0] * HW[1] + block.num_class, channels, dtype=DOUBLE)
+    state = block(x, HW, 1.0)[1].state
+    tokens, scores, keys = block.look(Tokens(x, HW), 0.6, state)
+    plan, state = block.planned(tokens, scores, 0.6, Carried(None, EVERYTHING, state))
+    policy, block.policy = block.policy, Unread()
+    tokens, attention = block.attention_half(tokens, plan, keys)
+    block.policy = policy
+    assert (attention is not None) == plan.ask
+    if plan.ask:
+        regroup, _ = policy.between(attention, plan, 0.6, state)
+        tokens, plan = block.regrouped(tokens, plan, regroup)
+    block.policy = Unread()
+    tokens = block.mlp_half(tokens, plan)
+    settled = block.settled(tokens)
+    block.policy = policy
+    carried = Carried(None, EVERYTHING, block(x, HW, 1.0)[1].state)
+    out, carried = block(x, HW, 0.6, carried)
+    assert torch.equal(settled, block.settled(Tokens(out, HW, carried.pack)))
+    assert plan.rows is not None
+    assert isinstance(plan.rows, Rows)
+    assert isinstance(case, Case)
