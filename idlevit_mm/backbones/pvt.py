@@ -255,10 +255,8 @@ class IdlePyramidVisionTransformer(IdleBackbone):
 class IdlePyramidVisionTransformerV2(IdlePyramidVisionTransformer):
     """PVTv2 that computes only active tokens (arXiv 2106.13797).
 
-    Args:
-        **kwargs: Arguments of ``IdlePyramidVisionTransformer`` except ``patch_sizes``,
-            ``paddings``, ``use_abs_pos_embed``, ``norm_after_stage`` and ``use_conv_ffn``, which
-            make the version.
+    Arguments are those of ``IdlePyramidVisionTransformer`` except ``patch_sizes``, ``paddings``,
+    ``use_abs_pos_embed``, ``norm_after_stage`` and ``use_conv_ffn``, which make the version.
     """
 
     DENSE = (('mmdet', 'PyramidVisionTransformerV2'),)

@@ -225,20 +225,16 @@ class IdleVisionTransformer(IdleBackbone):
         With ``output_cls_token`` each is a list of the map and the class token (B, C).
         """
         x, hw_shape = self.patch_embed(x)
-        x = self.drop_after_pos(self._with_class_token(x, hw_shape))
+        first, table = self.pos_embed[:, : self.num_class], self.pos_embed[:, self.num_class :]
+        x = x + resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
+        if self.num_class:
+            x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
+        x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
         ratios = self.keep_ratios[0]
         outs, record = run_blocks(self.layers, x, hw_shape, ratios, self.record_inputs, taps)
         self.records = [record]
         return outs
-
-    def _with_class_token(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Tokens (B, N + P, C) with class token and positions."""
-        first, table = self.pos_embed[:, : self.num_class], self.pos_embed[:, self.num_class :]
-        x = x + resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
-        if not self.num_class:
-            return x
-        return torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
 
     def _output(self, index: int, x: Tensor, hw_shape: tuple[int, int]) -> Any:
         count = hw_shape[0] * hw_shape[1]

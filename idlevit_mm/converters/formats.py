@@ -72,11 +72,7 @@ def format_of(family: str, name: str) -> Format:
 
 
 def known_format(state: StateDict, source: object) -> Format:
-    """The format of a backbone's weights.
-
-    Raises:
-        SettingError: It is unknown; ``source`` is where the weights come from.
-    """
+    """The format of the weights from ``source``; a SettingError tells which are known."""
     found = detect(state)
     if found is None:
         raise SettingError(

@@ -40,10 +40,8 @@ class Rule(NamedTuple):
 class Conversion(NamedTuple):
     """Weights by their new names.
 
-    Attributes:
-        state: The weights.
-        dropped: Old names of weights that have no place among the new ones.
-        added: New names of weights that were made up without changing features.
+    Dropped are old names that have no place among the new ones, added the new names of weights that
+    were made up without changing features.
     """
 
     state: StateDict

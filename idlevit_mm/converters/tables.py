@@ -35,11 +35,7 @@ def index_of_table(key: str, window_size: int) -> StateDict:
 
 
 def window_of_table(table: Tensor) -> int:
-    """Side of the window that a bias table ((2 * window - 1) ** 2, A) belongs to.
-
-    Raises:
-        SettingError: The table is not that of a square window.
-    """
+    """Side of the window of a bias table ((2 * window - 1) ** 2, A); a SettingError if none fits."""
     side = math.isqrt(table.shape[0])
     if side * side != table.shape[0] or side % 2 == 0:
         raise SettingError(

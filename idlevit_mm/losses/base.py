@@ -39,12 +39,9 @@ class AuxiliaryLoss(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
-        """Look at the model once, before training.
+        """Look once, before training, at the student, without wrappers and with weights loaded.
 
-        Args:
-            model: The student, without wrappers, weights loaded.
-            backbones: Its idle backbones by name.
-            teachers: Where teachers come from; losses with the same one share it.
+        ``backbones`` are its idle ones by name; losses with the same teacher share it.
 
         Raises:
             SettingError: The loss cannot be computed for this model.

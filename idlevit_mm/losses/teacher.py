@@ -163,9 +163,7 @@ def only(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def check_description(description: Any) -> tuple[str, str] | None:
-    """Checkpoint and config of a teacher's description; None of None, the start of the training.
-
-    The config is '' where none is given.
+    """Checkpoint and config ('' where none is given) of a description; None of None.
 
     Raises:
         TypeError: The description is no dict of paths, or has an unknown key.

@@ -115,10 +115,8 @@ def _kept_share(block: Any, x: Tensor, record: Any, mask: Tensor) -> Tensor:
 def token_cut(share: Tensor, mask: Tensor, kind: str) -> Tensor:
     """Token cut loss of one block, unweighted: a scalar of at least float32.
 
-    Args:
-        share: (B, N), sum_j W_ij m_j; in rows of idle tokens without the class token.
-        mask: (B, N), 1 for active tokens and 0 for idle ones.
-        kind: One of ``KINDS``.
+    The share (B, N) is sum_j W_ij m_j, in rows of idle tokens without the class token; the mask
+    (B, N) is 1 for active tokens. ``kind`` is one of ``KINDS``.
     """
     share = exact(share)
     mask = mask.to(share.dtype)

@@ -37,8 +37,7 @@ class SimpleFeaturePyramid(BaseModule):
         init_cfg: How mmengine draws new weights.
 
     Raises:
-        ValueError: ``scale_factors``, ``num_outs``, ``in_channels`` or ``out_channels`` is not
-            allowed.
+        ValueError: A number is not allowed.
     """
 
     def __init__(

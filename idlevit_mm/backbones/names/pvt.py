@@ -56,11 +56,7 @@ def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
 
 
 def _joined(state: StateDict) -> StateDict:
-    """Join query (C, C) and key-value (2C, C) projections to one (3C, C).
-
-    Raises:
-        SettingError: One of the two is missing.
-    """
+    """Join query (C, C) and key-value (2C, C) projections to one (3C, C)."""
     queries = {key for key in state if '.attn.q.' in key}
     others = {key.replace('.attn.kv.', '.attn.q.') for key in state if '.attn.kv.' in key}
     if alone := sorted(queries ^ others):
@@ -146,10 +142,7 @@ def from_official(state: StateDict) -> Conversion:
     """Names of the releases to OpenMMLab's, query and key-value projections joined.
 
     Dropped are the classifier, its norm, and PVT's class token with its row of the last position
-    table, which releases without class token have as well.
-
-    Raises:
-        SettingError: A weight has no counterpart.
+    table, which releases without class token have as well. Errors are those of ``KeyMap.decode``.
     """
     names = _official('pos_embed1' in state, any('.dwconv.' in key for key in state))
     table = state.get(_CLASS_TABLE)
@@ -162,10 +155,7 @@ def to_official(state: StateDict) -> Conversion:
     """OpenMMLab's names to those of the releases: the inverse of ``from_official``.
 
     Where PVT has a last position table, it gets the row of the class token back, and a class token;
-    both are 0, and no feature map depends on them.
-
-    Raises:
-        SettingError: A weight has no counterpart.
+    both are 0, and no feature map depends on them. Errors are those of ``KeyMap.encode``.
     """
     has_conv = any('.ffn.layers.4.' in key for key in state)
     names = _official('layers.0.1.0.pos_embed' in state, has_conv)

@@ -100,11 +100,7 @@ def is_lvvit(state: StateDict) -> bool:
 
 
 def to_official(state: StateDict) -> Conversion:
-    """Names of mmseg's ``VisionTransformer`` to those of the DeiT or LV-ViT releases.
-
-    Raises:
-        SettingError: A weight has no counterpart.
-    """
+    """Names of mmseg's class to those of the DeiT or LV-ViT releases; see ``KeyMap.encode``."""
     return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
 
 
