@@ -35,7 +35,7 @@ def index_of_table(key: str, window_size: int) -> StateDict:
 
 
 def window_of_table(table: Tensor) -> int:
-    """Side of the window of a bias table ((2 * window - 1) ** 2, A); a SettingError if none fits."""
+    """Side of the window of a bias table ((2 * window - 1) ** 2, A); a SettingError without one."""
     side = math.isqrt(table.shape[0])
     if side * side != table.shape[0] or side % 2 == 0:
         raise SettingError(
