@@ -67,6 +67,10 @@ class Reference:
         """Sort rows of distinct places (..., K) below ``num_places``."""
         return places.sort(dim=-1).values
 
+    def distance(self, x: Tensor, other: Tensor) -> Tensor:
+        """Euclidean distance of tokens x (B, N, C) from one other (B, 1, C): (B, N)."""
+        return distance(x, other).squeeze(-1)
+
     # Layers
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
@@ -152,6 +156,11 @@ class Reference:
     def mlp_half(self, block: Any, *args: Any) -> Any | None:
         """All of ``IdleBlock.mlp_half`` at once; None to leave it to the block."""
         return None
+
+
+def distance(x: Tensor, other: Tensor) -> Tensor:
+    """Euclidean distance of tokens (B, N, C) from (B, 1, C): (B, N, 1)."""
+    return torch.linalg.vector_norm(x - other, dim=-1, keepdim=True)
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:

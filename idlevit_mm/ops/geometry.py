@@ -105,7 +105,10 @@ def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: to
     if place not in tables:
         real = _tensors(numbers(*key), torch.device('cpu'))
         tables[place] = type(real)(
-            *(fake.from_tensor(x).to(device) if isinstance(x, Tensor) else x for x in real)
+            *(
+                fake.from_tensor(x, static_shapes=True).to(device) if isinstance(x, Tensor) else x
+                for x in real
+            )
         )
     return tables[place]
 

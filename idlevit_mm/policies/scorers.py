@@ -8,7 +8,6 @@ Scores must not be negative where a policy makes summaries of idle tokens (EViT,
 """
 
 from abc import ABC, abstractmethod
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -72,13 +71,8 @@ class MeanDistance(Scorer):
     """Euclidean distance of a token from the mean token of its map: what stands out is kept."""
 
     def forward(self, seen: Seen) -> Tensor:
-        x = seen.tokens
-        means = x.mean(dim=1, keepdim=True)
-        distances = [
-            backend_at(x).by_tokens(partial(_distance, other=mean), image, x.shape[-1])
-            for image, mean in zip(x.split(1), means.split(1), strict=True)
-        ]
-        return torch.cat(distances).squeeze(-1)
+        means = seen.tokens.mean(dim=1, keepdim=True)
+        return backend_at(seen.tokens).distance(seen.tokens, means)
 
 
 @SCORERS.register_module('activation_norm')
@@ -187,8 +181,3 @@ class ClassAttention(Scorer):
 
     def forward(self, seen: Seen) -> Tensor:
         raise NotImplementedError('class_attention is read from the attention of the block')
-
-
-def _distance(x: Tensor, other: Tensor) -> Tensor:
-    """Euclidean distance of tokens (B, N, C) from (B, 1, C): (B, N, 1)."""
-    return torch.linalg.vector_norm(x - other, dim=-1, keepdim=True)

@@ -1,13 +1,14 @@
 """The backend of the CPU: shapes may follow from values, and memory is what costs."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import Rows
 from ..plain import LINEAR, is_plain
-from ..reference import Reference
+from ..reference import Reference, distance
 from ..site import Site, site_of
 from ..slots import WindowCore
 from . import attention, linear, pieces
@@ -32,6 +33,13 @@ class CPU(Reference):
         marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
         found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
         return found if found.numel() == found.shape[-1] else found % num_places
+
+    def distance(self, x: Tensor, other: Tensor) -> Tensor:
+        parts = [
+            self.by_tokens(partial(distance, other=one), image, x.shape[-1])
+            for image, one in zip(x.split(1), other.split(1), strict=True)
+        ]
+        return torch.cat(parts).squeeze(-1)
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
         if not is_plain(layer, *LINEAR):
