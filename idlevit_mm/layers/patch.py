@@ -28,7 +28,7 @@ class MergePatches(PatchMerging):
         padded = self.adaptive_padding(to_map(x, (input_size[0], input_size[1])))
         cells = padded.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
         hw_shape = cells.shape[1], cells.shape[3]
-        cells = cells.transpose(2, 3).reshape(len(x), -1, self.reduction.in_features)
+        cells = cells.transpose(2, 3).reshape(x.shape[0], -1, self.reduction.in_features)
         width = self.reduction.in_features
         return backend_at(x).by_tokens(self._reduce, cells, width), hw_shape
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import backend_at
+from ..kernels import backend_at, site_of
 from ..registry import SCORERS
 
 
@@ -76,6 +76,9 @@ class MeanDistance(Scorer):
     def forward(self, seen: Seen) -> Tensor:
         x = seen.tokens
         means = x.mean(dim=1, keepdim=True)
+        if not site_of(x).eager:
+            # A graph is not to be for so many images.
+            return _distance(x, means).squeeze(-1)
         distances = [
             backend_at(x).by_tokens(partial(_distance, other=mean), image, x.shape[-1])
             for image, mean in zip(x.split(1), means.split(1), strict=True)
