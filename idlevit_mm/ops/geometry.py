@@ -122,14 +122,18 @@ def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: to
         device: Where the tables live.
     """
     fake = active_fake_mode()
-    if fake is None:
+    if fake is None or fake.allow_non_fake_inputs:
+        # Those who export want constants with values.
         return _shared(numbers, key, device)
     tables = _FAKE.setdefault(fake, {})
     place = numbers, key, device
     if place not in tables:
         real = _tensors(numbers(*key), torch.device('cpu'))
         tables[place] = type(real)(
-            *(fake.from_tensor(x).to(device) if isinstance(x, Tensor) else x for x in real)
+            *(
+                fake.from_tensor(x, static_shapes=True).to(device) if isinstance(x, Tensor) else x
+                for x in real
+            )
         )
     return tables[place]
 
