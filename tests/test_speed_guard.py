@@ -8,11 +8,10 @@ guard notices the loss of what it guards is tested too.
 from __future__ import annotations
 
 import gc
-import importlib
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,8 +20,11 @@ from operations import count
 from torch import Tensor, nn
 
 from idlevit_mm.analysis.memory import allocations, peak_of
+from idlevit_mm.kernels import CPU, Reference, rows
+from idlevit_mm.kernels.convolution import ConvolveRows
+from idlevit_mm.kernels.cpu import attention, linear, pieces, windows
 from idlevit_mm.layers import MergePatches
-from idlevit_mm.layers.window_attention import WindowMSA
+from idlevit_mm.policies import select
 
 # First stages of published width, on odd maps large enough that inference cuts them in pieces.
 _PVT = dict(embed_dims=64, drop_path_rate=0.0)
@@ -225,55 +227,58 @@ MEASURED_BY: dict[str, Callable[[str, nn.Module], Figures]] = {
 }
 
 
-@lru_cache(None)
-def figures(measure: Callable[[str, nn.Module], Figures], family: str, keep: float) -> Figures:
-    """Figures of a backbone as it is."""
-    return measure(family, build(family, keep))
-
-
-def assert_within(guard: Guard, value: float) -> None:
-    assert value <= guard.bound, (
+def breach(guard: Guard, value: float) -> str:
+    """What is wrong with a figure, in words; '' if nothing is."""
+    if value <= guard.bound:
+        return ''
+    return (
         f'{guard.family} at keep {guard.keep}: {guard.measure} {value:.4g}, at most {guard.bound} '
         f'(was {guard.measured}): {LOST[guard.measure]}'
     )
 
 
-@pytest.mark.parametrize('guard', GUARDS, ids=lambda g: f'{g.family}-{g.keep}-{g.measure}')
-def test_no_figure_exceeds_its_bound(guard: Guard) -> None:
-    found = figures(MEASURED_BY[guard.measure], guard.family, guard.keep)
-    assert_within(guard, found[guard.measure])
+@pytest.mark.parametrize('keep', [1.0, 0.5])
+@pytest.mark.parametrize('family', MODELS)
+def test_no_figure_exceeds_its_bound(family: str, keep: float) -> None:
+    guards = [guard for guard in GUARDS if guard[:2] == (family, keep)]
+    assert {guard.measure for guard in guards} >= set(LOST) - {'training peak of mmdet'}
+    found: Figures = {}
+    for measure in dict.fromkeys(MEASURED_BY[guard.measure] for guard in guards):
+        found |= measure(family, build(family, keep))
+    breaches = [breach(guard, found[guard.measure]) for guard in guards]
+    assert not any(breaches), '\n'.join(filter(None, breaches))
 
 
 def undo_onednn(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('layers.linear'), '_by_onednn', lambda x, weight: False)
+    patch.setattr(linear, '_pays', lambda x, weight, site: False)
 
 
 def undo_pieces(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('ops.chunks'), 'eager_on_cpu', lambda x: False)
+    patch.setattr(CPU, 'by_tokens', Reference.by_tokens)
+    patch.setattr(CPU, 'channel_parts', Reference.channel_parts)
+    patch.setattr(attention, 'in_pieces', lambda function, x, width: function(x))
 
 
 def cut_too_small(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('ops.chunks'), '_CHUNK', 1)
-    patch.setattr(module('ops.chunks'), '_MIN_ROWS', 64)
-    patch.setattr(module('ops.chunks'), '_CHUNK', 2**17)
+    patch.setattr(pieces, '_MIN_ROWS', 64)
+    patch.setattr(pieces, '_PIECE', 2**17)
 
 
 def cut_windows_too_small(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('layers.window_squeezed'), '_CHUNK', 1)
+    patch.setattr(windows, '_CHUNK', 1)
 
 
 def undo_squeezing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(WindowMSA, 'squeezes', lambda self, qkv: False)
+    patch.setattr(CPU, 'attend_windows', Reference.attend_windows)
 
 
 def keep_weights_for_backward(patch: pytest.MonkeyPatch) -> None:
-    attend = module('layers.window_squeezed')._Attend
+    attend = windows._Attend
     patch.setattr(attend, 'apply', lambda *args: attend.forward(*args))
 
 
 def keep_maps_for_backward(patch: pytest.MonkeyPatch) -> None:
-    convolve = module('layers.ffn')._ConvolveActive
-    patch.setattr(convolve, 'apply', lambda *args: convolve.forward(*args))
+    patch.setattr(ConvolveRows, 'apply', lambda *args: ConvolveRows.forward(*args))
 
 
 def undo_merging(patch: pytest.MonkeyPatch) -> None:
@@ -281,25 +286,19 @@ def undo_merging(patch: pytest.MonkeyPatch) -> None:
 
 
 def add_by_index(patch: pytest.MonkeyPatch) -> None:
-    def take(rows: Tensor, index: Tensor, has_padding: bool) -> Tensor:
-        return rows[index.clamp(max=len(rows) - 1)]
+    def take(flat: Tensor, ids: Tensor, padded: bool) -> Tensor:
+        return flat[ids.clamp(max=len(flat) - 1)]
 
-    patch.setattr(module('ops.select')._TakeRows, 'apply', take)
+    patch.setattr(rows._TakeRows, 'apply', take)
 
 
 def copy_the_map_once_more(patch: pytest.MonkeyPatch) -> None:
-    block = module('blocks.idle_block')
-    put_tokens = block.put_tokens
-    patch.setattr(block, 'put_tokens', lambda x, *args: put_tokens(x.clone(), *args))
+    put = Reference.put
+    patch.setattr(Reference, 'put', lambda self, x, *args: put(self, x.clone(), *args))
 
 
 def compute_all_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module('ops.select'), 'num_active', lambda keep, units, _: units)
-
-
-def module(name: str) -> Any:
-    # Some are hidden behind a function of their name.
-    return importlib.import_module(f'idlevit_mm.{name}')
+    patch.setattr(select, 'num_active', lambda keep, units, _: units)
 
 
 NOTICED: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, float, str], ...] = (
@@ -353,8 +352,7 @@ def test_the_guard_notices(
         twin_peak(family)
     undo(monkeypatch)
     value = MEASURED_BY[measure](family, build(family, keep))[measure]
-    with pytest.raises(AssertionError, match=LOST[measure]):
-        assert_within(BOUNDS[family, keep, measure], value)
+    assert LOST[measure] in breach(BOUNDS[family, keep, measure], value)
 
 
 def test_every_measure_is_noticed_by_some_loss() -> None:

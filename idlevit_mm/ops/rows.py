@@ -31,4 +31,5 @@ def row_mask(rows: Rows, num_rows: int) -> Tensor:
     ids = rows.ids
     inside = torch.where((ids < 0) | (ids >= num_rows), num_rows, ids)
     mask = ids.new_zeros(ids.shape[0], num_rows + 1, dtype=torch.bool)
-    return mask.scatter(1, inside, True)[:, :num_rows]
+    # Not True: torch.jit knows no scatter of a bool.
+    return mask.scatter(1, inside, 1)[:, :num_rows]

@@ -23,7 +23,8 @@ ROUNDINGS: dict[str, Callable[[float], int]] = {
 
 def num_active(keep_ratio: float, num_units: int, rounding: str = 'nearest') -> int:
     """Number of active units: max(1, rounded keep_ratio * num_units)."""
-    return max(1, ROUNDINGS[rounding](keep_ratio * num_units))
+    # A size that torch.jit traces is a tensor, which cannot be rounded.
+    return max(1, ROUNDINGS[rounding](keep_ratio * int(num_units)))
 
 
 def unit_scores(scores: Tensor, units: Units, reduction: str = 'mean') -> Tensor:
