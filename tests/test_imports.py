@@ -5,8 +5,6 @@ import importlib
 import sys
 from pathlib import Path
 
-import pytest
-
 import idlevit_mm
 
 ROOT = Path(idlevit_mm.__file__).parent
@@ -16,37 +14,37 @@ PACKAGE = 'idlevit_mm'
 ALLOWED = {
     'version': set(),
     'errors': set(),
-    'registry': set(),
+    'registry': {'errors'},
     'ops': set(),
-    'layers': {'ops', 'registry'},
-    'policies': {'layers', 'ops', 'registry'},
-    'blocks': {'policies', 'layers', 'ops', 'registry'},
+    'kernels': {'ops'},
+    'layers': {'kernels', 'ops', 'registry', 'errors'},
+    'policies': {'kernels', 'ops', 'registry'},
+    'blocks': {'policies', 'kernels', 'ops'},
     'checkpoints': {'errors'},
     'converters': {'checkpoints', 'layers', 'registry', 'errors'},
     'backbones': {
-        *('blocks', 'policies', 'layers', 'ops', 'converters', 'checkpoints', 'registry', 'errors'),
+        *('blocks', 'policies', 'layers', 'kernels', 'ops', 'converters', 'checkpoints'),
+        *('registry', 'errors'),
     },
     'necks': {'layers', 'registry'},
-    'losses': {'policies', 'layers', 'ops', 'checkpoints', 'registry', 'errors'},
+    'losses': {'kernels', 'ops', 'checkpoints', 'registry', 'errors'},
     'visualization': set(),
-    'hooks': {
-        *('losses', 'policies', 'layers', 'ops', 'registry', 'backbones', 'errors'),
-        'visualization',
-    },
-    'datasets': {'registry'},
+    'hooks': {'losses', 'policies', 'registry', 'backbones', 'errors', 'visualization'},
+    'datasets': {'registry', 'errors'},
     'engine': {
-        *('hooks', 'losses', 'datasets', 'registry', 'backbones', 'checkpoints', 'version'),
-        'errors',
+        *('hooks', 'losses', 'datasets', 'registry', 'backbones', 'checkpoints', 'converters'),
+        *('version', 'errors'),
     },
     'analysis': {
         *('engine', 'hooks', 'losses', 'datasets', 'necks', 'backbones', 'converters'),
-        *('checkpoints', 'blocks', 'policies', 'layers', 'ops', 'registry', 'version', 'errors'),
-        'visualization',
+        *('checkpoints', 'blocks', 'policies', 'layers', 'kernels', 'ops', 'registry', 'version'),
+        *('errors', 'visualization'),
     },
 }
 # The parts that never import mmdet or mmseg, not even inside a function.
 CORE = (
-    *('errors', 'registry', 'ops', 'layers', 'policies', 'blocks', 'backbones', 'necks'),
+    *('errors', 'registry', 'ops', 'kernels', 'layers', 'policies', 'blocks', 'backbones'),
+    'necks',
     'checkpoints',
     'converters',
     'losses',
@@ -109,24 +107,32 @@ def test_every_part_has_a_place():
     assert {'registry', 'ops', 'layers', 'policies', 'blocks', 'backbones'} <= parts
 
 
-@pytest.mark.parametrize('name', MODULES)
-def test_imports_point_down(name):
-    part = part_of(name)
-    if part is None:
-        return
-    for target, _ in IMPORTS[name]:
-        if target.split('.')[0] == PACKAGE:
-            other = part_of(target)
-            assert other is not None, f'{name} imports the whole package'
-            assert other == part or other in ALLOWED[part], f'{name} imports {target}'
+def test_imports_point_down():
+    wrong = []
+    for name in MODULES:
+        part = part_of(name)
+        for target, _ in IMPORTS[name] if part else ():
+            if target.split('.')[0] == PACKAGE:
+                other = part_of(target)
+                if other is None or not (other == part or other in ALLOWED[part]):
+                    wrong.append(f'{name} imports {target}')
+    assert not wrong, wrong
+    places = list(ALLOWED)
+    above = {
+        part: [one for one in allowed if places.index(one) > places.index(part)]
+        for part, allowed in ALLOWED.items()
+    }
+    assert not any(above.values()), above
 
 
-@pytest.mark.parametrize('name', MODULES)
-def test_mmdet_and_mmseg_are_not_needed(name):
-    for target, at_import in IMPORTS[name]:
-        if target.split('.')[0] in FOREIGN:
-            assert not at_import, f'{name} imports {target} when it is imported'
-            assert part_of(name) not in CORE, f'{name} imports {target}'
+def test_mmdet_and_mmseg_are_not_needed():
+    wrong = [
+        f'{name} imports {target}' + (' when it is imported' if at_import else '')
+        for name in MODULES
+        for target, at_import in IMPORTS[name]
+        if target.split('.')[0] in FOREIGN and (at_import or part_of(name) in CORE)
+    ]
+    assert not wrong, wrong
 
 
 def test_no_circle_between_modules():
@@ -154,7 +160,58 @@ def test_no_circle_between_modules():
         visit(name)
 
 
-@pytest.mark.parametrize('name', MODULES)
-def test_every_module_imports(name):
-    importlib.import_module(name)
-    assert name in sys.modules
+def test_every_module_imports():
+    wrong = []
+    for name in MODULES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            wrong.append(f'{name}: {error}')
+    assert not wrong, wrong
+    assert set(MODULES) <= set(sys.modules)
+
+
+# Who computes asks the kernels how, and never where it runs.
+COMPUTING = ('ops', 'layers', 'policies', 'blocks', 'backbones', 'losses', 'necks')
+QUESTIONS = {
+    'is_tracing', 'is_compiling', 'is_in_onnx_export', 'is_dynamo_compiling', 'is_exporting',
+    'FakeTensor', 'FakeTensorMode', 'get_proxy_mode', 'autocast', 'is_autocast_enabled',
+    'is_autocast_cpu_enabled', 'is_cuda', 'is_cpu', 'is_mps', 'is_xpu', 'is_meta', 'mkldnn', 'cuda',
+    'mps', 'xpu',
+}  # fmt: skip
+KINDS = {'cpu', 'cuda', 'mps', 'xpu', 'meta'}
+
+
+def questions_of(path):
+    """(line, question) of what asks for a kind of device, autocast, or a graph that is recorded."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        asked = None
+        if isinstance(node, ast.Attribute):
+            # A `site` has been asked already: its fields are the answers.
+            site = ast.unparse(node.value).startswith('site')
+            of_device = node.attr == 'type' and ast.unparse(node.value).endswith('device')
+            asked = node.attr if (node.attr in QUESTIONS and not site) or of_device else None
+        elif isinstance(node, ast.Name):
+            asked = node.id if node.id in QUESTIONS else None
+        elif isinstance(node, ast.alias):
+            asked = node.name if node.name.split('.')[-1] in QUESTIONS else None
+        elif isinstance(node, ast.Constant):
+            asked = node.value if node.value in KINDS else None
+        if asked is not None:
+            yield getattr(node, 'lineno', 0), asked
+
+
+# Tables are made of numbers alone, on the CPU, and kept where a mode of fake tensors is on.
+TABLES = {'get_proxy_mode', 'cpu'}
+
+
+def test_nobody_but_the_kernels_asks_where_it_runs():
+    found = [
+        f'{path.relative_to(ROOT)}:{line} asks for {question}'
+        for part in COMPUTING
+        for path in sorted((ROOT / part).rglob('*.py'))
+        for line, question in questions_of(path)
+        if not (path.name == 'geometry.py' and question in TABLES)
+    ]
+    assert not found, found
+    assert list(questions_of(ROOT / 'kernels' / 'site.py')), 'the scan sees nothing'

@@ -99,6 +99,8 @@ class Meter:
             finally:
                 self.leave()
 
+        # The kernels pass over layers as they do without it.
+        measured.only_measures = True  # type: ignore[attr-defined]
         return measured
 
 

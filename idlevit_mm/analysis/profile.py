@@ -1,13 +1,12 @@
 """Where the time of idle blocks goes.
 
 Nothing in the package is written for being measured: calls are replaced while a profile runs, by
-names that every block has (``policy.plan``, ``policy.score``, ``gather``, ``scatter``, ``attn``,
-``ffn``) and by PyTorch's own functions below them.
+names that every block has (``scorer``, ``planned``, ``opened``, ``settled``, ``attn``, ``ffn``), by
+entries of the backends and by PyTorch's own functions below them.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idlevit_mm import kernels
 from idlevit_mm.analysis.latency import Spread
 from idlevit_mm.analysis.meter import OTHER, Call, clock, metered
 from idlevit_mm.analysis.models import idle_backbone
+from idlevit_mm.kernels import BACKENDS
 
 # Parts of a block that a dense one does not have.
 IDLING = ('scoring', 'selecting', 'gathering', 'scattering')
@@ -161,24 +162,25 @@ def _block_calls(backbone: Any) -> Iterator[Call]:
     for stage, blocks in enumerate(backbone.idle_blocks):
         for block in blocks:
             yield Call(f'{stage}/rest', block, 'forward')
-            yield Call(_within('selecting'), block.policy, 'plan')
-            yield Call(_within('selecting'), block.policy, 'reorganise')
-            yield Call(_within('scoring'), block.policy, 'score')
-            yield Call(_within('gathering'), block, 'gather')
-            yield Call(_within('scattering'), block, 'scatter')
+            yield Call(_within('scoring'), block, '_seen')
+            yield Call(_within('scoring'), block.policy.scorer, 'forward')
+            yield Call(_within('selecting'), block, 'planned')
+            yield Call(_within('selecting'), block.policy, 'between')
+            yield Call(_within('gathering'), block, 'opened')
+            yield Call(_within('scattering'), block, 'settled')
+            yield Call(_within('scattering'), block, 'regrouped')
             # Scoring may use the block's own layers.
             yield Call(_within('attention, rest', ['rest']), block.attn, 'forward')
             yield Call(_within('feed-forward', ['rest']), block.ffn, 'forward')
     attention = ['attention, rest']
-    # Each module of the package that uses these functions has its own name for them.
-    for name, module in list(sys.modules.items()):
-        if name.startswith('idlevit_mm.'):
-            yield Call(_within('gathering'), module, 'take_tokens')
-            yield Call(_within('scattering'), module, 'put_tokens')
-            yield Call(_within('scattering'), module, 'fill_map')
-            yield Call(_within('gathering'), module, 'pack_windows')
-            yield Call(_within('attention core', attention), module, 'attend_squeezed')
-            yield Call(_within('attention core', attention), module, 'attend_head_by_head')
+    for backend in BACKENDS:
+        yield Call(_within('gathering'), backend, 'take')
+        yield Call(_within('scattering'), backend, 'put')
+        yield Call(_within('scattering'), backend, 'fill')
+        yield Call(_within('attention core', attention), backend, 'attend')
+        yield Call(_within('attention core', attention), backend, 'attend_windows')
+    yield Call(_within('gathering'), kernels.cpu, 'pack_windows')
+    yield Call(_within('gathering'), kernels.cpu, 'pack_whole_windows')
     yield Call(_within('attention core', attention), F, 'scaled_dot_product_attention')
     yield Call(_within('projections', attention), F, 'linear')
     yield Call(_within('projections', attention), F, 'conv2d')

@@ -30,8 +30,8 @@ _KNOWN: set[type] = {
 def is_plain(layer: nn.Module, *classes: type) -> bool:
     """Whether a module is exactly one of some classes, and nothing hangs on it.
 
-    Hooks of all modules at once, which counters and profilers set, do not matter: who measures must
-    not change what is computed.
+    Who measures must not change what is computed: hooks of all modules at once, which counters and
+    profilers set, do not matter, and a forward with ``only_measures`` is the one it replaces.
     """
     return (
         type(layer) in classes
@@ -41,7 +41,7 @@ def is_plain(layer: nn.Module, *classes: type) -> bool:
             or layer._backward_hooks
             or layer._backward_pre_hooks
         )
-        and 'forward' not in vars(layer)
+        and getattr(vars(layer).get('forward'), 'only_measures', 'forward' not in vars(layer))
     )
 
 

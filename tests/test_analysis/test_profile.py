@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from backbone_zoo import BY_NAME, image, parametrize
 from torch import nn
 
+from idlevit_mm import kernels
 from idlevit_mm.analysis import training_profile
 from idlevit_mm.analysis.models import load_config
 from idlevit_mm.analysis.profile import BLOCK_PARTS, IDLING, idling_share, profile_blocks
@@ -21,7 +22,6 @@ from idlevit_mm.analysis.training_profile import (
     watch_gradients,
 )
 from idlevit_mm.errors import UsageError
-from idlevit_mm.layers import window_attention
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'digit_scenes'
 
@@ -88,7 +88,7 @@ def test_who_pays_for_a_function(monkeypatch, name, part):
         'norms': (F, 'layer_norm'),
     }
     if name == 'swin':
-        functions['attention core'] = (window_attention, 'attend_squeezed')
+        functions['attention core'] = (kernels.cpu, 'attend_squeezed')
     where, function = functions[part]
     monkeypatch.setattr(where, function, clock.slow(getattr(where, function)))
     profile = profile_blocks(model, image((1, 3, 64, 64)), rounds=1, warmup=0, reading=clock)
@@ -102,10 +102,8 @@ def test_who_pays_for_scoring_with_the_layers_of_the_block(monkeypatch):
     model = BY_NAME['swin'].build(keep_ratios=0.5, policy=dict(scorer='mean_query'))
     blocks = [block for stage in model.idle_blocks for block in stage]
     for block in blocks:
-        monkeypatch.setattr(
-            block, 'mean_query_attention', clock.slow(block.mean_query_attention), raising=False
-        )
-        monkeypatch.setattr(block, 'unit_layout', clock.slow(block.unit_layout, 2.0))
+        monkeypatch.setattr(block, 'mean_query', clock.slow(block.mean_query))
+        monkeypatch.setattr(block, 'units', clock.slow(block.units, 2.0))
         monkeypatch.setattr(block.attn, 'forward', clock.slow(block.attn.forward, 5.0))
     profile = profile_blocks(model, image((1, 3, 64, 64)), rounds=1, warmup=0, reading=clock)
     parts = {name: seconds for name, seconds in profile.blocks.items() if seconds}
