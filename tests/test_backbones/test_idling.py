@@ -26,8 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 SCOPES = variant_scopes(FAMILIES)
+# Scorers do not know families: each scope with one of them, and each of them once.
 SCOPES_AND_SCORERS = [
-    pytest.param(*p.values, scorer, id=f'{p.id}-{scorer}') for p in SCOPES for scorer in SCORERS
+    *(pytest.param(*p.values, 'mean_distance', id=f'{p.id}-mean_distance') for p in SCOPES),
+    *(
+        pytest.param(variant, 'map', scorer, id=f'{variant.name}-{scorer}')
+        for variant, scorer in zip(FAMILIES, SCORERS, strict=True)
+        if scorer != 'mean_distance'
+    ),
+    pytest.param(BY_NAME['vit'], 'map', 'mean_query', id='vit-mean_query'),
 ]
 
 
@@ -74,24 +81,24 @@ def assert_idles_properly(variant, model, trace, keep, scope):
 
 
 @pytest.mark.parametrize(('variant', 'scope', 'scorer'), SCOPES_AND_SCORERS)
-@pytest.mark.parametrize('keep', [0.7, 0.3])
-def test_idle_rows_are_untouched_and_counts_exact(variant, scope, scorer, keep):
-    model = build(variant, scope, scorer, keep)
-    for size in variant.sizes[:3]:
-        with BlockTrace(model) as trace, torch.no_grad():
-            model(image(size))
-        assert_idles_properly(variant, model, trace, keep, scope)
+def test_idle_rows_are_untouched_and_counts_exact(variant, scope, scorer):
+    for keep in (0.7, 0.3):
+        model = build(variant, scope, scorer, keep)
+        for size in variant.sizes[:3]:
+            with BlockTrace(model) as trace, torch.no_grad():
+                model(image(size))
+            assert_idles_properly(variant, model, trace, keep, scope)
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('keep', [0.5, 0.999, 1e-6])
-def test_extreme_ratios_and_smallest_maps(variant, scope, keep):
-    model = build(variant, scope, keep=keep)
-    for size in variant.sizes[2:]:
-        with BlockTrace(model) as trace:
-            outs = model(image(size))
-        assert all(out.isfinite().all() for out in outs)
-        assert_idles_properly(variant, model, trace, keep, scope)
+def test_extreme_ratios_and_smallest_maps(variant, scope):
+    for keep in (0.5, 0.999, 1e-6):
+        model = build(variant, scope, keep=keep)
+        for size in variant.sizes[2:]:
+            with BlockTrace(model) as trace:
+                outs = model(image(size))
+            assert all(out.isfinite().all() for out in outs)
+            assert_idles_properly(variant, model, trace, keep, scope)
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
@@ -153,8 +160,14 @@ def test_idle_token_may_wake_in_the_next_block(variant, scope):
     assert any(woken)
 
 
-@pytest.mark.parametrize('scorer', SCORERS)
-@parametrize()
+@pytest.mark.parametrize(
+    ('variant', 'scorer'),
+    [
+        *((BY_NAME['swin'], scorer) for scorer in SCORERS if scorer != 'random'),
+        *((variant, 'mean_query') for variant in FAMILIES if variant.name != 'swin'),
+    ],
+    ids=lambda value: getattr(value, 'name', value),
+)
 def test_every_scorer_is_used(variant, scorer):
     """No two scorers choose the same tokens."""
     masks = {}
@@ -164,15 +177,13 @@ def test_every_scorer_is_used(variant, scorer):
         with torch.no_grad():
             model(image((1, 3, 64, 80)))
         masks[name] = model.keep_masks[0][0]
-    if scorer != 'random':
-        assert not torch.equal(masks[scorer], masks['random'])
-        agreement = (masks[scorer] & masks['random']).sum() / masks[scorer].sum()
-        assert agreement < 0.7
+    assert not torch.equal(masks[scorer], masks['random'])
+    agreement = (masks[scorer] & masks['random']).sum() / masks[scorer].sum()
+    assert agreement < 0.7
 
 
-@parametrize()
-def test_random_scorer_draws_anew(variant):
-    model = build(variant, scorer='random')
+def test_random_scorer_draws_anew():
+    model = build(BY_NAME['swin'], scorer='random')
     with torch.no_grad():
         model(image((2, 3, 64, 80)))
         first = model.keep_masks[0][0]
@@ -187,9 +198,8 @@ def test_random_scorer_draws_anew(variant):
     assert torch.equal(second, model.keep_masks[0][0])
 
 
-@parametrize()
-def test_uniform_grid_covers_the_map_evenly(variant):
-    model = build(variant, scorer='uniform_grid', keep=0.25)
+def test_uniform_grid_covers_the_map_evenly():
+    model = build(BY_NAME['vit'], scorer='uniform_grid', keep=0.25)
     with torch.no_grad():
         model(image((2, 3, 64, 64)))
     mask = model.keep_masks[0][0]
@@ -199,12 +209,21 @@ def test_uniform_grid_covers_the_map_evenly(variant):
     assert quarters.min() >= 14, quarters
 
 
-@pytest.mark.parametrize('precision', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('scorer', ['mean_distance', 'activation_norm'])
-@parametrize()
-def test_highest_scores_are_active(variant, scorer, precision):
+@pytest.mark.parametrize(
+    ('name', 'scorer', 'precision'),
+    [
+        ('swin', 'mean_distance', torch.float32),
+        ('swin', 'activation_norm', torch.bfloat16),
+        ('pvt', 'mean_distance', torch.bfloat16),
+        ('pvtv2', 'activation_norm', torch.float16),
+        ('mit', 'activation_norm', torch.float32),
+        ('vit', 'mean_distance', torch.float16),
+        ('vit', 'activation_norm', torch.bfloat16),
+    ],
+)
+def test_highest_scores_are_active(name, scorer, precision):
     """Scores of the map as it enters the block, in single precision under autocast too."""
-    model = build(variant, scorer=scorer, keep=0.4)
+    model = build(BY_NAME[name], scorer=scorer, keep=0.4)
     autocast = torch.autocast('cpu', precision, enabled=precision != torch.float32)
     with BlockTrace(model) as trace, torch.no_grad(), autocast:
         model(image((1, 3, 160, 160)))
@@ -366,10 +385,13 @@ def test_pvt_equals_masked_reference(name, scorer, size):
 
 @pytest.mark.usefixtures('each_window_path')
 @pytest.mark.parametrize('scope', ['map', 'window_tokens', 'windows'])
-@pytest.mark.parametrize('size', [(2, 3, 64, 80), (2, 3, 45, 50)])
-def test_idle_tokens_are_no_keys_in_swin(scope, size):
+def test_idle_tokens_are_no_keys_in_swin(scope):
     """Other values in idle rows change no active row; the grid fixes the selection."""
-    model = build(BY_NAME['swin'], scope, 'uniform_grid')
+    for size in ((2, 3, 64, 80), (2, 3, 45, 50)):
+        assert_idle_tokens_are_no_keys(build(BY_NAME['swin'], scope, 'uniform_grid'), size)
+
+
+def assert_idle_tokens_are_no_keys(model, size):
     for s, blocks in enumerate(stage_blocks(model)):
         for b, block in enumerate(blocks):
             with BlockTrace(model) as trace, torch.no_grad():
@@ -411,8 +433,7 @@ def linear_operations(count):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-def test_work_shrinks(variant, scope, train):
+def test_work_shrinks(variant, scope):
     """At half the tokens the token-wise products (not attention) halve, and all shrink.
 
     Counted on a map without padding, by operator, as the difference of dense and idle, so that
@@ -420,14 +441,15 @@ def test_work_shrinks(variant, scope, train):
     """
     options = dict(embed_dims=16, mlp_ratio=4) if variant.is_swin else dict(embed_dims=16)
     x = image((1, 3, 128, 128))
-    full, half = (
-        block_flops(build(variant, scope, keep=k, **options), x, train) for k in (1.0, 0.5)
-    )
-    assert sum(half.values()) < sum(full.values())
-    saved = linear_operations(full) - linear_operations(half)
-    # Forward and both products of backward: three times the forward operations.
-    expected = 0.5 * token_wise_flops(variant, options, (128, 128)) * (3 if train else 1)
-    assert saved >= 0.97 * expected, f'saved {saved}, expected {expected}'
+    for train in (False, True):
+        full, half = (
+            block_flops(build(variant, scope, keep=k, **options), x, train) for k in (1.0, 0.5)
+        )
+        assert sum(half.values()) < sum(full.values())
+        saved = linear_operations(full) - linear_operations(half)
+        # Forward and both products of backward: three times the forward operations.
+        expected = 0.5 * token_wise_flops(variant, options, (128, 128)) * (3 if train else 1)
+        assert saved >= 0.97 * expected, f'saved {saved}, expected {expected}'
 
 
 def token_wise_flops(variant, options, size):
@@ -489,9 +511,8 @@ def test_scoring_is_cheap(variant, scope):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('scorer', DETERMINISTIC_SCORERS)
-def test_image_does_not_depend_on_its_batch(variant, scope, scorer):
-    model = build(variant, scope, scorer)
+def test_image_does_not_depend_on_its_batch(variant, scope):
+    model = build(variant, scope, 'mean_query')
     x = image((3, 3, 45, 58))
     x[1] *= 4
     with torch.no_grad():
@@ -506,10 +527,13 @@ def test_image_does_not_depend_on_its_batch(variant, scope, scorer):
                 assert_close(a[0], t[i], 1e-5)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('scorer', DETERMINISTIC_SCORERS)
-def test_same_input_same_output(variant, scope, scorer):
-    model = build(variant, scope, scorer)
+@pytest.mark.parametrize(
+    ('variant', 'scorer'),
+    list(zip(FAMILIES[1:], DETERMINISTIC_SCORERS, strict=True)),
+    ids=lambda value: getattr(value, 'name', value),
+)
+def test_same_input_same_output(variant, scorer):
+    model = build(variant, scorer=scorer)
     x = image((2, 3, 45, 58))
     with torch.no_grad():
         first, masks = model(x), model.keep_masks
@@ -521,9 +545,8 @@ def test_same_input_same_output(variant, scope, scorer):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('scorer', SCORERS)
-def test_every_parameter_gets_a_gradient(variant, scope, scorer):
-    model = build(variant, scope, scorer, drop_path_rate=0.0).train()
+def test_every_parameter_gets_a_gradient(variant, scope):
+    model = build(variant, scope, 'mean_query', drop_path_rate=0.0).train()
     _, grads = gradients(model, image((2, 3, 64, 80)))
     for name, grad in grads.items():
         assert grad is not None, f'{name} has no gradient'
@@ -532,13 +555,12 @@ def test_every_parameter_gets_a_gradient(variant, scope, scorer):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('scorer', ['mean_distance', 'random'])
-def test_checkpointing_changes_nothing(variant, scope, scorer):
+def test_checkpointing_changes_nothing(variant, scope):
     """Also with dropout and random selection, which the second forward must repeat."""
     options = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
     results = []
     for with_cp in (False, True):
-        model = build(variant, scope, scorer, with_cp=with_cp, **options).train()
+        model = build(variant, scope, 'random', with_cp=with_cp, **options).train()
         torch.manual_seed(11)
         outs, grads = gradients(model, image((2, 3, 45, 58)))
         results.append((outs, grads, model.keep_masks))

@@ -34,9 +34,16 @@ def build(variant, scope='map', scorer='mean_distance', keep=0.5, **kwargs):
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('keep', [1.0, 0.5])
-def test_autocast(variant, scope, dtype, keep):
+def test_autocast(variant, scope):
+    # Each precision with each ratio over the scopes of Swin; one pair in each other family.
+    pairs = ((torch.bfloat16, 1.0), (torch.float16, 0.5))
+    for dtype, keep in pairs if scope != 'window_tokens' else ((torch.bfloat16, 0.5),):
+        assert_runs_under_autocast(variant, scope, dtype, keep)
+    if variant.name == 'swin' and scope == 'map':
+        assert_runs_under_autocast(variant, scope, torch.float16, 1.0)
+
+
+def assert_runs_under_autocast(variant, scope, dtype, keep):
     model = build(variant, scope, keep=keep, drop_path_rate=0.0).train()
     x = image((2, 3, 45, 58))
     plain = model(x)
@@ -58,8 +65,11 @@ def test_autocast(variant, scope, dtype, keep):
         assert_close(outs[0].float(), plain[0], 0.1)
 
 
-@pytest.mark.parametrize('scorer', SCORERS)
-@parametrize()
+@pytest.mark.parametrize(
+    ('variant', 'scorer'),
+    list(zip(FAMILIES, SCORERS, strict=True)),
+    ids=lambda value: getattr(value, 'name', value),
+)
 def test_autocast_with_large_values(variant, scorer):
     """Scores are computed in float32: squares of large features do not overflow."""
     model = build(variant, scorer=scorer)
@@ -70,8 +80,9 @@ def test_autocast_with_large_values(variant, scorer):
 
 
 @parametrize()
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize('keep', [1.0, 0.5])
+@pytest.mark.parametrize(
+    ('dtype', 'keep'), [(torch.bfloat16, 0.5), (torch.float16, 1.0)], ids=['bfloat16', 'float16']
+)
 def test_whole_model_in_another_precision(variant, dtype, keep):
     model = build(variant, keep=keep).to(dtype)
     outs = model(image((1, 3, 45, 58), dtype=dtype))
@@ -105,7 +116,13 @@ def shallow(variant):
     return dict(num_stages=1, num_layers=[2], **one)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+@pytest.mark.parametrize(
+    ('variant', 'scope'),
+    [
+        pytest.param(BY_NAME[name], scope, id=f'{name}-{scope}')
+        for name, scope in (('swin', 'map'), ('swin', 'windows'), ('mit', 'map'), ('vit', 'map'))
+    ],
+)
 def test_compiled_backbone(variant, scope):
     """Compiled first, so that what compilation caches is then used without it."""
     torch._dynamo.reset()
@@ -122,8 +139,8 @@ def test_compiled_backbone(variant, scope):
                     assert torch.equal(a, b)
 
 
-@parametrize()
-@pytest.mark.parametrize('keep', [1.0, 0.5])
+@parametrize(tuple(BY_NAME[name] for name in ('swin', 'vit')))
+@pytest.mark.parametrize('keep', [0.5])
 def test_compiled_backbone_trains(variant, keep):
     torch._dynamo.reset()
     model = build(variant, keep=keep, drop_path_rate=0.0, **shallow(variant)).train()
@@ -136,11 +153,10 @@ def test_compiled_backbone_trains(variant, keep):
     assert_same_gradients(compiled_grads, grads, 1e-5)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('way', ['deepcopy', 'pickle'])
-def test_copies_after_a_training_forward(variant, scope, way):
+@pytest.mark.parametrize(('name', 'way'), [('swin', 'deepcopy'), ('vit', 'pickle')])
+def test_copies_after_a_training_forward(name, way):
     """Averaged models are deep copies; a graph held by the model would forbid them."""
-    model = build(variant, scope).train()
+    model = build(BY_NAME[name]).train()
     x = image((1, 3, 45, 58))
     sum(out.sum() for out in model(x)).backward()
     model(x)
@@ -164,13 +180,12 @@ def test_masks_do_not_hold_the_graph(variant):
     assert all(m.grad_fn is None for stage in model.keep_masks for m in stage)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-@pytest.mark.parametrize('keep', [1.0, 0.5])
-def test_masks_lie_on_the_device_of_the_model(variant, scope, keep):
-    model = build(variant, scope, keep=keep).to('meta')
-    outs = model(torch.empty(1, 3, 45, 58, device='meta'))
-    assert {out.device.type for out in outs} == {'meta'}
-    assert {m.device.type for stage in model.keep_masks for m in stage} == {'meta'}
+def test_masks_lie_on_the_device_of_the_model():
+    for variant in FAMILIES:
+        model = build(variant, keep=[[1.0] + [0.5] * (d - 1) for d in variant.depths]).to('meta')
+        outs = model(torch.empty(1, 3, 45, 58, device='meta'))
+        assert {out.device.type for out in outs} == {'meta'}
+        assert {m.device.type for stage in model.keep_masks for m in stage} == {'meta'}
 
 
 @pytest.mark.parametrize(('variant', 'scope'), SCOPES)

@@ -1,13 +1,29 @@
 """keep_ratios and policy: every way of setting them, and the errors for wrong values."""
 
+import copy
+import importlib
+import inspect
 import math
+import pickle
 import re
 
 import pytest
 import torch
-from backbone_zoo import FAMILIES, SCORERS, VARIANTS, image, kept, parametrize, randomize
+from backbone_zoo import (
+    BY_NAME,
+    FAMILIES,
+    SCORERS,
+    VARIANTS,
+    assert_close,
+    image,
+    kept,
+    parametrize,
+    randomize,
+)
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+
+from idlevit_mm.policies import normalize_keep_ratios
 
 
 def depths(model):
@@ -30,9 +46,9 @@ def test_default_is_dense(variant):
     assert tuple(depths(model)) == variant.depths
 
 
-@parametrize()
 @pytest.mark.parametrize('container', [list, tuple])
-def test_three_ways_to_write_ratios(variant, container):
+def test_three_ways_to_write_ratios(container):
+    variant = BY_NAME['swin']
     model = variant.build()
     d = depths(model)
     per_stage = [0.9, 0.5, 0.7, 1.0][: len(d)]
@@ -135,25 +151,34 @@ def shown(value):
     return repr(value)
 
 
-@parametrize()
+def assert_refused(function, wrong):
+    with pytest.raises((ValueError, TypeError), match='keep_ratios') as error:
+        function(wrong)
+    message = str(error.value)
+    assert shown(wrong) in message, f'{message!r} does not show {shown(wrong)}'
+    assert re.search(r'\(0, ?1\]', message), f'{message!r} does not say what is allowed'
+    assert 'stage' in message
+    assert '\n' not in message
+
+
 @pytest.mark.parametrize('name', WRONG)
-def test_wrong_ratios_are_refused(variant, name):
+def test_wrong_ratios_are_refused(name):
+    for stages in ((2, 2), (3,)):
+        assert_refused(
+            lambda wrong, stages=stages: normalize_keep_ratios(wrong, stages),
+            wrong_value(name, stages),
+        )
+
+
+@parametrize()
+def test_wrong_ratios_of_a_backbone_are_refused(variant):
     model = variant.build(keep_ratios=0.5)
-    wrong = wrong_value(name, depths(model))
-    messages = []
-    with pytest.raises((ValueError, TypeError), match='keep_ratios') as error:
-        variant.build(keep_ratios=wrong)
-    messages.append(str(error.value))
-    with pytest.raises((ValueError, TypeError), match='keep_ratios') as error:
-        model.set_keep_ratios(wrong)
-    messages.append(str(error.value))
-    for message in messages:
-        assert shown(wrong) in message, f'{message!r} does not show {shown(wrong)}'
-        assert re.search(r'\(0, ?1\]', message), f'{message!r} does not say what is allowed'
-        assert 'stage' in message
-        assert '\n' not in message
-    # A failed call changes nothing.
-    assert model.keep_ratios == [[0.5] * n for n in depths(model)]
+    for name in ('above one', 'too few stages', 'too many blocks', 'none in a block'):
+        wrong = wrong_value(name, depths(model))
+        assert_refused(lambda wrong: variant.build(keep_ratios=wrong), wrong)
+        assert_refused(model.set_keep_ratios, wrong)
+        # A failed call changes nothing.
+        assert model.keep_ratios == [[0.5] * n for n in depths(model)]
 
 
 @parametrize()
@@ -177,19 +202,18 @@ def test_wrong_length_says_the_right_one(variant):
         model.set_keep_ratios(ratios)
 
 
-@parametrize()
 @pytest.mark.parametrize(
     'policy', [None, {}, dict(scorer='random'), dict(scope='map'), dict(scope=None, scorer=None)]
 )
-def test_missing_policy_keys_take_defaults(variant, policy):
+def test_missing_policy_keys_take_defaults(policy):
+    variant = BY_NAME['pvt']
     model = randomize(variant.build(keep_ratios=0.5, policy=policy))
     assert model(image((1, 3, 48, 64)))[0].isfinite().all()
 
 
-@parametrize()
 @pytest.mark.parametrize('scorer', SCORERS)
-def test_scorer_as_text_and_as_dict(variant, scorer):
-    masks = []
+def test_scorer_as_text_and_as_dict(scorer):
+    variant, masks = BY_NAME['pvt'], []
     for value in (scorer, dict(type=scorer)):
         model = randomize(variant.build(keep_ratios=0.5, policy=dict(scorer=value)))
         torch.manual_seed(2)
@@ -218,38 +242,43 @@ WRONG_POLICIES = {
 }
 
 
-@parametrize()
 @pytest.mark.parametrize('name', WRONG_POLICIES)
-def test_wrong_policies_are_refused(variant, name):
+def test_wrong_policies_are_refused(name):
     policy, words = WRONG_POLICIES[name]
     with pytest.raises((ValueError, TypeError, KeyError)) as error:
-        variant.build(keep_ratios=0.5, policy=policy)
+        BY_NAME['vit'].build(keep_ratios=0.5, policy=policy)
     message = str(error.value)
     for word in words:
         assert word in message, f'{message!r} does not mention {word!r}'
 
 
 @parametrize()
-@pytest.mark.parametrize('scope', ['window_tokens', 'windows'])
-def test_scopes_of_windows_are_refused_without_windows(variant, scope):
-    if scope in variant.scopes:
-        variant.build(keep_ratios=0.5, policy=dict(scope=scope))
-        return
-    with pytest.raises((ValueError, TypeError)) as error:
-        variant.build(keep_ratios=0.5, policy=dict(scope=scope))
-    assert scope in str(error.value)
-    assert 'map' in str(error.value)
+def test_scopes_of_windows_are_refused_without_windows(variant):
+    for scope in ('window_tokens', 'windows'):
+        if scope in variant.scopes:
+            variant.build(keep_ratios=0.5, policy=dict(scope=scope))
+            continue
+        with pytest.raises((ValueError, TypeError)) as error:
+            variant.build(keep_ratios=0.5, policy=dict(scope=scope))
+        assert scope in str(error.value)
+        assert 'map' in str(error.value)
 
 
 # --- from configs ----------------------------------------------------------------------------
 
 
-@parametrize()
 @pytest.mark.parametrize('scope', [None, 'mmengine', 'mmdet', 'mmseg'])
-def test_builds_from_every_scope(variant, scope):
+def test_builds_from_every_scope(scope):
+    if scope in ('mmdet', 'mmseg'):
+        pytest.importorskip(scope)
+    for variant in FAMILIES:
+        assert_builds(variant, scope)
+
+
+def assert_builds(variant, scope):
     config = variant.config(keep_ratios=0.5)
     if scope in ('mmdet', 'mmseg'):
-        models = pytest.importorskip(f'{scope}.registry').MODELS
+        models = importlib.import_module(f'{scope}.registry').MODELS
         assert type(models.build(dict(config))).__name__ == variant.type
     if scope is None:
         model = MODELS.build(config)
@@ -289,3 +318,73 @@ def test_config_file_with_custom_imports(variant, tmp_path):
 def test_unknown_constructor_argument_is_refused(variant):
     with pytest.raises(TypeError, match='keep_ratio'):
         variant.build(keep_ratio=0.5)
+
+
+# --- what stands after construction ----------------------------------------------------------
+
+
+@parametrize()
+def test_frozen_stages_are_frozen_in_the_constructor(variant):
+    """Optimizers and wrappers of modules see it before any call of train()."""
+    blocks = sum(variant.depths)
+    for frozen in range(-1, (blocks if variant.is_vit else len(variant.depths)) + 1):
+        model = variant.build(frozen_stages=frozen)
+        built = {name: p.requires_grad for name, p in model.named_parameters()}
+        expected = {
+            name for name in built if any(name.startswith(part) for part in parts(variant, frozen))
+        }
+        assert {name for name, trains in built.items() if not trains} == expected, frozen
+        model.train()
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == built
+        modes = {name: module.training for name, module in model.named_modules()}
+        for stage in range(min(max(frozen, 0), len(variant.depths))):
+            if not variant.is_vit:
+                prefix = f'stages.{stage}' if variant.is_swin else f'layers.{stage}'
+                assert not any(on for name, on in modes.items() if name.startswith(prefix))
+
+
+def parts(variant, frozen):
+    """What the names of frozen parameters begin with."""
+    if frozen < 0:
+        return []
+    if variant.is_vit:
+        first = ['patch_embed.', 'pos_embed', 'cls_token']
+        return [*first, *(f'layers.{block}.' for block in range(frozen))]
+    if variant.is_swin:
+        stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]
+        return ['patch_embed.', 'absolute_pos_embed', *stages]
+    return [f'layers.{stage}.' for stage in range(frozen)] if frozen else ['layers.0.0.']
+
+
+@parametrize()
+def test_masks_before_the_first_forward_stop_nobody_who_looks_around(variant):
+    model = variant.build(keep_ratios=0.5)
+    assert model.keep_masks == []
+    assert hasattr(model, 'keep_masks')
+    members = dict(inspect.getmembers(model))
+    assert members['keep_masks'] == []
+    for twin in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.keep_masks == []
+    model(image((1, 3, 48, 64)))
+    assert [len(stage) for stage in model.keep_masks] == depths(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('indices', [(3, 0), (0, 3), (2, 0, 1), -1])
+def test_maps_of_a_plain_vit_come_in_the_order_of_its_blocks(indices):
+    """As mmseg's class returns them."""
+    variant = BY_NAME['vit']
+    options = dict(num_layers=4, out_indices=indices)
+    model = randomize(variant.build(**options)).eval()
+    twin = variant.build_twin(**options)
+    twin.load_state_dict(model.state_dict())
+    twin.eval()
+    x = image((2, 3, 45, 58))
+    outs, want = model(x), twin(x)
+    assert len(outs) == len(want)
+    for out, theirs in zip(outs, want, strict=True):
+        assert_close(out, theirs, 1e-5)
+    # In that order whatever order they are asked for in.
+    ordered = sorted(index % 4 for index in ([indices] if isinstance(indices, int) else indices))
+    model.out_indices = tuple(ordered)
+    assert all(torch.equal(a, b) for a, b in zip(outs, model(x), strict=True))
