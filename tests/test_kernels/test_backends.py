@@ -39,7 +39,7 @@ from idlevit_mm.kernels import (
     why_not,
 )
 from idlevit_mm.kernels.cpu import pieces, windows
-from idlevit_mm.layers import MergePatches, ShiftWindowMSA
+from idlevit_mm.layers import FeedForward, MergePatches, ShiftWindowMSA
 from idlevit_mm.ops import Rows, window_layout
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -288,7 +288,7 @@ def test_pieces_equal_the_whole(variant, monkeypatch):
     x = image((2, 3, 97, 131), dtype=torch.float64)
     calls = Calls().watch(
         monkeypatch,
-        (IdleSwinBlock, '_transform'),
+        (FeedForward, 'forward'),
         (MergePatches, '_reduce'),
         (windows, '_weights'),
         (Reference, 'convolve'),
@@ -305,7 +305,7 @@ def test_pieces_equal_the_whole(variant, monkeypatch):
     monkeypatch.setattr(windows, '_CHUNK', 500)
     with torch.no_grad():
         got, cut = model(x), calls.take()
-    for name in ('_transform', '_reduce', '_weights'):
+    for name in ('forward', '_reduce', '_weights'):
         assert not whole[name] or cut[name] > whole[name], f'{name} was not cut'
     if variant.name == 'pvtv2':
         assert cut['convolve'] >= 3 * whole['convolve'] > 0

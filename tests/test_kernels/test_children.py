@@ -197,20 +197,18 @@ def test_a_hook_before_it_or_a_forward_of_its_own(name, kind):
     check_all(model, change)
 
 
-def test_hooks_on_all_modules_at_once():
-    """Registered for every module there is, and for every module of a model."""
+def test_hooks_on_all_modules_at_once_change_nothing():
+    """Counters and profilers set them: who measures must see what runs without it."""
     for name in NAMES:
         model = build(name, 0.5)
         want, seen = infer(model), set()
         handle = nn.modules.module.register_module_forward_hook(lambda m, *_, s=seen: s.add(m))
         try:
-            assert not differs(infer(model), want), name
+            got = infer(model)
         finally:
             handle.remove()
-        calls = [module for _, module in children(model) if is_called(model, module)]
-        # Torch's attention uses the weights of its output without calling it, when it is called.
-        missed = {type(module).__name__ for module in set(calls) - seen}
-        assert missed <= {'NonDynamicallyQuantizableLinear'}, name
+        assert all(torch.equal(own, other) for own, other in zip(got, want, strict=True)), name
+        assert {block for stage in model.idle_blocks for block in stage} <= seen, name
 
 
 # What changes weights: two steps of training, so that none is from the step before

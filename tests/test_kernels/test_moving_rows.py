@@ -100,4 +100,3 @@ def test_a_map_of_blanks_and_rows(strided):
     for image in range(2):
         want[image, rows.ids[image]] = x[image]
     assert torch.equal(filled, want)
-    assert torch.equal(backend_at(x).fill(blank, 6, rows, x), want)

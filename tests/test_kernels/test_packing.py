@@ -46,7 +46,6 @@ def test_every_occupied_slot_has_one_place_in_its_window(case: Problem):
     expected = {
         tuple(rows_of(case, *key, slots)): (key, slots) for key, slots in case.occupied().items()
     }
-    assert packing.num_rows == number
     for bucket, slots, rows, regions in windows_of(packing):
         filled = tuple(row for row in rows if row <= number)
         empty = bucket.width - len(filled)
@@ -62,10 +61,10 @@ def test_every_occupied_slot_has_one_place_in_its_window(case: Problem):
 @quick
 def test_rows_and_places_are_inverse(case: Problem):
     """Each row has one place, unless it is a summary of nothing."""
-    packing = case.pack()
-    counts = Counter(row for row in packing.rows.tolist() if row < packing.num_rows)
+    packing, number = case.pack(), case.batch * case.rows
+    counts = Counter(row for row in packing.rows.tolist() if row < number)
     assert set(counts.values()) == {1}
-    missing = set(range(packing.num_rows)) - counts.keys()
+    missing = set(range(number)) - counts.keys()
     full = {
         case.row(image, window, case.slots)
         for image in range(case.batch)
@@ -73,7 +72,7 @@ def test_rows_and_places_are_inverse(case: Problem):
         if case.summarised and case.slots not in case.occupied().get((image, window), [])
     }
     assert missing == full
-    assert packing.has_padding or not (packing.rows == packing.num_rows).any()
+    assert packing.has_padding or not (packing.rows == number).any()
 
 
 @given(problems(most=24, windows=(1, 4)))
@@ -176,12 +175,12 @@ def test_whole_windows_stand_one_after_another(height, width, window, batch, shi
     slots = window**2
     assert bucket[:3] == (0, batch * count, slots)
     assert bucket.complete
-    assert packing.num_rows == batch * count * slots
+    assert len(packing.rows) == batch * count * slots
     first = len(layout.token_ids) - len(layout.regions)
     for place, row in enumerate(packing.rows.tolist()):
         number = int(chosen.flatten()[place // slots])
         padding = int(layout.token_ids[number, place % slots]) < 0
-        assert row == (packing.num_rows if padding else place)
+        assert row == (len(packing.rows) if padding else place)
         assert packing.has_padding or not padding
         region = int(layout.regions[number - first, place % slots]) if number >= first else -1
         assert bucket.num_border or region == -1
