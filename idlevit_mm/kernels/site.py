@@ -4,9 +4,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Site(NamedTuple):
@@ -31,15 +33,14 @@ class Site(NamedTuple):
 
 def site_of(x: Tensor) -> Site:
     """The circumstances of operations on x."""
-    device = x.device.type
-    traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    eager = not (
-        traced
-        or torch.compiler.is_compiling()
-        or isinstance(x, FakeTensor)
-        or get_proxy_mode() is not None
-    )
-    return Site(device, x.dtype, eager, traced, torch.is_grad_enabled(), autocasts(device))
+    device, grad = x.device.type, torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return Site(device, x.dtype, False, False, grad, autocasts(device))
+    traced = torch.jit.is_tracing()
+    # Asked many times in a forward pass: who looks closer takes longer.
+    plain = type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
+    recorded = not plain and (isinstance(x, FakeTensor) or get_proxy_mode() is not None)
+    return Site(device, x.dtype, not (traced or recorded), traced, grad, autocasts(device))
 
 
 def autocasts(device: str) -> bool:
