@@ -4,41 +4,33 @@
 # changed there is nothing to do; what an interrupted set-up has left is made anew, from the caches.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stop() {
-  echo "Set-up stopped: $1" >&2
-  exit 1
-}
+stop() { echo "Set-up stopped: $1" >&2 && exit 1; }
 
 stack=${1:-}
-case $stack in
-  openmmlab) venv=.venv mmcv=mmcv ;;
-  onedl) venv=.venv-onedl mmcv=onedl-mmcv ;;
-  *) stop "'$stack' is no stack; openmmlab and onedl are" ;;
-esac
-stamp=$venv/idlevit_mm-setup
-# Of another base an environment is made anew, for other files it is brought up to date.
-base="$PWD ${PYTHON:-}"
+[[ $stack =~ ^(openmmlab|onedl)$ ]] || stop "'$stack' is no stack; openmmlab and onedl are"
+[ "$stack" = onedl ] && venv=.venv-onedl mmcv=onedl-mmcv || venv=.venv mmcv=mmcv
+python=$venv/bin/python
+stamp=$venv/idlevit_mm-setup # where, with which PYTHON, of which files: of other files it is updated
+PYTHON=${PYTHON:-$(sed -n 2p $stamp 2>/dev/null || true)}
 files="$(cat uv.lock setup.py tools/setup.sh tools/build_mmcv.py | cksum) ${IDLEVIT_MM_OPS:-}"
-if [ "$(cat $stamp 2>/dev/null)" = "$base"$'\n'"$files" ] && $venv/bin/python -c pass &&
-  compgen -G "$venv/lib/python3.*/site-packages/mmcv/_ext.*" >/dev/null; then
-  exit
-fi
+seen=$(cat $stamp 2>/dev/null || true)
+[ "$seen" != "$PWD"$'\n'"$PYTHON"$'\n'"$files" ] || ! $python -c pass ||
+  ! compgen -G "$venv/lib/python3.*/site-packages/mmcv/_ext.*" >/dev/null || exit 0
 
 mkdir -p build
 exec 9>build/setup.lock
-if command -v flock >/dev/null && ! flock -n 9; then
+if ! flock -n 9; then
   echo 'Another set-up of this checkout runs: waiting for its end'
-  flock 9
-  exec bash "$0" "$stack" 9>&-
+  flock 9 && exec bash "$0" "$stack" 9>&-
 fi
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 cache=${IDLEVIT_MM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/idlevit_mm}
 mkdir -p "$cache" || stop "$cache cannot be written: name another folder, IDLEVIT_MM_CACHE=..."
-
-# uv reads nothing of pip's configuration: what that says of indexes is handed on.
-for boot in ${PYTHON:-} python3 python3.11 python3.12 python3.10; do
+for boot in $PYTHON python3 python3.11 python3.12 python3.10; do
   "$boot" -c pass 2>/dev/null && break
 done
+
+# uv reads nothing of pip's configuration: what that says of indexes is handed on.
 settings=$("$boot" -m pip config list 2>/dev/null || true)
 hand_on() { # variable of uv, option of pip, what separates several values
   local value
@@ -65,42 +57,32 @@ if ! { uv=$(command -v uv) && read_lock >/dev/null 2>&1; }; then
   fetch=(-m pip install --quiet --disable-pip-version-check uv==0.13.9)
   [ -x "$uv" ] || PIP_USER=0 "$boot" "${fetch[@]}" --target "$own" >build/uv.log 2>&1 ||
     { "$boot" -m venv "$own" && "$own/bin/python" "${fetch[@]}"; } >>build/uv.log 2>&1 ||
-    stop "uv cannot be installed: check the network and 'pip config list'; if Python has neither \
-pip nor venv, 'apt install python3-venv' (log: build/uv.log)"
+    stop "uv cannot be installed by $boot: check the network and 'pip config list'; where there \
+is neither pip nor venv, 'apt install python3-venv' (log: build/uv.log)"
   read_lock || stop 'uv.lock cannot be read, see above'
 fi
 
-# The first Python that fits and has the headers that mmcv is compiled with, or else one without.
-fits='import os, sys, sysconfig; sys.exit(2 if not (3, 10) <= sys.version_info < (3, 13) else
-  not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
-python=''
-for name in ${PYTHON:-3.11 3.12 3.10}; do
-  found=$("$uv" python find --system --no-python-downloads "$name" 2>/dev/null) || continue
-  fit=0 && "$found" -c "$fits" || fit=$?
-  [ $fit = 2 ] || python=${python:-$found}
-  [ $fit != 0 ] || { python=$found && break; }
-done
-[ -n "$python" ] || [ -z "${PYTHON:-}" ] ||
-  stop "PYTHON=$PYTHON is no Python 3.10, 3.11 or 3.12 that runs: name another one"
-if [ -e $venv ] && [ "$(head -n 1 $stamp 2>/dev/null)" != "$base" ]; then
-  [ -e $stamp ] || [ -e $stamp.json ] ||
-    stop "$venv was not made by this set-up: move it away or remove it"
-  rm -rf $venv
-fi
+[ ! -e $venv ] || [ -e $stamp ] || [ -e $stamp.json ] ||
+  stop "$venv was not made by this set-up: move it away or remove it"
+[[ $seen == "$PWD"$'\n'"$PYTHON"$'\n'?* ]] || rm -rf $venv
 mkdir -p $venv
-: >$stamp
-# Where none was found, uv fetches one.
-"$uv" venv --quiet --allow-existing --python "${python:-3.11}" $venv || stop \
-  "there is no Python 3.10, 3.11 or 3.12: 'apt install python3-dev', or name one with PYTHON=..."
-python=$venv/bin/python
+printf '%s\n' "$PWD" "$PYTHON" >$stamp
+make_venv() { "$uv" venv --quiet --allow-existing "${@:2}" --python "$1" $venv; }
+for name in ${PYTHON:-3.11 3.12 3.10}; do
+  $python -c pass 2>/dev/null || make_venv "$name" --no-python-downloads 2>/dev/null || true
+done
+[ -x $python ] || [ -n "$PYTHON" ] || make_venv 3.11 || true
+$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null ||
+  stop "there is no Python 3.10, 3.11 or 3.12${PYTHON:+ called $PYTHON}: 'apt install python3-dev', \
+or name one with PYTHON=..."
 
 version=$(sed -n "/^name = \"$mmcv\"/{n;s/version = \"\(.*\)\"/\1/p;q}" uv.lock)
 tag=$($python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 if ! compgen -G "$cache/wheels/$mmcv-$version-torch-*-$tag-*/*.whl" >/dev/null; then
   [ -n "$(command -v "${CXX:-c++}" g++)" ] ||
     stop "there is no C++ compiler for mmcv: 'apt install g++', or name one with CXX=..."
-  $python -c "$fits" || stop "$($python -c 'import sys; print(sys._base_executable)') has no \
-Python.h for mmcv: 'apt install python3-dev', or name another Python with PYTHON=..."
+  [ -e "$($python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+    stop "Python has no headers to compile mmcv with: 'apt install python3-dev', or PYTHON=..."
 fi
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ -e "$("$uv" cache dir)/archive-v0" ] || [ "$free" -ge 7 ] ||
@@ -109,8 +91,8 @@ free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
   stop "the packages do not come, see above: check the network, 'pip config list' and the disk \
 ($free GiB were free)"
 "$uv" pip install --quiet --python $python --no-deps --no-build-isolation -e .
-IDLEVIT_MM_CACHE=$cache $python tools/build_mmcv.py $mmcv "$version" || stop 'see the line above'
+IDLEVIT_MM_CACHE=$cache $python tools/build_mmcv.py $mmcv "$version" || exit
 $python -c 'import torchvision, mmcv.ops, mmdet.apis, mmseg.apis, timm, idlevit_mm' ||
-  stop "the packages do not work together, see above; 'rm -rf $venv' and set up again"
-printf '%s\n%s\n' "$base" "$files" >$stamp
+  stop "the packages do not work together, see above: 'rm -rf $venv' and set up again"
+printf '%s\n' "$PWD" "$PYTHON" "$files" >$stamp
 echo "$venv is set up ($SECONDS s)"

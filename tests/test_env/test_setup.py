@@ -280,10 +280,25 @@ def test_set_up_once(checkout, stack):
 
 def test_an_interrupted_set_up_starts_over(checkout):
     venv = checkout.root / '.venv'
-    (venv / 'half').mkdir(parents=True)
-    (venv / 'idlevit_mm-setup').touch()
+    (checkout.fakes / 'c++').unlink()
+    assert checkout.set_up()[0] == 1
+    (venv / 'half').touch()
+    (checkout.fakes / 'c++').touch(0o755)
     assert checkout.set_up()[0] == 0
     assert not (venv / 'half').exists()
+
+
+def test_an_environment_keeps_its_python(checkout):
+    python = str(checkout.fakes / 'python3')
+    venv = checkout.root / '.venv'
+    assert f'--python {python} .venv' in checkout.set_up(PYTHON=python)[2][1]
+    (venv / 'mine').touch()
+    assert checkout.set_up() == (0, '', [])
+    (checkout.root / 'uv.lock').write_text('changed')
+    assert not any(call.startswith('venv') for call in checkout.set_up()[2])
+    assert (venv / 'mine').exists(), 'it was brought up to date'
+    assert checkout.set_up(PYTHON='python3')[0] == 0
+    assert not (venv / 'mine').exists(), 'it was made anew'
 
 
 def one_line(errors):
