@@ -55,10 +55,10 @@ read_lock() {
 if ! { uv=$(command -v uv) && read_lock >/dev/null 2>&1; }; then
   own=$cache/uv-0.13.9 uv=$cache/uv-0.13.9/bin/uv
   fetch=(-m pip install --quiet --disable-pip-version-check uv==0.13.9)
-  [ -x "$uv" ] || PIP_USER=0 "$boot" "${fetch[@]}" --target "$own" >build/uv.log 2>&1 ||
-    { "$boot" -m venv "$own" && "$own/bin/python" "${fetch[@]}"; } >>build/uv.log 2>&1 ||
+  [ -x "$uv" ] || PIP_USER=0 "$boot" "${fetch[@]}" --target "$own" >build/log 2>&1 ||
+    { "$boot" -m venv "$own" && "$own/bin/python" "${fetch[@]}"; } >>build/log 2>&1 ||
     stop "uv cannot be installed by $boot: check the network and 'pip config list'; where there \
-is neither pip nor venv, 'apt install python3-venv' (log: build/uv.log)"
+is neither pip nor venv, 'apt install python3-venv' (log: build/log)"
   read_lock || stop 'uv.lock cannot be read, see above'
 fi
 
@@ -87,12 +87,12 @@ fi
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ -e "$("$uv" cache dir)/archive-v0" ] || [ "$free" -ge 7 ] ||
   stop "$free GiB are free on the disk of $PWD, 7 are needed: make room"
-"$uv" pip install --python $python --no-deps -r build/$stack.txt ||
+"$uv" pip install --python $python --no-deps -r build/$stack.txt -b build/$stack.txt ||
   stop "the packages do not come, see above: check the network, 'pip config list' and the disk \
 ($free GiB were free)"
 "$uv" pip install --quiet --python $python --no-deps --no-build-isolation -e .
 IDLEVIT_MM_CACHE=$cache $python tools/build_mmcv.py $mmcv "$version" || exit
-$python -c 'import torchvision, mmcv.ops, mmdet.apis, mmseg.apis, timm, idlevit_mm' ||
-  stop "the packages do not work together, see above: 'rm -rf $venv' and set up again"
+$python -c 'import torchvision, mmcv.ops, mmdet.apis, mmseg.apis, timm, idlevit_mm' 2>build/log ||
+  stop "$(tail -n 1 build/log): the packages do not fit together; 'rm -rf $venv' and set up again"
 printf '%s\n' "$PWD" "$PYTHON" "$files" >$stamp
 echo "$venv is set up ($SECONDS s)"

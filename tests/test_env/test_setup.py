@@ -237,7 +237,7 @@ case "$*" in
   *sysconfig*|*cp%d*) exec {sys.executable} -S "$@" ;;
 esac
 """
-COMMANDS = 'awk bash cat cksum cp df dirname flock grep head mkdir rm sed touch'
+COMMANDS = 'awk bash cat cksum cp df dirname flock grep head mkdir rm sed tail touch'
 
 
 @pytest.fixture
