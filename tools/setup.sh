@@ -66,7 +66,7 @@ fi
   stop "$venv was not made by this set-up: move it away or remove it"
 [[ $seen == "$PWD"$'\n'"$PYTHON"$'\n'?* ]] || rm -rf $venv
 mkdir -p $venv
-printf '%s\n' "$PWD" "$PYTHON" >$stamp
+: >$stamp
 make_venv() { "$uv" venv --quiet --allow-existing "${@:2}" --python "$1" $venv; }
 for name in ${PYTHON:-3.11 3.12 3.10}; do
   $python -c pass 2>/dev/null || make_venv "$name" --no-python-downloads 2>/dev/null || true
@@ -75,6 +75,7 @@ done
 $python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null ||
   stop "there is no Python 3.10, 3.11 or 3.12${PYTHON:+ called $PYTHON}: 'apt install python3-dev', \
 or name one with PYTHON=..."
+printf '%s\n' "$PWD" "$PYTHON" >$stamp
 
 version=$(sed -n "/^name = \"$mmcv\"/{n;s/version = \"\(.*\)\"/\1/p;q}" uv.lock)
 tag=$($python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
