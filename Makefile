@@ -12,20 +12,6 @@ PYTEST_PROCESSES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reor
 BENCH_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
-# Any Python from 3.8 on can run the set-up, which then looks for one that fits.
-BOOT = $(shell for p in $(PYTHON) python3 python3.11 python3.12 python3.10 python; do \
-	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1 && echo "$$p" && break; \
-	done)
-
-# Makes the environment of a stack (tools/setup_env.py: STACKS).
-define set-up
-boot="$(BOOT)"; \
-if [ -z "$$boot" ]; then \
-	echo 'No Python was found. Install Python 3.10, 3.11 or 3.12, or name it: make PYTHON=...' >&2; \
-	exit 1; \
-fi; \
-"$$boot" tools/setup_env.py --python '$(PYTHON)' --stack $(1)
-endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -35,10 +21,10 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv with everything in it (first time: minutes; afterwards: nothing to do)
-	@$(call set-up,openmmlab)
+	@PYTHON='$(PYTHON)' bash tools/setup.sh openmmlab
 
 setup-onedl: ## Make .venv-onedl with the forks onedl-* in place of the official packages
-	@$(call set-up,onedl)
+	@PYTHON='$(PYTHON)' bash tools/setup.sh onedl
 
 demo: setup ## Write data, train a detector and a segmentor, test both, show table and pictures
 	@$(VENV_PYTHON) tools/demo.py
