@@ -31,7 +31,7 @@ def is_plain(layer: nn.Module, *classes: type) -> bool:
     """Whether a module is exactly one of some classes, and nothing hangs on it.
 
     Who measures must not change what is computed: hooks of all modules at once, which counters and
-    profilers set, do not matter, and a forward with ``only_measures`` is the one it replaces.
+    profilers set, do not matter.
     """
     return (
         type(layer) in classes
@@ -41,7 +41,7 @@ def is_plain(layer: nn.Module, *classes: type) -> bool:
             or layer._backward_hooks
             or layer._backward_pre_hooks
         )
-        and getattr(vars(layer).get('forward'), 'only_measures', 'forward' not in vars(layer))
+        and 'forward' not in vars(layer)
     )
 
 
