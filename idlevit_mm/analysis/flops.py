@@ -18,6 +18,7 @@ seen and count 0.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -155,7 +156,7 @@ def part_multiply_adds(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
         for child in children.values():
             for part in child if isinstance(child, nn.ModuleList) else [child]:
                 for name in _ENTRANCES:
-                    if method := getattr(part, name, None):
+                    if inspect.ismethod(method := getattr(part, name, None)):
                         stack.enter_context(mock.patch.object(part, name, direct(part, method)))
         model(*args, **kwargs)
         charge()
