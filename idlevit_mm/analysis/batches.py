@@ -9,8 +9,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner, set_random_seed
 
-from idlevit_mm.engine.checks import check_datasets
-from idlevit_mm.errors import UsageError
+from ..engine.checks import check_datasets
+from ..errors import UsageError
 
 PHASES = ('val', 'test', 'train')
 
@@ -20,14 +20,8 @@ def data_batches(
 ) -> Iterator[dict[str, Any]]:
     """Batches of one of a config's data loaders, in this process, as the runner would get them.
 
-    Args:
-        cfg: A whole config.
-        phase: 'val', 'test' or 'train'.
-        num_images: How many images at least, if there are as many; None for one epoch.
-        seed: Of the order and of random transforms.
-
-    Returns:
-        An iterator over what the loader yields, before the model's data preprocessor.
+    What the loader yields, before the model's data preprocessor: of one epoch, or of so many images
+    at least as ``num_images`` says. The seed is that of the order and of random transforms.
 
     Raises:
         UsageError: The config has no such loader, or its data are not there.

@@ -8,21 +8,30 @@ is taken, so that a slow spell hits both sides of a ratio.
 
 from __future__ import annotations
 
-import functools
 import gc
+import importlib.metadata
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-_T = TypeVar('_T')
+from .models import blank_data_samples
+
+PARTS = ('backbone', 'model')
+_LIBRARIES = (
+    *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
+    *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'timm', 'numpy'),
+)
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Median and quartiles of some values."""
 
     median: float
@@ -32,20 +41,13 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Median, first and third quartile of at least one value."""
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
+        values = [*values] * 2 if len(values) == 1 else values
         low, median, high = statistics.quantiles(values, n=4, method='inclusive')
         return cls(median, low, high)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Times of all candidates, round by round.
-
-    Attributes:
-        seconds: ``{name: one time per round}``, the same number of rounds for each.
-        reference: the candidate that the others are compared with.
-    """
+class Comparison(NamedTuple):
+    """Times of all candidates, one per round, and with whom the others are compared."""
 
     seconds: Mapping[str, tuple[float, ...]]
     reference: str
@@ -57,17 +59,12 @@ class Comparison:
     def ratio(self, name: str, reference: str | None = None) -> Spread:
         """Time of a candidate divided by the reference's time in the same round."""
         others = self.seconds[reference or self.reference]
-        return Spread.of(
-            [own / other for own, other in zip(self.seconds[name], others, strict=True)]
-        )
+        pairs = zip(self.seconds[name], others, strict=True)
+        return Spread.of([own / other for own, other in pairs])
 
 
 class CandidateError(RuntimeError):
-    """A candidate failed while it was called; the cause is the exception it raised.
-
-    Attributes:
-        name: of the candidate.
-    """
+    """The candidate of that name failed while it was called; the cause is what it raised."""
 
     def __init__(self, name: str, cause: Exception) -> None:
         super().__init__(f'{name}: {cause}')
@@ -81,25 +78,13 @@ def compare(
     rounds: int = 30,
     warmup: int = 3,
     max_seconds: float | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-    synchronize: Callable[[], None] | None = None,
     timer: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Comparison:
-    """Time several callables in turns, without gradients.
+    """Time several callables in turns, without gradients, against the first or another of them.
 
-    Args:
-        candidates: ``{name: callable without arguments}``.
-        reference: name to compare with; the first one when None.
-        rounds: how often each candidate is timed.
-        warmup: untimed calls of each candidate before the first round.
-        max_seconds: stop after the round in which this much time has passed, but never before
-            three rounds; None for no limit.
-        clock: returns seconds.
-        synchronize: waits until the device is idle; CUDA's own when None and CUDA is in use.
-        timer: calls a candidate and returns the seconds it took; by ``clock`` when None.
-
-    Returns:
-        The times of every round.
+    Each is called ``warmup`` times, then once per round. ``max_seconds`` ends it after the round in
+    which the timed calls have taken so much together, but never before three rounds. ``timer``
+    calls a candidate and returns its seconds; ``seconds_of`` when None.
 
     Raises:
         ValueError: no candidates, an unknown reference, or fewer than one round.
@@ -113,74 +98,84 @@ def compare(
         raise ValueError(f'reference={reference!r} must be one of {names}')
     if rounds < 1 or warmup < 0:
         raise ValueError(f'rounds={rounds} must be at least 1 and warmup={warmup} at least 0')
-    if synchronize is None:
-        synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
-    if timer is None:
-        timer = functools.partial(_timed, clock=clock, synchronize=synchronize)
-
+    timer = seconds_of if timer is None else timer
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    with torch.no_grad():
-        for name in names:
-            for _ in range(warmup):
-                _attempt(name, candidates[name])
-        gc.collect()
-        gc.disable()
-        try:
-            synchronize()
-            started = clock()
+    try:
+        with torch.no_grad():
+            for name in names:
+                for _ in range(warmup):
+                    candidates[name]()
+            gc.collect()
+            gc.disable()
             for index in range(rounds):
                 for name in _turn(names, index):
-                    seconds[name].append(_attempt(name, timer, candidates[name]))
-                if max_seconds is not None and index >= 2 and clock() - started >= max_seconds:
+                    seconds[name].append(timer(candidates[name]))
+                spent = sum(map(sum, seconds.values()))
+                if max_seconds is not None and index >= 2 and spent >= max_seconds:
                     break
-        finally:
-            if collecting:
-                gc.enable()
+    except Exception as error:
+        raise CandidateError(name, error) from error
+    finally:
+        if collecting:
+            gc.enable()
     return Comparison({name: tuple(times) for name, times in seconds.items()}, reference)
 
 
-def cuda_seconds(call: Callable[[], Any]) -> float:
-    """Seconds of one call by CUDA events, on the current stream of an idle device."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds of one call, by CUDA events where CUDA is in use, otherwise by the clock."""
+    if not torch.cuda.is_initialized():
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     torch.cuda.synchronize()
-    begin.record()
+    events[0].record()
     call()
-    end.record()
+    events[1].record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
+    return events[0].elapsed_time(events[1]) / 1000
 
 
-def realised_share(time_ratio: float, operation_ratio: float) -> float:
-    """How much of the saved operations is saved time.
+def forward_call(
+    model: nn.Module,
+    inputs: Tensor,
+    part: str = 'backbone',
+    data_samples: Sequence[Any] | None = None,
+) -> Callable[[], Any]:
+    """A call that runs the backbone on images (B, 3, H, W), or the 'model' with post-processing.
 
-    Args:
-        time_ratio: time of the idle model / time of the dense one.
-        operation_ratio: multiply-adds of the idle model / multiply-adds of the dense one.
+    The model may be the bare backbone; a whole one gets blank data samples when there are none.
 
-    Returns:
-        (time dense / time idle) / (multiply-adds dense / multiply-adds idle); 1.0 means that
-        every saved operation is saved time.
+    Raises:
+        ValueError: ``part`` is neither of the two.
     """
-    return operation_ratio / time_ratio
+    if part not in PARTS:
+        raise ValueError(f'part={part!r} must be one of {", ".join(PARTS)}')
+    if part == 'backbone':
+        backbone = getattr(model, 'backbone', model)
+        return lambda: backbone(inputs)
+    if data_samples is None:
+        data_samples = blank_data_samples(model, inputs.shape)
+    return lambda: model(inputs, data_samples, mode='predict')
 
 
-def _timed(
-    call: Callable[[], Any], clock: Callable[[], float], synchronize: Callable[[], None]
-) -> float:
-    """Seconds of one call, until the device is idle."""
-    begin = clock()
-    call()
-    synchronize()
-    return clock() - begin
+def machine() -> str:
+    """Processor and number of cores, for the record; and the GPU if one is in use."""
+    info = Path('/proc/cpuinfo')
+    found = re.findall(r'model name\s*: (.*)', info.read_text() if info.is_file() else '')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    text = f'{[*found, platform.processor() or platform.machine()][0]}, {cores} cores'
+    if not torch.cuda.is_initialized():
+        return text
+    return f'{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), {text}'
 
 
-def _attempt(name: str, function: Callable[..., _T], *args: Any) -> _T:
-    """Call a function and say whose failure an exception is."""
-    try:
-        return function(*args)
-    except Exception as error:
-        raise CandidateError(name, error) from error
+def versions() -> str:
+    """Versions of Python and the libraries that a measurement depends on."""
+    found = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
+    listed = [f'{name} {found[name]}' for name in _LIBRARIES if name in found]
+    return ', '.join([f'Python {platform.python_version()}', *listed])
 
 
 def _turn(names: Sequence[str], index: int) -> list[str]:
@@ -188,7 +183,3 @@ def _turn(names: Sequence[str], index: int) -> list[str]:
     shift = index % len(names)
     order = [*names[shift:], *names[:shift]]
     return order[::-1] if (index // len(names)) % 2 else order
-
-
-def _nothing() -> None:
-    """Stand in for a device's synchronisation where there is no such device."""

@@ -6,6 +6,7 @@ Not the size of the process, which on a CPU depends on what the allocator has ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,19 +14,8 @@ from torch.autograd.profiler import profile
 
 
 def peak_of(changes: Iterable[int]) -> int:
-    """Highest level that a series of changes reaches above its start.
-
-    Args:
-        changes: bytes allocated (positive) and freed (negative), in order.
-
-    Returns:
-        The largest running sum, at least 0.
-    """
-    level = peak = 0
-    for change in changes:
-        level += change
-        peak = max(peak, level)
-    return peak
+    """Highest level above the start that bytes allocated (positive) and freed (negative) reach."""
+    return max(accumulate(changes, initial=0))
 
 
 def allocations(call: Callable[[], Any]) -> list[int]:
@@ -46,11 +36,9 @@ def allocations(call: Callable[[], Any]) -> list[int]:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call allocates at most above the level at its start.
+    """Bytes that a call allocates at most above the level at its start, on a CPU or with CUDA.
 
-    Args:
-        call: has run before, so that tables and workspaces that stay are there already.
-        device: whose memory; 'cpu' or 'cuda'.
+    It has run before, so that tables and workspaces that stay are there already.
     """
     if device.type == 'cpu':
         return peak_of(allocations(call))

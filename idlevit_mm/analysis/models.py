@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from idlevit_mm.checkpoints import WeightsReport, compare, read_weights, split_backbone
-from idlevit_mm.errors import UsageError
-from idlevit_mm.registry import arguments_of
+from ..checkpoints import WeightsReport, compare, read_weights, split_backbone
+from ..engine import launch
+from ..errors import UsageError
+from ..registry import arguments_of
 
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -28,10 +29,16 @@ _PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
 
 
 def load_config(config: str | Path | Config, cfg_options: dict[str, Any] | None = None) -> Config:
-    """Read a config (its custom imports included), merge options and set its default scope."""
-    cfg = Config.fromfile(config) if not isinstance(config, Config) else copy.deepcopy(config)
-    if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+    """Read a config (its custom imports included), merge options and set its default scope.
+
+    Raises:
+        UsageError: there is no such file, it cannot be read, or an option does not apply.
+    """
+    if isinstance(config, Config):
+        cfg = copy.deepcopy(config)
+        cfg.merge_from_dict(cfg_options or {})
+    else:
+        cfg = launch.load_config(str(config), cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return cfg
 
@@ -42,21 +49,13 @@ def load_model(
     device: str | torch.device = 'cpu',
     cfg_options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build the model of a config in eval mode and load a checkpoint into it, strictly.
+    """Build the model of a config in eval mode, with the config as ``model.cfg``.
 
-    Args:
-        config: a config file or a read config.
-        checkpoint: weights of exactly this model; None leaves it at its random start.
-        device: where the model shall lie.
-        cfg_options: overrides, as ``--cfg-options``.
-
-    Returns:
-        The model, with the config as ``model.cfg``.
+    A checkpoint is loaded strictly; without one weights are as at the start of a training.
 
     Raises:
-        FileNotFoundError: there is no such config.
-        UsageError: the checkpoint does not exist, is damaged, holds more than weights and
-            mmengine's records, or its weights are not those of this model.
+        UsageError: the config cannot be read, or the checkpoint does not exist, is damaged, holds
+            more than weights and mmengine's records, or its weights are not those of this model.
     """
     cfg = load_config(config, cfg_options)
     model_cfg = copy.deepcopy(cfg.model)
@@ -65,35 +64,32 @@ def load_model(
         model_cfg.backbone.init_cfg = None
     model = MODELS.build(model_cfg)
     if checkpoint is not None:
-        _load_weights(model, checkpoint)
+        weights = read_weights(checkpoint)
+        if misfit := compare(model.state_dict(), weights).misfit():
+            raise UsageError(
+                f'checkpoint {checkpoint} does not fit {type(model).__name__}: it {misfit}'
+            )
+        model.load_state_dict(weights, strict=True)
     elif hasattr(model, 'init_weights'):
-        with _quiet():
+        # mmengine logs how every single parameter was initialised.
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel('WARNING')
+        try:
             model.init_weights()
+        finally:
+            logger.setLevel(level)
     model.cfg = cfg
     return model.to(device).eval()
-
-
-def _load_weights(model: nn.Module, checkpoint: str | Path) -> None:
-    """Load all weights of a model, or say in one line why these are others."""
-    weights = read_weights(checkpoint)
-    if misfit := compare(model.state_dict(), weights).misfit():
-        raise UsageError(
-            f'checkpoint {checkpoint} does not fit {type(model).__name__}: it {misfit}'
-        )
-    model.load_state_dict(weights, strict=True)
 
 
 def compare_with_config(
     weights: dict[str, torch.Tensor], config: str | Path | Config
 ) -> WeightsReport:
-    """Compare weights with what the model of a config has.
-
-    Args:
-        weights: weights of the whole model, or of its backbone alone.
-        config: a config file or a read config.
+    """Compare weights of a whole model, or of its backbone alone, with the model of a config.
 
     Raises:
-        FileNotFoundError: there is no such config.
+        UsageError: the config cannot be read.
     """
     model = MODELS.build(load_config(config).model)
     state, others = split_backbone(weights)
@@ -102,16 +98,10 @@ def compare_with_config(
     return compare(getattr(model, 'backbone', model).state_dict(), state, policy_too=False)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep mmengine from logging how every single parameter was initialised."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that has its parameters and buffers instead of doubling them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
@@ -120,7 +110,7 @@ def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
     Raises:
         TypeError: the model has no idle backbone.
     """
-    clone = copy.deepcopy(model, _shared_tensors(model))
+    clone = shared_copy(model)
     idle_backbone(clone).set_keep_ratios(keep_ratios)
     return clone
 
@@ -142,20 +132,16 @@ def idle_backbone(model: nn.Module) -> Any:
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
     """The first of an idle backbone's dense classes, in mmdet or mmseg, with its weights.
 
-    Args:
-        backbone: a built idle backbone.
-        backbone_cfg: the config it was built from.
-
-    Returns:
-        A module of the dense class, loaded strictly, in the same mode and on the same device.
+    It is loaded strictly, in the same mode and on the same device. ``backbone_cfg`` is what the
+    idle backbone was built from.
 
     Raises:
         ValueError: there is no dense class with these settings, or its library is not installed.
     """
     name = type(backbone).__name__
-    library, twin = getattr(backbone, 'DENSE', (('mmdet', ''),))[0]
-    if not twin:
-        raise ValueError(f'backbone={name} has no dense class in {library}')
+    if not hasattr(backbone, 'DENSE'):
+        raise ValueError(f'backbone={name} has no dense class in mmdet or mmseg')
+    library, twin = backbone.DENSE[0]
     settings, state = backbone.dense_twin(backbone_cfg)
     try:
         dense_class = getattr(importlib.import_module(f'{library}.models'), twin)
@@ -175,9 +161,8 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
 
 def with_host_backbone(model: nn.Module) -> nn.Module:
     """A copy of a loaded model in which the dense class (``host_backbone``) is the backbone."""
-    dense = host_backbone(model.backbone, model.cfg.model.backbone)
-    clone = copy.deepcopy(model, _shared_tensors(model))
-    clone.backbone = dense
+    clone = shared_copy(model)
+    clone.backbone = host_backbone(model.backbone, model.cfg.model.backbone)
     return clone
 
 
@@ -187,73 +172,34 @@ def share_kept(backbone: nn.Module) -> float:
     return sum(shares) / len(shares)
 
 
-def checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Bring (H, W), (C, H, W) or (B, C, H, W) to four positive numbers."""
-    shape = tuple(int(size) for size in input_shape)
-    if not 2 <= len(shape) <= 4 or min(shape) < 1:
-        raise ValueError(
-            f'input_shape={input_shape!r} must be (H, W), (C, H, W) or (B, C, H, W) '
-            'with positive sizes'
-        )
-    batch, channels, height, width = ((1, 3)[: 4 - len(shape)] + shape)[-4:]
-    return batch, channels, height, width
-
-
 def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Read image sizes from a command line: ``512x512 800x1280``, or one as ``800 1280``.
-
-    Args:
-        texts: what was typed.
-
-    Returns:
-        (height, width) in pixels of each.
+    """Heights and widths from a command line: ``512x512 800x1280``, or one as ``800 1280``.
 
     Raises:
         ValueError: a size is not written like that, or not positive.
     """
-    sizes = [text.lower().split('x') for text in texts]
-    if [len(size) for size in sizes] == [1, 1]:
-        sizes = [[height, width] for (height,), (width,) in [sizes]]
-    for size in sizes:
-        if len(size) != 2 or not all(side.isdecimal() and int(side) for side in size):
-            raise ValueError(
-                f'shape={" ".join(texts)!r} must be HEIGHTxWIDTH in pixels, such as 800x1280'
-            )
-    return [(int(height), int(width)) for height, width in sizes]
+    sizes = texts if any('x' in text.lower() for text in texts) else ['x'.join(texts)]
+    found = [re.fullmatch('0*([1-9][0-9]*)x0*([1-9][0-9]*)', size.lower()) for size in sizes]
+    if not all(found):
+        raise ValueError(f'shape={" ".join(texts)!r} must be HEIGHTxWIDTH, such as 800x1280')
+    return [(int(size[1]), int(size[2])) for size in found if size]
 
 
 def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> torch.Tensor:
-    """A fixed standard-normal batch (B, C, H, W)."""
+    """A fixed standard-normal batch (B, C, H, W); B is 1 and C is 3 if left out of the shape."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tuple(shape), generator=generator).to(device)
+    return torch.randn((*(1, 3)[: 4 - len(shape)], *shape), generator=generator).to(device)
 
 
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
-    """Data samples without annotations for one batch of full-size images.
+    """Data samples without annotations for a detector and full-size images (B, C, H, W).
 
-    Args:
-        model: a built detector or segmentor.
-        shape: (B, C, H, W) of the batch.
-
-    Returns:
-        One sample per image for a detector; None for a segmentor, which makes its own.
+    None for a segmentor, which makes its own.
     """
     if hasattr(model, 'decode_head'):
         return None
     from mmdet.structures import DetDataSample
 
-    size = tuple(shape[2:])
-    meta = {
-        'img_shape': size,
-        'ori_shape': size,
-        'pad_shape': size,
-        'batch_input_shape': size,
-        'scale_factor': (1.0, 1.0),
-    }
+    names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    meta = {**dict.fromkeys(names, tuple(shape[2:])), 'scale_factor': (1.0, 1.0)}
     return [DetDataSample(metainfo=meta) for _ in range(shape[0])]
-
-
-def _shared_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo that makes ``deepcopy`` keep parameters and buffers instead of doubling them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return {id(tensor): tensor for tensor in tensors}

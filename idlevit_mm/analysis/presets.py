@@ -6,65 +6,45 @@ A preset needs no config file and no mmdet. Settings are those of the papers: Sw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.registry import MODELS
 from torch import nn
 
-from idlevit_mm import backbones as _backbones  # noqa: F401  (registers them)
-from idlevit_mm.errors import UsageError
-from idlevit_mm.registry import arguments_of
+from .. import backbones as _backbones  # noqa: F401  (registers them)
+from ..errors import UsageError
+from ..registry import arguments_of
 
+_RATE = dict(drop_path_rate=0.1)
+_SWIN = dict(_RATE, type='IdleSwinTransformer', embed_dims=96, num_heads=(3, 6, 12, 24))
+_PVT = dict(_RATE, type='IdlePyramidVisionTransformer', embed_dims=64)
+_PVTV2 = dict(_RATE, type='IdlePyramidVisionTransformerV2')
+_MIT = dict(_RATE, type='IdleMixVisionTransformer', num_heads=(1, 2, 5, 8))
+_SMALL, _LARGE = (2, 2, 2, 2), (3, 4, 6, 3)
 
-@dataclass(frozen=True)
-class Preset:
-    """One published backbone.
-
-    Attributes:
-        backbone: config of the idle backbone; everything not named is the class's default.
-        timm: name of timm's model of the same architecture; None if timm has none.
-    """
-
-    backbone: Mapping[str, Any]
-    timm: str | None = None
-
-
-def _swin(middle: int, timm: str) -> Preset:
-    heads = (3, 6, 12, 24)
-    backbone = dict(embed_dims=96, depths=(2, 2, middle, 2), num_heads=heads, window_size=7)
-    return Preset(dict(backbone, type='IdleSwinTransformer', drop_path_rate=0.1), timm)
-
-
-def _pvt(num_layers: Sequence[int]) -> Preset:
-    backbone = dict(type='IdlePyramidVisionTransformer', embed_dims=64, num_layers=num_layers)
-    return Preset(dict(backbone, drop_path_rate=0.1))
-
-
-def _pvtv2(embed_dims: int, num_layers: Sequence[int], timm: str) -> Preset:
-    backbone = dict(embed_dims=embed_dims, num_layers=num_layers, drop_path_rate=0.1)
-    return Preset(dict(backbone, type='IdlePyramidVisionTransformerV2'), timm)
-
-
-def _mit(embed_dims: int, num_layers: Sequence[int]) -> Preset:
-    backbone = dict(embed_dims=embed_dims, num_layers=num_layers, num_heads=(1, 2, 5, 8))
-    return Preset(dict(backbone, type='IdleMixVisionTransformer', drop_path_rate=0.1))
-
-
-PRESETS: dict[str, Preset] = {
-    'swin-t': _swin(6, 'swin_tiny_patch4_window7_224'),
-    'swin-s': _swin(18, 'swin_small_patch4_window7_224'),
-    'pvt-t': _pvt((2, 2, 2, 2)),
-    'pvt-s': _pvt((3, 4, 6, 3)),
-    'pvtv2-b0': _pvtv2(32, (2, 2, 2, 2), 'pvt_v2_b0'),
-    'pvtv2-b1': _pvtv2(64, (2, 2, 2, 2), 'pvt_v2_b1'),
-    'pvtv2-b2': _pvtv2(64, (3, 4, 6, 3), 'pvt_v2_b2'),
-    'mit-b0': _mit(32, (2, 2, 2, 2)),
-    'mit-b1': _mit(64, (2, 2, 2, 2)),
-    'mit-b2': _mit(64, (3, 4, 6, 3)),
+# Configs of idle backbones; everything not named is the class's default.
+PRESETS: dict[str, dict[str, Any]] = {
+    'swin-t': dict(_SWIN, depths=(2, 2, 6, 2)),
+    'swin-s': dict(_SWIN, depths=(2, 2, 18, 2)),
+    'pvt-t': dict(_PVT, num_layers=_SMALL),
+    'pvt-s': dict(_PVT, num_layers=_LARGE),
+    'pvtv2-b0': dict(_PVTV2, embed_dims=32, num_layers=_SMALL),
+    'pvtv2-b1': dict(_PVTV2, embed_dims=64, num_layers=_SMALL),
+    'pvtv2-b2': dict(_PVTV2, embed_dims=64, num_layers=_LARGE),
+    'mit-b0': dict(_MIT, embed_dims=32, num_layers=_SMALL),
+    'mit-b1': dict(_MIT, embed_dims=64, num_layers=_SMALL),
+    'mit-b2': dict(_MIT, embed_dims=64, num_layers=_LARGE),
 }
-
+# Names of timm's models of the same architecture, where it has one.
+TIMM = {
+    'swin-t': 'swin_tiny_patch4_window7_224',
+    'swin-s': 'swin_small_patch4_window7_224',
+    'pvtv2-b0': 'pvt_v2_b0',
+    'pvtv2-b1': 'pvt_v2_b1',
+    'pvtv2-b2': 'pvt_v2_b2',
+}
 # What leaves the work alone; all other arguments make an architecture.
 _SAME_WORK = (
     *('keep_ratios', 'policy', 'init_cfg', 'pretrained', 'convert_weights', 'pretrain_img_size'),
@@ -72,23 +52,17 @@ _SAME_WORK = (
 )
 
 
-def preset_of(backbone: Mapping[str, Any]) -> Preset | None:
-    """The preset of the same architecture as a backbone config; None if there is none."""
+def preset_of(backbone: Mapping[str, Any]) -> str | None:
+    """Name of the preset of the same architecture as a backbone config; None if there is none."""
     wanted = _architecture(backbone)
-    return next((p for p in PRESETS.values() if _architecture(p.backbone) == wanted), None)
+    return next((name for name, cfg in PRESETS.items() if _architecture(cfg) == wanted), None)
 
 
 def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Module:
-    """A model of timm as a backbone for images of one size, with random weights.
+    """A model of timm as a backbone for images of a size (H, W) in pixels, with random weights.
 
-    Args:
-        name: of timm's model.
-        shape: (H, W) of the images in pixels. timm's Swin lays its windows out for one size; what
-            is no multiple of 4 is padded, as mmdet's class does.
-        drop_path_rate: of the last block.
-
-    Returns:
-        A module (B, 3, H, W) to the maps of all four stages.
+    It returns the maps of all four stages. timm's Swin lays its windows out for one size; what is
+    no multiple of 4 is padded, as mmdet's class does.
 
     Raises:
         UsageError: timm is not installed.
@@ -99,31 +73,18 @@ def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Mo
         raise UsageError(f"timm's {name} needs timm, which cannot be imported: {error}") from error
     options: dict[str, Any] = dict(features_only=True, drop_path_rate=drop_path_rate)
     if not name.startswith('swin'):
-        return timm.create_model(name, pretrained=False, **options)
-    padded = tuple(-(-side // 4) * 4 for side in shape)
-    twin = timm.create_model(name, pretrained=False, img_size=padded, **options)
-    return twin if padded == shape else nn.Sequential(_Pad(shape, padded), twin)
+        return timm.create_model(name, **options)
+    bottom, right = (-side % 4 for side in shape)
+    padded = shape[0] + bottom, shape[1] + right
+    twin = timm.create_model(name, img_size=padded, **options)
+    return nn.Sequential(nn.ZeroPad2d((0, right, 0, bottom)), twin) if bottom or right else twin
 
 
-class _Pad(nn.ZeroPad2d):
-    """Zeros at the right and at the bottom, from one size (H, W) to another."""
-
-    def __init__(self, shape: tuple[int, ...], padded: tuple[int, ...]) -> None:
-        super().__init__((0, padded[1] - shape[1], 0, padded[0] - shape[0]))
-
-
-def _architecture(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a backbone config decides which work is done, defaults included."""
+def _architecture(backbone: Mapping[str, Any]) -> str:
+    """What of a backbone config decides which work is done, defaults included, as one text."""
     cls = MODELS.get(backbone['type'])
     if cls is None:
-        return dict(backbone)
-    found: dict[str, Any] = dict(type=cls.__name__)
-    for name, argument in arguments_of(cls).items():
-        if name not in _SAME_WORK:
-            found[name] = _plain(backbone.get(name, argument.default))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Lists as tuples, so that spellings of the same setting are equal."""
-    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
+        return ''
+    arguments = {name: backbone.get(name, arg.default) for name, arg in arguments_of(cls).items()}
+    work = {name: value for name, value in arguments.items() if name not in _SAME_WORK}
+    return json.dumps([cls.__name__, work], default=str)

@@ -31,7 +31,7 @@ def is_plain(layer: nn.Module, *classes: type) -> bool:
     """Whether a module is exactly one of some classes, and nothing hangs on it.
 
     Who measures must not change what is computed: hooks of all modules at once, which counters and
-    profilers set, do not matter, and a forward with ``only_measures`` is the one it replaces.
+    profilers set, do not matter.
     """
     return type(layer) in classes and _untouched(layer)
 
@@ -51,14 +51,13 @@ def all_plain(*layers: nn.Module | None) -> bool:
 
 def _untouched(layer: nn.Module) -> bool:
     own = layer.__dict__
-    if (
+    return not (
         own['_forward_hooks']
         or own['_forward_pre_hooks']
         or own['_backward_hooks']
         or own['_backward_pre_hooks']
-    ):
-        return False
-    return 'forward' not in own or getattr(own['forward'], 'only_measures', False)
+        or 'forward' in own
+    )
 
 
 def known_plain(cls: type) -> type:

@@ -6,217 +6,381 @@ saved time: 1 means all of it. docs/benchmark.md explains every option.
 """
 
 import argparse
+import contextlib
+import copy
+import functools
+import gc
+import importlib.util
+import itertools
+import shlex
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import benchmark_report as report
 import torch
-from mmengine.config import DictAction
-from rich.console import Console
-from rich.table import Table
+from mmengine.config import Config, DictAction
+from torch import Tensor, nn
 
-from idlevit_mm.analysis import benchmark_report as report
-from idlevit_mm.analysis.benchmark_plot import plot
-from idlevit_mm.analysis.candidates import SCOPES, Choice, Target, load_target, together
-from idlevit_mm.analysis.cases import COMPILES, DTYPES, MODES, PARTS, expand
-from idlevit_mm.analysis.measuring import Effort, Result, measure
-from idlevit_mm.analysis.models import parse_shapes
-from idlevit_mm.analysis.presets import PRESETS
-from idlevit_mm.analysis.results import Results
-from idlevit_mm.errors import UsageError
+from idlevit_mm.analysis import latency, models
+from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds
+from idlevit_mm.analysis.memory import peak_memory
+from idlevit_mm.analysis.presets import PRESETS, TIMM, preset_of, timm_twin
+from idlevit_mm.errors import UsageError, one_line
+
+SCOPES = ('map', 'window_tokens', 'windows')
+DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}'
-    )
-    what = parser.add_argument_group('what is compared')
-    what.add_argument(
-        '--keep-ratios',
-        nargs='+',
-        type=float,
-        help='each target with each (default: presets 1.0 0.7 0.5, configs as they are)',
-    )
-    what.add_argument(
-        '--scopes', nargs='+', metavar='SCOPE', help=f'of the policy: {", ".join(SCOPES)}'
-    )
-    what.add_argument('--timm', action='store_true', help="timm's twin takes part")
-    what.add_argument(
-        '--no-host', action='store_true', help='leave the dense class of mmdet or mmseg out'
-    )
-    what.add_argument(
-        '--together', action='store_true', help='all targets in one case, against the first'
-    )
-    what.add_argument(
-        '--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)'
-    )
-    what.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides of configs')
-    how = parser.add_argument_group('conditions; of lists, all combinations')
-    how.add_argument('--part', default='backbone', metavar='PART', help=', '.join(PARTS))
-    how.add_argument(
-        '--mode', nargs='+', default=['inference'], metavar='MODE', help=', '.join(MODES)
-    )
-    how.add_argument('--shapes', nargs='+', default=['800x1280'], metavar='HxW')
-    how.add_argument('--batches', nargs='+', type=int, default=[1])
-    how.add_argument(
-        '--dtypes', nargs='+', default=['float32'], metavar='DTYPE', help=', '.join(DTYPES)
-    )
-    how.add_argument(
-        '--compile', nargs='+', default=['none'], metavar='MODE', help=', '.join(COMPILES)
-    )
-    how.add_argument('--channels-last', action='store_true', help='images and weights')
-    how.add_argument('--threads', type=int, help='computing threads')
-    how.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    effort = parser.add_argument_group('effort')
-    effort.add_argument('--rounds', type=int, default=30)
-    effort.add_argument('--warmup', type=int, default=3, help='untimed calls of each candidate')
-    effort.add_argument('--max-seconds', type=float, help='per case, after three rounds')
-    effort.add_argument(
-        '--memory', action='store_true', help='peak memory on the CPU too (on CUDA always)'
-    )
-    out = parser.add_argument_group('results')
-    out.add_argument('--out', type=Path, help='JSON file, saved after every case')
-    out.add_argument('--resume', action='store_true', help='measure only what --out has not')
-    out.add_argument(
-        '--from', dest='sources', nargs='+', type=Path, help='show JSON files, measure nothing'
-    )
-    out.add_argument('--markdown', type=Path, help='write tables for a document')
-    out.add_argument('--plot', type=Path, help='draw speed-up against multiply-adds (PNG)')
-    return parser.parse_args(argv)
+class Candidate(NamedTuple):
+    """A model to be timed.
+
+    Attributes:
+        name: What it is called in tables.
+        kind: 'host' (the class of mmdet or mmseg), 'timm', 'dense' (idle class, all tokens kept),
+            'idle', or 'config' (as a config file has it).
+        build: The model, in eval mode on the CPU, for images of (H, W) pixels.
+        keep: Keep ratio of all blocks; None where there is none, or not one.
+        scope: The policy's, for 'idle'; None for its default.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[tuple[int, int]], nn.Module]
+    keep: float | None = None
+    scope: str | None = None
 
 
-def show(console: Console, title: str, cells: tuple[list[str], list[list[str]]], left: int) -> None:
-    """Print a table whose first columns are texts and whose others are figures."""
-    # A table's own title would be broken where the table ends.
-    console.print(title, style='bold', highlight=False, markup=False, soft_wrap=True)
-    table = Table()
-    for index, name in enumerate(cells[0]):
-        table.add_column(name, justify='left' if index < left else 'right')
-    for line in cells[1]:
-        table.add_row(*line)
-    console.print(table)
+class Target(NamedTuple):
+    """A preset or config, all that is compared on it (the reference first), and notes on it."""
+
+    name: str
+    candidates: list[Candidate]
+    notes: list[str]
 
 
-def run(args: argparse.Namespace, console: Console, argv: list[str] | None = None) -> Results:
-    """Check everything, then measure case by case."""
-    if not args.targets:
-        raise UsageError(f'name a config file or a preset: {", ".join(PRESETS)}')
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UsageError(f'--threads {args.threads}: must be at least 1')
-        torch.set_num_threads(args.threads)
-    conditions = dict(
-        part=args.part,
-        shapes=parse_shapes(args.shapes),
-        batches=args.batches,
-        dtypes=args.dtypes,
-        modes=args.mode,
-        compiles=args.compile,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        channels_last=args.channels_last,
-    )
-    expand(args.targets, **conditions)
-    effort = Effort(args.rounds, args.warmup, args.max_seconds, args.memory)
-    effort.check()
-    results = opened(args)
-    targets = load_targets(args)
-    for note in (note for target in targets for note in target.notes):
-        console.print(f'note: {note}', highlight=False, markup=False, soft_wrap=True)
-    results.begin(sys.argv[1:] if argv is None else argv, args.device, targets)
-    by_name = {target.name: target for target in targets}
-    counts: dict = {}
-    for case in expand(list(by_name), **conditions):
-        candidates = by_name[case.target].candidates
-        if args.resume and results.has(case, [c.label.name for c in candidates]):
-            continue
-        result = measure(case, candidates, effort, counts=counts)
-        results.add(result)
-        if args.out is not None:
-            results.save(args.out)
-        show_case(console, result)
-    return results
+def positive(text: str) -> int:
+    """A type for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} must be at least 1')
+    return int(text)
 
 
-def opened(args: argparse.Namespace) -> Results:
-    """The results that are there already, or none."""
-    if args.out is None or not args.out.exists():
-        return Results()
-    if not args.resume:
-        raise UsageError(f'--out {args.out} exists: add --resume to continue it, or move it away')
-    return Results.load(args.out)
-
-
-def load_targets(args: argparse.Namespace) -> list[Target]:
-    """Build all models."""
-    checkpoints = args.checkpoints or [None] * len(args.targets)
-    if len(checkpoints) != len(args.targets):
-        raise UsageError(
-            f'--checkpoints: {len(checkpoints)} given for {len(args.targets)} targets; '
-            'give one per target'
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse options that do not go together."""
+    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s [options] TARGET ...')
+    add = parser.add_argument
+    add('targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}')
+    add('--keep-ratios', nargs='+', type=float, help='each (default: presets 1.0 0.7 0.5)')
+    add('--scopes', nargs='+', choices=SCOPES, help='of the policy, each with each ratio below 1')
+    add('--timm', action='store_true', help="timm's twin takes part")
+    add('--no-host', action='store_true', help='without the dense class of mmdet or mmseg')
+    add('--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)')
+    add('--cfg-options', nargs='+', action=DictAction, help='overrides of configs')
+    add('--part', default='backbone', choices=latency.PARTS)
+    add('--mode', nargs='+', default=['inference'], choices=('inference', 'train'))
+    add('--shapes', nargs='+', default=['800x1280'], metavar='HxW')
+    add('--batches', nargs='+', type=positive, default=[1])
+    add('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
+    add('--compile', nargs='+', default=['none'], choices=('none', 'default', 'reduce-overhead'))
+    add('--threads', type=positive, help='computing threads')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--rounds', type=positive, default=30)
+    add('--warmup', type=int, default=3, help='untimed calls of each candidate')
+    add('--max-seconds', type=float, help='per case, after three rounds')
+    add('--memory', action='store_true', help='peak memory on the CPU too (on CUDA always)')
+    add('--out', type=Path, help='JSON lines, saved after every case')
+    add('--resume', action='store_true', help='measure only what --out has not')
+    add('--from', dest='sources', nargs='+', type=Path, help='show such files, measure nothing')
+    add('--markdown', type=Path, help='write tables for a document')
+    add('--plot', type=Path, help='draw speed-up against multiply-adds (PNG)')
+    args = parser.parse_args(argv)
+    if args.sources and (args.targets or args.out):
+        parser.error('--from measures nothing: leave the targets and --out away')
+    if not args.sources and not args.targets:
+        parser.error(f'name a config file or a preset: {", ".join(PRESETS)}')
+    if args.checkpoints and len(args.checkpoints) != len(args.targets):
+        parser.error(f'--checkpoints: {len(args.checkpoints)} for {len(args.targets)} targets')
+    if args.part == 'model' and (args.timm or 'train' in args.mode):
+        parser.error(
+            '--part model goes neither with --timm, which has backbones only, nor with --mode '
+            'train, which would need annotated images'
         )
-    choice = Choice(
-        args.keep_ratios, args.scopes, args.part, args.timm, not args.no_host, args.cfg_options
-    )
-    choice.check()
-    targets = [
-        load_target(spec, choice, checkpoint)
-        for spec, checkpoint in zip(args.targets, checkpoints, strict=True)
+    if args.device == 'cpu' and 'reduce-overhead' in args.compile:
+        parser.error('--compile reduce-overhead means CUDA graphs: take default on the CPU')
+    return args
+
+
+def read_config(spec: str, args: argparse.Namespace, checkpoint: Path | None) -> Config:
+    """The config of a preset or a file.
+
+    Raises:
+        UsageError: There is none, or a preset is asked for what it has not.
+    """
+    if spec in PRESETS:
+        if args.part == 'model' or checkpoint is not None:
+            raise UsageError(f'{spec} is a bare backbone: no --part model, no --checkpoints')
+        return Config(dict(model=copy.deepcopy(PRESETS[spec])))
+    if not Path(spec).is_file():
+        presets = ', '.join(PRESETS)
+        raise UsageError(f'{spec} is neither a config file nor a preset; presets: {presets}')
+    cfg = models.load_config(spec, args.cfg_options)
+    if cfg.get('model') is None:
+        raise UsageError(f'{spec} has no model')
+    if checkpoint is None and cfg.model.get('backbone', {}).get('init_cfg') is not None:
+        # Random weights do as well for timing; nothing is to be fetched.
+        cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def load_target(spec: str, args: argparse.Namespace, checkpoint: Path | None = None) -> Target:
+    """Build all that is compared on a preset or config; models share weights where they can.
+
+    Raises:
+        UsageError: There is no such preset or config, or an option does not fit it.
+    """
+    cfg, name, whole = read_config(spec, args, checkpoint), Path(spec).stem, args.part == 'model'
+    backbone = cfg.model.get('backbone', cfg.model)
+
+    def build(scope: str | None = None) -> nn.Module:
+        if scope is not None:
+            backbone.policy = {**(backbone.get('policy') or {}), 'scope': scope}
+        try:
+            model = models.load_model(cfg, checkpoint)
+        except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
+            raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
+        return model if whole else getattr(model, 'backbone', model)
+
+    model = build()
+    if not hasattr(getattr(model, 'backbone', model), 'set_keep_ratios'):
+        if args.keep_ratios or args.scopes:
+            raise UsageError(f'{name} is not idle: it takes neither --keep-ratios nor --scopes')
+        return Target(name, [Candidate('as configured', 'config', lambda _: model)], [])
+    found: list[Candidate] = []
+    notes: list[str] = []
+    if not args.no_host:
+        try:
+            if whole:
+                dense = models.with_host_backbone(model)
+            else:
+                dense = models.host_backbone(model, backbone)
+            library = type(getattr(dense, 'backbone', dense)).__module__.split('.')[0]
+            found.append(Candidate(f"{library}'s dense", 'host', lambda _: dense))
+        except (ImportError, AssertionError, ValueError) as error:
+            # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
+            notes.append(f'no dense class of mmdet or mmseg here: {error}')
+    if not whole and (args.timm or not (found or args.no_host)):
+        twin, rate = TIMM.get(preset_of(backbone) or ''), backbone.get('drop_path_rate', 0.1)
+        if args.timm and importlib.util.find_spec('timm') is None:
+            raise UsageError('--timm: timm is not installed')
+        notes.append(f"timm's twin is {twin}" if twin else 'timm has no twin of it')
+        if twin and importlib.util.find_spec('timm') is not None:
+            timm = functools.lru_cache(maxsize=1)(lambda shape: timm_twin(twin, shape, rate).eval())
+            found.append(Candidate("timm's dense", 'timm', timm))
+    ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS or args.scopes else [])
+    if 1.0 in ratios or not found:
+        full = models.with_keep_ratios(model, 1.0)
+        found.append(Candidate('keep 1', 'dense', lambda _: full, 1.0))
+    if found[0].kind != 'host':
+        notes.append(f'the reference is {found[0].name}')
+    if not ratios:
+        found.append(Candidate('as configured', 'config', lambda _: model))
+    scopes = [*dict.fromkeys(args.scopes or ())]
+    known = models.idle_backbone(model).idle_blocks[0][0].SCOPES
+    if scopes and not set(scopes) & set(known):
+        raise UsageError(f'--scopes {" ".join(scopes)}: {name} has {", ".join(known)} only')
+    for scope in [scope for scope in scopes if scope in known] or [None]:
+        scoped = model
+        if scope is not None:
+            scoped = build(scope)
+            scoped.load_state_dict(model.state_dict(), assign=True)
+        for ratio in dict.fromkeys(ratios):
+            if ratio != 1:
+                label = f'keep {ratio:g}' + f' {scope}' * (len(scopes) > 1)
+                own = models.with_keep_ratios(scoped, ratio)
+                found.append(Candidate(label, 'idle', lambda _, own=own: own, ratio, scope))
+    return Target(name, found, [f'{name}: {note}' for note in notes])
+
+
+def cases_of(target: str, args: argparse.Namespace) -> Iterator[report.Case]:
+    """All combinations of conditions; what is given twice comes once."""
+    lists = args.mode, args.dtypes, args.compile, models.parse_shapes(args.shapes), args.batches
+    for values in itertools.product(*(dict.fromkeys(listed) for listed in lists)):
+        mode, dtype, compiling, shape, batch = values
+        yield dict(
+            target=target,
+            part=args.part,
+            shape=list(shape),
+            batch=batch,
+            dtype=dtype,
+            mode=mode,
+            compile=compiling,
+            device=args.device,
+            threads=torch.get_num_threads(),
+        )
+
+
+def measure(case: report.Case, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
+    """Time all candidates of a case in turns, count and weigh each, and add what came out to it.
+
+    One that fails, for want of memory or because it cannot be compiled, leaves its reason. If it is
+    the reference, the first, the next dense one takes its place.
+    """
+    device, shape = torch.device(case['device']), tuple(case['shape'])
+    images = models.noise_image((case['batch'], 3, *shape), device)
+    graphs = case['compile'] == 'reduce-overhead'
+    figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
+    calls: dict[str, Callable[[], Any]] = {}
+    timing = None
+    with compiler(case):
+        for candidate in candidates:
+            own = figures[candidate.name]
+            try:
+                model = candidate.build(shape).to(device)
+                if args.part == 'model':
+                    own['multiply_adds'] = model_multiply_adds(model, shape)['total']
+                else:
+                    own['multiply_adds'] = backbone_multiply_adds(model, shape)
+                calls[candidate.name] = call_of(model, images, case)
+            except Exception as error:
+                own['error'] = reason(error)
+        while calls and timing is None:
+            dense = [c.name for c in candidates[1:] if c.kind in ('timm', 'dense')]
+            left = [name for name in (candidates[0].name, *dense) if name in calls]
+            if not left:
+                for name in calls:
+                    figures[name]['error'] = 'nothing to compare with: the reference failed'
+                break
+            try:
+                timing = latency.compare(
+                    calls,
+                    reference=left[0],
+                    rounds=args.rounds,
+                    # CUDA graphs are recorded in the second and third call.
+                    warmup=max(args.warmup, 5) if graphs else args.warmup,
+                    max_seconds=args.max_seconds,
+                )
+            except latency.CandidateError as failure:
+                figures[failure.name]['error'] = reason(failure.__cause__ or failure)
+                del calls[failure.name]
+            # Not in the handler: there, the traceback still holds what the candidate had allocated.
+            gc.collect()
+            torch.cuda.empty_cache()
+        for name in timing.seconds if timing else ():
+            ms = [1000 * seconds / case['batch'] for seconds in timing.time(name)]
+            figures[name] |= zip(report.TIMES, (*ms, *timing.ratio(name)), strict=True)
+            # CUDA graphs keep their memory.
+            if not graphs and (args.memory or device.type == 'cuda'):
+                with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():
+                    figures[name]['memory'] = peak_memory(calls[name], device)
+    case['reference'] = timing and timing.reference
+    case['rounds'] = len(timing.seconds[timing.reference]) if timing else 0
+    blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
+    case['candidates'] = [
+        dict(name=c.name, kind=c.kind, keep=c.keep, scope=c.scope, **{**blank, **figures[c.name]})
+        for c in candidates
     ]
-    names = [target.name for target in targets]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UsageError(f'targets: {", ".join(sorted(twice))} is named twice')
-    return [together(targets)] if args.together else targets
 
 
-def show_case(console: Console, result: Result) -> None:
-    """Print one case."""
-    title = f'{result.case}, {result.rounds} rounds, against {result.reference}'
-    show(console, title, report.case_table(result), left=1)
-    for line in report.failures(result):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+def call_of(model: nn.Module, images: Tensor, case: report.Case) -> Callable[[], Any]:
+    """One forward, or one forward and backward, under the conditions of a case."""
+    model.train(case['mode'] == 'train')
+    if case['compile'] != 'none':
+        # For one shape; of a whole model its backbone, in a copy.
+        mode = None if case['compile'] == 'default' else case['compile']
+        compiled = torch.compile(getattr(model, 'backbone', model), mode=mode, dynamic=False)
+        if case['part'] == 'model':
+            model = copy.copy(model)
+            model._modules = {**model._modules, 'backbone': compiled}
+        else:
+            model = compiled
+    forward = latency.forward_call(model, images, case['part'])
+
+    def run() -> Any:
+        if case['compile'] == 'reduce-overhead':
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(images.device.type, DTYPES[case['dtype']], case['dtype'] != 'float32'):
+            return forward()
+
+    def step() -> None:
+        with torch.enable_grad():
+            loss = sum(output.float().square().mean() for output in run())
+        loss.backward()
+        model.zero_grad()
+
+    return step if case['mode'] == 'train' else run
 
 
-def gather(args: argparse.Namespace, console: Console) -> Results:
-    """Read and show what was measured before."""
-    if args.targets or args.out:
-        raise UsageError('--from measures nothing: leave the targets and --out away')
-    files = [Results.load(path) for path in args.sources]
-    results = Results({'runs': [run for file in files for run in file.about.get('runs', [])]})
-    for result in (result for file in files for result in file.results):
-        results.results.append(result)
-        show_case(console, result)
-    return results
+def compiler(case: report.Case) -> Any:
+    """Forget what was compiled before, and never fall back to eager code without a word."""
+    if case['compile'] == 'none':
+        return contextlib.nullcontext()
+    torch.compiler.reset()
+    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
-def finish(args: argparse.Namespace, console: Console, results: Results) -> None:
-    """Print the summary and write what documents need."""
-    lines = report.summarize(results.results)
-    show(console, 'geometric means over cases', report.summary_table(lines), left=3)
-    about = results.described()
-    for line in about:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if args.markdown is not None:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(report.markdown(results.results, about), encoding='utf-8')
-    if args.plot is not None:
-        plot(results.results, args.plot)
+def reason(error: BaseException) -> str:
+    """Why something failed, in one short line."""
+    return f'{type(error).__name__}: {one_line(error, 150)}'
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print."""
-    args = parse_args(argv)
-    # Where there is no terminal, rich would squeeze the tables into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+def run(args: argparse.Namespace, command: Sequence[str]) -> report.Record:
+    """Check everything, then measure case by case."""
+    record = report.Record([], {})
+    if args.out is not None and args.out.exists():
+        if not args.resume:
+            raise UsageError(f'--out {args.out} exists: add --resume, or move it away')
+        record = report.read(args.out)
     try:
-        results = gather(args, console) if args.sources else run(args, console, argv)
-        finish(args, console, results)
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f'--device {args.device}: {one_line(error)}') from error
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    targets: dict[str, Target] = {}
+    for spec, checkpoint in itertools.zip_longest(args.targets, args.checkpoints or ()):
+        target = load_target(spec, args, checkpoint)
+        if target.name in targets:
+            raise UsageError(f'targets: {target.name} is named twice')
+        targets[target.name] = target
+    notes = [note for target in targets.values() for note in target.notes]
+    print(*(f'note: {note}' for note in notes), sep='\n')
+    about = {
+        'command': shlex.join(['tools/analysis_tools/benchmark.py', *command]),
+        'machine': latency.machine(),
+        'versions': latency.versions(),
+        'notes': notes,
+    }
+    record.add(about, args.out)
+    for name, target in targets.items():
+        for case in cases_of(name, args):
+            if not record.has(case, [candidate.name for candidate in target.candidates]):
+                measure(case, target.candidates, args)
+                record.add(case, args.out)
+                print(report.case_table(case))
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, or read what was measured, and print."""
+    args = parse_args(argv)
+    try:
+        if args.sources:
+            record = report.read_all(args.sources)
+            print(*map(report.case_table, record.cases.values()), sep='\n')
+        else:
+            record = run(args, sys.argv[1:] if argv is None else argv)
+        print(report.summary(record), *record.about(), sep='\n')
+        if args.markdown is not None:
+            args.markdown.parent.mkdir(parents=True, exist_ok=True)
+            args.markdown.write_text(report.document(record), encoding='utf-8')
+        if args.plot is not None:
+            report.plot(record, args.plot)
     except (ValueError, TypeError, OSError, UsageError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
-    return 1 if any(result.failed for result in results.results) else 0
+    return int(any(c['error'] for case in record.cases.values() for c in case['candidates']))
 
 
 if __name__ == '__main__':

@@ -3,74 +3,44 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from mmengine.config import DictAction
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from idlevit_mm.analysis.batches import PHASES, data_batches
 from idlevit_mm.analysis.flops import (
-    DataCount,
+    TOTAL,
     backbone_multiply_adds,
-    data_multiply_adds,
+    count_multiply_adds,
+    evaluating,
     model_multiply_adds,
+    part_multiply_adds,
     pretty,
 )
-from idlevit_mm.analysis.models import idle_backbone, load_model, parse_shapes, with_keep_ratios
+from idlevit_mm.analysis.models import load_model, parse_shapes, share_kept, with_keep_ratios
 from idlevit_mm.errors import UsageError
-
-Counts = dict[str, dict[str, int]]
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', type=Path)
-    parser.add_argument(
-        '--shape',
-        nargs='+',
-        default=['800x1280'],
-        metavar='HxW',
-        help='input pixels; several may be given, each for one image',
-    )
-    parser.add_argument(
-        '--data',
-        nargs='?',
-        const='val',
-        choices=PHASES,
-        help='average over the images of this data loader of the config (val if none is named) '
-        'instead',
-    )
-    parser.add_argument(
-        '--num-images',
-        type=int,
-        default=100,
-        help='with --data: stop after the batch that holds this many images',
-    )
-    parser.add_argument('--checkpoint', type=Path, help='weights (default: random)')
-    parser.add_argument(
-        '--keep-ratios',
-        nargs='+',
-        type=float,
-        help='count for each of these, the same in every block (default: as in the config)',
-    )
-    parser.add_argument('--backbone-only', action='store_true', help='no neck, no heads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--out', type=Path, help='write the counts to this JSON file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides')
+    add = parser.add_argument
+    add('config', type=Path)
+    add('--shape', nargs='+', default=['800x1280'], metavar='HxW', help='input pixels, or several')
+    add('--data', nargs='?', const='val', choices=PHASES, help='average over images of this loader')
+    add('--num-images', type=int, default=100, help='with --data: as many at least')
+    add('--checkpoint', type=Path, help='weights (default: random)')
+    add('--keep-ratios', nargs='+', type=float, help='each, the same in all blocks')
+    add('--backbone-only', action='store_true', help='no neck, no heads')
+    add('--device', default='cpu')
+    add('--out', type=Path, help='write the counts to this JSON file')
+    add('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
-
-
-def variants_of(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """What is counted, by the name of its column."""
-    if not args.keep_ratios:
-        return {'as configured': model}
-    return {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios}
 
 
 def count_shape(model: nn.Module, shape: tuple[int, int], backbone_only: bool) -> dict[str, int]:
@@ -80,80 +50,85 @@ def count_shape(model: nn.Module, shape: tuple[int, int], backbone_only: bool) -
     return model_multiply_adds(model, shape)
 
 
-def shape_table(title: str, counts: Counts) -> Table:
-    """One column per variant, one row per part."""
-    table = Table(title=title)
-    table.add_column('part')
-    for name in counts:
-        table.add_column(name, justify='right')
-    for part in next(iter(counts.values())):
-        table.add_row(part, *(pretty(count.get(part, 0)) for count in counts.values()))
-    return table
+def count_data(
+    model: nn.Module, batches: Iterable[dict[str, Any]], training: bool, backbone_only: bool
+) -> dict[str, Any]:
+    """Mean multiply-adds per image of a model's parts on real data, and what they range over.
 
+    In eval mode, without post-processing, on what its data loader yields. 'low' and 'high' are
+    totals of an image (of a batch, divided by its images); 'share_active' is the mean share of
+    active tokens, all blocks counted alike, and None for a backbone without idle tokens.
 
-def data_table(title: str, counts: Mapping[str, DataCount]) -> Table:
-    """One column per variant; means of all parts, extremes of the total, share of tokens."""
-    table = Table(title=title)
-    table.add_column('per image')
-    for name in counts:
-        table.add_column(name, justify='right')
-    for part in next(iter(counts.values())).parts:
-        table.add_row(
-            f'{part}, mean', *(pretty(count.parts.get(part, 0)) for count in counts.values())
-        )
-    table.add_row('total, minimum', *(pretty(count.low) for count in counts.values()))
-    table.add_row('total, maximum', *(pretty(count.high) for count in counts.values()))
-    shares = [count.share_active for count in counts.values()]
-    table.add_row('active tokens', *('–' if s is None else f'{100 * s:.1f} %' for s in shares))
-    return table
+    Raises:
+        ValueError: There is no batch.
+    """
+    rows, images, shares = [], [], []
+    backbone = getattr(model, 'backbone', model)
+    with evaluating(model):
+        for batch in batches:
+            data = model.data_preprocessor(batch, training)
+            inputs = data['inputs']
+            if backbone_only:
+                counts = {'backbone': count_multiply_adds(backbone, inputs)}
+                counts[TOTAL] = counts['backbone']
+            else:
+                samples = data.get('data_samples')
+                counts = part_multiply_adds(model, inputs, samples, mode='tensor')
+            images.append(len(inputs))
+            rows.append({part: count / len(inputs) for part, count in counts.items()})
+            if hasattr(backbone, 'set_keep_ratios'):
+                shares.append(share_kept(backbone))
+    if not images:
+        raise ValueError('batches hold no image to count')
+    table = pd.DataFrame(rows).fillna(0.0)
+    table[TOTAL] = table.pop(TOTAL)  # parts that not every batch uses come before it
+    return {
+        'images': sum(images),
+        'parts': table.apply(np.average, weights=images).to_dict(),
+        'low': table[TOTAL].min(),
+        'high': table[TOTAL].max(),
+        'share_active': np.average(shares, weights=images) if shares else None,
+    }
 
 
 def main() -> int:
     """Count and print."""
     args = parse_args()
+    record: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, dict[str, str]]] = {}
     try:
         shapes = parse_shapes(args.shape)
         model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
-        variants = variants_of(model, args)
-        tables: list[Table] = []
-        record: dict[str, Any] = {}
-        if args.data:
-            over_data = {
-                name: data_multiply_adds(
-                    variant,
-                    data_batches(model.cfg, args.data, args.num_images),
-                    training=args.data == 'train',
-                    backbone_only=args.backbone_only,
+        variants = {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios or ()}
+        for name, variant in (variants or {'as configured': model}).items():
+            if args.data:
+                batches = data_batches(model.cfg, args.data, args.num_images)
+                found = count_data(variant, batches, args.data == 'train', args.backbone_only)
+                record[name] = found
+                column = {f'{part}, mean': pretty(mean) for part, mean in found['parts'].items()}
+                column['total, minimum'], column['total, maximum'] = map(
+                    pretty, (found['low'], found['high'])
                 )
-                for name, variant in variants.items()
-            }
-            images = next(iter(over_data.values())).images
-            title = f'Multiply-adds, {images} images of {args.data} ({args.config.stem})'
-            tables.append(data_table(title, over_data))
-            record = {name: asdict(count) for name, count in over_data.items()}
-        else:
-            for height, width in shapes:
-                counts = {
-                    name: count_shape(variant, (height, width), args.backbone_only)
-                    for name, variant in variants.items()
-                }
-                title = f'Multiply-adds at {height}×{width} ({args.config.stem})'
-                tables.append(shape_table(title, counts))
-                record[f'{height}x{width}'] = counts
-        backbone = getattr(model, 'backbone', model)
-        ratios = None
-        if not args.keep_ratios and hasattr(backbone, 'set_keep_ratios'):
-            ratios = idle_backbone(model).keep_ratios
+                share = found['share_active']
+                column['active tokens'] = '–' if share is None else f'{share:.1%}'
+                title = f'Multiply-adds, {found["images"]} images of {args.data}'
+                tables.setdefault(title, {})[name] = column
+            for height, width in () if args.data else shapes:
+                counts = count_shape(variant, (height, width), args.backbone_only)
+                record.setdefault(f'{height}x{width}', {})[name] = counts
+                column = {part: pretty(count) for part, count in counts.items()}
+                tables.setdefault(f'Multiply-adds at {height}×{width}', {})[name] = column
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-
-    console = Console()
-    for table in tables:
-        console.print(table)
-    if ratios is not None:
-        rounded = [[round(ratio, 4) for ratio in stage] for stage in ratios]
-        console.print(f'keep ratios per stage and block: {rounded}', highlight=False)
+    for title, columns in tables.items():
+        table = pd.DataFrame(columns).fillna('0')
+        align = ['left', *['right'] * len(columns)]
+        print(f'{title} ({args.config.stem})')
+        print(table.to_markdown(disable_numparse=True, colalign=align))
+    ratios = getattr(getattr(model, 'backbone', model), 'keep_ratios', None)
+    if ratios is not None and not args.keep_ratios:
+        print('keep ratios per stage and block:', [[float(f'{r:.4g}') for r in s] for s in ratios])
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=2) + '\n')
     return 0

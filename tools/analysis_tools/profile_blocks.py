@@ -4,56 +4,193 @@ All of it is in relation to the time of the blocks of each stage, and of all blo
 """
 
 import argparse
+import functools
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import pandas as pd
 import torch
 from mmengine.config import DictAction
 from mmengine.registry import MODELS
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
+from idlevit_mm import kernels
+from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
-from idlevit_mm.analysis.profile import (
-    BLOCK_PARTS,
-    MODES,
-    BlockProfile,
-    idling_share,
-    profile_blocks,
-)
-from idlevit_mm.analysis.runs import machine, versions
 from idlevit_mm.errors import UsageError
+from idlevit_mm.kernels import BACKENDS, convolution
+
+# Parts of a block that a dense one does not have, and all parts.
+IDLING = ['scoring', 'selecting', 'gathering', 'scattering']
+PARTS = [*IDLING, 'attention core', 'attention, rest', 'feed-forward', 'rest']
+OUTSIDE, BACKWARD = 'outside the blocks', 'backward pass'
+# Methods of blocks, and entries of backends, by the part that they are.
+METHODS = {
+    'forward': 'rest',
+    'look': 'scoring',
+    'planned': 'selecting',
+    'opened': 'gathering',
+    'settled': 'scattering',
+    'regrouped': 'scattering',
+    'attend': 'attention, rest',
+    'transform': 'feed-forward',
+}
+ENTRIES = {
+    'take': 'gathering',
+    'put': 'scattering',
+    'attend': 'attention core',
+    'attend_windows': 'attention core',
+}
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'target', help='a config, or the registered name of an idle backbone for its defaults'
-    )
-    parser.add_argument(
-        '--keep-ratios',
-        nargs='+',
-        type=float,
-        help='one for all blocks, or one per stage (default: as configured)',
-    )
-    parser.add_argument('--shape', nargs='+', default=['512x512'], metavar='HxW')
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--mode', choices=MODES, default='inference')
-    parser.add_argument('--rounds', type=int, default=20)
-    parser.add_argument('--warmup', type=int, default=3)
-    parser.add_argument('--threads', type=int, help='computing threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--out', type=Path, help='write the figures to this JSON file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides')
+    add = parser.add_argument
+    add('target', help='a config, or the registered name of an idle backbone for its defaults')
+    add('--keep-ratios', nargs='+', type=float, help='one for all blocks, or one per stage')
+    add('--shape', nargs='+', default=['512x512'], metavar='HxW')
+    add('--batch', type=int, default=1)
+    add('--mode', choices=('inference', 'training'), default='inference')
+    add('--rounds', type=int, default=20)
+    add('--warmup', type=int, default=3)
+    add('--threads', type=int, help='computing threads')
+    add('--device', default='cpu')
+    add('--out', type=Path, help='write the figures to this JSON file')
+    add('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
 
 
+@contextmanager
+def labelled(backbone: Any) -> Iterator[None]:
+    """Have the profiler see the parts of blocks, as long as it lasts."""
+
+    def label(stack: ExitStack, owner: Any, name: str, text: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with record_function(text):
+                return function(*args, **kwargs)
+
+        stack.enter_context(mock.patch.object(owner, name, call))
+
+    with ExitStack() as stack:
+        for stage, blocks in enumerate(backbone.idle_blocks):
+            for block in blocks:
+                for name, part in METHODS.items():
+                    label(stack, block, name, f'idle|{stage}|{part}')
+                label(stack, block.policy, 'between', f'idle|{stage}|selecting')
+        for backend in BACKENDS:
+            for name, part in ENTRIES.items():
+                label(stack, backend, name, f'idle||{part}')
+        for name in ('pack_windows', 'pack_whole_windows'):
+            label(stack, kernels.cpu, name, 'idle||gathering')
+        label(stack, convolution, 'take_rows', 'idle||gathering')
+        label(stack, convolution, 'fill_map', 'idle||scattering')
+        yield
+
+
+def charges(events: Iterable[Any], on_cpu: bool = True) -> Counter[tuple[int, str]]:
+    """Seconds by stage (-1 outside) and part; each moment belongs to the innermost part."""
+
+    @functools.cache
+    def label_of(event: Any) -> tuple[int, str]:
+        if event is None:
+            return -1, OUTSIDE
+        stage, around = label_of(event.cpu_parent)
+        if around == BACKWARD or event.name.startswith('autograd::engine'):
+            return -1, BACKWARD
+        _, *own = event.name.split('|')
+        if own and own[0]:
+            return int(own[0]), own[1]
+        return (stage, own[1]) if own and stage >= 0 else (stage, around)
+
+    totals: Counter[tuple[int, str]] = Counter()
+    for event in events:
+        own = event.self_cpu_time_total if on_cpu else event.self_device_time_total
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            totals[label_of(event)] += own / 1e6
+    return totals
+
+
+def profile_blocks(
+    model: nn.Module, inputs: Tensor, mode: str = 'inference', rounds: int = 20, warmup: int = 3
+) -> dict[str, Any]:
+    """Medians over forward passes on images (B, 3, H, W), in seconds, ready for JSON.
+
+    'training' is the forward pass with gradients to come and with dropout, and the backward pass as
+    a whole.
+
+    Raises:
+        TypeError: The model has no idle backbone.
+        ValueError: ``rounds`` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f'rounds={rounds} must be at least 1')
+    backbone, training = idle_backbone(model), mode == 'training'
+    on_cpu = inputs.device.type == 'cpu'
+    activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
+    seen = []
+    backbone.train(training)
+    with torch.set_grad_enabled(training), labelled(backbone):
+        for index in range(warmup + rounds):
+            with profile(activities=activities) if index >= warmup else nullcontext() as profiler:
+                outs = backbone(inputs)
+                if training:
+                    sum(out.float().mean() for out in tree_leaves(outs)).backward()
+                    backbone.zero_grad()
+            if profiler is not None:
+                seen.append(charges(profiler.events(), on_cpu))
+    backbone.eval()
+    medians = pd.DataFrame(seen).fillna(0.0).median().to_dict()
+    stages = [
+        {part: medians.get((stage, part), 0.0) for part in PARTS}
+        for stage in range(len(backbone.idle_blocks))
+    ]
+    table = pd.DataFrame(stages)
+    shares = table[IDLING].sum(axis=1) / table.sum(axis=1)
+    return {
+        'seconds_of_stages': stages,
+        'seconds_outside_blocks': medians.get((-1, OUTSIDE), 0.0),
+        'seconds_backward': medians.get((-1, BACKWARD)) if training else None,
+        'idling_share_of_stages': shares.tolist(),
+        'idling_share': table[IDLING].sum().sum() / table.sum().sum(),
+    }
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """One row per part, one column per stage and one for all blocks: milliseconds and share."""
+    table = pd.DataFrame(found['seconds_of_stages']).T
+    table.columns = [f'stage {stage + 1}' for stage in table]
+    table['all blocks'] = table.sum(axis=1)
+    whole = table.sum()
+    shown = table.apply(
+        lambda row: [f'{1000 * s:.2f} ({s / w:5.1%})' for s, w in zip(row, whole, strict=True)],
+        axis=1,
+        result_type='broadcast',
+    )
+    shown.loc['sum'] = [f'{1000 * seconds:.2f}' for seconds in whole]
+    shares = [*found['idling_share_of_stages'], found['idling_share']]
+    shown.loc[', '.join(IDLING)] = [f'{share:.1%}' for share in shares]
+    align = ['left', *['right'] * len(shown.columns)]
+    return shown.to_markdown(disable_numparse=True, colalign=align)
+
+
 def build_target(target: str, cfg_options: dict | None, device: str) -> nn.Module:
-    """The model of a config, or a backbone by its registered name."""
+    """The model of a config, or a backbone by its registered name.
+
+    Raises:
+        UsageError: There is no such thing.
+    """
     if target in MODELS.module_dict:
         return MODELS.build(dict(type=target, **(cfg_options or {}))).to(device)
     if not Path(target).is_file():
@@ -64,82 +201,35 @@ def build_target(target: str, cfg_options: dict | None, device: str) -> nn.Modul
     return load_model(target, device=device, cfg_options=cfg_options)
 
 
-def table_of(profile: BlockProfile, title: str) -> Table:
-    """One row per part, one column per stage and one for all blocks: milliseconds and share."""
-    table = Table(title=title)
-    table.add_column('ms (share of the blocks)')
-    for stage in range(len(profile.stages)):
-        table.add_column(f'stage {stage + 1}', justify='right')
-    table.add_column('all blocks', justify='right')
-    columns = [*profile.stages, profile.blocks]
-    sums = [sum(column.values()) or 1.0 for column in columns]
-
-    def cell(seconds: float, whole: float) -> str:
-        return f'{1000 * seconds:.2f} ({100 * seconds / whole:4.1f} %)'
-
-    for part in BLOCK_PARTS:
-        if profile.blocks[part]:
-            cells = (cell(column[part], whole) for column, whole in zip(columns, sums, strict=True))
-            table.add_row(part, *cells)
-    table.add_section()
-    table.add_row('sum', *(f'{1000 * whole:.2f}         ' for whole in sums))
-    table.add_row(
-        'scoring, selecting, gathering, scattering',
-        *(f'{100 * idling_share(column):.1f} %' for column in columns),
-    )
-    return table
-
-
 def main() -> int:
     """Profile and print."""
     args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    profiles: dict[str, dict[str, Any]] = {}
+    threads = f'{torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
     try:
-        shapes = parse_shapes(args.shape)
         model = build_target(args.target, args.cfg_options, args.device)
         if args.keep_ratios:
             ratios = args.keep_ratios
             idle_backbone(model).set_keep_ratios(ratios[0] if len(ratios) == 1 else ratios)
-        profiles = {
-            shape: profile_blocks(
-                model,
-                noise_image((args.batch, 3, *shape), args.device),
-                mode=args.mode,
-                rounds=args.rounds,
-                warmup=args.warmup,
-            )
-            for shape in shapes
-        }
+        for height, width in parse_shapes(args.shape):
+            images = noise_image((args.batch, 3, height, width), args.device)
+            found = profile_blocks(model, images, args.mode, args.rounds, args.warmup)
+            profiles[f'{height}x{width}'] = found
+            print(f'{Path(args.target).stem}, {tuple(images.shape)}, {args.mode}, {threads}')
+            print(table_of(found))
+            for key, name in (('outside_blocks', OUTSIDE), ('backward', BACKWARD)):
+                if found[f'seconds_{key}'] is not None:
+                    print(f'{name}: {1000 * found[f"seconds_{key}"]:.2f} ms')
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-
-    # Where there is no terminal, rich would squeeze the table into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    threads = f'{torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
-    name = Path(args.target).stem
-    for (height, width), profile in profiles.items():
-        title = f'{name}, {args.batch}×3×{height}×{width}, {args.mode}, {threads}'
-        console.print(table_of(profile, title))
-        console.print(f'outside the blocks: {1000 * profile.outside:.2f} ms', highlight=False)
-        if profile.backward is not None:
-            console.print(f'backward pass: {1000 * profile.backward:.2f} ms', highlight=False)
-    console.print(f'{machine()}; {versions()}', highlight=False)
+    print(f'{machine()}; {versions()}')
     if args.out is not None:
-        record = {
-            'target': args.target,
-            'batch': args.batch,
-            'mode': args.mode,
-            'keep_ratios': idle_backbone(model).keep_ratios,
-            'rounds': args.rounds,
-            'threads': torch.get_num_threads(),
-            'device': args.device,
-            'machine': machine(),
-            'versions': versions(),
-            'profiles': {f'{h}x{w}': profile.as_dict() for (h, w), profile in profiles.items()},
-        }
-        args.out.write_text(json.dumps(record, indent=2) + '\n')
+        about = dict(vars(args), out=None, keep_ratios=idle_backbone(model).keep_ratios)
+        about |= dict(threads=torch.get_num_threads(), machine=machine(), versions=versions())
+        args.out.write_text(json.dumps({**about, 'profiles': profiles}, indent=2) + '\n')
     return 0
 
 
