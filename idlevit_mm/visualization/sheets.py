@@ -228,6 +228,7 @@ def class_map_panel(title: str, sheet: Sheet, class_map: np.ndarray) -> Panel:
             # The name stands where the region is widest.
             distance = cv2.distanceTransform((regions == region).astype(np.uint8), cv2.DIST_L2, 3)
             y, x = map(int, np.unravel_index(distance.argmax(), distance.shape))
+            y = max(16, min(y, len(labels) - 16))
             texts.append(Text.within(labels.shape[1], name, x, y, align='center', bboxes=box))
     painted[labels == IGNORED] *= 0.4
     painted[_borders(labels)] = 255  # keeps colours apart that are alike in lightness
@@ -271,7 +272,8 @@ def draw_sheet(sheet: Sheet) -> np.ndarray:
     pitch = np.array([width + _GAP, height + _TITLE])
     columns = max(map(len, rows))
     canvas = np.full((len(rows) * pitch[1] + _TITLE, columns * pitch[0] + _GAP, 3), 255, np.uint8)
-    key = Text.within(canvas.shape[1], _KEY, _GAP, len(rows) * pitch[1] + 0.5 * _TITLE, 14)
+    points = 16 * (width / canvas.shape[1]) ** 0.5
+    key = Text.within(canvas.shape[1], _KEY, _GAP, canvas.shape[0] - 0.5 * _TITLE, points)
     placed = [(Panel('', canvas), np.zeros(2), [key] if sheet.active else [])]
     for row, panels in enumerate(rows):
         for column, panel in enumerate(panels):
