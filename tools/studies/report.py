@@ -16,46 +16,46 @@ KEYS = ['task', 'method', 'scope', 'level', 'keep_ratio']
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The finished runs in a file; half a line that a killed process left is passed over."""
-    lines = []
-    for text in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """The finished runs in a file; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def frame_of(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row per run: ``KEYS``, seed, score in points of 100, policy and ratios."""
+    """One row per run: ``KEYS``, seed, score, policy and ratios."""
     rows = []
     for line in lines:
         row = {'task': 'swin-det', 'scope': None, 'level': None, **line['variant']}
         policy = line['settings'].get('policy')
-        if 'scorer' in row:  # the study of scorers; its first results say no more, and AP of 1
+        if 'scorer' in row:  # the study of scorers, whose first results say no more
             row['method'] = row['scorer'] or 'dense'
             policy = row['scorer'] and dict(
                 type='IdleViT', scorer=row['scorer'], scope=row['scope']
             )
         row['ratios'] = line['settings'].get('keep_ratios', row['keep_ratio'])
-        score = line['score'] if 'score' in line else 100 * line['ap']
+        score = line['score'] if 'score' in line else line['ap']
         rows.append(row | dict(policy=policy, seed=line['seed'], score=score))
     # A method that was run again replaces its earlier result.
     return pd.DataFrame(rows).drop_duplicates([*KEYS, 'seed'], keep='last')
 
 
+def tasks_of(frame: pd.DataFrame) -> list[str]:
+    """The tasks of some runs, in the order of all tasks."""
+    return [task for task in TASKS if (frame.task == task).any()]
+
+
 def means(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per variant: mean score, gain over dense in the same seeds, and each seed's score."""
+    """One row per variant: mean score, gain over dense in the same seeds, each seed's score."""
     dense = frame[frame.method == 'dense'].set_index(['task', 'seed']).score
     own = dense.reindex(pd.MultiIndex.from_frame(frame[['task', 'seed']])).to_numpy()
-    groups = frame.assign(gain=frame.score - own).sort_values('seed').groupby(KEYS, dropna=False)
+    groups = frame.assign(dense=own).sort_values('seed').groupby(KEYS, dropna=False)
     table = groups.agg(
         score=('score', 'mean'),
-        gain=('gain', 'mean'),
+        dense=('dense', 'mean'),
         seeds=('score', list),
         policy=('policy', lambda policies: policies.iloc[0]),
         ratios=('ratios', lambda ratios: ratios.iloc[0]),
     ).reset_index()
+    table['gain'] = table.score - table.dense
     table['share'] = [operations(row.task, row.policy, row.ratios) for row in table.itertuples()]
     return table
 
@@ -68,8 +68,7 @@ def best_scorer(frame: pd.DataFrame) -> str:
 def variant_table(table: pd.DataFrame, task: str) -> str:
     """The rows of a task in Markdown: dense, then by scope, level and ratio, the best first."""
     scorers = table.scope.notna().any()
-    # The study of scorers counts AP in ones, that of policies in points.
-    factor, digits = (0.01, 3) if scorers else (1, 2)
+    digits = 3 if scorers else 2  # the one counts AP in ones, the other in points
     chosen = table if scorers else table[table.level.notna() | (table.method == 'dense')]
     chosen = chosen.assign(other=chosen.scope.isin(['window_tokens', 'windows']))
     chosen = chosen.fillna({'level': 0.0, 'keep_ratio': 0.0})
@@ -85,9 +84,9 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
             '–' if dense else group,
             f'{ratios.min():g} {where}'.strip(),
             f'{row.share:.3f}',
-            f'{factor * row.score:.{digits}f}',
-            '–' if dense else f'{factor * row.gain:+.{digits}f}',
-            ', '.join(f'{factor * score:.{digits}f}' for score in row.seeds),
+            f'{row.score:.{digits}f}',
+            '–' if dense else f'{row.gain:+.{digits}f}',
+            ', '.join(f'{score:.{digits}f}' for score in row.seeds),
         ]
         rows.append(cells)
     columns = ['scorer', 'scope'] if scorers else ['method', 'level']
@@ -122,7 +121,7 @@ def scatter(frame: pd.DataFrame) -> str:
     deviation = ((groups.var() * (groups.count() - 1)).sum() / freedom) ** 0.5
     return (
         'One run scatters around the mean of its row with a standard deviation of '
-        f'{deviation:.2f} points (pooled over all rows).'
+        f'{deviation:.2g} (pooled over all rows).'
     )
 
 
@@ -134,18 +133,20 @@ def text(frame: pd.DataFrame) -> str:
         'fine-tuned equally long from the same dense checkpoint. Multiply-adds are those of the '
         'backbone, scoring included, divided by those of the dense one.'
     ]
-    for task in dict.fromkeys(frame.task):
+    served = []
+    for task in tasks_of(frame):
         own, rows = frame[frame.task == task], table[table.task == task]
         parts += [f'## {TASKS[task].title} ({task})', variant_table(rows, task), scatter(own)]
         if (own.method == RANDOM_RATIOS).any():
-            parts += ['## One checkpoint for many ratios', ratio_table(own, rows, task)]
+            served += ['## One checkpoint for many ratios', ratio_table(own, rows, task)]
+    parts += served
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Draw the scores of policies over multiply-adds, a panel per task, into a file."""
     table = means(frame)
-    tasks = list(dict.fromkeys(frame.task))
+    tasks = tasks_of(frame)
     figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout='constrained')
     handles: dict[str, Any] = {}
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):

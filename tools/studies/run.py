@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def do_runs(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any
     """Do the runs that ``runs.jsonl`` does not hold yet; returns its lines of all runs.
 
     Raises:
-        UsageError: a run failed; those under way are finished and kept first.
+        UsageError: a run failed; no other is started.
     """
     starts = {task: start_of(task, args) for task in dict.fromkeys(run.task for run in runs)}
     configs = {run.name: run_config(run, *starts[run.task], args.epochs) for run in runs}
@@ -103,23 +103,20 @@ def do_runs(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any
     found = {_key(line): line for line in report.lines_of(file)}
     waiting = [run for run in runs if any(_key(line) not in found for line in plan[run.name])]
     print(f'{len(runs) - len(waiting)} of {len(runs)} runs are already in {file}')
-    begin, failed = time.monotonic(), None
+    begin = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(do_run, run, configs[run.name], args): run for run in waiting}
-        for done, job in enumerate(as_completed(jobs), 1):
-            if job.cancelled():
-                continue
-            run, failed = jobs[job], failed or job.exception()
-            if job.exception():
-                pool.shutdown(wait=False, cancel_futures=True)
-                continue
-            for line, score in zip(plan[run.name], job.result(), strict=True):
-                found[_key(line)] = line = line | dict(score=score)
-                append(file, line)
-            left = (time.monotonic() - begin) / done * (len(waiting) - done) / 60
-            print(f'[{done}/{len(waiting)}] {run.name}: {score:.2f}, about {left:.0f} min left')
-    if failed:
-        raise failed
+        try:
+            for done, job in enumerate(as_completed(jobs), 1):
+                run, scores = jobs[job], job.result()
+                for line, score in zip(plan[run.name], scores, strict=True):
+                    found[_key(line)] = line | dict(score=score)
+                replace_lines(file, found.values())
+                left = (time.monotonic() - begin) / done * (len(waiting) - done) / 60
+                text = f'{run.name}: {scores[0]:.4g}, about {left:.0f} min left'
+                print(f'[{done}/{len(waiting)}] {text}', flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [found[_key(line)] for run in runs for line in plan[run.name]]
 
 
@@ -183,8 +180,9 @@ def lines_of(run: Run, cfg: Config) -> list[dict[str, Any]]:
 
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
-    """Train, and test at each ratio to serve; returns points of 100."""
+    """Train, and test at each ratio to serve; returns the scores."""
     _, _, metric, _, points = TASKS[run.task]
+    points = 1.0 if 'scorer' in run.variant else points  # that study counts in ones
     folder = args.out_dir / 'runs' / run.name
     shutil.rmtree(folder, ignore_errors=True)  # an earlier score must not pass for its own
     config = dumped(cfg, folder.parent / f'{run.name}.py')
@@ -241,12 +239,12 @@ def last_score(folder: Path, metric: str) -> float:
     return scores[-1]
 
 
-def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Add a line to a file, and begin a new one where a killed process left half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torn = file.is_file() and not f'\n{file.read_text()}'.endswith('\n')
-    with file.open('a') as stream:
-        stream.write('\n' * torn + json.dumps(line) + '\n')
+def replace_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines in one step, so that a killed process leaves the old file or the new one."""
+    new = file.with_suffix('.new')
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    new.replace(file)
 
 
 def dumped(cfg: Config, path: Path) -> Path:
