@@ -196,7 +196,9 @@ def test_a_failure_keeps_what_was_done(study, monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, 'call', broken)
     command = ['scorers', '--scorers', 'mean_distance', 'random', '--keep-ratios', '0.5']
-    with pytest.raises(UsageError, match='tools/train.py failed for 0_5-random-map-seed0'):
+    with pytest.raises(
+        UsageError, match='tools/train.py failed for keep_ratio0_5-random-map-seed0'
+    ):
         study(*command, '--jobs', '1')
     assert len(report.lines_of(tmp_path / 'out' / 'runs.jsonl')) == 2
     monkeypatch.setattr(run, 'call', call)
@@ -205,7 +207,7 @@ def test_a_failure_keeps_what_was_done(study, monkeypatch, tmp_path):
 
 def test_a_tool_that_fails_is_named_with_its_last_line(tmp_path):
     script = tmp_path / 'tool.py'
-    script.write_text('print("first"); raise SystemExit("the reason")')
+    script.write_text(r'raise SystemExit("first\nthe reason")')
     with pytest.raises(
         UsageError, match=r'tool.py failed for run: the reason \(the whole log: .*\)'
     ):

@@ -111,7 +111,11 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Folder of the run, unique within a study."""
-        parts = [str(value) for value in self.variant.values() if value is not None]
+        parts = [
+            value if isinstance(value, str) else f'{key}{value:g}'
+            for key, value in self.variant.items()
+            if value is not None
+        ]
         return '-'.join([*parts, f'seed{self.seed}']).replace('.', '_')
 
 
