@@ -224,7 +224,7 @@ def run_task(
     with console.status('  measuring and drawing'), _hushed():
         model = load_trained(config, checkpoint, options)
         outcome = measure(task, model, metrics, memory.get('train')['seconds'])
-        paths = draw_dataset(model, work_dir / 'pictures' / task.config, count=4)
+        paths = draw_dataset({'Prediction': model}, work_dir / 'pictures' / task.config, count=4)
     console.print('  measured and drawn')
     return outcome, paths
 
