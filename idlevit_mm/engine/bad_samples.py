@@ -182,7 +182,7 @@ def guard(dataset: Any, training: bool) -> None:
     """
     for leaf in leaves(dataset):
         pipeline = getattr(leaf, 'pipeline', None)
-        if type(pipeline) is Compose:
+        if isinstance(pipeline, Compose) and type(pipeline) is Compose:
             classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
             number = len(classes) if isinstance(classes, (list, tuple)) else None
             leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number)
@@ -262,13 +262,15 @@ def _check_heads(heads: dict[str, int], metainfo: dict[str, Any], where: str) ->
     classes, things = metainfo.get('classes'), metainfo.get('thing_classes')
     if not isinstance(classes, (list, tuple)):
         return
-    # In panoptic data, heads of boxes and instances know things only. With classes of a person's
-    # own, mmdet's list of things stays as it is and says nothing.
-    unknown = isinstance(things, (list, tuple)) and not set(things) <= set(classes)
     for name, number in heads.items():
-        is_thing_head = isinstance(things, (list, tuple)) and 'panoptic' not in name
-        told_apart = things if is_thing_head else classes
-        if number == len(told_apart) or (is_thing_head and unknown):
+        told_apart = classes
+        if isinstance(things, (list, tuple)) and 'panoptic' not in name:
+            # In panoptic data, heads of boxes and instances know things only. With classes of a
+            # person's own, mmdet's list of things stays as it is and says nothing.
+            if not set(things) <= set(classes):
+                continue
+            told_apart = things
+        if number == len(told_apart):
             continue
         text = (
             f'model.{name}.num_classes={number}, but {where} has {len(told_apart)} classes '
@@ -288,8 +290,9 @@ def _check_heads(heads: dict[str, int], metainfo: dict[str, Any], where: str) ->
 def _check_categories(leaf: Any, classes: Any, where: str) -> None:
     """Tell whether a file that lacks some categories would give the others wrong labels."""
     ids = getattr(leaf, 'cat_ids', None)
-    lists = isinstance(classes, (list, tuple)) and isinstance(ids, (list, tuple))
-    if not lists or len(ids) >= len(classes):
+    if not (isinstance(classes, (list, tuple)) and isinstance(ids, (list, tuple))):
+        return
+    if len(ids) >= len(classes):
         return
     names = [entry['name'] for entry in load(leaf.ann_file)['categories']]
     found = [name for name in names if name in classes]
@@ -321,7 +324,7 @@ def _warn_of_lonely_masks(leaf: Any, where: str) -> None:
     images, masks = prefix.get('img_path'), prefix.get('seg_map_path')
     suffix, file = getattr(leaf, 'seg_map_suffix', None), getattr(leaf, 'ann_file', None)
     # With a list of files, masks beside it are expected.
-    listed = bool(file) and os.path.isfile(file)
+    listed = isinstance(file, str) and os.path.isfile(file)
     if not (images and masks and suffix) or listed or not os.path.isdir(masks):
         return
     infos = map(leaf.get_data_info, range(len(leaf)))

@@ -194,7 +194,11 @@ COCO_FAULTS = {
         edit(lambda c: c['annotations'][0].update(segments_info=[])),
         'panoptic annotation file',
     ),
-    'fewer categories': (edit(lambda c: c['categories'].pop() and None), '79 categories'),
+    'fewer categories': (
+        edit(lambda c: c['categories'].pop() and None),
+        '79 categories',
+        r'1 categories referred to do not exist: annotation \d+ \(90\)',
+    ),
     'other names': (
         edit(lambda c: c['categories'][2].update(name='auto')),
         r"\(3, 'auto'\) instead of \(3, 'car'\)",
@@ -208,7 +212,12 @@ COCO_FAULTS = {
         edit(lambda c: c['annotations'][0].update(image_id=7)),
         r'images referred to do not exist: annotation \d+ \(7\)',
     ),
-    'image id twice': (edit(lambda c: c['images'][1].update(id=139)), 'occur twice: 139'),
+    'image id twice': (
+        edit(lambda c: c['images'][1].update(id=139)),
+        'occur twice: 139',
+        '3 images referred to do not exist',
+        '1 boxes reach outside their image',
+    ),
     'annotation id twice': (
         edit(lambda c: c['annotations'][1].update(id=c['annotations'][0]['id'])),
         'occur twice',
