@@ -1,4 +1,4 @@
-"""Check a folder of COCO 2017 or ADE20K, and link or convert it into the layout of the configs.
+"""Check a folder of COCO 2017 or ADE20K, and link it to where the configs look.
 
 Says what is missing or malformed and what to do about it. Nothing is deleted or overwritten. Exit
 code 0: fit for use (notes aside), 1: something is wrong, 2: it was called wrongly.
@@ -12,6 +12,7 @@ from idlevit_mm.engine.data_checks import check_data
 from idlevit_mm.engine.data_layout import DATASETS, PLACES, bring_into_place
 from idlevit_mm.engine.doctor import print_report
 from idlevit_mm.engine.launch import run_tool
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,29 +20,21 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('dataset', choices=DATASETS, help='data set that the folder should be')
-    parser.add_argument(
-        '--root', type=Path, help='folder (default: where the configs look, data/coco or data/ade)'
+    add = parser.add_argument
+    add('dataset', choices=DATASETS, help='data set that the folder should be')
+    root_help = 'folder (default: where the configs look, data/coco or data/ade)'
+    add('--root', type=Path, help=root_help)
+    link_help = (
+        'make FOLDER (default: where the configs look) of links to what is in --root, then check it'
     )
-    parser.add_argument(
-        '--link',
-        type=Path,
-        nargs='?',
-        const=True,
-        metavar='FOLDER',
-        help='make FOLDER (default: where the configs look) of links to what is in --root, then '
-        'check it',
+    add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
+    convert_help = (
+        'with --link: also write masks of equal colour channels or 16 bits as one channel of 8 bits'
     )
-    parser.add_argument(
-        '--convert',
-        action='store_true',
-        help='also unpack archives, use parts that lie elsewhere below --root, and write masks '
-        'with equal colour channels as one channel; in --root itself without --link',
-    )
-    parser.add_argument(
-        '--deep', action='store_true', help='decode every image and mask, not 200 of each split'
-    )
-    parser.add_argument('--plain', action='store_true', help='plain text, without colours')
+    add('--convert', action='store_true', help=convert_help)
+    deep_help = 'decode every image and mask, not 200 of each split'
+    add('--deep', action='store_true', help=deep_help)
+    add('--plain', action='store_true', help='plain text, without colours')
     return parser.parse_args()
 
 
@@ -56,9 +49,10 @@ def prepare(
     """Link or convert if asked to, check, print the report, and leave with its exit code."""
     expected = Path(PLACES[dataset])
     root = root or expected
-    if (link or convert) and root.is_dir():
-        target = expected if link is True else link or root
-        assert isinstance(target, Path)
+    if convert and not link:
+        raise UsageError('--convert writes masks into a new folder: add --link FOLDER')
+    if link and root.is_dir():
+        target = link if isinstance(link, Path) else expected
         for line in bring_into_place(dataset, root, target, convert):
             print(line)
         root = target

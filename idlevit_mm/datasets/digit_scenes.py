@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,18 +27,8 @@ from sklearn.datasets import load_digits
 
 CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 SEMANTIC_CLASSES = ('background', *CLASSES)
-PALETTE = (
-    (228, 26, 28),
-    (55, 126, 184),
-    (77, 175, 74),
-    (152, 78, 163),
-    (255, 127, 0),
-    (255, 255, 51),
-    (166, 86, 40),
-    (247, 129, 191),
-    (0, 206, 209),
-    (153, 255, 51),
-)
+_COLOURS = 'e41a1c 377eb8 4daf4a 984ea3 ff7f00 ffff33 a65628 f781bf 00ced1 99ff33'
+PALETTE = tuple(tuple(bytes.fromhex(colour)) for colour in _COLOURS.split())
 SEMANTIC_PALETTE = ((0, 0, 0), *PALETTE)
 LAYOUTS = ('coco', 'ade')
 SPLITS = ('train', 'val')
@@ -56,22 +47,18 @@ _ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 _PHOTOS = ('china.jpg', 'flower.jpg')
 _VAL_PHOTO_SHARE = 0.3
 _VAL_DIGIT_SHARE = 0.25
-_JPEG_QUALITY = 95
-_OWN_FILE = re.compile(
-    r'digit_scenes\.json(\.tmp)?'
-    r'|coco/(train|val)/\d{6,}\.jpg'
-    r'|coco/annotations/instances_(train|val)\.json'
-    r'|ade/images/(training|validation)/\d{6,}\.jpg'
-    r'|ade/annotations/(training|validation)/\d{6,}\.png'
-)
 
 
 @dataclass(frozen=True)
 class DigitScenesParams:
     """What a digit-scenes data set is made from; equal parameters give equal files.
 
+    Image i of a split depends on nothing but the seed, the split, i, the size and the digits'
+    number and scale.
+
     Args:
-        layouts: Any of ``'coco'`` and ``'ade'``.
+        layouts: Any of ``'coco'`` (``coco/{train,val}``, ``coco/annotations``) and ``'ade'``
+            (``ade/images``, ``ade/annotations``).
         size: Height and width of every image in pixels, at least 32 each.
         num_train: Number of training images.
         num_val: Number of validation images.
@@ -92,58 +79,38 @@ class DigitScenesParams:
     digit_scale: tuple[int, int] = (20, 56)
 
     def __post_init__(self) -> None:
-        if isinstance(self.layouts, str):
-            object.__setattr__(self, 'layouts', (self.layouts,))
-        unknown = [layout for layout in self.layouts if layout not in LAYOUTS]
-        if unknown or not self.layouts:
-            raise ValueError(
-                f'layouts must be one or more of {list(LAYOUTS)}, got {list(self.layouts)}'
-            )
+        layouts = [self.layouts] if isinstance(self.layouts, str) else list(self.layouts)
+        if not layouts or not set(layouts) <= set(LAYOUTS):
+            raise ValueError(f'layouts must be one or more of {list(LAYOUTS)}, got {layouts}')
         # One spelling per set of layouts, so that their order makes no other data set.
-        object.__setattr__(self, 'layouts', tuple(x for x in LAYOUTS if x in self.layouts))
-        for name in ('size', 'num_digits', 'digit_scale'):
-            object.__setattr__(self, name, _int_pair(name, getattr(self, name)))
+        object.__setattr__(self, 'layouts', tuple(x for x in LAYOUTS if x in layouts))
         for name, low in (('num_train', 1), ('num_val', 1), ('seed', 0)):
-            object.__setattr__(self, name, _integer(name, getattr(self, name), low))
-
-        if min(self.size) < MIN_SIDE:
+            object.__setattr__(self, name, integers(name, [getattr(self, name)], 1, low)[0])
+        lowest = {'size': MIN_SIDE, 'num_digits': 0, 'digit_scale': MIN_DIGIT_SCALE}
+        for name, low in lowest.items():
+            object.__setattr__(self, name, integers(name, getattr(self, name), 2, low))
+        digits, scale = self.num_digits, self.digit_scale
+        for name, (low, high) in (('num_digits', digits), ('digit_scale', scale)):
+            if low > high or high == 0:
+                raise ValueError(f'{name} must be min <= max and max > 0, got {low} {high}')
+        if scale[1] > min(self.size):
             raise ValueError(
-                f'size must be at least {MIN_SIDE} in both directions, got {self.size}'
+                f'digit_scale must not exceed the shorter side of size {self.size}, got {scale[1]}'
             )
-        for name, lowest in (('num_digits', 0), ('digit_scale', MIN_DIGIT_SCALE)):
-            low, high = getattr(self, name)
-            if not lowest <= low <= high:
-                raise ValueError(f'{name} must be {lowest} <= min <= max, got {low} {high}')
-        if self.num_digits[1] < 1:
-            raise ValueError(f'num_digits must allow at least one digit, got {self.num_digits}')
-        if self.digit_scale[1] > min(self.size):
+        cover = digits[1] * scale[0] ** 2 / (self.size[0] * self.size[1])
+        if digits[1] > 1 and cover > MAX_COVER:
             raise ValueError(
-                f'digit_scale must not exceed the shorter image side {min(self.size)}, '
-                f'got {self.digit_scale[1]}'
-            )
-        cover = self.num_digits[1] * self.digit_scale[0] ** 2 / (self.size[0] * self.size[1])
-        if self.num_digits[1] > 1 and cover > MAX_COVER:
-            raise ValueError(
-                f'num_digits: {self.num_digits[1]} digits of digit_scale {self.digit_scale[0]} '
-                f'pixels cover {cover:.0%} of an image of size {self.size}, at most '
-                f'{MAX_COVER:.0%} is allowed'
+                f'num_digits: {digits[1]} digits of digit_scale {scale[0]} pixels cover '
+                f'{cover:.0%} of an image of size {self.size}, at most {MAX_COVER:.0%} is allowed'
             )
 
     def count(self, split: str) -> int:
         """Number of images of a split."""
         return {'train': self.num_train, 'val': self.num_val}[split]
 
-    def as_dict(self) -> dict[str, object]:
-        """The parameters as JSON-ready values."""
-        return {
-            'layouts': list(self.layouts),
-            'size': list(self.size),
-            'num_train': self.num_train,
-            'num_val': self.num_val,
-            'seed': self.seed,
-            'num_digits': list(self.num_digits),
-            'digit_scale': list(self.digit_scale),
-        }
+    def as_dict(self) -> dict[str, Any]:
+        """The parameters as JSON reads them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -170,8 +137,7 @@ class Scene:
 
     def box(self, index: int) -> tuple[int, int, int, int]:
         """Tight box (x, y, width, height) of one digit's visible part, in pixels."""
-        x, y, width, height = cv2.boundingRect(self.mask(index))
-        return x, y, width, height
+        return tuple(cv2.boundingRect(self.mask(index)))  # type: ignore[return-value]
 
     def semantic_map(self) -> np.ndarray:
         """(H, W) uint8 in ADE20K's coding: 1 background, 2..11 digits 0..9; 0 (ignored) unused."""
@@ -180,98 +146,61 @@ class Scene:
 
 
 def write_digit_scenes(
-    out_dir: str | os.PathLike[str],
-    *,
-    layouts: Sequence[str] = LAYOUTS,
-    size: Sequence[int] = (128, 128),
-    num_train: int = 2000,
-    num_val: int = 400,
-    seed: int = 0,
-    num_digits: Sequence[int] = (1, 5),
-    digit_scale: Sequence[int] = (20, 56),
-    force: bool = False,
-    progress: bool = True,
+    out_dir: str | os.PathLike[str], *, progress: bool = True, **parameters: Any
 ) -> bool:
     """Write a digit-scenes data set, unless the same one is already there.
 
     A marker file holds the parameters and whether writing was finished; an interrupted set is
-    written anew. Files that are not part of a digit-scenes set are never touched.
+    written anew. Files that are not part of it are never touched.
 
     Args:
         out_dir: Folder to write; created if missing.
-        layouts: Any of ``'coco'`` (``coco/{train,val}``, ``coco/annotations``) and ``'ade'``
-            (``ade/images``, ``ade/annotations``).
-        size: Height and width of every image in pixels.
-        num_train: Number of training images.
-        num_val: Number of validation images.
-        seed: Seed; image i of a split depends on nothing but the seed, the split, i, the size
-            and the digits' number and scale.
-        num_digits: Smallest and largest number of digits in an image.
-        digit_scale: Smallest and largest height of a digit in pixels.
-        force: Replace a digit-scenes set that was written with other parameters.
         progress: Show a progress bar.
+        parameters: Of :class:`DigitScenesParams`.
 
     Returns:
         True if the set was written, False if it was already there.
 
     Raises:
         ValueError: A parameter is outside what is allowed.
-        FileExistsError: The folder holds other files, or (without ``force``) a digit-scenes set
-            with other parameters.
+        FileExistsError: The folder holds other files, or a set with other parameters.
     """
-    params = DigitScenesParams(
-        layouts=tuple(layouts) if not isinstance(layouts, str) else (layouts,),
-        size=tuple(size),  # type: ignore[arg-type]
-        num_train=num_train,
-        num_val=num_val,
-        seed=seed,
-        num_digits=tuple(num_digits),  # type: ignore[arg-type]
-        digit_scale=tuple(digit_scale),  # type: ignore[arg-type]
-    )
+    params = DigitScenesParams(**parameters)
     root = Path(out_dir)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder')
-    present = set(_files_under(root))
     marker = _read_marker(root)
-    if marker == _marker(params, complete=True) and set(_expected_files(params)) <= present:
+    wanted = [name for split in SPLITS for name in _split_files(params, split)]
+    if marker == _marker(params, True) and all((root / name).is_file() for name in wanted):
         return False
-
-    foreign = sorted(name for name in present if not _OWN_FILE.fullmatch(name))
-    if foreign or (present and marker is None):
-        example = (foreign or sorted(present))[0]
+    present = next((path for path in root.rglob('*') if not path.is_dir()), None)
+    if marker is None and present is not None:
         raise FileExistsError(
-            f'{root} holds files that no digit-scenes set left there, such as {example!r}; '
-            'nothing was written, choose another folder'
+            f'{root} holds files that no digit-scenes set left there, such as '
+            f'{present.relative_to(root).as_posix()!r}; nothing was written, choose another folder'
         )
-    if marker is not None and marker['parameters'] != params.as_dict() and not force:
+    if marker is not None and (old := marker['parameters']) != (new := params.as_dict()):
+        differing = [f'{k} {old.get(k)} instead of {new[k]}' for k in new if old.get(k) != new[k]]
         raise FileExistsError(
-            f'{root} holds a digit-scenes set with other parameters '
-            f'({_differences(marker["parameters"], params.as_dict())}); '
-            'choose another folder, or replace it with --force (force=True)'
+            f'{root} holds a digit-scenes set with other parameters ({", ".join(differing)}); '
+            'choose another folder, or delete this one'
         )
 
-    root.mkdir(parents=True, exist_ok=True)
+    for folder in {(root / name).parent for name in wanted}:
+        folder.mkdir(parents=True, exist_ok=True)
     # From here to the last line the marker says "not complete", whatever happens in between.
     _write_marker(root, params, complete=False)
-    for name in present - {MARKER}:
-        (root / name).unlink()
-    total = params.num_train + params.num_val
-    steps = _write_scenes(root, params)
-    for _ in track(
-        steps, description='digit scenes', total=total, disable=not progress, transient=True
+    contents = chain.from_iterable(_contents(params, split) for split in SPLITS)
+    for name, content in track(
+        contents, 'digit scenes', len(wanted), disable=not progress, transient=True
     ):
-        pass
+        (root / name).write_bytes(content)
     _write_marker(root, params, complete=True)
     return True
 
 
 def render_scene(params: DigitScenesParams, split: str, index: int) -> Scene:
-    """Paint one scene; depends on its arguments only.
-
-    Args:
-        params: Parameters of the data set; the numbers of images and the layouts play no part.
-        split: ``'train'`` or ``'val'``.
-        index: Number of the image in its split, from 0.
+    """Paint one scene: image ``index``, from 0, of split ``'train'`` or ``'val'``.
 
     Raises:
         ValueError: Unknown split or negative index.
@@ -322,33 +251,31 @@ def photo_columns(split: str, width: int) -> tuple[int, int]:
     return (0, cut) if split == 'train' else (cut, width)
 
 
-def encoded(suffix: str, image: np.ndarray, options: list[int] | None = None) -> bytes:
-    """Content of an image file.
-
-    Args:
-        suffix: ``'.jpg'`` or ``'.png'``.
-        image: (H, W, 3) BGR or (H, W) uint8.
-        options: OpenCV's, of the form ``[cv2.IMWRITE_JPEG_QUALITY, 95]``.
+def encoded(suffix: str, image: np.ndarray) -> bytes:
+    """Content of a ``'.jpg'`` or ``'.png'`` file of an image, (H, W, 3) BGR or (H, W) uint8.
 
     Raises:
         RuntimeError: OpenCV was built without this format.
     """
-    done, data = cv2.imencode(suffix, image, options or [])
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix == '.jpg' else []
+    done, data = cv2.imencode(suffix, image, options)
     if not done:
         raise RuntimeError(f'OpenCV cannot encode {suffix} images')
     return data.tobytes()
 
 
-def _integer(name: str, value: object, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-        raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}')
-    return int(value)
+def integers(name: str, values: Any, number: int, low: int) -> tuple[int, ...]:
+    """Check that a parameter is so many integers, none below ``low``.
 
-
-def _int_pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if len(value) != 2:
-        raise ValueError(f'{name} must be two integers, got {value!r}')
-    return _integer(name, value[0], 0), _integer(name, value[1], 0)
+    Raises:
+        ValueError: It is not; the message names it.
+    """
+    whole = [isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values]
+    if len(whole) != number or not all(whole) or min(values) < low:
+        what = 'an integer' if number == 1 else f'{number} integers'
+        got = values[0] if number == 1 else values
+        raise ValueError(f'{name} must be {what} of at least {low}, got {got!r}')
+    return tuple(map(int, values))
 
 
 @lru_cache(maxsize=1)
@@ -384,12 +311,8 @@ def _background(
     # Two photographs would soon be known by heart; mirrored, with colours swapped and another
     # brightness, the same few hundred thousand pixels go further.
     crop = crop[:: rng.choice((-1, 1)), :: rng.choice((-1, 1)), rng.permutation(3)]
-    smaller = crop_h > height
-    image = cv2.resize(
-        np.ascontiguousarray(crop),
-        (width, height),
-        interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR,
-    )
+    way = cv2.INTER_AREA if crop_h > height else cv2.INTER_LINEAR
+    image = cv2.resize(np.ascontiguousarray(crop), (width, height), interpolation=way)
     levels = np.arange(256) * rng.uniform(0.5, 1.2) + rng.uniform(-20, 40)
     image = cv2.LUT(image, np.rint(levels).clip(0, 255).astype(np.uint8))
     return image, (which, top, left, crop_h, crop_w)
@@ -425,20 +348,13 @@ def _place(
             if spot is None:
                 break
             placed.append(spot)
-        if len(placed) == len(digit_ids):
+        else:
             return owner, placed
-    raise RuntimeError(
-        f'{len(digit_ids)} digits found no place in an image of size {params.size}; '
-        'lower num_digits or digit_scale'
-    )
+    raise RuntimeError(f'no place for {len(digit_ids)} digits: lower num_digits or digit_scale')
 
 
 def _free_spot(
-    rng: np.random.Generator,
-    owner: np.ndarray,
-    areas: list[int],
-    patch: np.ndarray,
-    scale: int,
+    rng: np.random.Generator, owner: np.ndarray, areas: list[int], patch: np.ndarray, scale: int
 ) -> tuple[np.ndarray, int, int] | None:
     """Find a place for a patch, then enter it in ``owner`` and ``areas``; None if there is none."""
     height, width = owner.shape
@@ -475,48 +391,52 @@ def _contrasting_colour(
     return candidates[good[0] if len(good) else int(distance.argmax())] * 255
 
 
-def _write_scenes(root: Path, params: DigitScenesParams) -> Iterator[None]:
-    """Write all images, then the COCO annotations of their split; yields after each image."""
-    for parent in {(root / name).parent for name in _expected_files(params)}:
-        parent.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        images: list[dict[str, object]] = []
-        annotations: list[dict[str, object]] = []
-        for index in range(params.count(split)):
-            scene = render_scene(params, split, index)
-            name = f'{index:06d}'
-            jpeg = encoded('.jpg', scene.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-            if 'coco' in params.layouts:
-                (root / f'coco/{split}/{name}.jpg').write_bytes(jpeg)
-                images.append(
-                    {
-                        'id': index,
-                        'file_name': f'{name}.jpg',
-                        'height': params.size[0],
-                        'width': params.size[1],
-                    }
-                )
-                # COCO's evaluation takes annotation id 0 for "unmatched", so ids start at 1.
-                annotations += _coco_annotations(scene, index, first_id=len(annotations) + 1)
-            if 'ade' in params.layouts:
-                folder = _ADE_SPLITS[split]
-                (root / f'ade/images/{folder}/{name}.jpg').write_bytes(jpeg)
-                png = encoded('.png', scene.semantic_map())
-                (root / f'ade/annotations/{folder}/{name}.png').write_bytes(png)
-            yield
-        if 'coco' in params.layouts:
-            content = {
-                'info': {'description': f'digit scenes, {split}', 'parameters': params.as_dict()},
-                'images': images,
-                'annotations': annotations,
-                'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
-            }
-            path = root / f'coco/annotations/instances_{split}.json'
-            path.write_text(json.dumps(content, separators=(',', ':')), encoding='utf-8')
+def _image_files(params: DigitScenesParams, split: str, index: int) -> list[str]:
+    """Relative paths of the files of one image."""
+    name, ade = f'{index:06d}', _ADE_SPLITS[split]
+    of_layout = {
+        'coco': [f'coco/{split}/{name}.jpg'],
+        'ade': [f'ade/images/{ade}/{name}.jpg', f'ade/annotations/{ade}/{name}.png'],
+    }
+    return [file for layout in params.layouts for file in of_layout[layout]]
 
 
-def _coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, object]]:
-    annotations: list[dict[str, object]] = []
+def _split_files(params: DigitScenesParams, split: str) -> list[str]:
+    """Relative paths of the files of a split."""
+    images = [_image_files(params, split, index) for index in range(params.count(split))]
+    return [*chain.from_iterable(images), *([_tables(split)] if 'coco' in params.layouts else [])]
+
+
+def _tables(split: str) -> str:
+    return f'coco/annotations/instances_{split}.json'
+
+
+def _contents(params: DigitScenesParams, split: str) -> Iterator[tuple[str, bytes]]:
+    """Relative paths and contents of the files of a split."""
+    height, width = params.size
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(params.count(split)):
+        scene = render_scene(params, split, index)
+        pictures = {'.jpg': scene.image, '.png': scene.semantic_map()}
+        for name in _image_files(params, split, index):
+            yield name, encoded(name[-4:], pictures[name[-4:]])
+        name = f'{index:06d}.jpg'
+        images.append({'id': index, 'file_name': name, 'height': height, 'width': width})
+        # COCO's evaluation takes annotation id 0 for "unmatched", so ids start at 1.
+        annotations += _coco_annotations(scene, index, first_id=len(annotations) + 1)
+    tables = {
+        'info': {'description': f'digit scenes, {split}', 'parameters': params.as_dict()},
+        'images': images,
+        'annotations': annotations,
+        'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
+    }
+    if 'coco' in params.layouts:
+        yield _tables(split), json.dumps(tables, separators=(',', ':')).encode()
+
+
+def _coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    annotations: list[dict[str, Any]] = []
     for index, label in enumerate(scene.labels):
         mask = scene.mask(index)
         rle = mask_utils.encode(np.asfortranarray(mask))
@@ -535,40 +455,15 @@ def _coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[s
     return annotations
 
 
-def _expected_files(params: DigitScenesParams) -> Iterator[str]:
-    yield MARKER
-    for split in SPLITS:
-        for index in range(params.count(split)):
-            if 'coco' in params.layouts:
-                yield f'coco/{split}/{index:06d}.jpg'
-            if 'ade' in params.layouts:
-                yield f'ade/images/{_ADE_SPLITS[split]}/{index:06d}.jpg'
-                yield f'ade/annotations/{_ADE_SPLITS[split]}/{index:06d}.png'
-        if 'coco' in params.layouts:
-            yield f'coco/annotations/instances_{split}.json'
+def _marker(params: DigitScenesParams, complete: bool) -> dict[str, Any]:
+    about = {'name': 'digit scenes', 'format': FORMAT, 'complete': complete}
+    return {**about, 'parameters': params.as_dict()}
 
 
-def _files_under(root: Path) -> Iterable[str]:
-    """Everything below a folder that is not a folder itself, as relative POSIX paths."""
-    for folder, subfolders, names in os.walk(root):
-        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
-        for name in names + links:
-            yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _marker(params: DigitScenesParams, *, complete: bool) -> dict[str, object]:
-    return {
-        'name': 'digit scenes',
-        'format': FORMAT,
-        'complete': complete,
-        'parameters': params.as_dict(),
-    }
-
-
-def _write_marker(root: Path, params: DigitScenesParams, *, complete: bool) -> None:
+def _write_marker(root: Path, params: DigitScenesParams, complete: bool) -> None:
     # Replaced in one step, so that a crash leaves the old marker or the new one, never half.
     temporary = root / f'{MARKER}.tmp'
-    temporary.write_text(json.dumps(_marker(params, complete=complete), indent=2) + '\n')
+    temporary.write_text(json.dumps(_marker(params, complete), indent=2) + '\n')
     temporary.replace(root / MARKER)
 
 
@@ -580,8 +475,3 @@ def _read_marker(root: Path) -> dict | None:
         return None
     known = isinstance(marker, dict) and marker.get('name') == 'digit scenes'
     return marker if known and isinstance(marker.get('parameters'), dict) else None
-
-
-def _differences(old: dict, new: dict) -> str:
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ', '.join(f'{name} {old.get(name)} instead of {new.get(name)}' for name in names)

@@ -8,59 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Supercategory -> first category id and names; ids of removed categories are left out by None.
-_COCO_GROUPS: Mapping[str, tuple[int, tuple[str | None, ...]]] = {
-    'person': (1, ('person',)),
-    'vehicle': (
-        2,
-        ('bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat'),
-    ),
-    'outdoor': (
-        10,
-        ('traffic light', 'fire hydrant', None, 'stop sign', 'parking meter', 'bench'),
-    ),
-    'animal': (
-        16,
-        (
-            *('bird', 'cat', 'dog', 'horse', 'sheep', 'cow', 'elephant', 'bear', 'zebra'),
-            'giraffe',
-        ),
-    ),
-    'accessory': (
-        27,
-        ('backpack', 'umbrella', None, None, 'handbag', 'tie', 'suitcase'),
-    ),
+# Supercategory -> first category id and names; removed categories left gaps between the ids.
+_COCO_GROUPS: Mapping[str, tuple[int, str]] = {
+    'person': (1, 'person'),
+    'vehicle': (2, 'bicycle, car, motorcycle, airplane, bus, train, truck, boat'),
+    'outdoor': (10, 'traffic light, fire hydrant, , stop sign, parking meter, bench'),
+    'animal': (16, 'bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe'),
+    'accessory': (27, 'backpack, umbrella, , , handbag, tie, suitcase'),
     'sports': (
         34,
-        (
-            *('frisbee', 'skis', 'snowboard', 'sports ball', 'kite', 'baseball bat'),
-            *('baseball glove', 'skateboard', 'surfboard', 'tennis racket'),
-        ),
+        'frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, '
+        'surfboard, tennis racket',
     ),
-    'kitchen': (
-        44,
-        ('bottle', None, 'wine glass', 'cup', 'fork', 'knife', 'spoon', 'bowl'),
-    ),
+    'kitchen': (44, 'bottle, , wine glass, cup, fork, knife, spoon, bowl'),
     'food': (
         52,
-        (
-            *('banana', 'apple', 'sandwich', 'orange', 'broccoli', 'carrot', 'hot dog', 'pizza'),
-            *('donut', 'cake'),
-        ),
+        'banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake',
     ),
-    'furniture': (
-        62,
-        (
-            *('chair', 'couch', 'potted plant', 'bed', None, 'dining table', None, None),
-            'toilet',
-        ),
-    ),
-    'electronic': (72, ('tv', 'laptop', 'mouse', 'remote', 'keyboard', 'cell phone')),
-    'appliance': (78, ('microwave', 'oven', 'toaster', 'sink', 'refrigerator')),
-    'indoor': (
-        84,
-        ('book', 'clock', 'vase', 'scissors', 'teddy bear', 'hair drier', 'toothbrush'),
-    ),
+    'furniture': (62, 'chair, couch, potted plant, bed, , dining table, , , toilet'),
+    'electronic': (72, 'tv, laptop, mouse, remote, keyboard, cell phone'),
+    'appliance': (78, 'microwave, oven, toaster, sink, refrigerator'),
+    'indoor': (84, 'book, clock, vase, scissors, teddy bear, hair drier, toothbrush'),
 }
 
 
@@ -76,8 +44,8 @@ class Category:
 COCO_CATEGORIES: tuple[Category, ...] = tuple(
     Category(first + offset, name, group)
     for group, (first, names) in _COCO_GROUPS.items()
-    for offset, name in enumerate(names)
-    if name is not None
+    for offset, name in enumerate(names.split(', '))
+    if name
 )
 
 # Split -> number of images of the whole data set.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from .digit_scenes import DigitScenesParams, Scene, encoded, render_scene
+from .digit_scenes import DigitScenesParams, Scene, encoded, integers, render_scene
 from .formats import (
     ADE20K_CLASSES,
     ADE20K_FOLDER,
@@ -39,21 +39,11 @@ _ASPECTS = (0.75, 1.5, 0.67, 1.33, 1.0)
 # Digits 0 to 9 spread over all categories or classes, the first and the last among them.
 _COCO_OF_DIGIT = tuple(COCO_CATEGORIES[79 * digit // 9] for digit in range(10))
 _ADE20K_OF_DIGIT = tuple(ADE20K_CLASSES - 15 * digit for digit in range(10))
-_SCENE_SPLITS = {
-    'train2017': 'train',
-    'val2017': 'val',
-    'training': 'train',
-    'validation': 'val',
-}
+_SCENE_SPLITS = dict(train2017='train', val2017='val', training='train', validation='val')
 
 
 def image_size(size: int, index: int) -> tuple[int, int]:
-    """Height and width of an image, both odd; the longer side is about ``size``.
-
-    Args:
-        size: Length of the longer side in pixels.
-        index: Number of the image in its split, from 0.
-    """
+    """Height and width of an image, both odd; the longer side is about ``size``."""
     longer = size - 4 * (index % 3)
     aspect = _ASPECTS[index % len(_ASPECTS)]
     height, width = (longer * aspect, longer) if aspect < 1 else (longer, longer / aspect)
@@ -61,18 +51,10 @@ def image_size(size: int, index: int) -> tuple[int, int]:
 
 
 def paint(split: str, index: int, size: int, seed: int) -> Scene:
-    """Paint the scene of one image.
-
-    Args:
-        split: A split of COCO 2017 or of ADE20K.
-        index: Number of the image in its split, from 0.
-        size: Length of the longer side in pixels.
-        seed: Seed, non-negative.
-    """
-    height, width = image_size(size, index)
-    shorter = min(height, width)
+    """Paint the scene of image ``index`` of a split of COCO 2017 or of ADE20K."""
+    shorter = min(image_size(size, index))
     params = DigitScenesParams(
-        size=(height, width),
+        size=image_size(size, index),
         seed=seed,
         num_digits=(2, 4),
         digit_scale=(max(8, shorter // 5), max(8, shorter // 2)),
@@ -100,16 +82,13 @@ def run_lengths_of(mask: np.ndarray) -> list[int]:
 def coco_annotations(
     scene: Scene, image_id: int, first_id: int, crowd: bool
 ) -> list[dict[str, Any]]:
-    """Annotations of one image in COCO's spelling.
+    """Annotations of one image in COCO's spelling: polygons, and run lengths for a crowd.
 
     Args:
         scene: The image.
         image_id: Id of the image.
         first_id: Id of the first annotation.
         crowd: Join all digits but the first into one crowd region.
-
-    Returns:
-        Polygons for digits and, with ``crowd``, run lengths for the crowd region.
     """
     height, width = scene.owner.shape
     annotations: list[dict[str, Any]] = []
@@ -176,9 +155,8 @@ def write_coco_stand_in(
         ValueError: A value is outside what is allowed.
         FileExistsError: The folder holds anything else.
     """
-    _check(num_train=num_train, num_val=num_val, size=size, seed=seed)
     counts = {'train2017': num_train, 'val2017': num_val}
-    return _write(Path(folder), dict(_coco_files(counts, size, seed)))
+    return _write(Path(folder), _coco_files, counts, size, seed)
 
 
 def write_ade20k_stand_in(
@@ -188,35 +166,13 @@ def write_ade20k_stand_in(
     size: int = 160,
     seed: int = 0,
 ) -> bool:
-    """Write a stand-in for ADE20K (ADEChallengeData2016), unless the same one is already there.
+    """Write a stand-in for ADE20K, as :func:`write_coco_stand_in` does for COCO.
 
-    Needs mmseg for the names of the classes.
-
-    Args:
-        folder: Gets ``ADEChallengeData2016`` with ``images``, ``annotations``,
-            ``objectInfo150.txt`` and ``sceneCategories.txt``.
-        num_train: Number of training images.
-        num_val: Number of validation images.
-        size: Length of the longer side of an image in pixels, at least 64.
-        seed: Seed, non-negative.
-
-    Returns:
-        True if it was written, False if it was already there.
-
-    Raises:
-        ValueError: A value is outside what is allowed.
-        FileExistsError: ``ADEChallengeData2016`` holds anything else.
+    ``folder`` gets ``ADEChallengeData2016`` with ``images``, ``annotations``, ``objectInfo150.txt``
+    and ``sceneCategories.txt``. Needs mmseg for the names of the classes.
     """
-    _check(num_train=num_train, num_val=num_val, size=size, seed=seed)
     counts = {'training': num_train, 'validation': num_val}
-    return _write(Path(folder) / ADE20K_FOLDER, dict(_ade20k_files(counts, size, seed)))
-
-
-def _check(**values: int) -> None:
-    for name, value in values.items():
-        lowest = {'size': MIN_SIZE, 'seed': 0}.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f'{name} must be an integer of at least {lowest}, got {value!r}')
+    return _write(Path(folder) / ADE20K_FOLDER, _ade20k_files, counts, size, seed)
 
 
 def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -233,30 +189,16 @@ def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tup
             picture = cv2.cvtColor(scene.image, cv2.COLOR_BGR2GRAY) if index == 1 else scene.image
             yield f'{split}/{name}', encoded('.jpg', picture)
             height, width = scene.owner.shape
-            images.append(
-                {
-                    'license': 1,
-                    'file_name': name,
-                    'coco_url': '',
-                    'height': height,
-                    'width': width,
-                    'date_captured': '2017-01-01 00:00:00',
-                    'flickr_url': '',
-                    'id': image_id,
-                }
-            )
+            about = {'license': 1, 'file_name': name, 'coco_url': ''}
+            about |= {'height': height, 'width': width, 'date_captured': '2017-01-01 00:00:00'}
+            images.append({**about, 'flickr_url': '', 'id': image_id})
             if index < 2 or index < counts[split] - 1:
                 annotations += coco_annotations(scene, image_id, next_annotation, index == 0)
                 next_annotation = annotations[-1]['id'] + 1
+        text = f'Stand-in for COCO 2017 {split}, made of digit scenes'
+        info = {'description': text, 'url': '', 'version': '1.0', 'year': 2017}
         content = {
-            'info': {
-                'description': f'Stand-in for COCO 2017 {split}, made of digit scenes',
-                'url': '',
-                'version': '1.0',
-                'year': 2017,
-                'contributor': 'idlevit_mm',
-                'date_created': '2017/01/01',
-            },
+            'info': {**info, 'contributor': 'idlevit_mm', 'date_created': '2017/01/01'},
             'licenses': [{'url': '', 'id': 1, 'name': 'Material of scikit-learn, BSD-3-Clause'}],
             'images': images,
             'annotations': annotations,
@@ -304,22 +246,26 @@ def _object_info(pixels: np.ndarray, shown: Mapping[str, np.ndarray]) -> str:
     return ''.join(lines)
 
 
-def _write(root: Path, contents: Mapping[str, bytes]) -> bool:
+def _write(
+    root: Path,
+    make: Callable[[Mapping[str, int], int, int], Iterator[tuple[str, bytes]]],
+    counts: Mapping[str, int],
+    size: int,
+    seed: int,
+) -> bool:
     """Write files into a folder that is empty, missing, or already holds exactly these."""
+    for name, value in zip(('num_train', 'num_val'), counts.values(), strict=True):
+        integers(name, [value], 1, 1)
+    integers('size', [size], 1, MIN_SIZE)
+    integers('seed', [seed], 1, 0)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder')
+    contents = dict(make(counts, size, seed))
     present = {path.relative_to(root).as_posix() for path in root.rglob('*') if not path.is_dir()}
-    if present:
-        foreign = present - contents.keys()
-        differing = (
-            name
-            for name in present & contents.keys()
-            if (root / name).read_bytes() != contents[name]
-        )
-        example = min(foreign, default=None) or min(differing, default=None)
-        if example is not None:
+    for name in sorted(present):
+        if name not in contents or (root / name).read_bytes() != contents[name]:
             raise FileExistsError(
-                f'{root} holds other files, such as {example!r}; nothing was written. Choose '
+                f'{root} holds other files, such as {name!r}; nothing was written. Choose '
                 'another folder'
             )
     missing = contents.keys() - present

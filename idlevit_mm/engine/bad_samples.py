@@ -11,38 +11,42 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dataset import Compose
 from mmengine.fileio import load
 from mmengine.logging import print_log
 
 from ..errors import BadSampleError, SettingError, UsageError, one_line, shortened
+from .data_checks import mask_problem
 
 # Up to this many different files may be unusable, and beyond it this share of what was read.
 MAX_BAD = 10
 MAX_BAD_SHARE = 0.01
 # Another image is drawn at random: where so many in turn are unusable, none is usable.
 MAX_IN_A_ROW = 50
-_IGNORED = 255
 _NAMED = 3
 # Modules of this name read text, which says what the classes are: GLIP, Grounding DINO, SAN.
 _READS_TEXT = ('language_model', 'text_encoder')
 
 
+def _warn(text: str) -> None:
+    print_log(text, 'current', logging.WARNING)
+
+
 def leaves(dataset: Any) -> Iterator[Any]:
-    """The data sets that read files themselves, below wrappers such as ConcatDataset."""
-    if isinstance(inner := getattr(dataset, 'datasets', None), (list, tuple)):
-        for part in inner:
-            yield from leaves(part)
-    elif (inner := getattr(dataset, 'dataset', None)) is not None:
-        yield from leaves(inner)
-    else:
+    """The built data sets that read files themselves, below wrappers such as ConcatDataset."""
+    parts = getattr(dataset, 'datasets', None)
+    if not isinstance(parts, (list, tuple)):
+        part = getattr(dataset, 'dataset', None)
+        parts = [] if part is None else [part]
+    for part in parts:
+        yield from leaves(part)
+    if not parts:
         yield dataset
 
 
@@ -58,58 +62,11 @@ def reading_problem(path: str, error: BaseException) -> str:
     return f'{path} cannot be read ({reason})'
 
 
-def size_problem(data: dict[str, Any]) -> str | None:
-    """Whether an image that was just loaded has another size than its annotations are for."""
-    wanted, found = (data.get('height'), data.get('width')), data.get('ori_shape')
-    if found is None or None in wanted or tuple(found[:2]) == wanted:
-        return None
-    return (
-        f'{data.get("img_path")} is {found[1]}x{found[0]}, but the annotation file says '
-        f'{wanted[1]}x{wanted[0]}'
-    )
-
-
 def thin_mask(data: dict[str, Any]) -> str | None:
     """Whether mmseg, which drops axes of length 1, cannot load the mask of a thin image."""
-    if 1 not in tuple(data.get('ori_shape', ())[:2]):
+    if data.get('seg_map_path') is None or 1 not in tuple(data.get('ori_shape', ())[:2]):
         return None
-    return f'{data.get("seg_map_path")} is one pixel high or wide, which mmseg cannot load'
-
-
-def mask_problem(data: dict[str, Any], num_classes: int | None) -> str | None:
-    """What is wrong with a label map that was just loaded, if there is one and anything is.
-
-    Args:
-        data: As the pipeline knows it: ``gt_seg_map`` (H, W) and ``ori_shape``.
-        num_classes: Number of classes, None if unknown.
-    """
-    labels = data.get('gt_seg_map')
-    # Only mmseg's label maps number the data set's classes; it notes this key with them.
-    if labels is None or 'reduce_zero_label' not in data:
-        return None
-    path = data.get('seg_map_path')
-    if labels.ndim != 2 and (thin := thin_mask(data)):
-        return thin
-    if labels.ndim != 2:
-        return f'{path} has {labels.shape[-1]} channels instead of one'
-    shape = tuple(data['ori_shape'][:2])
-    if labels.shape != shape:
-        return (
-            f'{path} is {labels.shape[1]}x{labels.shape[0]}, but its image {data["img_path"]} '
-            f'{shape[1]}x{shape[0]}'
-        )
-    if num_classes is None:
-        return None
-    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=_IGNORED + 1))
-    beyond = [int(value) for value in present if num_classes <= value != _IGNORED]
-    if not beyond:
-        return None
-    # The number in the file, not the one that it became.
-    shift = int(bool(data['reduce_zero_label']))
-    return (
-        f'{path} holds the value {beyond[0] + shift}, but with {num_classes} classes the largest '
-        f'is {num_classes - 1 + shift}'
-    )
+    return f'{data["seg_map_path"]} is one pixel high or wide, which mmseg cannot load'
 
 
 class GuardedPipeline(Compose):
@@ -122,17 +79,12 @@ class GuardedPipeline(Compose):
     """
 
     def __init__(
-        self,
-        transforms: Sequence[Callable[[dict], dict | None]],
-        training: bool,
-        num_classes: int | None,
+        self, transforms: Sequence[Callable], training: bool, num_classes: int | None
     ) -> None:
         super().__init__(None)
         self.transforms = list(transforms)
-        self.training = training
-        self.num_classes = num_classes
-        self.num_read = 0
-        self.in_a_row = 0
+        self.training, self.num_classes = training, num_classes
+        self.num_read = self.in_a_row = 0
         self.bad: set[str] = set()
         # Boxes are scaled by the size that was found, so only masks must have that of the file.
         self.loads_masks = any(
@@ -164,7 +116,7 @@ class GuardedPipeline(Compose):
                     print_log(f'{kind} failed on {name}', 'current', logging.ERROR)
                     raise
                 mask = data.get('seg_map_path') if 'Annot' in kind else None
-                thin = mask is not None and thin_mask(data)
+                thin = thin_mask(data) if mask else None
                 self._leave_out(thin or reading_problem(str(mask or name), error), error)
                 return None
             if result is None:
@@ -172,26 +124,38 @@ class GuardedPipeline(Compose):
                     self._leave_out(f'{name} was given up by {kind}')
                 return None
             data = result
-            problem = self._misfit(data) if loads else None
-            if problem is not None:
+            if loads and (problem := self._misfit(data)):
                 self._leave_out(problem)
                 return None
         self.in_a_row = 0
         return data
 
     def _misfit(self, data: dict) -> str | None:
-        problem = size_problem(data)
-        if problem is not None and not self.loads_masks:
+        """What does not fit in what was just loaded: size of the image, label map."""
+        wanted, found = (data.get('height'), data.get('width')), data.get('ori_shape')
+        if found is not None and None not in wanted and tuple(found[:2]) != wanted:
+            problem = (
+                f'{data.get("img_path")} is {found[1]}x{found[0]}, but the annotation file says '
+                f'{wanted[1]}x{wanted[0]}'
+            )
+            if self.loads_masks:
+                return problem
             if not self.told_of_size:
                 self.told_of_size = True
-                print_log(
+                _warn(
                     f'{problem}. It is used, since only boxes are loaded; other images of this '
-                    'data set are not named',
-                    'current',
-                    logging.WARNING,
+                    'data set are not named'
                 )
-            problem = None
-        return problem or mask_problem(data, self.num_classes)
+        labels = data.get('gt_seg_map')
+        # Only mmseg's label maps number the data set's classes; it notes this key with them.
+        if labels is None or found is None or 'reduce_zero_label' not in data:
+            return None
+        if labels.ndim != 2 and (thin := thin_mask(data)):
+            return thin
+        names = str(data.get('seg_map_path')), str(data['img_path'])
+        # The number in the file, not the one that it became.
+        shift = int(bool(data['reduce_zero_label']))
+        return mask_problem(labels, tuple(found[:2]), *names, self.num_classes, shift)
 
     def _leave_out(self, problem: str, cause: Exception | None = None) -> None:
         if not self.training:
@@ -200,7 +164,7 @@ class GuardedPipeline(Compose):
             ) from cause
         if problem not in self.bad:
             self.bad.add(problem)
-            print_log(f'left out of training: {problem}', 'current', logging.WARNING)
+            _warn(f'left out of training: {problem}')
         self.in_a_row += 1
         number = len(self.bad)
         many = number > MAX_BAD and number > MAX_BAD_SHARE * self.num_read
@@ -212,11 +176,9 @@ class GuardedPipeline(Compose):
 
 
 def guard(dataset: Any, training: bool) -> None:
-    """Guard the pipelines of a data set, and of those inside it, against unusable images.
+    """Guard the pipelines of a built data set, and of those inside it, against unusable images.
 
-    Args:
-        dataset: Built data set. Those without one of mmengine's pipelines stay as they are.
-        training: As for :class:`GuardedPipeline`.
+    Those that are none of mmengine's pipelines stay as they are.
     """
     for leaf in leaves(dataset):
         pipeline = getattr(leaf, 'pipeline', None)
@@ -224,9 +186,6 @@ def guard(dataset: Any, training: bool) -> None:
             classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
             number = len(classes) if isinstance(classes, (list, tuple)) else None
             leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number)
-
-
-# ---------------------------------------------------------------------------- whole data sets
 
 
 @contextmanager
@@ -248,175 +207,131 @@ def naming_the_data(phase: str, config: dict) -> Iterator[None]:
         dataset = config.get('dataset')
         file = dataset.get('ann_file') if isinstance(dataset, dict) else None
         about = f' (ann_file {file})' if file else ''
-        reason = one_line(error, 200)
+        reason = f' does not build{about}: {type(error).__name__}: {one_line(error, 200)}'
         if 'need at least one array to concatenate' in reason:
             # BaseDataset joins the records of all images, and there are none.
             reason = (
-                'no image is left: the annotation file lists none, or none has a box of one of the '
-                'classes (metainfo.classes against its categories, filter_cfg)'
+                f'{about}: no image is left: the annotation file lists none, or none has a box of '
+                'one of the classes (metainfo.classes against its categories, filter_cfg)'
             )
-        raise SettingError(
-            f'{phase}_dataloader does not build{about}: {type(error).__name__}: {reason}'
-            if not reason.startswith('no image')
-            else f'{phase}_dataloader{about}: {reason}'
-        ) from error
-
-
-def class_counts(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and ``num_classes`` of every head that tells the data set's classes apart.
-
-    Region proposal heads know objects only, and semantic branches of detectors have classes of
-    their own. Where text says what the classes are, ``num_classes`` does not number them: such
-    models have none.
-    """
-    named_modules = dict(model.named_modules())
-    if any(name.rpartition('.')[2] in _READS_TEXT for name in named_modules):
-        return
-    for name, module in named_modules.items():
-        number = getattr(module, 'num_classes', None)
-        if is_class_head(name) and isinstance(number, int) and not isinstance(number, bool):
-            yield name, number
-
-
-def is_class_head(name: str) -> bool:
-    """Whether a module's dotted name is that of a head for the data set's classes."""
-    parts = name.split('.')
-    return (
-        'backbone' not in parts
-        and any('head' in part for part in parts)
-        and not any('rpn_head' in part or 'semantic_head' in part for part in parts)
-    )
-
-
-def classes_of(metainfo: dict[str, Any], head: str) -> Sequence[str] | None:
-    """The classes of a data set that a head tells apart; None if that is not known.
-
-    Args:
-        metainfo: Of the data set.
-        head: Dotted name of the head.
-    """
-    classes, things = metainfo.get('classes'), metainfo.get('thing_classes')
-    if not isinstance(classes, (list, tuple)):
-        return None
-    if not isinstance(things, (list, tuple)) or 'panoptic' in head:
-        return classes
-    # In panoptic data, heads of boxes and instances know things only. With classes of a person's
-    # own, mmdet's list of things stays as it is and says nothing.
-    return things if set(things) <= set(classes) else None
-
-
-def check_classes(dataset: Any, model: torch.nn.Module, phase: str) -> None:
-    """Check that heads and data set agree on the number of classes; warn of heads with more.
-
-    Raises:
-        SettingError: A head has fewer classes, so that labels would be beyond its last one, or the
-            annotation file lacks classes so that labels would shift.
-    """
-    counts = list(class_counts(model))
-    for leaf in leaves(dataset):
-        metainfo = getattr(leaf, 'metainfo', None) or {}
-        kind, classes = type(leaf).__name__, metainfo.get('classes')
-        ids = getattr(leaf, 'cat_ids', None)
-        if (
-            isinstance(classes, (list, tuple))
-            and isinstance(ids, (list, tuple))
-            and len(ids) < len(classes)
-        ):
-            _check_missing_categories(leaf, classes, phase)
-        for name, number in counts:
-            told_apart = classes_of(metainfo, name)
-            if told_apart is None or number == len(told_apart):
-                continue
-            text = (
-                f'model.{name}.num_classes={number}, but {kind} of {phase}_dataloader has '
-                f'{len(told_apart)} classes ({shortened(told_apart, _NAMED)})'
-            )
-            if number < len(told_apart):
-                raise SettingError(
-                    f'{text}. Make them agree: num_classes of every head, or '
-                    'metainfo=dict(classes=...) of every data set'
-                )
-            print_log(
-                f'{text}. Nothing is learned of the others, and an evaluator may stop at a '
-                'prediction of one',
-                'current',
-                logging.WARNING,
-            )
-
-
-def _check_missing_categories(leaf: Any, classes: Sequence[str], phase: str) -> None:
-    """Tell whether a file that lacks some categories would give the others wrong labels."""
-    names = [entry['name'] for entry in load(leaf.ann_file)['categories']]
-    found = [name for name in names if name in classes]
-    text = (
-        f'{phase}_dataloader: {type(leaf).__name__} has {len(classes)} classes '
-        f'({shortened(classes, _NAMED)}), but {leaf.ann_file} has categories of these names for '
-        f'{len(found)} only'
-    )
-    # mmdet numbers the categories that it finds, so only a gap before one of them shifts labels.
-    if found and found == list(classes[: len(found)]):
-        print_log(text, 'current', logging.WARNING)
-        return
-    raise SettingError(f'{text}. Name those of the file in metainfo=dict(classes=...)')
-
-
-def check_boxes(dataset: Any, phase: str) -> None:
-    """Check that a detection data set has a box at all.
-
-    Raises:
-        SettingError: It has none, so that there is nothing to learn or to measure.
-    """
-    for leaf in leaves(dataset):
-        if getattr(leaf, 'cat_ids', None) is None or not hasattr(leaf, 'get_data_info'):
-            continue
-        infos = (leaf.get_data_info(index) for index in range(len(leaf)))
-        if not any(info.get('instances', True) for info in infos):
-            raise SettingError(
-                f'{phase}_dataloader: {leaf.ann_file} has no box in any of {len(leaf)} images, '
-                'there is nothing to learn or to measure'
-            )
-
-
-def warn_of_lonely_masks(dataset: Any, phase: str) -> None:
-    """Warn of label maps without an image, which mmseg passes over in silence."""
-    for leaf in leaves(dataset):
-        prefix = getattr(leaf, 'data_prefix', None) or {}
-        images, masks = prefix.get('img_path'), prefix.get('seg_map_path')
-        suffixes = getattr(leaf, 'img_suffix', None), getattr(leaf, 'seg_map_suffix', None)
-        # With a list of files, masks beside it are expected.
-        listed = bool(getattr(leaf, 'ann_file', None)) and os.path.isfile(leaf.ann_file)
-        if not (images and masks and all(suffixes)) or listed or not os.path.isdir(masks):
-            continue
-        known = {leaf.get_data_info(index)['seg_map_path'] for index in range(len(leaf))}
-        names = {Path(path).name for path in known if path}
-        with os.scandir(masks) as entries:
-            lonely = sorted(
-                entry.name
-                for entry in entries
-                if entry.name.endswith(suffixes[1]) and entry.name not in names
-            )
-        if lonely:
-            print_log(
-                f'{phase}_dataloader: {len(lonely)} masks of {masks} have no image in {images} '
-                f'and are not used: {shortened(lonely, _NAMED)}',
-                'current',
-                logging.WARNING,
-            )
+        raise SettingError(f'{phase}_dataloader{reason}') from error
 
 
 def check_built(dataset: Any, model: torch.nn.Module, phase: str) -> None:
     """Check a built data set, by itself and against the model, before the first iteration.
 
-    Args:
-        dataset: Data set of a data loader.
-        model: Built model.
-        phase: ``'train'``, ``'val'`` or ``'test'``.
-
     Raises:
-        SettingError: Classes do not fit, or there is nothing to learn or to measure.
+        SettingError: A head has fewer classes than the data, so that labels would be beyond its
+            last one; the annotation file lacks classes, so that labels would shift; or there is
+            no box to learn or to measure.
     """
-    check_classes(dataset, model, phase)
-    if phase != 'test':
-        # A test set may come without annotations.
-        check_boxes(dataset, phase)
-    warn_of_lonely_masks(dataset, phase)
+    heads = class_counts(model)
+    for leaf in leaves(dataset):
+        metainfo = getattr(leaf, 'metainfo', None) or {}
+        where = f'{type(leaf).__name__} of {phase}_dataloader'
+        _check_categories(leaf, metainfo.get('classes'), where)
+        _check_heads(heads, metainfo, where)
+        if phase != 'test':
+            # A test set may come without annotations.
+            _check_boxes(leaf, where)
+        _warn_of_lonely_masks(leaf, where)
+
+
+def class_counts(model: torch.nn.Module) -> dict[str, int]:
+    """``num_classes`` of every head that tells the data set's classes apart, by dotted name.
+
+    Region proposal heads know objects only, and semantic branches of detectors have classes of
+    their own. Where text says what the classes are, ``num_classes`` does not number them: such
+    models have none.
+    """
+    modules = dict(model.named_modules())
+    if any(name.rpartition('.')[2] in _READS_TEXT for name in modules):
+        return {}
+    others = re.compile(r'(^|\.)backbone(\.|$)|rpn_head|semantic_head')
+    return {
+        name: module.num_classes
+        for name, module in modules.items()
+        if 'head' in name
+        and not others.search(name)
+        and type(getattr(module, 'num_classes', None)) is int
+    }
+
+
+def _check_heads(heads: dict[str, int], metainfo: dict[str, Any], where: str) -> None:
+    """Compare numbers of classes; more than the data have are warned of."""
+    classes, things = metainfo.get('classes'), metainfo.get('thing_classes')
+    if not isinstance(classes, (list, tuple)):
+        return
+    for name, number in heads.items():
+        told_apart = classes
+        if isinstance(things, (list, tuple)) and 'panoptic' not in name:
+            # In panoptic data, heads of boxes and instances know things only. With classes of a
+            # person's own, mmdet's list of things stays as it is and says nothing.
+            if not set(things) <= set(classes):
+                continue
+            told_apart = things
+        if number == len(told_apart):
+            continue
+        text = (
+            f'model.{name}.num_classes={number}, but {where} has {len(told_apart)} classes '
+            f'({shortened(told_apart, _NAMED)})'
+        )
+        if number < len(told_apart):
+            raise SettingError(
+                f'{text}. Make them agree: num_classes of every head, or '
+                'metainfo=dict(classes=...) of every data set'
+            )
+        _warn(
+            f'{text}. Nothing is learned of the others, and an evaluator may stop at a '
+            'prediction of one'
+        )
+
+
+def _check_categories(leaf: Any, classes: Any, where: str) -> None:
+    """Tell whether a file that lacks some categories would give the others wrong labels."""
+    ids = getattr(leaf, 'cat_ids', None)
+    if not (isinstance(classes, (list, tuple)) and isinstance(ids, (list, tuple))):
+        return
+    if len(ids) >= len(classes):
+        return
+    names = [entry['name'] for entry in load(leaf.ann_file)['categories']]
+    found = [name for name in names if name in classes]
+    text = (
+        f'{where} has {len(classes)} classes ({shortened(classes, _NAMED)}), but {leaf.ann_file} '
+        f'has categories of these names for {len(found)} only'
+    )
+    # mmdet numbers the categories that it finds, so only a gap before one of them shifts labels.
+    if not found or found != list(classes[: len(found)]):
+        raise SettingError(f'{text}. Name those of the file in metainfo=dict(classes=...)')
+    _warn(text)
+
+
+def _check_boxes(leaf: Any, where: str) -> None:
+    """Refuse a detection data set without a box."""
+    if getattr(leaf, 'cat_ids', None) is None or not hasattr(leaf, 'get_data_info'):
+        return
+    infos = map(leaf.get_data_info, range(len(leaf)))
+    if not any(info.get('instances', True) for info in infos):
+        raise SettingError(
+            f'{where}: {leaf.ann_file} has no box in any of {len(leaf)} images, there is nothing '
+            'to learn or to measure'
+        )
+
+
+def _warn_of_lonely_masks(leaf: Any, where: str) -> None:
+    """Warn of label maps without an image, which mmseg passes over in silence."""
+    prefix = getattr(leaf, 'data_prefix', None) or {}
+    images, masks = prefix.get('img_path'), prefix.get('seg_map_path')
+    suffix, file = getattr(leaf, 'seg_map_suffix', None), getattr(leaf, 'ann_file', None)
+    # With a list of files, masks beside it are expected.
+    listed = isinstance(file, str) and os.path.isfile(file)
+    if not (images and masks and suffix) or listed or not os.path.isdir(masks):
+        return
+    infos = map(leaf.get_data_info, range(len(leaf)))
+    known = {os.path.basename(info['seg_map_path'] or '') for info in infos}
+    there = {name for name in os.listdir(masks) if name.endswith(suffix)}
+    if lonely := sorted(there - known):
+        _warn(
+            f'{where}: {len(lonely)} masks of {masks} have no image in {images} and are not used: '
+            f'{shortened(lonely, _NAMED)}'
+        )

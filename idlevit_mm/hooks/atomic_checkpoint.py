@@ -190,20 +190,10 @@ class _NotWritten(Exception):
 
 
 class _WatchedRunner:
-    """A runner that notes which checkpoints it has written.
-
-    Args:
-        runner: What does the work.
-        hook: What reports failures.
-
-    Attributes:
-        wrapped: The runner itself.
-        written: Names of files.
-    """
+    """A runner that notes what checkpoints it has written; ``hook`` reports failures."""
 
     def __init__(self, runner: Any, hook: AtomicCheckpointHook) -> None:
-        self.wrapped = runner
-        self._hook = hook
+        self.wrapped, self._hook = runner, hook
         self.written: set[str] = set()
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
@@ -220,10 +210,9 @@ class _WatchedRunner:
 
 def _write_note(work_dir: str, last: str) -> None:
     """Replace the note that names the last checkpoint in one step."""
-    part = os.path.join(work_dir, provisional_name('last_checkpoint'))
-    with open(part, 'w') as file:
-        file.write(last)
-    os.replace(part, os.path.join(work_dir, 'last_checkpoint'))
+    part = Path(work_dir, provisional_name('last_checkpoint'))
+    part.write_text(last)
+    part.replace(Path(work_dir, 'last_checkpoint'))
 
 
 def _put_back(hub: Any, info: dict[str, Any], names: Iterable[str]) -> None:

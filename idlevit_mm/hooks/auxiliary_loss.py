@@ -23,10 +23,9 @@ _START = 'training_started_from'
 class AuxiliaryLossHook(Hook):
     """Adds losses to those of a model while it trains.
 
-    They are computed inside the model's own ``loss``, in the same forward pass. So autocast, loss
+    They are computed inside the model's own ``loss``, in the same forward pass: autocast, loss
     scaling, gradient accumulation, activation checkpointing and DDP treat them like any other, and
-    mmengine sums and logs them by name. The model's class, its weights and its checkpoints stay as
-    they are.
+    mmengine logs them by name. The model's class, weights and checkpoints stay as they are.
 
     Args:
         losses: Configs of the losses, such as
@@ -65,8 +64,8 @@ class AuxiliaryLossHook(Hook):
 def start_of(runner: Any) -> str | None:
     """The checkpoint that a training started from, also when it was resumed since.
 
-    A resumed runner only knows the checkpoint that it goes on from, which holds the student. So
-    the start travels with the records of the training in its checkpoints.
+    A resumed runner only knows the one that it goes on from, which holds the student. So the start
+    travels with the records of the training in its checkpoints.
     """
     records = runner.message_hub
     if not runner._resume:
@@ -96,50 +95,37 @@ def add_losses(
         name: module for name, module in model.named_modules() if isinstance(module, IdleBackbone)
     }
     if not backbones:
-        raise SettingError(
-            f'{type(model).__name__} has no idle backbone, which '
-            f'{", ".join(type(loss).__name__ for loss in losses)} need'
-        )
+        names = ', '.join(type(loss).__name__ for loss in losses)
+        raise SettingError(f'{type(model).__name__} has no idle backbone, which {names} need')
     if not callable(getattr(model, 'loss', None)):
         raise TypeError(f'{type(model).__name__} has no method loss to add losses to')
     teachers = Teachers(model, backbones, start)
     for loss in losses:
         loss.prepare(model, backbones, teachers)
     teachers.load()
-    before = model.__dict__.get('loss')
-    model.loss = _with_losses(model, losses, backbones, teachers)
-    return lambda: restore_method(model, 'loss', before)
+    original, before = model.loss, model.__dict__.get('loss')
+    parts = {name for loss in losses for name in loss.modules()}
 
-
-def _with_losses(
-    model: nn.Module,
-    losses: Sequence[AuxiliaryLoss],
-    backbones: Mapping[str, IdleBackbone],
-    teachers: Teachers,
-) -> Callable[..., dict[str, Any]]:
-    original = model.loss
-    names = {name for loss in losses for name in loss.modules()}
-    needs_inputs = any(loss.needs_inputs for loss in losses)
-
-    def loss(inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def with_losses(inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         with ExitStack() as stack:
-            if needs_inputs:
+            if any(loss.needs_inputs for loss in losses):
                 stack.enter_context(recorded_inputs(backbones))
-            modules = {name: model.get_submodule(name) for name in names}
+            modules = {name: model.get_submodule(name) for name in parts}
             calls = stack.enter_context(captured(modules))
             stack.callback(teachers.forget)
             total = dict(original(inputs, *args, **kwargs))
             step = Step(model, backbones, inputs, calls)
-            for part in losses:
-                if part.name in total:
+            for loss in losses:
+                if loss.name in total:
                     raise SettingError(
-                        f'{type(model).__name__} has a loss {part.name!r} already; give '
-                        f'{type(part).__name__} another name'
+                        f'{type(model).__name__} has a loss {loss.name!r} already; give '
+                        f'{type(loss).__name__} another name'
                     )
-                total[part.name] = part(step)
+                total[loss.name] = loss(step)
         return total
 
-    return loss
+    model.loss = with_losses
+    return lambda: restore_method(model, 'loss', before)
 
 
 @contextmanager

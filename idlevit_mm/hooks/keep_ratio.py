@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -42,39 +44,15 @@ def annealed_ratio(target: float, start_ratio: float, share: float) -> float:
         start_ratio: Ratio at the start; a larger target stays as it is all the time.
         share: 1 at the start, 0 at the end.
     """
-    start = max(start_ratio, target)
-    # A sum of two products keeps the order of targets whatever is rounded: policies that refuse a
-    # ratio above that of the block before would trip over the last digit.
-    return min(max((1.0 - share) * target + share * start, target), start)
+    low, high = Fraction(target), Fraction(max(start_ratio, target))
+    # Rounded once, because that keeps every order: policies that refuse a ratio above that of the
+    # block before would trip over the last digit, and so would a fall that must never rise.
+    return float(low + Fraction(share) * (high - low))
 
 
-def spread_draws(
-    draws: Sequence[float], targets: Table, per: str, keep_dense: bool, descending: bool
-) -> Table:
-    """Give every block of a backbone its drawn ratio.
-
-    Args:
-        draws: One ratio for the model, for each stage, or for each block.
-        targets: Configured ratios.
-        per: What gets a ratio of its own; one of ``UNITS``.
-        keep_dense: Whether blocks with a target of 1.0 stay dense.
-        descending: Whether to sort the drawn ratios within each stage, the largest first.
-    """
-    values = iter(draws)
-    shared = next(values) if per == 'model' else None
-    table = []
-    for stage in targets:
-        if per == 'block':
-            drawn = [next(values) for _ in stage]
-        else:
-            drawn = [next(values) if shared is None else shared] * len(stage)
-        dense = [keep_dense and target == 1.0 for target in stage]
-        idle = [ratio for ratio, is_dense in zip(drawn, dense, strict=True) if not is_dense]
-        if descending:
-            idle.sort(reverse=True)
-        rest = iter(idle)
-        table.append([1.0 if is_dense else next(rest) for is_dense in dense])
-    return table
+def ratios_of(tables: Sequence[Table]) -> list[float]:
+    """The ratios of all blocks."""
+    return [ratio for table in tables for stage in table for ratio in stage]
 
 
 class KeepRatioHook(Hook, ABC):
@@ -87,12 +65,9 @@ class KeepRatioHook(Hook, ABC):
 
     SCALAR = 'train/keep_ratio'
 
-    _targets: tuple[tuple[IdleBackbone, Table], ...] = ()
-
-    @property
-    def targets(self) -> list[Table]:
-        """Configured ratios of each idle backbone; empty outside of training."""
-        return [table for _, table in self._targets]
+    _backbones: Sequence[IdleBackbone] = ()
+    # Configured ratios of each; empty outside of training.
+    targets: Sequence[Table] = ()
 
     def before_train(self, runner: Any) -> None:
         """Take down the configured ratios, and try out the ones that will be set.
@@ -102,14 +77,13 @@ class KeepRatioHook(Hook, ABC):
                 hook of this kind, or the arguments do not fit the training loop.
         """
         self._restore()  # an exception may have ended an earlier training
-        others = [hook for hook in runner.hooks if isinstance(hook, KeepRatioHook)]
-        if len(others) > 1:
-            names = ', '.join(type(hook).__name__ for hook in others)
-            raise SettingError(f'custom_hooks has {names}: only one hook can set the keep ratios')
-        self._targets = tuple(
-            (backbone, [list(stage) for stage in backbone.keep_ratios])
-            for backbone in idle_backbones(runner.model, type(self).__name__)
-        )
+        names = [type(hook).__name__ for hook in runner.hooks if isinstance(hook, KeepRatioHook)]
+        if len(names) > 1:
+            raise SettingError(
+                f'custom_hooks has {", ".join(names)}: only one hook can set the keep ratios'
+            )
+        self._backbones = idle_backbones(runner.model, type(self).__name__)
+        self.targets = [[list(stage) for stage in b.keep_ratios] for b in self._backbones]
         self._prepare(runner)
         for tables in self._extremes():
             self._try_out(tables)
@@ -117,21 +91,20 @@ class KeepRatioHook(Hook, ABC):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Set and log the ratios of this iteration."""
         tables = self._current(runner)
-        for (backbone, _), table in zip(self._targets, tables, strict=True):
+        for backbone, table in zip(self._backbones, tables, strict=True):
             if table != backbone.keep_ratios:
                 backbone.set_keep_ratios(table)
-        ratios = [ratio for table in tables for stage in table for ratio in stage]
+        ratios = ratios_of(tables)
         runner.message_hub.update_scalar(self.SCALAR, sum(ratios) / len(ratios))
 
     def before_val(self, runner: Any) -> None:
         self._restore()
 
-    def before_test(self, runner: Any) -> None:
-        self._restore()
+    before_test = before_val
 
     def after_train(self, runner: Any) -> None:
         self._restore()
-        self._targets = ()
+        self._backbones = self.targets = ()
 
     @abstractmethod
     def _current(self, runner: Any) -> list[Table]:
@@ -145,19 +118,18 @@ class KeepRatioHook(Hook, ABC):
         """Fit the arguments to the training loop."""
 
     def _restore(self) -> None:
-        for backbone, table in self._targets:
+        for backbone, table in zip(self._backbones, self.targets, strict=True):
             backbone.set_keep_ratios(table)
 
-    def _try_out(self, tables: list[Table]) -> None:
+    def _try_out(self, tables: Sequence[Table]) -> None:
         try:
-            for (backbone, _), table in zip(self._targets, tables, strict=True):
-                try:
-                    backbone.set_keep_ratios(table)
-                except (TypeError, ValueError) as error:
-                    raise SettingError(
-                        f'{type(self).__name__} may set ratios that {type(backbone).__name__} '
-                        f'refuses: {error}'
-                    ) from error
+            for backbone, table in zip(self._backbones, tables, strict=True):
+                backbone.set_keep_ratios(table)
+        except (TypeError, ValueError) as error:
+            raise SettingError(
+                f'{type(self).__name__} may set ratios that {type(backbone).__name__} refuses: '
+                f'{error}'
+            ) from error
         finally:
             self._restore()
 
@@ -166,16 +138,13 @@ class KeepRatioHook(Hook, ABC):
 class KeepRatioWarmupHook(KeepRatioHook):
     """Lets each block's ratio fall to its configured one by a half cosine (EViT's annealing).
 
-    ``begin``, ``end``, ``by_epoch`` and ``convert_to_iter_based`` mean what they mean in mmengine's
-    parameter schedulers.
-
     Args:
         end: Epoch or iteration from which on the ratios are the configured ones.
         begin: Epoch or iteration at which they begin to fall.
         start_ratio: Ratio up to ``begin``, in (0, 1]; blocks with a larger one keep theirs.
-        by_epoch: Whether ``begin`` and ``end`` are epochs, and ratios change once per epoch.
-        convert_to_iter_based: Whether to change ratios with each iteration although ``begin`` and
-            ``end`` are epochs.
+        by_epoch: As in mmengine's parameter schedulers: ``begin`` and ``end`` are epochs, and
+            ratios change once per epoch.
+        convert_to_iter_based: As there: ratios change with each iteration all the same.
 
     Raises:
         TypeError: ``begin`` or ``end`` is no whole number, or ``start_ratio`` no number.
@@ -195,19 +164,16 @@ class KeepRatioWarmupHook(KeepRatioHook):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f'KeepRatioWarmupHook.{name}={value!r} must be a whole number')
         if not 0 <= begin < end:
-            raise ValueError(
-                f'KeepRatioWarmupHook: begin={begin}, end={end}; allowed: 0 <= begin < end'
-            )
+            raise ValueError(f'KeepRatioWarmupHook: {begin=}, {end=}; allowed: 0 <= begin < end')
         if convert_to_iter_based and not by_epoch:
             raise ValueError(
                 'KeepRatioWarmupHook: convert_to_iter_based=True needs by_epoch=True, since it '
                 'turns epochs into iterations'
             )
-        self.begin = begin
-        self.end = end
+        self.begin, self.end = begin, end
         self.start_ratio = checked_ratio(start_ratio, 'KeepRatioWarmupHook: start_ratio is')
-        self.by_epoch = by_epoch
-        self.convert_to_iter_based = convert_to_iter_based
+        self.by_epoch, self.convert_to_iter_based = by_epoch, convert_to_iter_based
+        self._steps_are_epochs = by_epoch and not convert_to_iter_based
         self._epoch_length = 1  # iterations; known when training begins
 
     def _prepare(self, runner: Any) -> None:
@@ -224,28 +190,21 @@ class KeepRatioWarmupHook(KeepRatioHook):
                 f'KeepRatioWarmupHook.end={self.end} lies behind the end of the training: the '
                 'configured keep ratios, with which the model is evaluated, are never trained.'
             )
-        if all(ratio >= self.start_ratio for t in self.targets for stage in t for ratio in stage):
+        if min(ratios_of(self.targets)) >= self.start_ratio:
             runner.logger.warning(
                 f'KeepRatioWarmupHook changes nothing: no keep ratio is below '
                 f'start_ratio={self.start_ratio}.'
             )
 
-    @property
-    def _steps_are_epochs(self) -> bool:
-        return self.by_epoch and not self.convert_to_iter_based
-
     def _current(self, runner: Any) -> list[Table]:
         step = runner.epoch if self._steps_are_epochs else runner.iter
-        return self._at(step)
+        begin, end = (edge * self._epoch_length for edge in (self.begin, self.end))
+        return self._at(half_cosine(step, begin, end))
 
     def _extremes(self) -> Iterator[list[Table]]:
-        begin, end = (edge * self._epoch_length for edge in (self.begin, self.end))
-        for step in (begin, (begin + end) // 2, end):
-            yield self._at(step)
+        return map(self._at, (1.0, 0.5, 0.0))
 
-    def _at(self, step: int) -> list[Table]:
-        length = self._epoch_length
-        share = half_cosine(step, self.begin * length, self.end * length)
+    def _at(self, share: float) -> list[Table]:
         return [
             [[annealed_ratio(ratio, self.start_ratio, share) for ratio in stage] for stage in table]
             for table in self.targets
@@ -260,13 +219,13 @@ class RandomKeepRatioHook(KeepRatioHook):
     also under ``diff_rank_seed``, and in a resumed run.
 
     Args:
-        low: Smallest ratio, in (0, 1].
-        high: Largest ratio, in (0, 1].
+        low: Smallest ratio.
+        high: Largest ratio.
         choices: Ratios to draw from, instead of ``low`` and ``high``.
         per: What gets a ratio of its own: the ``model``, each ``stage`` or each ``block``.
         keep_dense: Whether blocks with a configured ratio of 1.0 stay dense.
-        descending: Whether ratios drawn per block are sorted within each stage, the largest
-            first, for policies whose ratio must not rise within a stage.
+        descending: Whether ratios are sorted within each stage, the largest first, for policies
+            whose ratio must not rise within a stage.
 
     Raises:
         TypeError: A ratio is no number.
@@ -288,28 +247,24 @@ class RandomKeepRatioHook(KeepRatioHook):
             raise ValueError(f'{name}: per={per!r} is unknown; allowed: {", ".join(UNITS)}')
         if (low is None) == (choices is None) or (choices is not None and high != 1.0):
             raise ValueError(
-                f'{name}: low={low!r}, high={high!r}, choices={choices!r}; allowed: low with or '
-                'without high, or choices alone'
+                f'{name}: {low=}, {high=}, {choices=}; allowed: low with or without high, or '
+                'choices alone'
             )
-        self.per = per
-        self.keep_dense = keep_dense
-        self.descending = descending
+        self.per, self.keep_dense, self.descending = per, keep_dense, descending
         self.choices: list[float] | None = None
         if choices is None:
             self.low = checked_ratio(low, f'{name}: low is')
             self.high = checked_ratio(high, f'{name}: high is')
             if self.low > self.high:
-                raise ValueError(f'{name}: low={low} must not be larger than high={high}')
+                raise ValueError(f'{name}: {low=} must not be larger than {high=}')
+        elif not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+            raise ValueError(f'{name}: {choices=} must be a list of ratios')
         else:
-            if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
-                raise ValueError(f'{name}: choices={choices!r} must be a list of ratios')
-            self.choices = sorted(
-                checked_ratio(value, f'{name}: choices holds') for value in choices
-            )
+            self.choices = sorted(checked_ratio(r, f'{name}: choices holds') for r in choices)
             self.low, self.high = self.choices[0], self.choices[-1]
 
     def _prepare(self, runner: Any) -> None:
-        if self.keep_dense and all(r == 1.0 for t in self.targets for stage in t for r in stage):
+        if self.keep_dense and min(ratios_of(self.targets)) == 1.0:
             runner.logger.warning(
                 'RandomKeepRatioHook changes nothing: all configured keep ratios are 1.0, and '
                 'keep_dense=True leaves such blocks dense.'
@@ -319,47 +274,43 @@ class RandomKeepRatioHook(KeepRatioHook):
         seed = mixed_seed(run_seed(runner), KEEP_RATIO_STREAM, runner.iter)
         generator = np.random.default_rng(seed)
         if self.choices is None:
-            draws = generator.uniform(self.low, self.high, self._count).tolist()
+            draws = generator.uniform(self.low, self.high, self._count)
         else:
-            draws = generator.choice(self.choices, self._count).tolist()
-        return self._spread(draws)
+            draws = generator.choice(self.choices, self._count)
+        return self.spread(draws.tolist())
 
     def _extremes(self) -> Iterator[list[Table]]:
         rising = np.linspace(self.low, self.high, self._count).tolist()
-        yield self._spread([self.low] * self._count)
-        yield self._spread([self.high] * self._count)
-        yield self._spread(rising)
-        yield self._spread(rising[::-1])
+        low, high = [self.low] * self._count, [self.high] * self._count
+        return map(self.spread, (low, high, rising, rising[::-1]))
 
     @property
     def _count(self) -> int:
         """Number of draws of an iteration."""
-        return 1 if self.per == 'model' else sum(map(self._share, self.targets))
+        if self.per == 'stage':
+            return sum(map(len, self.targets))
+        return 1 if self.per == 'model' else len(ratios_of(self.targets))
 
-    def _share(self, table: Table) -> int:
-        """Number of draws that a backbone takes."""
-        return len(table) if self.per == 'stage' else sum(map(len, table))
+    def spread(self, draws: Sequence[float]) -> list[Table]:
+        """Give every block its ratio, of one for the model, for each stage, or for each block."""
+        values = cycle(draws) if self.per == 'model' else iter(draws)
 
-    def _spread(self, draws: list[float]) -> list[Table]:
-        tables, taken = [], 0
-        for targets in self.targets:
-            own = draws
-            if self.per != 'model':
-                own = draws[taken : taken + self._share(targets)]
-                taken += len(own)
-            tables.append(spread_draws(own, targets, self.per, self.keep_dense, self.descending))
-        return tables
+        def of_stage(stage: list[float]) -> list[float]:
+            each = self.per == 'block'
+            drawn = [next(values) for _ in stage] if each else [next(values)] * len(stage)
+            dense = [self.keep_dense and ratio == 1.0 for ratio in stage]
+            idle = [ratio for ratio, is_dense in zip(drawn, dense, strict=True) if not is_dense]
+            rest = iter(sorted(idle, reverse=True) if self.descending else idle)
+            return [1.0 if is_dense else next(rest) for is_dense in dense]
+
+        return [[of_stage(stage) for stage in table] for table in self.targets]
 
 
 def idle_backbones(model: nn.Module, user: str) -> list[IdleBackbone]:
     """All idle backbones inside a model, which may be wrapped for distributed training.
 
-    Args:
-        model: Any model.
-        user: Who asks, for the error.
-
     Raises:
-        SettingError: There is none.
+        SettingError: There is none for ``user``, who asks.
     """
     if is_model_wrapper(model):
         model = model.module

@@ -22,6 +22,11 @@ MODEL_STREAM = 0
 DATA_STREAM = 1
 VALIDATION_STREAM = 2
 KEEP_RATIO_STREAM = 3
+# Settings that a rebuilt data loader takes over.
+_SAME_SETTINGS = (
+    *('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn'),
+    *('multiprocessing_context', 'generator', 'persistent_workers'),
+)
 
 
 def mixed_seed(*entropy: int) -> int:
@@ -36,12 +41,9 @@ def run_seed(runner: Any) -> int:
 
 
 def seed_generators(seed: int, accelerator: bool) -> None:
-    """Seed the global generators of Python, numpy and torch.
+    """Seed the generators of Python, numpy and torch by 64 bits.
 
-    Args:
-        seed: Seed of 64 bits.
-        accelerator: Whether to seed the devices' generators too. Data loading workers must not
-            touch them.
+    Data loading workers must not touch those of an ``accelerator``.
     """
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 (mmcv draws from this one)
@@ -62,8 +64,7 @@ class SeededDataset(Dataset):
     """Seeds the generators before a sample is read; everything else is the data set's own.
 
     Args:
-        dataset: Any map-style data set. Its attributes can be read and set through this one, as
-            hooks that switch the pipeline do.
+        dataset: Any map-style data set. Hooks read and set its attributes through this one.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -168,29 +169,12 @@ class ReplayDataLoader(DataLoader):
 
     @classmethod
     def from_loader(cls, loader: DataLoader, seed: int, rank: int) -> ReplayDataLoader:
-        """Rebuild a data loader with the same settings, samplers and data set.
-
-        Args:
-            loader: Data loader in batch mode, not yet iterated over.
-            seed: Seed of the run.
-            rank: Number of this process.
-        """
-        settings = dict(
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            persistent_workers=loader.persistent_workers,
-        )
-        if loader.num_workers > 0:
-            settings['prefetch_factor'] = loader.prefetch_factor
+        """Rebuild a loader in batch mode, not yet iterated over; seed and rank are the run's."""
+        same = [*_SAME_SETTINGS, *(['prefetch_factor'] if loader.num_workers else [])]
         return cls(
             SeededDataset(loader.dataset),
             batch_sampler=SeededBatchSampler(loader.batch_sampler, seed, rank),
-            **settings,
+            **{name: getattr(loader, name) for name in same},
         )
 
     def __iter__(self) -> Any:

@@ -46,15 +46,31 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_same_parameters_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
+def test_parameters_alone_make_the_bytes(written: Path, tmp_path: Path) -> None:
     assert write(tmp_path / 'again')
     assert contents(written) == contents(tmp_path / 'again')
-
-
-def test_seed_changes_the_images(written: Path, tmp_path: Path) -> None:
     write(tmp_path / 'other', seed=1)
     name = 'coco/train/000000.jpg'
     assert (written / name).read_bytes() != (tmp_path / 'other' / name).read_bytes()
+
+
+# Split, number, mean of the pixels, crop of the photo, and label and box of each digit.
+SCENES = [
+    ('train', 0, 100.6, (1, 188, 104, 132, 110), [0, 5, 49, 14, 24, 1, 52, 27, 22, 29,
+                                                  2, 48, 61, 12, 17, 7, 15, 59, 21, 27]),
+    ('train', 5, 100.2, (1, 298, 339, 117, 98), [3, 29, 61, 24, 32, 4, 9, 14, 16, 26]),
+    ('val', 2, 27.4, (1, 313, 521, 73, 61), [0, 9, 14, 11, 15]),
+]  # fmt: skip
+
+
+def test_scenes_are_what_they_always_were() -> None:
+    """Published numbers are about these very places and pixels, give or take OpenCV's rounding."""
+    for split, index, mean, crop, digits in SCENES:
+        scene = render_scene(DigitScenesParams(**SMALL), split, index)
+        assert scene.photo_crop == crop
+        assert scene.image.mean() == pytest.approx(mean, abs=0.2)
+        found = [(label, *scene.box(k)) for k, label in enumerate(scene.labels)]
+        assert np.ravel(found) == pytest.approx(digits, abs=1)
 
 
 def test_counts_and_layouts_leave_earlier_images_alone(written: Path, tmp_path: Path) -> None:
@@ -163,11 +179,10 @@ def test_splits_share_no_digit_and_no_photo_pixel() -> None:
             assert 0 <= top < top + height <= 427
 
 
-@pytest.mark.parametrize('size', [(32, 32), (33, 57), (131, 97), (64, 320), (300, 40), (480, 640)])
-def test_any_size(size: tuple[int, int]) -> None:
-    params = DigitScenesParams(size=size, num_digits=(0, 3), digit_scale=(8, 16))
-    for split in ('train', 'val'):
-        scene = render_scene(params, split, 3)
+def test_any_size() -> None:
+    for size in ((32, 32), (33, 57), (131, 97), (64, 320), (300, 40), (480, 640)):
+        params = DigitScenesParams(size=size, num_digits=(0, 3), digit_scale=(8, 16))
+        scene = render_scene(params, 'val', 3)
         assert scene.image.shape == (*size, 3)
         assert scene.owner.shape == scene.semantic_map().shape == size
         assert scene.owner.max() == len(scene.labels) <= 3
@@ -197,36 +212,20 @@ def test_written_set_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == times
 
 
-def test_other_parameters_need_force(tmp_path: Path, written: Path) -> None:
-    write(tmp_path, seed=7, num_train=8)
+def test_other_sets_and_other_files_are_never_touched(tmp_path: Path) -> None:
+    write(tmp_path / 'set', seed=7, num_train=8)
+    foreign = tmp_path / 'mine' / 'coco' / 'train' / '000000.jpg'
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('mine')
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match='seed 7 instead of 0'):
-        write(tmp_path)
+    for place, message in (
+        ('set', 'seed 7 instead of 0'),
+        ('mine', 'coco/train/000000.jpg'),
+        ('mine/coco/train/000000.jpg', 'not a folder'),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            write(tmp_path / place)
     assert contents(tmp_path) == before
-    assert write(tmp_path, force=True)
-    assert contents(tmp_path) == contents(written)
-
-
-@pytest.mark.parametrize('force', [False, True])
-@pytest.mark.parametrize('with_set', [False, True])
-def test_foreign_files_are_never_touched(tmp_path: Path, force: bool, with_set: bool) -> None:
-    if with_set:
-        write(tmp_path, seed=3)
-    (tmp_path / 'coco' / 'train').mkdir(parents=True, exist_ok=True)
-    (tmp_path / 'coco' / 'train' / 'holiday.jpg').write_text('mine')
-    before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match='holiday'):
-        write(tmp_path, force=force)
-    assert contents(tmp_path) == before
-
-
-def test_images_without_a_marker_are_foreign(tmp_path: Path) -> None:
-    (tmp_path / 'coco' / 'train').mkdir(parents=True)
-    (tmp_path / 'coco' / 'train' / '000000.jpg').write_text('mine')
-    with pytest.raises(FileExistsError, match='000000.jpg'):
-        write(tmp_path, force=True)
-    with pytest.raises(FileExistsError, match='not a folder'):
-        write(tmp_path / 'coco' / 'train' / '000000.jpg')
 
 
 def test_interrupted_writing_is_done_again(
@@ -246,36 +245,23 @@ def test_interrupted_writing_is_done_again(
     monkeypatch.undo()
     assert write(tmp_path)
     assert contents(tmp_path) == contents(written)
-
-
-def test_a_lost_file_is_written_again(tmp_path: Path, written: Path) -> None:
-    write(tmp_path)
+    # So is one that has lost a file.
     (tmp_path / 'ade/images/training/000003.jpg').unlink()
     assert write(tmp_path)
     assert contents(tmp_path) == contents(written)
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (dict(layouts=('voc',)), 'layouts'),
-        (dict(layouts=()), 'layouts'),
-        (dict(size=(31, 64)), 'size'),
-        (dict(size=(64,)), 'size'),
-        (dict(size=(64.0, 64)), 'size'),
-        (dict(num_train=0), 'num_train'),
-        (dict(num_val=-1), 'num_val'),
-        (dict(seed=-1), 'seed'),
-        (dict(num_digits=(3, 2)), 'num_digits'),
-        (dict(num_digits=(0, 0)), 'num_digits'),
-        (dict(digit_scale=(4, 30)), 'digit_scale'),
-        (dict(digit_scale=(30, 90)), 'digit_scale'),
-        (dict(num_digits=(1, 100)), 'num_digits'),
-    ],
-)
-def test_bad_values(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        write(tmp_path / 'new', **options)
+def test_bad_values(tmp_path: Path) -> None:
+    for options in (
+        *(dict(layouts=layouts) for layouts in (('voc',), ())),
+        *(dict(size=size) for size in ((31, 64), (64,), (64.0, 64))),
+        *(dict(num_train=0), dict(num_val=-1), dict(num_val=True), dict(seed=-1)),
+        *(dict(num_digits=pair) for pair in ((3, 2), (0, 0), (1, 100))),
+        *(dict(digit_scale=pair) for pair in ((4, 30), (30, 90), (30, 20))),
+    ):
+        (name,) = options
+        with pytest.raises(ValueError, match=name):
+            write(tmp_path / 'new', **options)
     assert not (tmp_path / 'new').exists()
 
 
@@ -313,8 +299,7 @@ def test_tool(
 
     code, _, err = run('--seed', '6')
     assert code == 2
-    assert '--force' in err.splitlines()[-1]
-    assert run('--seed', '6', '--force')[0] == 0
+    assert 'seed 5 instead of 6' in err.splitlines()[-1]
     code, _, err = run('--size', '1', '2', '3')
     assert code == 2
     assert '--size' in err.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from idlevit_mm.datasets.digit_scenes import LAYOUTS, write_digit_scenes
 
@@ -12,42 +13,17 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('out_dir', help='folder to write, for example data/digit_scenes')
-    parser.add_argument(
-        '--layout', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='layouts to write'
-    )
-    parser.add_argument(
-        '--size',
-        nargs='+',
-        type=int,
-        default=[128],
-        metavar='PIXELS',
-        help='image side, or height and width',
-    )
-    parser.add_argument('--num-train', type=int, default=2000, help='number of training images')
-    parser.add_argument('--num-val', type=int, default=400, help='number of validation images')
-    parser.add_argument('--seed', type=int, default=0, help='seed')
-    parser.add_argument(
-        '--num-digits',
-        nargs=2,
-        type=int,
-        default=[1, 5],
-        metavar=('MIN', 'MAX'),
-        help='number of digits in an image',
-    )
-    parser.add_argument(
-        '--digit-scale',
-        nargs=2,
-        type=int,
-        default=[20, 56],
-        metavar=('MIN', 'MAX'),
-        help='height of a digit in pixels',
-    )
-    parser.add_argument(
-        '--force',
-        action='store_true',
-        help='replace a digit-scenes set that was written with other parameters',
-    )
+    add = parser.add_argument
+    pair: dict[str, Any] = dict(nargs=2, type=int, metavar=('MIN', 'MAX'))
+    add('out_dir', help='folder to write, for example data/digit_scenes')
+    add('--layout', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='layouts to write')
+    size_help = 'image side, or height and width'
+    add('--size', nargs='+', type=int, default=[128], metavar='PIXELS', help=size_help)
+    add('--num-train', type=int, default=2000, help='number of training images')
+    add('--num-val', type=int, default=400, help='number of validation images')
+    add('--seed', type=int, default=0, help='seed')
+    add('--num-digits', **pair, default=[1, 5], help='number of digits in an image')
+    add('--digit-scale', **pair, default=[20, 56], help='height of a digit in pixels')
     return parser, parser.parse_args()
 
 
@@ -66,13 +42,11 @@ def main() -> None:
             seed=args.seed,
             num_digits=args.num_digits,
             digit_scale=args.digit_scale,
-            force=args.force,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    total = args.num_train + args.num_val
     done = 'wrote' if written else 'already there:'
-    print(f'{done} {total} digit scenes in {args.out_dir}')
+    print(f'{done} {args.num_train + args.num_val} digit scenes in {args.out_dir}')
 
 
 if __name__ == '__main__':

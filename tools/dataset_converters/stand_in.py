@@ -13,39 +13,28 @@ PLACES = {'coco': 'data/coco', 'ade20k': 'data/ade'}
 def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line; the parser comes along for reporting bad values."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('dataset', choices=WRITERS, help='data set to stand in for')
-    parser.add_argument('--out', help='folder to write (default: data/coco or data/ade)')
-    parser.add_argument(
-        '--num-train', type=int, default=4, help='number of training images (default: 4)'
-    )
-    parser.add_argument(
-        '--num-val', type=int, default=3, help='number of validation images (default: 3)'
-    )
-    parser.add_argument(
-        '--size',
-        type=int,
-        default=160,
-        metavar='PIXELS',
-        help='longer side of an image (default: 160)',
-    )
-    parser.add_argument('--seed', type=int, default=0, help='seed (default: 0)')
+    add = parser.add_argument
+    add('dataset', choices=WRITERS, help='data set to stand in for')
+    add('--out', help='folder to write (default: data/coco or data/ade)')
+    add('--num-train', type=int, default=4, help='number of training images (default: 4)')
+    add('--num-val', type=int, default=3, help='number of validation images (default: 3)')
+    size_help = 'longer side of an image (default: 160)'
+    add('--size', type=int, default=160, metavar='PIXELS', help=size_help)
+    add('--seed', type=int, default=0, help='seed (default: 0)')
     return parser, parser.parse_args()
 
 
 def main() -> None:
     """Write the data set that the command line asks for."""
     parser, args = parse_args()
-    out = args.out or PLACES[args.dataset]
+    name, out = args.dataset, args.out or PLACES[args.dataset]
+    sizes = {key: getattr(args, key) for key in ('num_train', 'num_val', 'size', 'seed')}
     try:
-        written = WRITERS[args.dataset](
-            out, num_train=args.num_train, num_val=args.num_val, size=args.size, seed=args.seed
-        )
+        written = WRITERS[name](out, **sizes)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     done = 'wrote' if written else 'already there:'
-    print(
-        f'{done} stand-in for {args.dataset} of {args.num_train} + {args.num_val} images in {out}'
-    )
+    print(f'{done} stand-in for {name} of {args.num_train} + {args.num_val} images in {out}')
 
 
 if __name__ == '__main__':
