@@ -19,6 +19,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -36,7 +37,6 @@ from .checks import (
 )
 from .processes import (
     end_now,
-    in_group,
     leave_together,
     lost_process,
     open_group,
@@ -81,7 +81,7 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
             time.sleep(_WAIT_FOR_OTHERS)
         print(f'error: {message}', file=sys.stderr, flush=True)
         code = 2 if usage else 1
-        if in_group():
+        if is_distributed():
             end_now(code)
         sys.exit(code)
 

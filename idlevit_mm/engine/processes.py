@@ -13,10 +13,12 @@ from typing import NoReturn
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.dist import get_world_size, is_distributed
 
 from ..errors import UsageError, one_line
 from .checks import parts_of
 
+_LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
 # Where a launcher tells a process its rank, the number of processes and its rank on its machine,
 # then where they meet, and who is the launcher.
 _LAUNCHERS = {
@@ -97,24 +99,19 @@ def open_group(cfg: Config) -> None:
         layer['type'] = 'BN'
     if layers:
         say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
-    if not in_group():
+    if not is_distributed():
         wait = dist.get('timeout')
         timeout = None if wait is None else datetime.timedelta(seconds=wait)
         torch.distributed.init_process_group('gloo', timeout=timeout)
 
 
-def in_group() -> bool:
-    """Whether this process belongs to a group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def lost_process(error: RuntimeError) -> str | None:
     """What to tell a person if an error means that another process is gone; else None."""
     network = isinstance(error, getattr(torch.distributed, 'DistError', ()))
-    if not in_group() or not (network or re.search(r'\bgloo\b|Connection \w+ by peer', str(error))):
+    if not is_distributed() or not (network or _LOST.search(str(error))):
         return None
     return (
-        f'process {rank()} of {torch.distributed.get_world_size()} lost the connection to '
+        f'process {rank()} of {get_world_size()} lost the connection to '
         f'another one, which has ended or cannot be reached ({one_line(error)[-200:]}). If that '
         'one does not say why, memory may have run out there. Checkpoints are whole: start the '
         'same command again, a training with --resume'
@@ -127,9 +124,9 @@ def leave_together() -> None:
     A process that leaves while its threads still talk to the others aborts, and torchrun then calls
     a finished training a failed one.
     """
-    if not in_group():
+    if not is_distributed():
         return
-    alone = torch.distributed.get_world_size() == 1
+    alone = get_world_size() == 1
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if not alone:

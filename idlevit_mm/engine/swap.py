@@ -317,7 +317,8 @@ def write_idle_config(
 ) -> None:
     """Write the idle config of a user's config and print what it changes; see `idle_config`."""
     swapped = idle_config(config, settings, out, force)
-    print(f'{os.path.relpath(swapped.file)} is {config} with these changes:')
+    verb = 'resolves' if is_new_style(_config_path(config)) else 'inherits'
+    print(f'{os.path.relpath(swapped.file)} {verb} {config} and changes:')
     for key, (old, new) in swapped.changed.items():
         print(f'  {key}: {_short(old)} -> {_short(new)}')
     for name in swapped.left:
