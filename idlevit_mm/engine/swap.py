@@ -97,13 +97,7 @@ class Settings:
 
 @dataclass
 class Changes:
-    """What becomes of a config; all by dotted names.
-
-    Attributes:
-        drops: Arguments, at their defaults, that only dense classes have.
-        sets: New values.
-        adds: New entries of lists.
-    """
+    """What becomes of a config, by dotted names: what is dropped, is set, is added to lists."""
 
     drops: list[str] = field(default_factory=list)
     sets: dict[str, Any] = field(default_factory=dict)
@@ -162,15 +156,12 @@ def parse_keep(words: Iterable[str]) -> Any:
     values = []
     for word in words:
         try:
-            values.append(float(word))
-        except ValueError:
-            try:
-                values.append(ast.literal_eval(word))
-            except (ValueError, SyntaxError):
-                raise UsageError(
-                    f'--keep {word}: allowed are a number in (0, 1], one number or list per stage, '
-                    "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
-                ) from None
+            values.append(ast.literal_eval(word))
+        except (ValueError, SyntaxError):
+            raise UsageError(
+                f'--keep {word}: allowed are a number in (0, 1], one number or list per stage, '
+                "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
+            ) from None
     return values[0] if len(values) == 1 else values
 
 
@@ -261,7 +252,7 @@ def idle_text(config: Path, out: Path, cfg: Config, changes: Changes, settings: 
         break_on_hyphens=False,
     )
     lines, target = [head], Config()
-    if is_new_style(config):
+    if Config._is_lazy_import(str(config)):
         target = Config(cfg.to_dict())
         for name in changes.drops:
             holder, _, key = name.rpartition('.')
@@ -269,8 +260,11 @@ def idle_text(config: Path, out: Path, cfg: Config, changes: Changes, settings: 
         for name, entries in changes.adds.items():
             _at(target, name).extend(entries)
     else:
-        lines.append(f'_base_ = {_relative(config, out)!r}')
-        lines += [f'_base_.{"{}.pop({!r})".format(*n.rsplit(".", 1))}' for n in changes.drops]
+        path = Path(os.path.relpath(config, out.parent)).as_posix()
+        lines.append(f'_base_ = {path if path.startswith("../") else f"./{path}"!r}')
+        for name in changes.drops:
+            holder, _, key = name.rpartition('.')
+            lines.append(f'_base_.{holder}.pop({key!r})')
         lines += [f'_base_.{name}.extend({new!r})' for name, new in changes.adds.items() if new]
     target.merge_from_dict(changes.sets)
     try:
@@ -317,20 +311,12 @@ def write_idle_config(
 ) -> None:
     """Write the idle config of a user's config and print what it changes; see `idle_config`."""
     swapped = idle_config(config, settings, out, force)
-    verb = 'resolves' if is_new_style(_config_path(config)) else 'inherits'
+    verb = 'resolves' if Config._is_lazy_import(str(_config_path(config))) else 'inherits'
     print(f'{os.path.relpath(swapped.file)} {verb} {config} and changes:')
     for key, (old, new) in swapped.changed.items():
         print(f'  {key}: {_short(old)} -> {_short(new)}')
     for name in swapped.left:
         print(f'Left dense, because others learn from it: {name}')
-
-
-def is_new_style(config: Path) -> bool:
-    """Whether mmengine takes a file for a config in pure Python, which imports what it inherits."""
-    try:
-        return Config._is_lazy_import(str(config))
-    except Exception as error:
-        raise UsageError(f'config {config} cannot be read: {error}') from error
 
 
 # Deciding
@@ -485,7 +471,7 @@ def _plan_hooks(cfg: Mapping[str, Any], settings: Settings, changes: Changes) ->
 def _options(settings: Settings) -> str:
     """The options of the command line, files by their bare names."""
     keep = settings.keep
-    several = isinstance(keep, list) and all(isinstance(ratio, float) for ratio in keep)
+    several = isinstance(keep, list) and all(isinstance(ratio, (int, float)) for ratio in keep)
     words = ['--keep', *(map(str, keep) if several else [_quoted(keep)])]
     policy = dict(settings.policy)
     for option, key in (('--policy', 'type'), ('--scorer', 'scorer'), ('--scope', 'scope')):
@@ -536,14 +522,6 @@ def _target(config: Path, out: str | None, force: bool) -> Path:
     if not target.parent.is_dir():
         raise UsageError(f'--out {out}: the folder {target.parent} does not exist')
     return target
-
-
-def _relative(config: Path, out: Path) -> str:
-    try:
-        path = Path(os.path.relpath(config, out.parent)).as_posix()
-    except ValueError:  # another drive of Windows
-        return config.as_posix()
-    return path if path.startswith('../') else f'./{path}'
 
 
 def _is_list(value: Any) -> bool:
