@@ -216,15 +216,14 @@ def test_a_fault_ends_the_job_and_is_named(place):
     output = finish(start(place, 'dist_train.sh', *options, PORT=free_port(), FAULT=1), code=1)
     cause = output.partition('Root Cause')[2]
     assert re.search(r'rank +: 1 ', cause)
-    assert re.search(
-        r'traceback : Traceback[^=]*in after_train_iter[^=]*ValueError: a fault', cause
-    )
+    assert 'traceback : Traceback' in cause
+    assert re.search(r'in after_train_iter\n.*\n.*ValueError: a fault', cause)
 
 
 @pytest.mark.e2e
 def test_a_user_error_is_one_line_and_its_process_is_named(place):
-    output = finish(start(place, 'dist_train.sh', 'absent.py', 2, PORT=free_port()), code=1)
-    assert output.count('\nerror: config absent.py does not exist\n') == 1
+    output = finish(start(place, 'dist_train.sh', 'absent.py', 1, PORT=free_port()), code=1)
+    assert output.splitlines().count('error: config absent.py does not exist') == 1
     cause = output.partition('Root Cause')[2]
     assert re.search(r'exitcode +: 2 ', cause)
     assert 'UsageError: config absent.py does not exist' in cause
