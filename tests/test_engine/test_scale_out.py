@@ -217,7 +217,7 @@ def test_a_fault_ends_the_job_and_is_named(place):
     cause = output.partition('Root Cause')[2]
     assert re.search(r'rank +: 1 ', cause)
     assert 'traceback : Traceback' in cause
-    assert re.search(r'in after_train_iter\n.*\n.*ValueError: a fault', cause)
+    assert cause.index('in after_train_iter') < cause.index('ValueError: a fault')
 
 
 @pytest.mark.e2e
