@@ -23,6 +23,10 @@ from ..registry import AUXILIARY_LOSSES, arguments_of
 
 Keys = tuple[str | int, ...]
 
+_ADE = 'ADEChallengeData2016 from http://sceneparsing.csail.mit.edu'
+_COCO = 'COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org'
+_SOURCES = ((('adechallenge', 'ade20k'), _ADE, 'ade20k'), (('coco',), _COCO, 'coco'))
+
 
 def parts_of(
     config: Any, path: Keys = (), scope: str | None = None
@@ -109,19 +113,14 @@ def _data_hint(path: str, root: str, key: str) -> str:
             'Write the digit scenes with: python tools/dataset_converters/digit_scenes.py '
             f'{(folders or [place])[0]} --layout coco ade'
         )
-    if 'adechallenge' in lower or 'ade20k' in lower:
-        source = (
-            'Download ADEChallengeData2016 from http://sceneparsing.csail.mit.edu and unpack or '
-            f'link it as {place} (docs/data.md; python tools/prepare_data.py ade20k checks it)'
-        )
-    elif 'coco' in lower:
-        source = (
-            'Download COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org '
-            f'and unpack or link it as {place} (docs/data.md; python tools/prepare_data.py coco '
-            'checks it)'
-        )
-    else:
-        source = f'Put the data at {place}'
+    source = f'Put the data at {place}'
+    for words, what, name in _SOURCES:
+        if any(word in lower for word in words):
+            source = (
+                f'Download {what} and unpack or link it as {place} (docs/data.md; python '
+                f'tools/prepare_data.py {name} checks it)'
+            )
+            break
     return f'{source}, or name its place with --cfg-options {key}.data_root=PATH'
 
 

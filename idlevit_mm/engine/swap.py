@@ -11,7 +11,6 @@ import ast
 import importlib
 import importlib.util
 import os
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,19 +237,12 @@ def differences(before: Any, after: Any, key: str = '') -> Differences:
     return found
 
 
-def idle_text(config: Path, out: Path, cfg: Config, changes: Changes, settings: Settings) -> str:
+def idle_text(config: Path, out: Path, cfg: Config, changes: Changes) -> str:
     """Text of the config with idle backbones, for the file ``out``.
 
     It inherits ``config``; a config in mmengine's new style is written resolved.
     """
-    head = textwrap.fill(
-        f'{config.name} with idle tokens, written by tools/idle_config.py {_options(settings)}',
-        width=96,
-        initial_indent='# ',
-        subsequent_indent='# ',
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    head = f'# {config.name} with idle tokens, written by tools/idle_config.py'
     lines, target = [head], Config()
     if Config._is_lazy_import(str(config)):
         target = Config(cfg.to_dict())
@@ -288,7 +280,7 @@ def idle_config(
         changes = plan_swap(cfg, settings)
     except UsageError as error:
         raise UsageError(f'{config}: {error}') from error
-    text = idle_text(path, target, cfg, changes, settings)
+    text = idle_text(path, target, cfg, changes)
 
     # Beside the target, since what it inherits is named relative to its place.
     draft = target.with_name(f'{target.stem}_draft_{os.getpid()}.py')
@@ -466,26 +458,6 @@ def _plan_hooks(cfg: Mapping[str, Any], settings: Settings, changes: Changes) ->
 
 
 # Writing
-
-
-def _options(settings: Settings) -> str:
-    """The options of the command line, files by their bare names."""
-    keep = settings.keep
-    several = isinstance(keep, list) and all(isinstance(ratio, (int, float)) for ratio in keep)
-    words = ['--keep', *(map(str, keep) if several else [_quoted(keep)])]
-    policy = dict(settings.policy)
-    for option, key in (('--policy', 'type'), ('--scorer', 'scorer'), ('--scope', 'scope')):
-        words += [option, policy[key]] if key in policy else []
-    if settings.load_from is not None:
-        words += ['--load-from', settings.load_from.replace('\\', '/').rpartition('/')[2]]
-    words += ['--distill'] if settings.distill else []
-    if settings.random_ratios:
-        words += ['--random-ratios', *map(str, settings.random_ratios)]
-    return ' '.join(words)
-
-
-def _quoted(value: Any) -> str:
-    return str(value) if isinstance(value, (int, float)) else f'"{value!r}"'
 
 
 def _short(value: Any) -> str:
