@@ -4,6 +4,7 @@ import argparse
 import os
 
 from mmengine.config import DictAction
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from idlevit_mm.engine.launch import evaluate_from_config, run_tool
 
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@record
 def main() -> None:
     """Test."""
     args = vars(parse_args())

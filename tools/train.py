@@ -4,6 +4,7 @@ import argparse
 import os
 
 from mmengine.config import DictAction
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from idlevit_mm.engine.launch import run_tool, train_from_config
 
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@record
 def main() -> None:
     """Train."""
     args = vars(parse_args())

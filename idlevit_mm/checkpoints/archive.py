@@ -44,12 +44,7 @@ class Archive(NamedTuple):
     storages: dict[str, tuple[int, int]]
 
     def storage(self, key: str, whole: torch.UntypedStorage | None) -> torch.UntypedStorage:
-        """The bytes of a storage.
-
-        Args:
-            key: Its name in the file.
-            whole: The file, where it is mapped into memory.
-        """
+        """The bytes of a storage, by its name; taken from ``whole`` where the file is mapped."""
         begin, size = self.storages[key]
         # Numbers must lie at multiples of their size; torch.save sees to that.
         if whole is not None and begin % 16 == 0:
@@ -63,11 +58,10 @@ class Archive(NamedTuple):
 
 
 def open_archive(file: BinaryIO) -> Archive:
-    """Find the parts of a checkpoint in its file.
+    """Find the parts of a checkpoint in its file; of a damaged one, whatever reading it raises.
 
     Raises:
         ForeignContentsError: It is an archive that ``torch.save`` did not write.
-        Exception: It is no archive, or a damaged one: whatever reading it raises.
     """
     size = file.seek(0, io.SEEK_END)
     mark = _bytes(file, 0, 4)

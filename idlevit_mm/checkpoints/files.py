@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint
@@ -34,6 +35,7 @@ from .safe_load import (
 from .weights import StateDict, unwrapped, weights_of
 
 TIMM = 'timm://'
+_SAFELY = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
 SUFFIXES = ('.pth', '.pt', SAFETENSORS)
 
 
@@ -43,20 +45,10 @@ def is_local(path: Any) -> bool:
 
 
 def read_checkpoint(source: str | os.PathLike, logger: Any = 'silent') -> dict[str, Any]:
-    """Read a checkpoint from anywhere; tensors and mmengine's records only.
-
-    Args:
-        source: File, address, or ``timm://`` and the name of a model.
-        logger: Where mmengine says what it fetches: a logger, or the name of one.
-
-    Returns:
-        The checkpoint, or the bare state dict if the source is one.
+    """Read a checkpoint, or a bare state dict, from anywhere; ``logger`` hears what is fetched.
 
     Raises:
-        MissingFileError: There is no such file.
-        UnsafeCheckpointError: The checkpoint holds other classes or functions.
-        BrokenCheckpointError: It is no checkpoint, or an incomplete one.
-        UsageError: It cannot be fetched.
+        UsageError: It cannot be fetched, or as in ``load_checkpoint``.
     """
     if is_local(source):
         return load_checkpoint(source)
@@ -65,14 +57,9 @@ def read_checkpoint(source: str | os.PathLike, logger: Any = 'silent') -> dict[s
 
 
 def read_weights(source: str | os.PathLike, logger: Any = 'silent') -> StateDict:
-    """Read the weights of a checkpoint from anywhere, by name.
-
-    Args:
-        source: As in ``read_checkpoint``.
-        logger: As in ``read_checkpoint``.
+    """Read the weights of a checkpoint from anywhere, by name; see ``read_checkpoint``.
 
     Raises:
-        UsageError: As in ``read_checkpoint``.
         BrokenCheckpointError: There are no weights in it.
     """
     weights = unwrapped(weights_of(read_checkpoint(source, logger)))
@@ -82,11 +69,7 @@ def read_weights(source: str | os.PathLike, logger: Any = 'silent') -> StateDict
 
 
 def check_target(target: str | os.PathLike) -> Path:
-    """The path of a file that ``write_weights`` will be able to write.
-
-    Raises:
-        UsageError: The file is there already, or its name ends otherwise.
-    """
+    """The path of a file that ``write_weights`` can write; a UsageError where that is not so."""
     path = Path(target)
     if path.suffix not in SUFFIXES:
         raise UsageError(f'target={path} must end in one of {", ".join(SUFFIXES)}')
@@ -96,12 +79,7 @@ def check_target(target: str | os.PathLike) -> Path:
 
 
 def write_weights(weights: StateDict, target: str | os.PathLike, place: str = '') -> None:
-    """Write weights to a new file, whole or not at all.
-
-    Args:
-        weights: Tensors by name.
-        target: A ``.pth`` or ``.safetensors`` file that does not exist.
-        place: Key under which a ``.pth`` file has them; '' for the bare state dict.
+    """Write weights to a new file, whole or not at all; in ``.pth`` under the key ``place``.
 
     Raises:
         UsageError: The file is there already, its name ends otherwise, or it cannot be written.
@@ -127,9 +105,7 @@ def write_weights(weights: StateDict, target: str | os.PathLike, place: str = ''
 
 @CheckpointLoader.register_scheme(TIMM, force=True)
 def load_from_timm(filename: str, map_location: Any = None) -> StateDict:
-    """Weights of a pretrained model of timm: ``timm://swin_tiny_patch4_window7_224.ms_in1k``.
-
-    timm looks in its own cache first and downloads otherwise.
+    """Weights of a pretrained model of timm, from its own cache or downloaded.
 
     Raises:
         UsageError: timm is not installed, has no such model or no weights of it, or cannot fetch
@@ -194,9 +170,8 @@ def _download(
 ) -> Any:
     """Stand in for the function with which mmengine downloads, whoever asks it to.
 
-    ``load_from``, resuming, testing and other backbones read addresses through mmengine alone.
-    torch's own function unpacks archives with a single member into its cache, and reads the rest
-    by ``torch.load``; the file has its place in the cache here too.
+    torch's own unpacks archives with a single member into its cache, and reads the rest by
+    ``torch.load``; the file has its place in the cache here too.
     """
     folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
     path = folder / (file_name or Path(urlparse(url).path).name)
@@ -210,16 +185,10 @@ def _download(
 
 @contextlib.contextmanager
 def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
-    """Make torch read safely where its caller forgets to ask, as loaders of others may.
-
-    Raises:
-        UsageError: As in ``read_checkpoint``.
-    """
-    names = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    """Make torch read safely where its caller forgets to ask, as loaders of others may."""
     try:
-        yield
+        with mock.patch.dict(os.environ, _SAFELY):
+            yield
     except UsageError:
         raise
     except (pickle.UnpicklingError, EOFError) as error:
@@ -229,12 +198,6 @@ def _fetching_safely(source: str | os.PathLike) -> Iterator[None]:
             f'checkpoint {source} cannot be fetched '
             f'({type(error).__name__}: {without_advice(error)})'
         ) from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 if hasattr(mmengine.runner.checkpoint, 'load_url'):

@@ -34,24 +34,14 @@ SAFETENSORS = '.safetensors'
 
 
 def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a checkpoint of this machine; tensors and mmengine's records only.
-
-    Args:
-        path: File written by ``torch.save``, or a ``.safetensors`` file.
-        map_location: As in :func:`torch.load`.
-
-    Returns:
-        The checkpoint, or the bare state dict if the file is one.
+    """Read a checkpoint, or a bare state dict, of this machine: tensors and mmengine's records.
 
     Raises:
         MissingFileError: If there is no such file.
         UnsafeCheckpointError: If the file holds any other class or function.
         BrokenCheckpointError: If it is no checkpoint, or an incomplete one.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = 'is a folder, not a file' if path.is_dir() else 'does not exist'
-        raise MissingFileError(f'checkpoint {path} {what}')
+    path = _file(path)
     if path.suffix == SAFETENSORS:
         loader = safetensors_torch()
         try:
@@ -79,14 +69,14 @@ def read(
         source: Path or open file.
         map_location: As in :func:`torch.load`.
         mapped: Whether a file is mapped into memory rather than read.
-        foreign_too: Whether a file may hold other classes and functions, which are passed over.
+        foreign_too: Whether it may hold other classes and functions, which are passed over.
 
     Raises:
         UnsafeCheckpointError: If it holds them, or is a program, or declares sizes that its bytes
             do not have.
         BrokenCheckpointError: If it is of another kind, or damaged.
     """
-    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    path = _file(source) if isinstance(source, (str, os.PathLike)) else None
     name = path or 'that was fetched'
     placed = torch.serialization._get_restore_location(map_location)
     try:
@@ -117,6 +107,14 @@ def read(
     return checkpoint
 
 
+def _file(path: str | os.PathLike) -> Path:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = 'is a folder, not a file' if path.is_dir() else 'does not exist'
+        raise MissingFileError(f'checkpoint {path} {what}')
+    return path
+
+
 def _trusted_by_the_user() -> dict[str, Any]:
     """What somebody added to torch's list of safe classes, by full names."""
     names: dict[str, Any] = {}
@@ -129,11 +127,7 @@ def _trusted_by_the_user() -> dict[str, Any]:
 
 
 def safetensors_torch() -> Any:
-    """The module ``safetensors.torch``, which comes with timm, not with OpenMMLab.
-
-    Raises:
-        UsageError: It is not installed.
-    """
+    """The module ``safetensors.torch``, which comes with timm, not with OpenMMLab."""
     try:
         return importlib.import_module('safetensors.torch')
     except ImportError as error:
@@ -143,12 +137,7 @@ def safetensors_torch() -> Any:
 
 
 def reading_error(source: Any, error: Exception) -> UsageError:
-    """What a reader's error means: a checkpoint that is not safe, or one that is damaged.
-
-    Args:
-        source: File or address of the checkpoint.
-        error: As the reader raised it, ours, torch's or that of safetensors.
-    """
+    """What the error of a reader (ours, torch's, that of safetensors) means: unsafe or damaged."""
     if isinstance(error, ForeignContentsError):
         return UnsafeCheckpointError(_refusal(source, str(error), False))
     reason = without_advice(error)
@@ -161,11 +150,7 @@ def reading_error(source: Any, error: Exception) -> UsageError:
 
 
 def without_advice(error: Exception) -> str:
-    """An error in one line, less torch's advice to read the file all the same.
-
-    Args:
-        error: Any exception.
-    """
+    """An error in one line, less torch's advice to read the file all the same."""
     names = re.findall(r'GLOBAL (\S+(?:\(.*?\))?)', str(error))
     if names and isinstance(error, pickle.UnpicklingError):
         return f'GLOBAL {shortened(sorted(set(names)))}'

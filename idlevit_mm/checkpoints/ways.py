@@ -6,9 +6,8 @@ What holds for the tools holds for the whole process from ``import idlevit_mm`` 
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
+import re
 import types
 from typing import Any
 
@@ -18,7 +17,7 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from ..errors import UsageError
@@ -27,8 +26,9 @@ from .unpickling import NUMPY_MODULES, empty_array, plain_dtype, plain_scalar, s
 
 _ARRAY = object()
 _NUMBERS = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
-# A config has some ten thousand characters.
-_LONGEST_CONFIG = 2**20
+_GPUS = re.compile(
+    r'^gpu_ids\s*=\s*(?:range\((\d{1,6}),\s*(\d{1,6})\)|[\[(]([\d,\s]*)[\])])\s*$', re.MULTILINE
+)
 
 
 def mmengine_globals() -> list[Any]:
@@ -36,10 +36,6 @@ def mmengine_globals() -> list[Any]:
 
     For ``torch.load`` itself, which the package does not use. It has no say in what becomes of a
     dtype's state: numbers of another byte order than this machine's come out wrong.
-
-    Returns:
-        Entries for :func:`torch.serialization.add_safe_globals`: classes, or pairs of an object
-        and the full name under which a checkpoint refers to it.
     """
     entries: list[Any] = [
         HistoryBuffer,
@@ -59,12 +55,10 @@ def mmengine_globals() -> list[Any]:
 def allow_mmengine_globals() -> None:
     """Let torch's safe reader accept the checkpoints that mmengine writes, and mmengine run none.
 
-    Adds to a list that belongs to the process; it may be called any number of times and takes
-    nothing away. ``import idlevit_mm`` calls it, so a script of one's own that imports the
-    package, or a config with ``custom_imports=dict(imports=['idlevit_mm'])``, can resume and test
-    as well. mmengine's loaders, and those of onedl-mmengine, which would read what is refused by
-    the unsafe reader, go by :func:`idlevit_mm.checkpoints.safe_load.read`; a resumed runner reads
-    the config in a checkpoint as data; an inferencer refuses it. torch < 2.4 has no list.
+    ``import idlevit_mm`` calls it; it may be called any number of times and takes nothing away.
+    mmengine's loaders, and those of onedl-mmengine, which would read what is refused by the unsafe
+    reader, go by :func:`idlevit_mm.checkpoints.safe_load.read`; a resumed runner reads the config
+    in a checkpoint as data; an inferencer refuses it. torch < 2.4 has no list.
     """
     if hasattr(torch.serialization, 'add_safe_globals'):
         torch.serialization.add_safe_globals(mmengine_globals())
@@ -110,42 +104,14 @@ def _with_a_config(build: Any) -> Any:
 
 
 def settings_of(text: Any, file_format: str = '.py') -> dict[str, Any]:
-    """The settings in the text of a config, read as data; stands in for ``Config.fromstring``.
+    """The settings in a config that mmengine compares with those of the run that goes on.
 
-    mmengine compares some with those of the run that goes on. Nothing in the text runs: what is
-    not written out as numbers, texts, lists and ``dict(...)`` is left out.
-
-    Args:
-        text: As found in a checkpoint; anything.
-        file_format: Kind of config; ``'.py'`` is the only one that mmengine stores.
+    Stands in for ``Config.fromstring``. Nothing in the text runs: it is searched for the one
+    setting, ``gpu_ids``, of which only the number counts.
     """
-    settings: dict[str, Any] = {}
-    if not isinstance(text, str) or len(text) > _LONGEST_CONFIG:
-        print_log('The config in the checkpoint is no text of a config and is left out.', 'current')
-        return settings
-    try:
-        lines = ast.parse(text).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        kind = type(error).__name__
-        print_log(f'The config in the checkpoint is not read: {kind}.', 'current')
-        return settings
-    for line in lines:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            with contextlib.suppress(ValueError, TypeError, MemoryError, RecursionError):
-                settings[line.targets[0].id] = _data(line.value)
-    gpus = settings.get('gpu_ids')
-    if not isinstance(gpus, (list, tuple, range)):
-        settings.pop('gpu_ids', None)  # mmengine counts them
-    return settings
-
-
-def _data(node: ast.expr) -> Any:
-    if isinstance(node, (ast.List, ast.Tuple)):
-        items = [_data(item) for item in node.elts]
-        return items if isinstance(node, ast.List) else tuple(items)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords):
-            return {str(keyword.arg): _data(keyword.value) for keyword in node.keywords}
-        if node.func.id == 'range' and len(node.args) <= 2:
-            return range(*(ast.literal_eval(number) % 2**16 for number in node.args))
-    return ast.literal_eval(node)
+    found = _GPUS.search(text) if isinstance(text, str) else None
+    if found is None:
+        return {}
+    first, last, listed = found.groups()
+    gpus = range(int(first), int(last)) if first else re.findall(r'\d+', listed)
+    return {'gpu_ids': gpus}

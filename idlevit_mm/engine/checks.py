@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,21 +9,48 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import is_local, load_checkpoint, unwrapped, weights_of
+from ..checkpoints import (
+    BACKBONE,
+    compare,
+    is_local,
+    load_checkpoint,
+    unwrapped,
+    weights_of,
+    with_shapes,
+)
 from ..errors import BrokenCheckpointError, UsageError, shortened
-from ..registry import AUXILIARY_LOSSES
+from ..registry import AUXILIARY_LOSSES, arguments_of
+
+Keys = tuple[str | int, ...]
+
+_ADE = 'ADEChallengeData2016 from http://sceneparsing.csail.mit.edu'
+_COCO = 'COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org'
+_SOURCES = ((('adechallenge', 'ade20k'), _ADE, 'ade20k'), (('coco',), _COCO, 'coco'))
+
+
+def parts_of(
+    config: Any, path: Keys = (), scope: str | None = None
+) -> Iterator[tuple[Keys, Any, str | None]]:
+    """Walk through all dicts inside a part of a config: path, dict, and the scope of its type."""
+    items: Any = enumerate(config) if isinstance(config, (list, tuple)) else ()
+    if isinstance(config, dict):
+        scope = config.get('_scope_') or scope
+        yield path, config, scope
+        items = config.items()
+    for key, value in items:
+        yield from parts_of(value, (*path, key), scope)
+
+
+def class_of(kind: Any, scope: str | None = None) -> tuple[str, str]:
+    """Library ('' where that is open) and name of the class that a type, text or class, means."""
+    if isinstance(kind, str):
+        library, _, name = kind.rpartition('.')
+        return library.partition('.')[0] or scope or '', name
+    return getattr(kind, '__module__', '').partition('.')[0], getattr(kind, '__name__', str(kind))
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
-    """Walk through wrappers such as RepeatDataset and ConcatDataset.
-
-    Args:
-        dataset: Config of a data set.
-        key: Its dotted name in the config.
-
-    Yields:
-        Dotted name and config of every data set that reads files itself.
-    """
+    """Dotted name and config of every data set that reads files, inside of all wrappers."""
     if isinstance(dataset, (list, tuple)):
         for number, part in enumerate(dataset):
             yield from leaf_datasets(part, f'{key}.{number}')
@@ -37,40 +63,8 @@ def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
             yield key, dataset
 
 
-def _data_hint(path: str, root: str | None, key: str) -> str:
-    place = root or os.path.dirname(path)
-    lower = path.lower()
-    if 'digit_scenes' in lower:
-        folder = Path(path)
-        while folder.name and folder.name != 'digit_scenes':
-            folder = folder.parent
-        target = str(folder) if folder.name else place
-        return (
-            'Write the digit scenes with: '
-            f'python tools/dataset_converters/digit_scenes.py {target} --layout coco ade'
-        )
-    if 'adechallenge' in lower or 'ade20k' in lower:
-        source = (
-            'Download ADEChallengeData2016 from http://sceneparsing.csail.mit.edu and unpack or '
-            f'link it as {place} (docs/data.md; python tools/prepare_data.py ade20k checks it)'
-        )
-    elif 'coco' in lower:
-        source = (
-            'Download COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org '
-            f'and unpack or link it as {place} (docs/data.md; python tools/prepare_data.py coco '
-            'checks it)'
-        )
-    else:
-        source = f'Put the data at {place}'
-    return f'{source}, or name its place with --cfg-options {key}.data_root=PATH'
-
-
 def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
-    """Check that the folders and annotation files that a run will read exist.
-
-    Args:
-        cfg: Config of the run.
-        phases: Of ``'train'``, ``'val'``, ``'test'``: the data loaders that will be built.
+    """Check that the folders and files exist that the data loaders of some phases will read.
 
     Raises:
         UsageError: Naming the first missing path, its key in the config, and where to get the
@@ -83,9 +77,7 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
         for key, dataset in leaf_datasets(loader.get('dataset'), f'{phase}_dataloader.dataset'):
             _check_dataset(dataset, key)
         evaluators = cfg.get(f'{phase}_evaluator')
-        if isinstance(evaluators, dict):
-            evaluators = [evaluators]
-        for evaluator in evaluators or []:
+        for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators or []:
             path = evaluator.get('ann_file') if isinstance(evaluator, dict) else None
             if path and is_local(path) and not os.path.exists(path):
                 raise UsageError(
@@ -96,42 +88,40 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
 
 def _check_dataset(dataset: dict, key: str) -> None:
     backend = dataset.get('backend_args') or {}
+    root = dataset.get('data_root') or ''
     if backend.get('backend', 'local') not in ('local', 'LocalBackend', 'disk'):
         return
-    root = dataset.get('data_root') or None
-    if root is not None and not is_local(root):
+    if not is_local(root):
         return
-    if root is not None and not os.path.isdir(root):
-        raise UsageError(f'{key}.data_root {root} does not exist. {_data_hint(root, root, key)}')
-
-    entries = {'ann_file': dataset.get('ann_file')}
+    named = [('data_root', root)]
     prefix = dataset.get('data_prefix')
-    if isinstance(prefix, dict):
-        entries.update({f'data_prefix.{name}': value for name, value in prefix.items()})
-    for name, value in entries.items():
-        if not isinstance(value, str) or not value or not is_local(value):
-            continue
-        path = os.path.join(root, value) if root else value
-        if not os.path.exists(path):
+    entries = {f'data_prefix.{k}': v for k, v in prefix.items()} if isinstance(prefix, dict) else {}
+    for name, value in {'ann_file': dataset.get('ann_file'), **entries}.items():
+        if isinstance(value, str) and value and is_local(value):
+            named.append((name, os.path.join(root, value)))
+    for name, path in named:
+        if path and not os.path.exists(path):
             raise UsageError(f'{key}.{name} {path} does not exist. {_data_hint(path, root, key)}')
 
 
-def pretrained_files(config: Any, key: str = 'model') -> Iterator[tuple[str, str]]:
-    """Find every local checkpoint that a model's config starts from.
-
-    Yields:
-        Dotted name in the config, and path.
-    """
-    if isinstance(config, dict):
-        if config.get('type') == 'Pretrained' and is_local(config.get('checkpoint')):
-            yield f'{key}.checkpoint', config['checkpoint']
-        for name, value in config.items():
-            if name == 'pretrained' and is_local(value):
-                yield f'{key}.{name}', value
-            yield from pretrained_files(value, f'{key}.{name}')
-    elif isinstance(config, (list, tuple)):
-        for number, value in enumerate(config):
-            yield from pretrained_files(value, f'{key}.{number}')
+def _data_hint(path: str, root: str, key: str) -> str:
+    """Where the data come from, for those that the package knows."""
+    place, lower = root or os.path.dirname(path), path.lower()
+    if 'digit_scenes' in lower:
+        folders = [str(f) for f in (Path(path), *Path(path).parents) if f.name == 'digit_scenes']
+        return (
+            'Write the digit scenes with: python tools/dataset_converters/digit_scenes.py '
+            f'{(folders or [place])[0]} --layout coco ade'
+        )
+    source = f'Put the data at {place}'
+    for words, what, name in _SOURCES:
+        if any(word in lower for word in words):
+            source = (
+                f'Download {what} and unpack or link it as {place} (docs/data.md; python '
+                f'tools/prepare_data.py {name} checks it)'
+            )
+            break
+    return f'{source}, or name its place with --cfg-options {key}.data_root=PATH'
 
 
 def check_pretrained(cfg: Any) -> None:
@@ -140,25 +130,17 @@ def check_pretrained(cfg: Any) -> None:
     Raises:
         UsageError: If one is missing, broken or unsafe; the message names its key.
     """
-    for key, path in pretrained_files(cfg.get('model')):
-        if not os.path.isfile(os.path.expanduser(path)):
-            raise UsageError(
-                f'{key} {path} does not exist. Name another file with --cfg-options {key}=PATH, '
-                'or train from scratch by setting that init_cfg to None'
-            )
-        load_checkpoint(path)
-
-
-def _has_no_start(cfg: Any) -> bool:
-    """Whether a training begins with weights of no detector or segmentor."""
-    return not cfg.get('load_from') and not cfg.get('resume')
-
-
-def _is_taught(loss: dict[str, Any]) -> bool:
-    """Whether a loss compares the model with a teacher."""
-    kind = loss.get('type')
-    cls = AUXILIARY_LOSSES.get(kind) if isinstance(kind, str) else kind
-    return cls is not None and 'teacher' in inspect.signature(cls).parameters
+    for place, part, _ in parts_of(cfg.get('model'), ('model',)):
+        for name in ('checkpoint', 'pretrained'):
+            path, key = part.get(name), '.'.join(map(str, (*place, name)))
+            if not is_local(path) or (name == 'checkpoint' and part.get('type') != 'Pretrained'):
+                continue
+            if not os.path.isfile(os.path.expanduser(path)):
+                raise UsageError(
+                    f'{key} {path} does not exist. Name another file with --cfg-options '
+                    f'{key}=PATH, or train from scratch by setting that init_cfg to None'
+                )
+            load_checkpoint(path)
 
 
 def check_teachers(cfg: Any) -> None:
@@ -168,36 +150,37 @@ def check_teachers(cfg: Any) -> None:
         UsageError: A file of this machine is missing, a checkpoint is broken or unsafe, or a loss
             has no teacher.
     """
+    anew = not cfg.get('load_from') and not cfg.get('resume')
     for number, hook in enumerate(cfg.get('custom_hooks') or ()):
         losses = hook.get('losses') if isinstance(hook, dict) else None
         for place, loss in enumerate(losses if isinstance(losses, (list, tuple)) else ()):
             if not isinstance(loss, dict):
                 continue
-            teacher = loss.get('teacher')
-            if teacher is None and _has_no_start(cfg) and _is_taught(loss):
+            name, teacher = f'custom_hooks.{number}.losses.{place}', loss.get('teacher')
+            if teacher is None and anew and _is_taught(loss.get('type')):
                 raise UsageError(
-                    f'custom_hooks.{number}.losses.{place} ({loss["type"]}) has no teacher, and '
-                    'there is no checkpoint that training starts from: --cfg-options '
-                    f'load_from=dense.pth, or custom_hooks.{number}.losses.{place}.'
-                    'teacher.checkpoint=dense.pth'
+                    f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
+                    'training starts from: --cfg-options load_from=dense.pth, or '
+                    f'{name}.teacher.checkpoint=dense.pth'
                 )
             for key, path in teacher.items() if isinstance(teacher, dict) else ():
                 if is_local(path) and not os.path.isfile(path):
-                    raise UsageError(
-                        f'custom_hooks.{number}.losses.{place}.teacher.{key}={path} does not exist'
-                    )
+                    raise UsageError(f'{name}.teacher.{key}={path} does not exist')
                 if is_local(path) and key == 'checkpoint':
                     load_checkpoint(path)
+
+
+def _is_taught(kind: Any) -> bool:
+    """Whether a loss compares the model with a teacher."""
+    cls = AUXILIARY_LOSSES.get(kind) if isinstance(kind, str) else kind
+    return cls is not None and 'teacher' in arguments_of(cls)
 
 
 def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     """Find the newest whole checkpoint of a run.
 
     Looks at the one that ``last_checkpoint`` names, then at ``epoch_*.pth`` and ``iter_*.pth``
-    from the highest number down.
-
-    Args:
-        work_dir: Folder of the run; it need not exist.
+    from the highest number down. The folder need not exist.
 
     Returns:
         Path of the checkpoint or None, and what was passed over on the way and why.
@@ -206,26 +189,20 @@ def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
         UnsafeCheckpointError: If the newest whole one holds more than mmengine writes.
     """
     folder = Path(work_dir)
-    candidates: list[Path] = []
+    numbered = [
+        path
+        for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+        if path.stem.rsplit('_', 1)[1].isdigit()
+    ]
+    candidates = sorted(numbered, key=lambda path: int(path.stem.rsplit('_', 1)[1]), reverse=True)
     note = folder / 'last_checkpoint'
-    if note.is_file():
-        named = note.read_text().strip()
-        if named:
-            # A work dir that was moved still holds its checkpoint under the same name.
-            candidates += [Path(named), folder / Path(named).name]
-    numbered = []
-    for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]:
-        number = path.stem.rsplit('_', 1)[1]
-        if number.isdigit():
-            numbered.append((int(number), path))
-    candidates += [path for _, path in sorted(numbered, reverse=True)]
+    named = note.read_text().strip() if note.is_file() else ''
+    if named:
+        # A work dir that was moved still holds its checkpoint under the same name.
+        candidates = [Path(named), folder / Path(named).name, *candidates]
 
     passed_over: list[str] = []
-    seen = set()
-    for path in candidates:
-        if path in seen:
-            continue
-        seen.add(path)
+    for path in dict.fromkeys(candidates):
         if not path.is_file():
             if path.parent == folder or not (folder / path.name).is_file():
                 passed_over.append(f'{path} does not exist')
@@ -235,10 +212,9 @@ def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
         except BrokenCheckpointError as error:
             passed_over.append(str(error))
             continue
-        if 'optimizer' not in checkpoint or 'meta' not in checkpoint:
-            passed_over.append(f'{path} holds no state of the training')
-            continue
-        return str(path), passed_over
+        if 'optimizer' in checkpoint and 'meta' in checkpoint:
+            return str(path), passed_over
+        passed_over.append(f'{path} holds no state of the training')
     return None, passed_over
 
 
@@ -264,14 +240,13 @@ def check_weights(
     """
     while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
         model = inner
-    wanted = model.state_dict()
-    given = unwrapped(weights_of(checkpoint))
+    wanted, given = model.state_dict(), unwrapped(weights_of(checkpoint))
     if not given:
         raise UsageError(f'checkpoint {path} holds no weights')
 
-    backbone = {name for name in wanted if name.startswith('backbone.')}
-    if backbone and not backbone & given.keys():
-        bare = {name.removeprefix('backbone.') for name in backbone} & given.keys()
+    backbone = sorted(name for name in wanted if name.startswith(BACKBONE))
+    if backbone and not given.keys() & set(backbone):
+        bare = given.keys() & {name.removeprefix(BACKBONE) for name in backbone}
         advice = (
             'It looks like a backbone on its own: load it with --cfg-options '
             f'model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint={path}'
@@ -280,41 +255,29 @@ def check_weights(
         )
         raise UsageError(
             f'checkpoint {path} shares no backbone weights with the model: it holds '
-            f'{shortened(list(given))}; the model has {shortened(sorted(backbone))}. {advice}'
+            f'{shortened(list(given))}; the model has {shortened(backbone)}. {advice}'
         )
 
-    warnings = []
-    differing = {
-        n: (v.shape, wanted[n].shape)
-        for n, v in given.items()
-        if n in wanted and v.shape != wanted[n].shape
+    advice = 'Use the config that the checkpoint was trained with'
+    wrong = compare(wanted, given).mismatched
+    classes = {
+        name: (old, new)
+        for name, (old, new) in wrong.items()
+        if purpose == 'load_from' and 'head' in name.split('.')[0]
+        if len(old) == len(new) and old[1:] == new[1:]
     }
-    other_classes = {
-        name: shapes
-        for name, shapes in differing.items()
-        if purpose == 'load_from'
-        and 'head' in name.split('.')[0]
-        and len(shapes[0]) == len(shapes[1])
-        and shapes[0][1:] == shapes[1][1:]
-    }
-    wrong = {name: shapes for name, shapes in differing.items() if name not in other_classes}
+    wrong = {name: shapes for name, shapes in wrong.items() if name not in classes}
     if wrong:
-        listed = [f'{n} {tuple(a)} but the model has {tuple(b)}' for n, (a, b) in wrong.items()]
-        raise UsageError(
-            f'checkpoint {path} has other shapes than the model: {shortened(listed)}. Use the '
-            'config that the checkpoint was trained with'
-        )
-    if other_classes:
-        listed = [f'{n} {tuple(a)} to {tuple(b)}' for n, (a, b) in other_classes.items()]
-        warnings.append(
-            f'{path} was trained with another number of classes; these are initialised anew: '
-            f'{shortened(listed)}'
-        )
-
+        listed = shortened(with_shapes(wrong, 'but the model has'))
+        raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing and purpose != 'load_from':
         raise UsageError(
-            f'checkpoint {path} lacks weights of the model: {shortened(missing)}. Use the config '
-            'that the checkpoint was trained with'
+            f'checkpoint {path} lacks weights of the model: {shortened(missing)}. {advice}'
         )
-    return warnings
+    if not classes:
+        return []
+    return [
+        f'{path} was trained with another number of classes; these are initialised anew: '
+        f'{shortened(with_shapes(classes, "to"))}'
+    ]

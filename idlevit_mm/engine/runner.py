@@ -12,7 +12,6 @@ from typing import Any
 
 from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
-from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
@@ -24,6 +23,7 @@ from ..hooks import ExactResumeHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
+from .checks import class_of
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 
 
@@ -31,22 +31,19 @@ from .sharding import FullyShardedModel, ShardHook, optimizers_of
 class ResumableRunner(Runner):
     """A runner whose killed and resumed training equals an uninterrupted one.
 
-    - The training data loader is replayable (:mod:`idlevit_mm.hooks.replay`): the place in the
-      data and all random numbers follow from (seed, iteration, rank). Resuming an iteration
-      based run skips the data already seen without loading it.
+    - The place in the data and all random numbers follow from (seed, iteration, rank)
+      (:mod:`idlevit_mm.hooks.replay`); resuming skips the data already seen without loading it.
     - Checkpoints appear under their name only when they are complete, and an outdated one is
-      deleted only then.
-    - Checkpoints are read by torch's safe reader.
+      deleted only then. They are read without running what is in them.
     - A full disk does not end the training: what cannot be written to logs is left out, and
       :class:`idlevit_mm.hooks.AtomicCheckpointHook` goes on without the checkpoint.
     - A model wrapped as :class:`FullyShardedModel` is sharded before the first iteration.
     - An unusable image is left out of training with a warning; in validation and testing it is an
       error that names the file (:mod:`idlevit_mm.engine.bad_samples`).
 
-    ``tools/train.py`` uses it for every config that names no runner of its own. The train tools of
-    mmdet and mmseg use it if the config says ``runner_type='ResumableRunner'`` and imports
-    ``idlevit_mm`` by ``custom_imports``.
-    Arguments are those of :class:`mmengine.runner.Runner`.
+    ``tools/train.py`` uses it for every config that names no runner of its own; other tools do if
+    the config says ``runner_type='ResumableRunner'``. Arguments are those of
+    :class:`mmengine.runner.Runner`.
     """
 
     _train_dataloader: Any
@@ -61,8 +58,8 @@ class ResumableRunner(Runner):
         """Register the default hooks, with atomic checkpoints instead of plain ones."""
         hooks = dict(hooks or {})
         checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
-        plain = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
-        if isinstance(checkpoint, dict) and checkpoint.get('type') in plain:
+        kind = class_of(checkpoint.get('type')) if isinstance(checkpoint, dict) else None
+        if kind in (('', 'CheckpointHook'), ('mmengine', 'CheckpointHook')):
             hooks['checkpoint'] = dict(checkpoint, type='mmengine.AtomicCheckpointHook')
         super().register_default_hooks(hooks)
 

@@ -33,10 +33,9 @@ _OTHER_ENTRIES = ('kept_share',)
 class FullyShardedModel(nn.Module):
     """A model whose weights, gradients and optimiser state are sharded while it trains.
 
-    Used by ``model_wrapper_cfg=dict(type='FullyShardedModel')`` with
-    :class:`~idlevit_mm.engine.ResumableRunner`, which then shards it before the first iteration.
-    The blocks of idle backbones are gathered one at a time; everything else, whose use may depend
-    on the data, is gathered as a whole in each iteration.
+    :class:`~idlevit_mm.engine.ResumableRunner` shards it before the first iteration. The blocks of
+    idle backbones are gathered one at a time; everything else, whose use may depend on the data, is
+    gathered as a whole in each iteration.
 
     Args:
         module: The model.
@@ -69,11 +68,7 @@ class FullyShardedModel(nn.Module):
         return self.module(*args, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """One iteration; see :meth:`mmengine.model.BaseModel.train_step`.
-
-        Raises:
-            SettingError: Nobody has sharded the model, so its gradients would stay apart.
-        """
+        """One iteration of a model that is sharded: the gradients of another would stay apart."""
         if not self.is_sharded:
             raise SettingError(
                 "FullyShardedModel needs runner_type='ResumableRunner', which is what "
@@ -82,18 +77,15 @@ class FullyShardedModel(nn.Module):
         return self.module.train_step(data, optim_wrapper)
 
     def val_step(self, data: Any) -> list:
-        """Predictions; see :meth:`mmengine.model.BaseModel.val_step`."""
+        """Predictions."""
         return self.module.val_step(data)
 
     def test_step(self, data: Any) -> list:
-        """Predictions; see :meth:`mmengine.model.BaseModel.test_step`."""
+        """Predictions."""
         return self.module.test_step(data)
 
     def shard(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Keep only this process's share of the weights and of the optimisers' state.
-
-        Args:
-            optimizers: Those that update the model, with or without a state.
 
         Raises:
             SettingError: torch is older than 2.6, or the model has parameters without dimension.
@@ -130,13 +122,8 @@ class FullyShardedModel(nn.Module):
 
     def _parts(self) -> list[nn.Module]:
         """What is gathered on its own, the innermost first, as ``fully_shard`` wants it."""
-        blocks = {
-            block
-            for backbone in self.module.modules()
-            if isinstance(backbone, IdleBackbone)
-            for stage in backbone.idle_blocks
-            for block in stage
-        }
+        backbones = [part for part in self.module.modules() if isinstance(part, IdleBackbone)]
+        blocks = {block for one in backbones for stage in one.idle_blocks for block in stage}
         parts = [
             part
             for part in self.module.modules()

@@ -1,4 +1,4 @@
-"""Write a config that inherits a user's config and has idle backbones in place of dense ones.
+"""Write a config of a user's config that has idle backbones in place of dense ones.
 
 What ``tools/idle_config.py`` calls. Nothing is guessed: the dense backbone and its idle twin are
 built without memory from the arguments of both configs and their weights compared, and what is
@@ -10,11 +10,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import keyword
 import os
-import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +22,16 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoints import of_policy
+from ..checkpoints import compare
 from ..errors import UsageError, one_line, shortened
 from ..hooks import RandomKeepRatioHook
 from ..registry import arguments_of, idle_backbones
-from .config_text import Code, assignment, merged, nested, source
+from .checks import class_of, parts_of
 from .launch import load_config, task_of
 
 _LIBRARIES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
-_NOT_ARGUMENTS = ('type', '_scope_')
 _WEIGHTS = ('init_cfg', 'pretrained')
 _MISSING = object()
 
@@ -62,6 +58,11 @@ class Backbone:
     def name(self) -> str:
         """Dotted name in the config."""
         return '.'.join(map(str, self.path))
+
+    @property
+    def kind(self) -> str:
+        """Its class, with the library where that is known."""
+        return '.'.join(filter(None, (self.library, self.dense)))
 
     @property
     def twin(self) -> str | None:
@@ -93,28 +94,18 @@ class Settings:
     random_ratios: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Change:
-    """What becomes of the config of one backbone.
+@dataclass
+class Changes:
+    """What becomes of a config, by dotted names: what is dropped, is set, is added to lists."""
 
-    Attributes:
-        backbone: The backbone.
-        drops: Arguments that only the dense class has, at their defaults.
-        updates: Arguments to set, beside ``type``.
-        around: Settings of the model around it.
-    """
+    drops: list[str] = field(default_factory=list)
+    sets: dict[str, Any] = field(default_factory=dict)
+    adds: dict[str, list[Any]] = field(default_factory=dict)
 
-    backbone: Backbone
-    drops: tuple[str, ...]
-    updates: Mapping[str, Any]
-    around: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """Dotted names of all settings that it touches."""
-        inside = [f'{self.backbone.name}.{key}' for key in ('type', *self.drops, *self.updates)]
-        holder = '.'.join(map(str, self.backbone.path[:-1]))
-        return inside + [f'{holder}.{key}' for key in self.around]
+    def covers(self, name: str) -> bool:
+        """Whether a difference is one of these changes, or inside of one."""
+        meant = (*self.drops, *self.sets, *self.adds, 'custom_imports')
+        return any(name == other or name.startswith(f'{other}.') for other in meant)
 
 
 @dataclass(frozen=True)
@@ -164,27 +155,22 @@ def parse_keep(words: Iterable[str]) -> Any:
     values = []
     for word in words:
         try:
-            values.append(float(word))
-        except ValueError:
-            try:
-                values.append(ast.literal_eval(word))
-            except (ValueError, SyntaxError):
-                raise UsageError(
-                    f'--keep {word}: allowed are a number in (0, 1], one number or list per stage, '
-                    "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
-                ) from None
+            values.append(ast.literal_eval(word))
+        except (ValueError, SyntaxError):
+            raise UsageError(
+                f'--keep {word}: allowed are a number in (0, 1], one number or list per stage, '
+                "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
+            ) from None
     return values[0] if len(values) == 1 else values
 
 
 def find_backbones(cfg: Mapping[str, Any]) -> list[Backbone]:
-    """Find all backbones of a config's model, with and without idle twin.
-
-    Args:
-        cfg: A resolved config.
-    """
+    """Find all backbones of a resolved config's model, with and without idle twin."""
     found = []
-    for path, part, scope in _walk(cfg.get('model'), ('model',), cfg.get('default_scope')):
-        library, dense = _class_of(part['type'], scope)
+    for path, part, scope in parts_of(cfg.get('model'), ('model',), cfg.get('default_scope')):
+        if part.get('type') is None:
+            continue
+        library, dense = class_of(part['type'], scope)
         if not library and any(dense == name for _, name in twins()):
             library = _library_by_task(cfg)
         key = next(str(key) for key in reversed(path) if isinstance(key, str))
@@ -193,12 +179,8 @@ def find_backbones(cfg: Mapping[str, Any]) -> list[Backbone]:
     return found
 
 
-def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
+def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> Changes:
     """Decide what becomes of every backbone that has an idle twin and is not a teacher.
-
-    Args:
-        cfg: A resolved config.
-        settings: What the user wants.
 
     Raises:
         UsageError: No backbone can be converted, one cannot although its class has a twin, or a
@@ -212,20 +194,31 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> list[Change]:
         idle = [backbone.name for backbone in found if backbone.dense in twins().values()]
         if idle:
             raise UsageError(f'{idle[0]} is idle already; set {idle[0]}.keep_ratios instead')
-        kinds = '; '.join(f'{b.name} is {_full_name(b)}' for b in found) or 'no backbone at all'
+        kinds = '; '.join(f'{b.name} is {b.kind}' for b in found) or 'no backbone at all'
         known = ', '.join(f'{library}.{name}' for library, name in twins())
         raise UsageError(f'no backbone to convert; found: {kinds}; convertible: {known}')
-    _check_hooks(cfg, settings)
-    return [_plan_backbone(backbone, settings, _holder(cfg, backbone)) for backbone in wanted]
+    changes = Changes()
+    _plan_hooks(cfg, settings, changes)
+    for backbone in wanted:
+        _plan_backbone(cfg, backbone, settings, changes)
+    imports = cfg.get('custom_imports') or {}
+    listed = imports.get('imports') or []
+    if _is_list(listed) and listed:
+        changes.adds['custom_imports.imports'] = [] if 'idlevit_mm' in listed else ['idlevit_mm']
+    elif listed != 'idlevit_mm':
+        names = [listed] if listed else []
+        changes.sets['custom_imports.imports'] = [*names, 'idlevit_mm']
+    if 'allow_failed_imports' not in imports:
+        changes.sets['custom_imports.allow_failed_imports'] = False
+    if settings.load_from is not None:
+        changes.sets['load_from'] = settings.load_from
+        if cfg.get('resume'):
+            changes.sets['resume'] = False
+    return changes
 
 
 def differences(before: Any, after: Any, key: str = '') -> Differences:
-    """Compare nested values.
-
-    Returns:
-        Dotted name of what differs, with the old and the new value; ``'(none)'`` for what one of
-        them lacks.
-    """
+    """Old and new value of what differs, by dotted names; ``'(none)'`` for what one lacks."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         names: Iterable[Any] = dict.fromkeys([*before, *after])
         pairs = [(name, before.get(name, _MISSING), after.get(name, _MISSING)) for name in names]
@@ -244,44 +237,38 @@ def differences(before: Any, after: Any, key: str = '') -> Differences:
     return found
 
 
-def idle_text(
-    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
-) -> str:
-    """Text of the config that inherits ``config`` from where ``out`` lies.
+def idle_text(config: Path, out: Path, cfg: Config, changes: Changes) -> str:
+    """Text of the config with idle backbones, for the file ``out``.
 
-    Args:
-        config: The user's config file.
-        out: File that the text is for.
-        cfg: The resolved config.
-        changes: What becomes of its backbones.
-        settings: What the user wants.
-
-    Raises:
-        UsageError: A config in mmengine's new style cannot be imported from there.
+    It inherits ``config``; a config in mmengine's new style is written resolved.
     """
-    write = _new_style_text if is_new_style(config) else _old_style_text
-    head = textwrap.fill(
-        f'{config.name} with idle tokens, written by tools/idle_config.py {_options(settings)}',
-        width=96,
-        initial_indent='# ',
-        subsequent_indent='# ',
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return f'{head}\n{write(config, out, cfg, changes, settings)}'
+    head = f'# {config.name} with idle tokens, written by tools/idle_config.py'
+    lines, target = [head], Config()
+    if Config._is_lazy_import(str(config)):
+        target = Config(cfg.to_dict())
+        for name in changes.drops:
+            holder, _, key = name.rpartition('.')
+            _at(target, holder).pop(key)
+        for name, entries in changes.adds.items():
+            _at(target, name).extend(entries)
+    else:
+        path = Path(os.path.relpath(config, out.parent)).as_posix()
+        lines.append(f'_base_ = {path if path.startswith("../") else f"./{path}"!r}')
+        for name in changes.drops:
+            holder, _, key = name.rpartition('.')
+            lines.append(f'_base_.{holder}.pop({key!r})')
+        lines += [f'_base_.{name}.extend({new!r})' for name, new in changes.adds.items() if new]
+    target.merge_from_dict(changes.sets)
+    try:
+        return '\n'.join([*lines, target.pretty_text])
+    except SyntaxError as error:
+        raise UsageError(f'{config} cannot be written as text: {one_line(error, 300)}') from error
 
 
 def idle_config(
     config: str, settings: Settings, out: str | None = None, force: bool = False
 ) -> Swapped:
-    """Write the idle config of a user's config.
-
-    Args:
-        config: A config file, or ``mmdet::`` or ``mmseg::`` and the name of one that ships there.
-        settings: What the user wants.
-        out: File to write; by default ``<config>_idle.py`` beside the config, or in the current
-            folder for a config of an installed package.
-        force: Whether to replace a file that exists.
+    """Write the idle config of a user's config, as the options of ``tools/idle_config.py`` say.
 
     Raises:
         UsageError: Anything is missing, cannot be converted, or does not fit.
@@ -293,14 +280,15 @@ def idle_config(
         changes = plan_swap(cfg, settings)
     except UsageError as error:
         raise UsageError(f'{config}: {error}') from error
-    text = idle_text(path, target, cfg, changes, settings)
+    text = idle_text(path, target, cfg, changes)
 
     # Beside the target, since what it inherits is named relative to its place.
     draft = target.with_name(f'{target.stem}_draft_{os.getpid()}.py')
     try:
         draft.write_text(text, encoding='utf-8')
         changed = differences(cfg.to_dict(), load_config(str(draft)).to_dict())
-        _check_changed(config, changed, changes)
+        if others := [name for name in changed if not changes.covers(name)]:
+            raise UsageError(f'{config} cannot be inherited without changing {", ".join(others)}')
         os.replace(draft, target)
     except OSError as error:
         raise UsageError(f'--out {target} cannot be written: {error.strerror}') from error
@@ -315,45 +303,22 @@ def write_idle_config(
 ) -> None:
     """Write the idle config of a user's config and print what it changes; see `idle_config`."""
     swapped = idle_config(config, settings, out, force)
-    print(f'{os.path.relpath(swapped.file)} inherits {config} and changes:')
+    verb = 'resolves' if Config._is_lazy_import(str(_config_path(config))) else 'inherits'
+    print(f'{os.path.relpath(swapped.file)} {verb} {config} and changes:')
     for key, (old, new) in swapped.changed.items():
         print(f'  {key}: {_short(old)} -> {_short(new)}')
     for name in swapped.left:
         print(f'Left dense, because others learn from it: {name}')
 
 
-def is_new_style(config: Path) -> bool:
-    """Whether mmengine takes a file for a config in pure Python, which imports what it inherits."""
-    try:
-        return Config._is_lazy_import(str(config))
-    except Exception as error:
-        raise UsageError(f'config {config} cannot be read: {error}') from error
+# Deciding
 
 
-# Finding backbones
-
-
-def _walk(
-    part: Any, path: tuple[str | int, ...], scope: str | None
-) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any], str | None]]:
-    """All dicts with a type inside a part, with the scope in which their type is looked up."""
-    if isinstance(part, Mapping):
-        scope = part.get('_scope_') or scope
-        if part.get('type') is not None:
-            yield path, part, scope
-        for key, value in part.items():
-            yield from _walk(value, (*path, key), scope)
-    elif _is_list(part):
-        for number, value in enumerate(part):
-            yield from _walk(value, (*path, number), scope)
-
-
-def _class_of(kind: Any, scope: str | None) -> tuple[str, str]:
-    """Library and name of the class that a type, a name or a class, stands for."""
-    if isinstance(kind, str):
-        library, _, name = kind.rpartition('.')
-        return library.partition('.')[0] or scope or '', name
-    return getattr(kind, '__module__', '').partition('.')[0], getattr(kind, '__name__', str(kind))
+def _at(cfg: Any, name: str) -> Any:
+    """What stands under a dotted name of a config."""
+    for key in name.split('.'):
+        cfg = cfg[key]
+    return cfg
 
 
 def _library_by_task(cfg: Mapping[str, Any]) -> str:
@@ -363,23 +328,10 @@ def _library_by_task(cfg: Mapping[str, Any]) -> str:
         return ''
 
 
-def _full_name(backbone: Backbone) -> str:
-    return '.'.join(filter(None, (backbone.library, backbone.dense)))
-
-
-# Deciding
-
-
-def _holder(cfg: Mapping[str, Any], backbone: Backbone) -> Any:
-    """The part of the config that holds a backbone."""
-    part: Any = cfg
-    for key in backbone.path[:-1]:
-        part = part[key]
-    return part
-
-
-def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Change:
-    kind = f'{backbone.name} ({_full_name(backbone)})'
+def _plan_backbone(
+    cfg: Mapping[str, Any], backbone: Backbone, settings: Settings, changes: Changes
+) -> None:
+    kind = f'{backbone.name} ({backbone.kind})'
     assert backbone.twin is not None
     if any(isinstance(key, int) for key in backbone.path):
         raise UsageError(
@@ -390,7 +342,7 @@ def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Chang
         {name: argument.default for name, argument in arguments_of(cls).items()}
         for cls in (dense_class, idle_class)
     )
-    given = {key: backbone.config[key] for key in backbone.config if key not in _NOT_ARGUMENTS}
+    given = {k: value for k, value in backbone.config.items() if k not in ('type', '_scope_')}
     foreign = [name for name in given if name not in idle]
     needed = [
         f'{name}={given[name]!r}'
@@ -415,12 +367,15 @@ def _plan_backbone(backbone: Backbone, settings: Settings, holder: Any) -> Chang
     _check_weights(kind, _built(kind, dense_class, given), network)
     if settings.random_ratios and all(r == 1.0 for stage in network.keep_ratios for r in stage):
         raise UsageError('--random-ratios leaves blocks with keep ratio 1.0 dense, and all have it')
-    around: dict[str, Any] = {}
+    updates['type'] = backbone.twin
+    holder = backbone.name.rpartition('.')[0]
     if settings.load_from is not None:
         updates |= {name: None for name in _WEIGHTS if given.get(name) is not None}
         # Segmentors hand theirs to the backbone.
-        around = {} if holder.get('pretrained') is None else {'pretrained': None}
-    return Change(backbone, tuple(foreign), updates, around)
+        if _at(cfg, holder).get('pretrained') is not None:
+            changes.sets[f'{holder}.pretrained'] = None
+    changes.drops += [f'{backbone.name}.{name}' for name in foreign]
+    changes.sets |= {f'{backbone.name}.{name}': value for name, value in updates.items()}
 
 
 def _dense_class(backbone: Backbone) -> type[nn.Module]:
@@ -445,7 +400,7 @@ def _check_init_cfg(kind: str, twin: str, init_cfg: Any) -> None:
     if init_cfg is None:
         return
     if isinstance(init_cfg, Mapping) and init_cfg.get('checkpoint'):
-        how = _class_of(init_cfg.get('type', 'Pretrained'), None)[1].removesuffix('Init')
+        how = class_of(init_cfg.get('type', 'Pretrained'))[1].removesuffix('Init')
         prefix = str(init_cfg.get('prefix', 'backbone')).rstrip('.')
         if how == 'Pretrained' and prefix == 'backbone':
             return
@@ -466,24 +421,19 @@ def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any
 
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
-    new = {name: v.shape for name, v in idle.state_dict().items() if not of_policy(name)}
-    old = {name: v.shape for name, v in dense.state_dict().items()}
-    differ = [
-        f'{name} is {_size(old.get(name))}, not {_size(new.get(name))}'
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    report = compare(idle.state_dict(), dense.state_dict(), policy_too=False)
+    differ = {name: (tuple(dense.state_dict()[name].shape), 'absent') for name in report.unexpected}
+    differ |= {name: ('absent', tuple(idle.state_dict()[name].shape)) for name in report.missing}
+    differ |= report.mismatched
     if differ:
+        listed = [f'{name} is {old}, not {new}' for name, (old, new) in sorted(differ.items())]
         raise UsageError(
-            f'{kind} has other weights than {type(idle).__name__}: {shortened(differ, 3, "; ")}'
+            f'{kind} has other weights than {type(idle).__name__}: {shortened(listed, 3, "; ")}'
         )
 
 
-def _size(shape: torch.Size | None) -> str:
-    return 'absent' if shape is None else str(tuple(shape))
-
-
-def _check_hooks(cfg: Mapping[str, Any], settings: Settings) -> None:
+def _plan_hooks(cfg: Mapping[str, Any], settings: Settings, changes: Changes) -> None:
+    hooks: list[dict[str, Any]] = []
     if settings.distill and settings.load_from is None:
         raise UsageError('--distill needs the checkpoint of its teacher: --load-from CHECKPOINT')
     if settings.random_ratios:
@@ -491,138 +441,27 @@ def _check_hooks(cfg: Mapping[str, Any], settings: Settings) -> None:
             RandomKeepRatioHook(*settings.random_ratios)
         except (TypeError, ValueError) as error:
             raise UsageError(f'--random-ratios: {error}') from error
-    present = {
-        _class_of(hook['type'], None)[1]
-        for hook in cfg.get('custom_hooks') or ()
-        if isinstance(hook, Mapping) and 'type' in hook
-    }
-    for hook in _hooks(settings):
+        low, high = settings.random_ratios
+        hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high))
+    if settings.distill:
+        # Its teacher is by default what training starts from.
+        hooks.append(dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation')]))
+    before = cfg.get('custom_hooks') or []
+    present = {class_of(hook.get('type'))[1] for hook in before if isinstance(hook, Mapping)}
+    for hook in hooks:
         if hook['type'] in present:
             raise UsageError(f'custom_hooks has a {hook["type"]} already, and one is all there is')
-
-
-def _check_changed(config: str, changed: Differences, changes: list[Change]) -> None:
-    """Check that the written config changes nothing but what it is meant to."""
-    meant = [name for change in changes for name in change.names]
-    meant += ['custom_imports', 'custom_hooks', 'load_from', 'resume']
-    others = [key for key in changed if not any(key == m or key.startswith(f'{m}.') for m in meant)]
-    if others:
-        raise UsageError(f'{config} cannot be inherited without changing {", ".join(others)}')
+    if hooks and before:
+        changes.adds['custom_hooks'] = hooks
+    elif hooks:
+        changes.sets['custom_hooks'] = hooks
 
 
 # Writing
 
 
-def _hooks(settings: Settings) -> list[dict[str, Any]]:
-    hooks: list[dict[str, Any]] = []
-    if settings.random_ratios:
-        low, high = settings.random_ratios
-        hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high))
-    if settings.distill:
-        # Its teacher is by default what training starts from.
-        loss = dict(type='FeatureDistillation')
-        hooks.append(dict(type='AuxiliaryLossHook', losses=[loss]))
-    return hooks
-
-
-def _start(cfg: Config, settings: Settings) -> str:
-    """Lines that say what training starts from."""
-    if settings.load_from is None:
-        return ''
-    lines = assignment('load_from', settings.load_from)
-    return lines + (assignment('resume', False) if cfg.get('resume') else '')
-
-
-def _old_style_text(
-    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
-) -> str:
-    imports = dict(cfg.get('custom_imports') or {})
-    listed = imports.get('imports') or []
-    names = [listed] if isinstance(listed, str) else list(listed)
-    lines = [assignment('_base_', _relative(config, out))]
-    if 'idlevit_mm' not in names:
-        before: list[Any] = names
-        if names and _is_list(listed):
-            before = [Code('*_base_.custom_imports.imports')]
-        extended: dict[str, Any] = dict(imports=[*before, 'idlevit_mm'])
-        if 'allow_failed_imports' not in imports:
-            extended['allow_failed_imports'] = False
-        lines.append(assignment('custom_imports', extended))
-    drops = ''
-    model: dict[str, Any] = {}
-    for change in changes:
-        place = '.'.join(('_base_', *map(str, change.backbone.path)))
-        drops += ''.join(f'{place}.pop({name!r})\n' for name in change.drops)
-        model = merged(model, _patch(change, change.backbone.twin))
-    lines.append(f'\n{drops}{assignment("model", model["model"])}')
-    lines.append(_start(cfg, settings))
-    if hooks := _hooks(settings):
-        before = [Code('*_base_.custom_hooks')] if cfg.get('custom_hooks') else []
-        lines.append(assignment('custom_hooks', [*before, *hooks]))
-    return ''.join(lines)
-
-
-def _new_style_text(
-    config: Path, out: Path, cfg: Config, changes: list[Change], settings: Settings
-) -> str:
-    hooks = _hooks(settings)
-    names = ', '.join(sorted({str(change.backbone.twin) for change in changes}))
-    lines = [
-        'from mmengine.config import read_base\n\n'
-        f'with read_base():\n    from {_module(config, out)} import *\n\n'
-        f'from idlevit_mm.backbones import {names}\n'
-    ]
-    if hooks:
-        lines.append(
-            f'from idlevit_mm.hooks import {", ".join(sorted(h["type"] for h in hooks))}\n'
-        )
-    lines.append('\n')
-    patch: dict[str, Any] = {}
-    for change in changes:
-        lines += [f'{change.backbone.name}.pop({name!r})\n' for name in change.drops]
-        patch = merged(patch, _patch(change, Code(change.backbone.twin)))
-    lines.append(f'model.update({source(patch["model"], len("model.update()"))})\n')
-    lines.append(_start(cfg, settings))
-    if hooks:
-        before = [Code('*custom_hooks')] if cfg.get('custom_hooks') else []
-        classes = [{**hook, 'type': Code(hook['type'])} for hook in hooks]
-        lines.append(assignment('custom_hooks', [*before, *classes]))
-    return ''.join(lines)
-
-
-def _patch(change: Change, kind: Any) -> Any:
-    """Nested dict that sets what changes in one backbone."""
-    *holder, last = map(str, change.backbone.path)
-    inside = {last: {'type': kind, **change.updates}}
-    return nested(tuple(holder), {**change.around, **inside})
-
-
-def _options(settings: Settings) -> str:
-    """The options of the command line, files by their bare names."""
-    keep = settings.keep
-    several = isinstance(keep, list) and all(isinstance(ratio, float) for ratio in keep)
-    words = ['--keep', *(map(str, keep) if several else [_quoted(keep)])]
-    policy = dict(settings.policy)
-    for option, key in (('--policy', 'type'), ('--scorer', 'scorer'), ('--scope', 'scope')):
-        words += [option, policy[key]] if key in policy else []
-    if settings.load_from is not None:
-        words += ['--load-from', settings.load_from.replace('\\', '/').rpartition('/')[2]]
-    words += ['--distill'] if settings.distill else []
-    if settings.random_ratios:
-        words += ['--random-ratios', *map(str, settings.random_ratios)]
-    return ' '.join(words)
-
-
-def _quoted(value: Any) -> str:
-    return str(value) if isinstance(value, (int, float)) else f'"{value!r}"'
-
-
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text.rpartition('.')[2] if text.startswith('idlevit_mm.backbones.') else text
-
-
-# Files
+    return value if isinstance(value, str) else repr(value)
 
 
 def _config_path(config: str) -> Path:
@@ -655,51 +494,6 @@ def _target(config: Path, out: str | None, force: bool) -> Path:
     if not target.parent.is_dir():
         raise UsageError(f'--out {out}: the folder {target.parent} does not exist')
     return target
-
-
-def _relative(config: Path, out: Path) -> str:
-    try:
-        path = Path(os.path.relpath(config, out.parent)).as_posix()
-    except ValueError:  # another drive of Windows
-        return config.as_posix()
-    return path if path.startswith('../') else f'./{path}'
-
-
-def _module(config: Path, out: Path) -> str:
-    """How a config in pure Python is imported from where ``out`` lies.
-
-    Raises:
-        UsageError: A name on the way is no Python name, and no package holds the config.
-    """
-    *folders, last = Path(os.path.relpath(config, out.parent)).parts
-    ups = sum(folder == '..' for folder in folders)
-    names = [*folders[ups:], last.removesuffix('.py')]
-    package = _package_module(config)
-    if package is not None and (ups or not _importable(names)):
-        return package
-    if not _importable(names):
-        raise UsageError(
-            f'{config.name} is in pure Python style, and "from {".".join(names)} import *" is no '
-            'Python; give files and folders Python names, or let --out lie beside the config'
-        )
-    return '.' * (ups + 1) + '.'.join(names)
-
-
-def _package_module(config: Path) -> str | None:
-    """Dotted name of a file inside a package that Python finds."""
-    for folder in config.parents:
-        names = config.relative_to(folder.parent).with_suffix('').parts
-        if (
-            (folder / '__init__.py').is_file()
-            and any(Path(place).resolve() == folder.parent.resolve() for place in sys.path)
-            and _importable(names)
-        ):
-            return '.'.join(names)
-    return None
-
-
-def _importable(names: Iterable[str]) -> bool:
-    return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
 
 
 def _is_list(value: Any) -> bool:

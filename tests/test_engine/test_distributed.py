@@ -27,7 +27,7 @@ from toys import (
     runner_settings,
 )
 
-from idlevit_mm.engine import ResumableRunner, SettingError, launch, load_checkpoint
+from idlevit_mm.engine import ResumableRunner, SettingError, load_checkpoint, processes
 from idlevit_mm.engine.sharding import FullyShardedModel, optimizers_of
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='gloo between processes')
@@ -142,8 +142,9 @@ def teacher_of(tmp_path_factory):
 CASES = ('plain', 'losses', 'accumulate', 'random')
 
 
-@pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize('variant', ['swin', 'pvt'])
+@pytest.mark.parametrize(
+    ('variant', 'case'), [*(('swin', case) for case in CASES), ('pvt', 'losses')]
+)
 def test_two_processes_train_like_one_on_the_joined_batch(teacher_of, variant, case):
     folder = teacher_of[variant]
     alone = train(folder / f'{case}_alone', variant, case)
@@ -347,7 +348,8 @@ def prepared(rank, wrapper):
     cfg = Config(dict(model=dict(decode_head=dict(norm_cfg=norm), neck=[dict(norm_cfg=norm)])))
     if wrapper:
         cfg.model_wrapper_cfg = dict(type=wrapper)
-    launch._prepare_launcher(cfg, 'pytorch')
+    cfg.launcher = 'pytorch'
+    processes.open_group(cfg)
     return cfg.to_dict()
 
 

@@ -288,12 +288,19 @@ def test_flexible_runners_too():
     assert Runner.resume.__globals__['mmengine'].__version__
 
 
-def test_settings_are_read_as_data():
-    text = "a = dict(batch_size=4, b=[dict(c=(1, -2.5)), 'd'])\nb = a\nc = open('x')\nd = dict(a)"
-    assert settings_of(text) == {'a': dict(batch_size=4, b=[dict(c=(1, -2.5)), 'd'])}
-    assert settings_of('gpu_ids = range(0, 8)')['gpu_ids'] == range(8)
-    own = Config(dict(model=dict(type='A', b=[1, (2, None)]), train_dataloader=dict(batch_size=2)))
-    assert settings_of(own.pretty_text) == own.to_dict()
+def test_the_number_of_gpus_is_read_as_data():
+    """It is all that mmengine reads of a config in a checkpoint."""
+    for gpus in ([0, 1, 2], (0, 1, 2), range(1, 4)):
+        text = Config(dict(a=dict(b='gpu_ids = [7]'), gpu_ids=gpus, z=[1])).pretty_text
+        assert len(settings_of(text)['gpu_ids']) == 3
+    for text in ("gpu_ids = [open('x')]", 'gpu_ids = range(0, 10 ** 9)', 'gpu_ids = 3', 'a = 1'):
+        assert settings_of(text) == {}
+    for endless in (
+        'gpu_ids = [' + ' 1,' * 10**6,
+        'gpu_ids = ' + '\n' * 10**6,
+        'gpu_ids\n' * 10**6,
+    ):
+        assert settings_of(endless) == {}
 
 
 def test_another_number_of_gpus_is_one_line(tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import re
 import uuid
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from idlevit_mm.engine import ResumableRunner, UsageError, launch
+from idlevit_mm.engine import ResumableRunner, UsageError, launch, processes
 from idlevit_mm.engine.launch import (
     build_runner,
     evaluate_from_config,
@@ -127,9 +128,19 @@ def one_image(config, tmp_path):
     return config
 
 
+def told(capsys, tool, config, **arguments):
+    """The one line that a tool ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(tool, config=config, **arguments)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
+    return line.removeprefix('error: ')
+
+
 WARMUP = dict(type='KeepRatioWarmupHook', end=1)
 LATE_ERRORS = [
-    (dict(custom_hooks=[WARMUP, WARMUP]), 'only one hook can set the keep ratios'),
+    (dict(custom_hooks=[WARMUP, WARMUP]), '.*only one hook can set the keep ratios.*'),
     (
         {
             'custom_hooks': [WARMUP],
@@ -141,28 +152,25 @@ LATE_ERRORS = [
                 num_heads=[1] * 4,
             ),
         },
-        'KeepRatioWarmupHook found no IdleBackbone',
+        '.*KeepRatioWarmupHook found no IdleBackbone.*',
     ),
     (
         {
             'custom_hooks': [dict(type='AuxiliaryLossHook', losses=[dict(type='TokenCutLoss')])],
             'model.backbone.policy': dict(scope='windows'),
         },
-        "backbone has policy.scope='windows'",
+        ".*backbone has policy.scope='windows'.*",
     ),
     (
         {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='weights.pth')},
-        r"checkpoint 'weights\.pth' has no weight of IdleSwinTransformer",
+        r".*checkpoint 'weights\.pth' has no weight of IdleSwinTransformer.*",
     ),
 ]
 
 
 @pytest.mark.parametrize(('options', 'message'), LATE_ERRORS)
 def test_what_hooks_and_backbones_find_is_one_line(one_image, capsys, options, message):
-    with pytest.raises(SystemExit) as exit_:
-        run_tool(train_from_config, config=one_image, cfg_options=options)
-    assert exit_.value.code == 2
-    assert re.fullmatch(f'error: .*{message}.*\n', capsys.readouterr().err)
+    assert re.fullmatch(message, told(capsys, train_from_config, one_image, cfg_options=options))
 
 
 def test_faults_of_other_origin_keep_their_traceback(one_image):
@@ -183,23 +191,20 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-@pytest.fixture(params=['empty', 'cut off', 'text', 'archive', 'malicious', 'list'])
-def bad_checkpoint(request, tmp_path):
-    """Path of a file that is no checkpoint; nothing must make the folder `harm` beside it."""
-    path = tmp_path / 'bad.pth'
+def bad_checkpoint(kind, path):
+    """Write a file that is no checkpoint; nothing must make the folder `harm` beside it."""
     good = dict(state_dict={'backbone.w': torch.ones(1000)}, optimizer={}, meta=dict(iter=1))
-    if request.param == 'malicious':
-        torch.save(dict(good, extra=Malicious(str(tmp_path / 'harm'))), path)
-    elif request.param == 'list':
+    if kind == 'malicious':
+        torch.save(dict(good, extra=Malicious(str(path.parent / 'harm'))), path)
+    elif kind == 'list':
         torch.save([torch.ones(3)], path)
-    elif request.param == 'archive':
+    elif kind == 'archive':
         with zipfile.ZipFile(path, 'w') as archive:
             archive.writestr('readme.txt', 'no weights')
     else:
         torch.save(good, path)
         data = path.read_bytes()
-        path.write_bytes({'empty': b'', 'cut off': data[: len(data) // 2]}.get(request.param, b'x'))
-    return path
+        path.write_bytes({'empty': b'', 'cut off': data[: len(data) // 2]}.get(kind, b'x'))
 
 
 TEACHER = dict(
@@ -217,14 +222,22 @@ ROLES = {
 }
 
 
-@pytest.mark.parametrize('role', ROLES)
-def test_bad_checkpoints_are_one_line(one_image, bad_checkpoint, capsys, role):
+def assert_refused(one_image, capsys, kind, role):
+    folder = Path(one_image).parent
+    bad_checkpoint(kind, folder / 'bad.pth')
     tool = evaluate_from_config if role == 'test' else train_from_config
-    with pytest.raises(SystemExit) as exit_:
-        run_tool(tool, config=one_image, **ROLES[role])
-    assert exit_.value.code == 2
-    assert re.fullmatch(r'error: .*bad\.pth.*\n', capsys.readouterr().err)
-    assert not (bad_checkpoint.parent / 'harm').exists()
+    assert 'bad.pth' in told(capsys, tool, one_image, **ROLES[role])
+    assert not (folder / 'harm').exists()
+
+
+@pytest.mark.parametrize('kind', ['empty', 'cut off', 'text', 'archive', 'malicious', 'list'])
+def test_every_bad_checkpoint_is_one_line(one_image, capsys, kind):
+    assert_refused(one_image, capsys, kind, 'load_from')
+
+
+@pytest.mark.parametrize('role', [role for role in ROLES if role != 'load_from'])
+def test_bad_checkpoints_are_one_line_wherever_they_are_named(one_image, capsys, role):
+    assert_refused(one_image, capsys, 'malicious', role)
 
 
 TRAIN_ERRORS = [
@@ -249,7 +262,8 @@ TRAIN_ERRORS = [
         'auto_scale_lr.base_batch_size=16',
     ),
     (dict(cfg_options={'train_dataloader.dataset.ann_file': 'b.json'}), r'b\.json does not exist'),
-    (dict(work_dir='net.py'), r'work dir net\.py is a file'),
+    (dict(work_dir='net.py'), r'work dir net\.py cannot be written to: File exists.*--work-dir'),
+    (dict(work_dir='/proc/nowhere'), 'work dir /proc/nowhere cannot be written to: .*--work-dir'),
     (
         dict(cfg_options={'model.backbone.keep_ratios': 1.5}),
         r'does not build: .*keep_ratios=1\.5.*\(0, 1\]',
@@ -262,11 +276,16 @@ TRAIN_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(('arguments', 'message'), TRAIN_ERRORS)
-def test_train_errors(config, arguments, message):
-    with pytest.raises(UsageError, match=message) as error:
-        train_from_config(config, **arguments)
-    assert '\n' not in str(error.value)
+def assert_said(tool, config, table):
+    """Each call of a table ends in its message, in one line."""
+    for arguments, message in table:
+        with pytest.raises(UsageError, match=message) as error:
+            tool(config, **arguments)
+        assert '\n' not in str(error.value)
+
+
+def test_train_errors(config):
+    assert_said(train_from_config, config, TRAIN_ERRORS)
 
 
 TEST_ERRORS = [
@@ -284,11 +303,10 @@ TEST_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(('arguments', 'message'), TEST_ERRORS)
-def test_test_errors(config, arguments, message):
+def test_test_errors(config):
     os.mkdir('folder.pkl')
-    with pytest.raises(UsageError, match=message):
-        evaluate_from_config(config, **{'checkpoint': 'weights.pth', **arguments})
+    table = [({'checkpoint': 'weights.pth', **given}, message) for given, message in TEST_ERRORS]
+    assert_said(evaluate_from_config, config, table)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what is missing without CUDA')
@@ -299,32 +317,35 @@ def test_errors_without_accelerator(config):
         train_from_config(config, cfg_options={'optim_wrapper.type': 'AmpOptimWrapper'})
 
 
-@pytest.mark.parametrize(
-    ('launcher', 'absent', 'starter'),
-    [
-        ('pytorch', 'RANK', 'dist_train.sh'),
-        ('slurm', 'SLURM_PROCID', 'slurm_train.sh'),
-        ('mpi', 'OMPI_COMM_WORLD_RANK', 'mpirun'),
-    ],
-)
-def test_a_launcher_that_did_not_start_the_process(config, monkeypatch, launcher, absent, starter):
-    monkeypatch.delenv(absent, raising=False)
-    with pytest.raises(UsageError, match=f'--launcher {launcher} without {absent} .*{starter}'):
-        train_from_config(config, launcher=launcher)
+def test_a_launcher_that_did_not_start_the_process(config, monkeypatch):
+    started_by = {
+        'pytorch': ('RANK', 'dist_train.sh'),
+        'slurm': ('SLURM_PROCID', 'slurm_train.sh'),
+        'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
+    }
+    for launcher, (absent, starter) in started_by.items():
+        monkeypatch.delenv(absent, raising=False)
+        with pytest.raises(UsageError, match=f'--launcher {launcher} without {absent} .*{starter}'):
+            train_from_config(config, launcher=launcher)
 
 
-@pytest.mark.parametrize(
-    ('nodes', 'first'),
-    [
-        ('localhost', 'localhost'),
-        ('a,b', 'a'),
-        ('node[03-05,9],login', 'node03'),
-        ('gpu-[7,9]-ib', 'gpu-7-ib'),
-        ('node[12]', 'node12'),
-    ],
-)
-def test_the_first_machine_of_slurms_list(nodes, first):
-    assert launch.first_host(nodes) == first
+def test_the_first_machine_of_slurms_list():
+    first = {
+        'localhost': 'localhost',
+        'a,b': 'a',
+        'node[03-05,9],login': 'node03',
+        'gpu-[7,9]-ib': 'gpu-7-ib',
+        'node[12]': 'node12',
+    }
+    assert {nodes: processes.first_host(nodes) for nodes in first} == first
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '2')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UsageError, match='this machine has 2 GPUs, one for each process: start 2'):
+        processes.place_process('pytorch')
 
 
 def test_slurm_places_a_process(monkeypatch):
@@ -334,22 +355,15 @@ def test_slurm_places_a_process(monkeypatch):
     told = dict(PROCID=5, NTASKS=16, LOCALID=1, NODELIST='n[04-07]', JOB_ID=123456)
     for name, value in told.items():
         monkeypatch.setenv(f'SLURM_{name}', str(value))
-    launch._place_process('slurm')
+    processes.place_process('slurm')
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     assert [os.environ[name] for name in names] == ['5', '16', '1', 'n04', '23456']
-
-
-def test_a_work_dir_that_cannot_be_written_to(config):
-    with pytest.raises(
-        UsageError, match=r'work dir /proc/nowhere cannot be written to: .*--work-dir'
-    ):
-        train_from_config(config, work_dir='/proc/nowhere')
 
 
 def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     cfg = load_config(config)
-    launch._use_amp(cfg)
+    launch._set_precision(cfg, amp=True)
     launch._scale_lr(cfg)
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
@@ -395,17 +409,14 @@ def test_resume_in_the_config_counts(config, tmp_path):
         train_from_config(config, cfg_options={'resume': True, 'load_from': 'nowhere.pth'})
 
 
-@pytest.mark.parametrize(
-    ('settings', 'task'),
-    [
+def test_task():
+    for settings, task in [
         (dict(default_scope='mmdet'), 'detection'),
         (dict(default_scope='mmseg'), 'segmentation'),
         (dict(default_scope='mine', model=dict(decode_head={})), 'segmentation'),
         (dict(model=dict(roi_head={})), 'detection'),
-    ],
-)
-def test_task(settings, task):
-    assert task_of(Config(settings)) == task
+    ]:
+        assert task_of(Config(settings)) == task
 
 
 def segmentor(**more):

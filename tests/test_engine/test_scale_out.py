@@ -1,21 +1,19 @@
 """The launchers, with real processes: several machines, Slurm, and a process that is killed."""
 
-import importlib.util
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from idlevit_mm.engine import load_checkpoint
-from idlevit_mm.engine.launch import run_tool
+from idlevit_mm.engine import launch, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / 'tools'
@@ -41,6 +39,8 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if os.environ.get('KILL') == f'{runner.rank} at {runner.iter + 1}':
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get('FAULT') == f'{runner.rank}':
+            raise ValueError('a fault')
 """
 # A model with a head for segmentation, which is what tools/test.py wants to know.
 CONFIG = """
@@ -161,6 +161,7 @@ def runs(place):
         for number in (0, 1)
     ]
     output = dict(whole=[finish(process) for process in whole])
+    begin = time.monotonic()
     output['killed'] = finish(
         start(
             place,
@@ -169,8 +170,9 @@ def runs(place):
             PORT=free_port(),
             KILL='0 at 8',
         ),
-        code=128 + 9,
+        code=1,
     )
+    output['seconds'] = time.monotonic() - begin
     output['left'] = sorted(p.name for p in (place / 'parts').iterdir() if p.suffix != '.py')
     output['resumed'] = finish(
         start(
@@ -199,15 +201,32 @@ def test_two_machines_train_together(place, runs):
 
 
 @pytest.mark.e2e
-def test_a_killed_process_ends_the_job(place, runs):
-    lines = runs['killed'].strip().splitlines()
-    assert lines[-1].startswith('error: process 0 was ended by SIGKILL')
-    assert lines[-1].endswith(
-        'start the same command again with --resume to go on from the last one'
-    )
-    assert 'Traceback' not in runs['killed']
+def test_a_killed_process_ends_the_job_and_is_named(place, runs):
+    cause = runs['killed'].partition('Root Cause')[2]
+    assert re.search(r'time +: \d{4}-\d\d-\d\d_\d\d:\d\d:\d\d\n.*\n +rank +: 0 ', cause)
+    assert re.search(r'exitcode +: -9 .*\n.*\n +traceback : Signal 9 \(SIGKILL\)', cause)
+    assert runs['seconds'] < 60, 'the other one waits for it'
     work_dir = [name for name in runs['left'] if not name.startswith('20')]
     assert work_dir == ['epoch_1.pth', 'epoch_2.pth', 'last_checkpoint']
+
+
+@pytest.mark.e2e
+def test_a_fault_ends_the_job_and_is_named(place):
+    options = ('toy_config.py', 2, '--work-dir', 'faulty')
+    output = finish(start(place, 'dist_train.sh', *options, PORT=free_port(), FAULT=1), code=1)
+    cause = output.partition('Root Cause')[2]
+    assert re.search(r'rank +: 1 ', cause)
+    assert 'traceback : Traceback' in cause
+    assert cause.index('in after_train_iter') < cause.index('ValueError: a fault')
+
+
+@pytest.mark.e2e
+def test_a_user_error_is_one_line_and_its_process_is_named(place):
+    output = finish(start(place, 'dist_train.sh', 'absent.py', 1, PORT=free_port()), code=1)
+    assert output.splitlines().count('error: config absent.py does not exist') == 1
+    cause = output.partition('Root Cause')[2]
+    assert re.search(r'exitcode +: 2 ', cause)
+    assert 'UsageError: config absent.py does not exist' in cause
 
 
 @pytest.mark.e2e
@@ -263,82 +282,27 @@ USAGE = [
     ('slurm_test.sh', ['short'], {}, r'usage: .*slurm_test\.sh PARTITION'),
     ('slurm_train.sh', ['p', 'j', 'c', 'w'], dict(GPUS='x'), "GPUS='x' must be a whole number"),
     ('dist_train.sh', ['c.py', '0'], {}, "PROCESSES='0' must be a whole number from 1 on"),
+    ('dist_train.sh', ['c.py', ''], {}, "PROCESSES='' must be a whole number from 1 on"),
     ('dist_test.sh', ['c.py', 'c.pth', 'two'], {}, "PROCESSES='two' must be a whole number"),
+    ('dist_train.sh', ['c.py', '2'], dict(NNODES='0'), "NNODES='0' must be a whole number"),
+    ('dist_train.sh', ['c.py', '2'], dict(NNODES='2'), 'NNODES=2 needs MASTER_ADDR'),
+    ('dist_train.sh', ['c.py', '2'], dict(NODE_RANK='1'), "NODE_RANK='1' must be .* NNODES=1"),
+    ('slurm_train.sh', [*'pjcw'], dict(PATH='/usr/bin:/bin'), 'there is no srun on this machine'),
 ]
 
 
-@pytest.mark.parametrize(('tool', 'arguments', 'environment', 'message'), USAGE)
-def test_usage_errors_are_one_line(place, tool, arguments, environment, message):
-    output = finish(start(place, tool, *arguments, **environment), code=2)
-    assert re.fullmatch(f'error: .*{message}.*\n', output)
-
-
-def test_no_srun(place):
-    output = finish(start(place, 'slurm_train.sh', *'pjcw', PATH='/usr/bin:/bin'), code=2)
-    assert 'there is no srun on this machine' in output
-
-
-@pytest.fixture(scope='module')
-def dist_run():
-    spec = importlib.util.spec_from_file_location('dist_run', TOOLS / 'dist_run.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_options_of_torchrun(dist_run):
-    assert dist_run.torchrun_options('4', {}) == [
-        *('--nnodes=1', '--node-rank=0', '--master-addr=127.0.0.1', '--master-port=29500'),
-        '--nproc-per-node=4',
-    ]
-    told = dict(NNODES='3', NODE_RANK='2', MASTER_ADDR='10.0.0.1', PORT='1234')
-    assert dist_run.torchrun_options('8', told, num_gpus=8) == [
-        *('--nnodes=3', '--node-rank=2', '--master-addr=10.0.0.1', '--master-port=1234'),
-        '--nproc-per-node=8',
-    ]
-
-
-@pytest.mark.parametrize(
-    ('processes', 'environment', 'gpus', 'message'),
-    [
-        ('-1', {}, 0, "PROCESSES='-1'"),
-        ('', {}, 0, "PROCESSES=''"),
-        ('9', {}, 8, 'PROCESSES=9, but this machine has 8 GPUs'),
-        ('2', dict(NNODES='0'), 0, "NNODES='0'"),
-        ('2', dict(NNODES='2'), 0, 'NNODES=2 needs MASTER_ADDR'),
-        ('2', dict(NODE_RANK='1'), 0, 'NODE_RANK=1 must be below NNODES=1'),
-        ('2', dict(PORT='http'), 0, "PORT='http'"),
-        ('2', dict(PORT='99999'), 0, "PORT='99999' must be a whole number from 1 to 65535"),
-    ],
-)
-def test_settings_with_which_nothing_starts(dist_run, processes, environment, gpus, message):
-    with pytest.raises(dist_run.LaunchError, match=message):
-        dist_run.torchrun_options(processes, environment, gpus)
-
-
-@pytest.mark.parametrize(
-    ('codes', 'first'),
-    [({0: 1, 1: -9}, 1), ({0: -15, 1: 1}, 1), ({0: 2, 1: 2}, 0), ({0: -15, 1: 1, 2: -11}, 2)],
-)
-def test_the_first_cause(dist_run, codes, first):
-    failures = {
-        rank: SimpleNamespace(exitcode=code, timestamp=rank) for rank, code in codes.items()
-    }
-    assert dist_run.first_cause(failures)[0] == first
-
-
-def test_descriptions(dist_run):
-    assert 'ended by SIGKILL (by a person' in dist_run.description(3, -9, 'tools/train.py')
-    assert '--resume' in dist_run.description(3, 1, 'tools/train.py')
-    assert 'ended by SIGSEGV. Start' in dist_run.description(3, -11, 'tools/test.py')
-    assert 'exit code 1; it says why above' in dist_run.description(3, 1, 'tools/test.py')
+def test_usage_errors_are_one_line(place):
+    for tool, arguments, environment, message in USAGE:
+        output = finish(start(place, tool, *arguments, **environment), code=2)
+        assert re.fullmatch(f'error: .*{message}.*\n', output)
 
 
 def lose_the_other(rank, folder):
     if rank == 1:
         os._exit(9)
+    launch._WAIT_FOR_OTHERS = 0
     sys.stderr = open(folder / 'said', 'w')  # noqa: SIM115 (the process ends with it)
-    run_tool(lambda: torch.distributed.all_reduce(torch.ones(3)))
+    launch.run_tool(lambda: torch.distributed.all_reduce(torch.ones(3)))
 
 
 def test_a_process_says_that_it_lost_another(tmp_path):

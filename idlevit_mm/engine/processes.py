@@ -1,0 +1,146 @@
+"""The processes of a distributed run: how each finds its place, and how they end together."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import logging
+import os
+import re
+import sys
+from typing import NoReturn
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.dist import get_world_size, is_distributed
+
+from ..errors import UsageError, one_line
+from .checks import parts_of
+
+_LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
+# Where a launcher tells a process its rank, the number of processes and its rank on its machine,
+# then where they meet, and who is the launcher.
+_LAUNCHERS = {
+    'pytorch': (
+        ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR'),
+        'tools/dist_train.sh, tools/dist_test.sh or torchrun',
+    ),
+    'slurm': (
+        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NODELIST'),
+        'tools/slurm_train.sh, tools/slurm_test.sh or srun',
+    ),
+    'mpi': (
+        (*(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')), 'MASTER_ADDR'),
+        "Open MPI's mpirun",
+    ),
+}
+
+
+def rank() -> int:
+    """Number of this process; 0 where there is only one, or none has its place yet."""
+    return int(os.environ.get('RANK') or 0)
+
+
+def say(message: str) -> None:
+    """Print on the first process."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def place_process(launcher: str) -> None:
+    """Tell torch by its own variables which of the processes this one is, and where they meet.
+
+    Raises:
+        UsageError: The launcher did not start this process, or there is no GPU for it.
+    """
+    if launcher == 'none':
+        return
+    env = os.environ
+    names, starter = _LAUNCHERS[launcher]
+    absent = [name for name in names if name not in env]
+    if absent:
+        raise UsageError(
+            f'--launcher {launcher} without {absent[0]} in the environment: start it by {starter}'
+        )
+    for ours, theirs in zip(_LAUNCHERS['pytorch'][0][:3], names, strict=False):
+        env[ours] = env[theirs]
+    if launcher == 'slurm':
+        env.setdefault('MASTER_ADDR', first_host(env['SLURM_NODELIST']))
+        # Jobs that share a machine must not share a port.
+        env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 9500)) % 10000))
+    env.setdefault('MASTER_PORT', '29500')
+    gpus = torch.cuda.device_count()
+    if launcher == 'pytorch' and 0 < gpus <= int(env['LOCAL_RANK']):
+        raise UsageError(f'this machine has {gpus} GPUs, one for each process: start {gpus}')
+
+
+def first_host(nodes: str) -> str:
+    """First machine of a list as Slurm writes it: ``node[03-05,9],login`` starts with node03."""
+    match = re.match(r'([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)', nodes)
+    return ''.join(part or '' for part in match.groups()) if match else nodes
+
+
+def open_group(cfg: Config) -> None:
+    """Open the group, and change the config, on machines without CUDA; mmengine cannot there."""
+    if cfg.launcher == 'none' or get_device() != 'cpu':
+        return
+    say('CUDA is not available: distributed on CPUs with the gloo backend.')
+    dist = cfg.setdefault('env_cfg', ConfigDict()).setdefault('dist_cfg', ConfigDict())
+    dist.backend = 'gloo'
+    wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    if wrapper.setdefault('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+        wrapper.setdefault('broadcast_buffers', False)
+        wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+        wrapper.device_ids = None
+    layers = [part for _, part, _ in parts_of(cfg.get('model'))]
+    layers = [layer for layer in layers if layer.get('type') in ('SyncBN', 'MMSyncBN')]
+    for layer in layers:
+        layer['type'] = 'BN'
+    if layers:
+        say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
+    if not is_distributed():
+        wait = dist.get('timeout')
+        timeout = None if wait is None else datetime.timedelta(seconds=wait)
+        torch.distributed.init_process_group('gloo', timeout=timeout)
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """What to tell a person if an error means that another process is gone; else None."""
+    network = isinstance(error, getattr(torch.distributed, 'DistError', ()))
+    if not is_distributed() or not (network or _LOST.search(str(error))):
+        return None
+    return (
+        f'process {rank()} of {get_world_size()} lost the connection to '
+        f'another one, which has ended or cannot be reached ({one_line(error)[-200:]}). If that '
+        'one does not say why, memory may have run out there. Checkpoints are whole: start the '
+        'same command again, a training with --resume'
+    )
+
+
+def leave_together() -> None:
+    """End the process group, if there is one, when all processes are done.
+
+    A process that leaves while its threads still talk to the others aborts, and torchrun then calls
+    a finished training a failed one.
+    """
+    if not is_distributed():
+        return
+    alone = get_world_size() == 1
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if not alone:
+        end_now(0)
+
+
+def end_now(code: int) -> NoReturn:
+    """End a process that is or was one of a group.
+
+    What refers to the group, such as a model, keeps its threads until the interpreter is torn
+    down, which aborts now and then. So do what ends a process, but not that.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
