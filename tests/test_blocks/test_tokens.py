@@ -163,8 +163,15 @@ def test_looking_at_the_map_changes_nothing(name, policy):
         assert torch.equal(outs[count - 1], alone)
 
 
+# Every way in which rows are out of their places between two blocks.
+WAYS = (
+    'swin-idlevit-windows', 'swin-evit-dropping', 'swin-evovit', 'pvtv2-evovit', 'vit-evit',
+    'vit-evit-dropping', 'vit-evovit',
+)  # fmt: skip
+
+
 @torch.no_grad()
-@each(CORE)
+@each(WAYS)
 def test_settled_changes_nothing(case):
     """It copies: what is packed stays so, and asking twice gives the same."""
     model = case.build().double()
@@ -267,7 +274,7 @@ def test_recomputation_chooses_no_other_tokens(case):
 
 
 @torch.no_grad()
-@each(CORE)
+@each([*WAYS, 'pvt-idlevit-map'])
 def test_a_block_returns_a_tuple_whose_first_is_a_tensor(case):
     """Hooks of wrappers and debuggers see it; where all are computed it is the true map."""
     model, seen = case.build(), []
@@ -300,7 +307,7 @@ def remake(tree):
     return made
 
 
-@each([*CORE, 'vit-evit-dropping', 'swin-evit-dropping', 'swin-idlevit-map-learned'])
+@each([*WAYS, 'swin-sparsevit', 'pvtv2-evit', 'swin-idlevit-map-learned'])
 def test_tuples_may_be_made_anew_between_blocks(case):
     results = []
     for wrapped in (False, True):
