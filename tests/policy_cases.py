@@ -88,8 +88,8 @@ CORE = [
 ]
 
 
-# The same without IdleViT's plain choice of tokens, which is what tests/test_backbones/test_idling.py
-# is about; there without the class token's query.
+# The same without IdleViT's plain choice of tokens, which tests/test_backbones/test_idling.py is
+# about, but for that by the class token's query.
 OWN = [
     case
     for case in CORE
