@@ -573,7 +573,8 @@ def test_checkpointing_changes_nothing(variant, scope):
             assert torch.equal(mask, cp_mask)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+# MiT's blocks are PVTv2's, which has more of them.
+@pytest.mark.parametrize(('variant', 'scope'), [p for p in SCOPES if p.values[0].name != 'pvtv2'])
 def test_gradients_are_right(variant, scope):
     """Numerical against analytical gradients; the grid keeps the selection fixed."""
     options = dict(embed_dims=4)
