@@ -41,6 +41,8 @@ class KillHook(Hook):
 COMMON = """
 custom_imports = dict(imports=['idlevit_mm', 'kill_hook'], allow_failed_imports=False)
 custom_hooks = [dict(type='KillHook')]
+# Visualisers are global by name, and a forked process has those of its parent.
+visualizer = dict(name='of its own')
 data_root = '{data}'
 train_dataloader = dict(
     batch_size=4, num_workers={workers}, persistent_workers={workers} > 0,
@@ -141,9 +143,7 @@ def forked(folder, tool, *arguments, **environment):
     path = folder / f'output_{uuid.uuid4().hex}.txt'
 
     def run():
-        with path.open('w') as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = path.open('w')
         os.environ.update(environment)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
@@ -155,6 +155,7 @@ def forked(folder, tool, *arguments, **environment):
     process = multiprocessing.get_context('fork').Process(target=run)
     process.start()
     process.join(900)
+    process.kill()
     return process.exitcode, path.read_text()
 
 
