@@ -17,6 +17,7 @@ from policy_cases import BY_CASE, CASE_FAMILIES, CASES, CORE, OWN, Case, each
 from torch import nn
 
 from idlevit_mm.blocks import Carried, Tokens
+from idlevit_mm.ops import row_mask
 from idlevit_mm.registry import POLICIES
 
 ODD = (3, 3, 45, 58)
@@ -210,6 +211,21 @@ def test_gradients_of_one_block(case):
 
 def settled(block, x, hw, carried):
     return block.settled(Tokens(x, hw, carried.pack))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures('each_window_path')
+@each(['swin-idlevit-context', 'vit-idlevit-context', 'vit-no-cls-idlevit-context'])
+def test_where_all_are_context_active_tokens_are_as_in_the_dense_block(case):
+    """Their keys are those of idle tokens too, and nothing else in a block mixes tokens."""
+    for block in stage_blocks(case.build().double())[0][-2:]:
+        x, hw = tokens_for(case, block, (9, 11), dtype=torch.float64)
+        dense = block(x, hw, 1.0)[0]
+        out, (_, plan, _) = block(x, hw, 0.4)
+        active = row_mask(plan.rows, x.shape[1])
+        active[:, 99:] = True  # class tokens
+        assert_close(out[active], dense[active], 1e-11)
+        assert torch.equal(out[~active], x[~active])
 
 
 def passing(case):
