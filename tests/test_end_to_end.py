@@ -171,7 +171,7 @@ def curve(work_dir):
 
 
 CASES = {
-    # how tools are run, kill at, checkpoint of the resumed run, final checkpoint, name of the score
+    # how tools are run in the end, kill at, checkpoint to resume, final checkpoint, name of the score
     'det': (command, '5', 'epoch_1.pth', 'epoch_3.pth', 'coco/bbox_mAP'),
     'seg': (forked, '6', 'iter_4.pth', 'iter_8.pth', 'mIoU'),
 }
@@ -186,7 +186,7 @@ def test_train_kill_resume_test(place, task):
 
     code, output = forked(place, 'train.py', config, '--work-dir', whole)
     assert code == 0, output[-4000:]
-    code, output = run(place, 'train.py', config, '--work-dir', parts, KILL_AT=kill_at)
+    code, output = forked(place, 'train.py', config, '--work-dir', parts, KILL_AT=kill_at)
     assert code == -signal.SIGKILL, output[-4000:]
     assert (parts / 'last_checkpoint').read_text() == str(parts / resumed_from)
     code, output = run(place, 'train.py', config, '--work-dir', parts, '--resume')

@@ -106,6 +106,18 @@ def test_rows_with_other_choices_or_summaries_are_not_held(recording, policy):
     assert len(recording.taken) == 3
 
 
+@torch.no_grad()
+def test_a_pack_serves_no_other_plan():
+    blocks, x = stage_of('swin', None, 1)
+    first, second = (Plan(Rows(torch.tensor([ids] * 2)), hold=True) for ids in ([1, 5], [2, 5]))
+    weights = torch.ones(2, HW[0] * HW[1], dtype=DOUBLE)
+    tokens = blocks[0].opened(Tokens(x, HW), first)
+    assert blocks[0].opened(tokens, first).pack is tokens.pack
+    assert torch.equal(blocks[0].opened(tokens, second).now, x[:, [2, 5]])
+    assert blocks[0].opened(tokens, first.but(summary=weights)).now.shape[1] > 2
+    assert torch.equal(blocks[0].opened(tokens, EVERYTHING).now, x)
+
+
 def settling(blocks, x, ratios):
     """The stage with rows put back after each block."""
     carried = Carried()
