@@ -171,7 +171,7 @@ def curve(work_dir):
 
 
 CASES = {
-    # how tools are run in the end, kill at, checkpoint to resume, final checkpoint, name of the score
+    # how tools are run in the end, kill at, resume from, final checkpoint, name of the score
     'det': (command, '5', 'epoch_1.pth', 'epoch_3.pth', 'coco/bbox_mAP'),
     'seg': (forked, '6', 'iter_4.pth', 'iter_8.pth', 'mIoU'),
 }
