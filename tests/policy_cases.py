@@ -88,6 +88,15 @@ CORE = [
 ]
 
 
+# The same without IdleViT's plain choice of tokens, which tests/test_backbones/test_idling.py is
+# about, but for that by the class token's query.
+OWN = [
+    case
+    for case in CORE
+    if case.policy['type'] != 'IdleViT' or 'context' in case.policy or case.variant.is_vit
+]
+
+
 def each(cases: Iterable[Case | str]) -> pytest.MarkDecorator:
     """``parametrize`` over cases, or their names."""
     chosen = [case if isinstance(case, Case) else BY_CASE[case] for case in cases]

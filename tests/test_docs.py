@@ -32,31 +32,40 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('example', EXAMPLES, ids=lambda text: text.splitlines()[1].strip())
-def test_examples_build(example: str) -> None:
-    config: dict = {}
-    exec(example, config)
-    backbone = MODELS.build(config['backbone'])
-    assert type(backbone.idle_blocks[0][0].policy).__name__ == config['backbone']['policy']['type']
-    assert min(ratio for stage in backbone.keep_ratios for ratio in stage) < 1.0
-    for hook in config.get('custom_hooks', ()):
-        HOOKS.build(hook)
+def test_examples_build(subtests: pytest.Subtests) -> None:
+    assert EXAMPLES
+    for example in EXAMPLES:
+        with subtests.test(example):
+            config: dict = {}
+            exec(example, config)
+            backbone = MODELS.build(config['backbone'])
+            policy = backbone.idle_blocks[0][0].policy
+            assert type(policy).__name__ == config['backbone']['policy']['type']
+            assert min(ratio for stage in backbone.keep_ratios for ratio in stage) < 1.0
+            for hook in config.get('custom_hooks', ()):
+                HOOKS.build(hook)
 
 
 def test_all_errors_are_tried() -> None:
     assert set(MESSAGES) == set(WRONG)
 
 
-@pytest.mark.parametrize('case', WRONG)
-def test_errors_are_as_written(case: str) -> None:
-    with pytest.raises((TypeError, ValueError)) as error:
-        MODELS.build(WRONG[case])
-    shortened = re.sub(r'\[0\.5(, 0\.5)+\]', '[0.5, ...]', str(error.value))
-    assert shortened == MESSAGES[case]
+def test_errors_are_as_written(subtests: pytest.Subtests) -> None:
+    for case, wrong in WRONG.items():
+        with subtests.test(case):
+            with pytest.raises((TypeError, ValueError)) as error:
+                MODELS.build(wrong)
+            shortened = re.sub(r'\[0\.5(, 0\.5)+\]', '[0.5, ...]', str(error.value))
+            assert shortened == MESSAGES[case]
 
 
-@pytest.mark.parametrize('page', sorted(path.name for path in (ROOT / 'docs').glob('*.md')))
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / 'docs' / page).read_text(encoding='utf-8')
-    for link in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', text):
-        assert (ROOT / 'docs' / link).exists(), f'{page} links {link}'
+def test_links_lead_somewhere() -> None:
+    pages = list((ROOT / 'docs').rglob('*.md'))
+    lost = [
+        f'{page.relative_to(ROOT)} links {link}'
+        for page in pages
+        for link in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', page.read_text(encoding='utf-8'))
+        if not (page.parent / link).exists()
+    ]
+    assert pages
+    assert not lost, '\n'.join(lost)

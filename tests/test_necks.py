@@ -89,11 +89,17 @@ def test_the_naive_computation_agrees(size: tuple[int, int, int]) -> None:
     assert torch.equal(outs[5], outs[3][:, :, ::4, ::4])
 
 
-@pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('factors', [FACTORS, (2.0, 1.0, 0.5), (1,), [4, 0.5]])
-def test_shapes(size: tuple[int, int, int], factors: tuple[float, ...]) -> None:
-    batch, height, width = size
+def test_shapes(factors: tuple[float, ...]) -> None:
     neck = pyramid(torch.float32, scale_factors=factors, num_outs=len(factors) + 1)
+    for size in SIZES:
+        assert_shapes(neck, factors, size)
+
+
+def assert_shapes(
+    neck: SimpleFeaturePyramid, factors: tuple[float, ...], size: tuple[int, int, int]
+) -> None:
+    batch, height, width = size
     outs = neck(feature_map(size, dtype=torch.float32))
     scales = [*factors, factors[-1] / 2]
     assert [tuple(out.shape) for out in outs] == [
@@ -109,8 +115,9 @@ def test_a_tensor_a_tuple_and_a_list_are_the_same() -> None:
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize('norm_cfg', [dict(type='LN2d'), dict(type='BN'), None])
-@pytest.mark.parametrize('num_outs', [None, 5])
+@pytest.mark.parametrize(
+    ('norm_cfg', 'num_outs'), [(dict(type='LN2d'), 5), (dict(type='BN'), None), (None, 5)]
+)
 def test_every_parameter_has_a_gradient(norm_cfg: dict | None, num_outs: int | None) -> None:
     neck = pyramid(norm_cfg=norm_cfg, num_outs=num_outs)
     _, grads = gradients(neck, feature_map((2, 5, 3)))
@@ -171,23 +178,23 @@ def test_builds_in_every_scope(scope: str) -> None:
     assert [out.shape[1] for out in neck(torch.rand(1, 8, 2, 2))] == [256] * 4
 
 
-@pytest.mark.parametrize(
-    ('kwargs', 'message'),
-    [
-        (dict(scale_factors=()), r'scale_factors=\(\); allowed: one or more of \(4.0, 2.0'),
-        (dict(scale_factors=(3,)), r'scale_factors=\(3,\); allowed'),
-        (dict(scale_factors=(1, 2)), r'scale_factors=\(1, 2\); allowed.*decreasing'),
-        (dict(scale_factors=(2, 2)), r'scale_factors=\(2, 2\); allowed.*decreasing'),
-        (dict(num_outs=3), 'num_outs=3 is less than the 4 levels'),
-        (dict(in_channels=6), 'in_channels=6; allowed: a multiple of 4'),
-        (dict(in_channels=7, scale_factors=(2,)), 'in_channels=7; allowed: a multiple of 2'),
-        (dict(in_channels=0, scale_factors=(0.5,)), 'in_channels=0; allowed'),
-        (dict(out_channels=0), 'out_channels=0; allowed: 1 or more'),
-    ],
-)
-def test_wrong_settings(kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pyramid(**kwargs)
+WRONG_SETTINGS = [
+    (dict(scale_factors=()), r'scale_factors=\(\); allowed: one or more of \(4.0, 2.0'),
+    (dict(scale_factors=(3,)), r'scale_factors=\(3,\); allowed'),
+    (dict(scale_factors=(1, 2)), r'scale_factors=\(1, 2\); allowed.*decreasing'),
+    (dict(scale_factors=(2, 2)), r'scale_factors=\(2, 2\); allowed.*decreasing'),
+    (dict(num_outs=3), 'num_outs=3 is less than the 4 levels'),
+    (dict(in_channels=6), 'in_channels=6; allowed: a multiple of 4'),
+    (dict(in_channels=7, scale_factors=(2,)), 'in_channels=7; allowed: a multiple of 2'),
+    (dict(in_channels=0, scale_factors=(0.5,)), 'in_channels=0; allowed'),
+    (dict(out_channels=0), 'out_channels=0; allowed: 1 or more'),
+]
+
+
+def test_wrong_settings(subtests: pytest.Subtests) -> None:
+    for kwargs, message in WRONG_SETTINGS:
+        with subtests.test(str(kwargs)), pytest.raises(ValueError, match=message):
+            pyramid(**kwargs)
 
 
 def test_channels_may_be_odd_where_nothing_is_enlarged() -> None:

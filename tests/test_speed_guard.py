@@ -303,14 +303,11 @@ def compute_all_tokens(patch: pytest.MonkeyPatch) -> None:
 
 NOTICED: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, float, str], ...] = (
     (undo_onednn, 'swin', 0.5, 'largest product'),
-    (undo_onednn, 'pvt', 1.0, 'largest product'),
     (undo_onednn, 'pvtv2', 0.5, 'largest product'),
     (undo_pieces, 'swin', 1.0, 'peak MiB'),
-    (undo_pieces, 'pvt', 0.5, 'peak MiB'),
     (undo_pieces, 'pvtv2', 1.0, 'peak MiB'),
     (undo_pieces, 'pvtv2', 0.5, 'peak MiB'),
     (cut_too_small, 'swin', 0.5, 'launches per block'),
-    (cut_too_small, 'pvt', 1.0, 'launches per block'),
     (cut_too_small, 'pvtv2', 0.5, 'launches per block'),
     (cut_windows_too_small, 'swin', 0.5, 'training launches per block'),
     (undo_squeezing, 'swin', 0.5, 'peak MiB'),
@@ -321,17 +318,12 @@ NOTICED: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str, float, str], ...
     (undo_merging, 'swin', 1.0, 'largest product'),
     (undo_merging, 'swin', 0.5, 'training additions by index'),
     (add_by_index, 'swin', 0.5, 'training additions by index'),
-    (add_by_index, 'pvt', 0.5, 'training additions by index'),
     (add_by_index, 'pvtv2', 0.5, 'training additions by index'),
     (copy_the_map_once_more, 'swin', 0.5, 'map copies per block'),
-    (copy_the_map_once_more, 'pvt', 0.5, 'map copies per block'),
     (copy_the_map_once_more, 'pvtv2', 0.5, 'map copies per block'),
     (compute_all_tokens, 'swin', 0.5, 'MiB allocated'),
     (compute_all_tokens, 'swin', 0.5, 'training MiB allocated'),
-    (compute_all_tokens, 'pvt', 0.5, 'MiB allocated'),
-    (compute_all_tokens, 'swin', 0.5, 'training peak of mmdet'),
     (compute_all_tokens, 'pvt', 0.5, 'training peak of mmdet'),
-    (compute_all_tokens, 'pvtv2', 0.5, 'training peak of mmdet'),
 )
 
 

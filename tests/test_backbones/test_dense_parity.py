@@ -125,10 +125,10 @@ def test_pvt_position_embedding_of_oblong_pretrain_size():
 
 
 @parametrize()
-@pytest.mark.parametrize('out_indices', [(0,), (1,), [0, 1]])
-def test_out_indices(variant, out_indices):
-    model, twin = pair(variant, out_indices=out_indices)
-    assert_equal_to_twin(model, twin, image((1, 3, 40, 56)), 1e-5)
+def test_out_indices(variant):
+    for out_indices in ((0,), (1,), [0, 1]):
+        model, twin = pair(variant, out_indices=out_indices)
+        assert_equal_to_twin(model, twin, image((1, 3, 40, 56)), 1e-5)
 
 
 @parametrize()
@@ -182,8 +182,8 @@ def test_frozen_stages_of_swin(frozen_stages):
     assert_equal_to_twin(model, twin, image((2, 3, 32, 32)), 1e-5)
 
 
-@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit'])
-@pytest.mark.parametrize('frozen_stages', [-1, 1, 2])
+# The same code in all three.
+@pytest.mark.parametrize(('name', 'frozen_stages'), [('pvt', -1), ('pvt', 2), ('mit', 1)])
 def test_frozen_stages_of_pvt(name, frozen_stages):
     """The dense classes have no such argument: n freezes all of the first n stages."""
     model = BY_NAME[name].build(frozen_stages=frozen_stages)

@@ -147,11 +147,11 @@ def test_idle_path_with_every_token_active_equals_the_dense_path(variant, scope)
     assert_same_gradients(grads, dense_grads, 1e-10)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-def test_idle_token_may_wake_in_the_next_block(variant, scope):
-    model = build(variant, scope, keep=0.5)
-    with torch.no_grad():
-        model(image((2, 3, 64, 80)))
+@torch.no_grad()
+@parametrize()
+def test_idle_token_may_wake_in_the_next_block(variant):
+    model = build(variant, keep=0.5)
+    model(image((2, 3, 64, 80)))
     woken = [
         bool((~first & second).any())
         for stage in model.keep_masks
@@ -306,8 +306,7 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
 
 @pytest.mark.usefixtures('each_window_path')
 @pytest.mark.parametrize('scope', ['map', 'window_tokens', 'windows'])
-@pytest.mark.parametrize('name', ['swin', 'swin-w7'])
-@pytest.mark.parametrize('scorer', ['mean_distance', 'random'])
+@pytest.mark.parametrize(('name', 'scorer'), [('swin', 'mean_distance'), ('swin-w7', 'random')])
 def test_swin_equals_masked_reference(name, scope, scorer):
     variant = BY_NAME[name]
     window = variant.kwargs['window_size']
@@ -361,8 +360,9 @@ def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn):
 
 
 @pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit'])
-@pytest.mark.parametrize('scorer', ['mean_distance', 'random'])
-@pytest.mark.parametrize('size', [(2, 3, 64, 80), (1, 3, 97, 131)])
+@pytest.mark.parametrize(
+    ('scorer', 'size'), [('mean_distance', (2, 3, 64, 80)), ('random', (1, 3, 97, 131))]
+)
 def test_pvt_equals_masked_reference(name, scorer, size):
     variant = BY_NAME[name]
     model = build(variant, scorer=scorer).double()
@@ -495,12 +495,12 @@ def test_core_of_swin_by_windows_shrinks_too():
     assert core[1] <= 0.55 * core[0]
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-def test_scoring_is_cheap(variant, scope):
+@parametrize()
+def test_scoring_is_cheap(variant):
     """No scorer spends on the whole map what idling saves."""
     x = image((1, 3, 128, 128))
     counts = {
-        scorer: sum(block_flops(build(variant, scope, scorer), x, False).values())
+        scorer: sum(block_flops(build(variant, scorer=scorer), x, False).values())
         for scorer in SCORERS
     }
     for scorer, count in counts.items():
@@ -573,7 +573,8 @@ def test_checkpointing_changes_nothing(variant, scope):
             assert torch.equal(mask, cp_mask)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
+# MiT's blocks are PVTv2's, which has more of them.
+@pytest.mark.parametrize(('variant', 'scope'), [p for p in SCOPES if p.values[0].name != 'pvtv2'])
 def test_gradients_are_right(variant, scope):
     """Numerical against analytical gradients; the grid keeps the selection fixed."""
     options = dict(embed_dims=4)
@@ -591,10 +592,10 @@ def test_gradients_are_right(variant, scope):
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *params), fast_mode=True)
 
 
-@pytest.mark.parametrize(('variant', 'scope'), SCOPES)
-def test_input_gradient_reaches_idle_tokens(variant, scope):
+@parametrize()
+def test_input_gradient_reaches_idle_tokens(variant):
     """Idle tokens hand on the gradient of their outputs."""
-    model = build(variant, scope, keep=0.2)
+    model = build(variant, keep=0.2)
     _, grads = gradients(model, image((1, 3, 64, 80)))
     patches = grads['input'].unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5))
     assert (patches > 0).all()

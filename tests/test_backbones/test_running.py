@@ -14,8 +14,6 @@ from backbone_zoo import (
     FAMILIES,
     SCORERS,
     assert_close,
-    assert_same_gradients,
-    gradients,
     image,
     kept,
     parametrize,
@@ -80,21 +78,19 @@ def test_autocast_with_large_values(variant, scorer):
 
 
 @parametrize()
-@pytest.mark.parametrize(
-    ('dtype', 'keep'), [(torch.bfloat16, 0.5), (torch.float16, 1.0)], ids=['bfloat16', 'float16']
-)
-def test_whole_model_in_another_precision(variant, dtype, keep):
-    model = build(variant, keep=keep).to(dtype)
-    outs = model(image((1, 3, 45, 58), dtype=dtype))
-    assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
+def test_whole_model_in_another_precision(variant):
+    for dtype, keep in ((torch.bfloat16, 0.5), (torch.float16, 1.0)):
+        model = build(variant, keep=keep).to(dtype)
+        outs = model(image((1, 3, 29, 38), dtype=dtype))
+        assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
 
 
 @parametrize()
 def test_nothing_becomes_nan_on_flat_images(variant):
     """An even image: every token scores the same."""
-    for scorer in SCORERS:
+    for scorer in ('mean_distance', 'activation_norm', 'mean_query'):
         model = build(variant, scorer=scorer).train()
-        outs = model(torch.zeros(2, 3, 45, 58))
+        outs = model(torch.zeros(2, 3, 21, 30))
         sum(out.sum() for out in outs).backward()
         assert all(out.isfinite().all() for out in outs)
         assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -102,31 +98,27 @@ def test_nothing_becomes_nan_on_flat_images(variant):
         assert mask.flatten(1).sum(1).tolist() == [kept(0.5, mask[0].numel())] * 2
 
 
-def shallow(variant):
-    """Arguments of a model that compiles fast."""
-    if variant.is_swin:
-        return dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
-    if variant.is_vit:
-        return dict(num_layers=2, out_indices=(1,))
-    if variant.type.endswith('V2'):
-        return dict(num_layers=[1, 1, 1, 1])
-    one = dict(num_heads=[1], patch_sizes=[4], strides=[4], sr_ratios=[2], out_indices=(0,))
-    if 'mlp_ratios' in variant.kwargs:
-        one.update(paddings=[0], mlp_ratios=[2])
-    return dict(num_stages=1, num_layers=[2], **one)
+# Two blocks: compilation takes seconds.
+SHALLOW = {
+    'swin': dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,)),
+    'mit': dict(
+        num_stages=1,
+        num_layers=[2],
+        num_heads=[1],
+        patch_sizes=[4],
+        strides=[4],
+        sr_ratios=[2],
+        out_indices=(0,),
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ('variant', 'scope'),
-    [
-        pytest.param(BY_NAME[name], scope, id=f'{name}-{scope}')
-        for name, scope in (('swin', 'map'), ('swin', 'windows'), ('mit', 'map'), ('vit', 'map'))
-    ],
-)
-def test_compiled_backbone(variant, scope):
+# Plain ViTs, policies and training: tests/test_policies/test_policies.py
+@pytest.mark.parametrize('name', SHALLOW)
+def test_compiled_backbone(name):
     """Compiled first, so that what compilation caches is then used without it."""
     torch._dynamo.reset()
-    model = build(variant, scope, **shallow(variant))
+    model = build(BY_NAME[name], **SHALLOW[name])
     compiled = torch.compile(model, backend='aot_eager')
     with torch.no_grad():
         for size in ((1, 3, 46, 61), (2, 3, 53, 47)):
@@ -137,20 +129,6 @@ def test_compiled_backbone(variant, scope):
             for stage, want_stage in zip(masks, model.keep_masks, strict=True):
                 for a, b in zip(stage, want_stage, strict=True):
                     assert torch.equal(a, b)
-
-
-@parametrize(tuple(BY_NAME[name] for name in ('swin', 'vit')))
-@pytest.mark.parametrize('keep', [0.5])
-def test_compiled_backbone_trains(variant, keep):
-    torch._dynamo.reset()
-    model = build(variant, keep=keep, drop_path_rate=0.0, **shallow(variant)).train()
-    x = image((2, 3, 45, 58))
-    outs, grads = gradients(model, x)
-    compiled_outs, compiled_grads = gradients(torch.compile(model, backend='aot_eager'), x)
-    for a, b in zip(compiled_outs, outs, strict=True):
-        assert_close(a, b, 1e-5)
-    compiled_grads = {name.removeprefix('_orig_mod.'): g for name, g in compiled_grads.items()}
-    assert_same_gradients(compiled_grads, grads, 1e-5)
 
 
 @pytest.mark.parametrize(('name', 'way'), [('swin', 'deepcopy'), ('vit', 'pickle')])
@@ -185,6 +163,8 @@ def test_masks_lie_on_the_device_of_the_model():
         model = build(variant, keep=[[1.0] + [0.5] * (d - 1) for d in variant.depths]).to('meta')
         outs = model(torch.empty(1, 3, 45, 58, device='meta'))
         assert {out.device.type for out in outs} == {'meta'}
+        want = build(variant)(image((1, 3, 45, 58)))
+        assert [out.shape for out in outs] == [out.shape for out in want]
         assert {m.device.type for stage in model.keep_masks for m in stage} == {'meta'}
 
 
@@ -238,11 +218,11 @@ def test_inference_mode_then_training(variant):
     sum(out.sum() for out in model.train()(x)).backward()
 
 
-def test_runs_without_mmdet_mmseg_and_compiled_ops():
-    """As on a machine with mmcv-lite alone."""
+def test_runs_without_what_it_can_do_without():
+    """As on a machine with mmcv-lite alone; OpenMMLab brings neither safetensors nor timm."""
     script = """
         import sys
-        for name in ('mmdet', 'mmseg', 'mmcv.ops', 'mmcv._ext'):
+        for name in ('mmdet', 'mmseg', 'mmcv.ops', 'mmcv._ext', 'safetensors', 'timm'):
             sys.modules[name] = None
         sys.path.insert(0, {tests!r})
         import torch

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import itertools
 import math
 import pickle
 import re
@@ -46,17 +47,19 @@ def test_default_is_dense(variant):
     assert tuple(depths(model)) == variant.depths
 
 
-@pytest.mark.parametrize('container', [list, tuple])
-def test_three_ways_to_write_ratios(container):
+def test_three_ways_to_write_ratios():
     variant = BY_NAME['swin']
     model = variant.build()
     d = depths(model)
     per_stage = [0.9, 0.5, 0.7, 1.0][: len(d)]
     per_block = [[0.1 + 0.1 * (s + b) for b in range(n)] for s, n in enumerate(d)]
+    wanted_per_stage = [[r] * n for r, n in zip(per_stage, d, strict=True)]
     for given, want in (
         (0.7, [[0.7] * n for n in d]),
-        (container(per_stage), [[r] * n for r, n in zip(per_stage, d, strict=True)]),
-        (container(container(stage) for stage in per_block), per_block),
+        (per_stage, wanted_per_stage),
+        (tuple(per_stage), wanted_per_stage),
+        (per_block, per_block),
+        (tuple(map(tuple, per_block)), per_block),
     ):
         model.set_keep_ratios(given)
         assert model.keep_ratios == want
@@ -161,13 +164,13 @@ def assert_refused(function, wrong):
     assert '\n' not in message
 
 
-@pytest.mark.parametrize('name', WRONG)
-def test_wrong_ratios_are_refused(name):
-    for stages in ((2, 2), (3,)):
-        assert_refused(
-            lambda wrong, stages=stages: normalize_keep_ratios(wrong, stages),
-            wrong_value(name, stages),
-        )
+def test_wrong_ratios_are_refused(subtests):
+    for name, stages in itertools.product(WRONG, ((2, 2), (3,))):
+        with subtests.test(name, stages=stages):
+            assert_refused(
+                lambda wrong, stages=stages: normalize_keep_ratios(wrong, stages),
+                wrong_value(name, stages),
+            )
 
 
 @parametrize()
@@ -202,24 +205,20 @@ def test_wrong_length_says_the_right_one(variant):
         model.set_keep_ratios(ratios)
 
 
-@pytest.mark.parametrize(
-    'policy', [None, {}, dict(scorer='random'), dict(scope='map'), dict(scope=None, scorer=None)]
-)
-def test_missing_policy_keys_take_defaults(policy):
-    variant = BY_NAME['pvt']
-    model = randomize(variant.build(keep_ratios=0.5, policy=policy))
-    assert model(image((1, 3, 48, 64)))[0].isfinite().all()
-
-
-@pytest.mark.parametrize('scorer', SCORERS)
-def test_scorer_as_text_and_as_dict(scorer):
-    variant, masks = BY_NAME['pvt'], []
-    for value in (scorer, dict(type=scorer)):
-        model = randomize(variant.build(keep_ratios=0.5, policy=dict(scorer=value)))
-        torch.manual_seed(2)
-        model(image((1, 3, 48, 64)))
-        masks.append(model.keep_masks[0][0])
-    assert torch.equal(*masks)
+@torch.no_grad()
+def test_spellings_of_a_policy_mean_the_same():
+    """Keys that are missing or None take defaults; a scorer is a name or a dict."""
+    defaults = [None, {}, dict(scorer='mean_distance'), dict(scope='map'), dict(scope=None)]
+    spellings = [*defaults, dict(scorer=None, scope=None), dict(scorer=dict(type='mean_distance'))]
+    others = [[dict(scorer=name), dict(scorer=dict(type=name))] for name in SCORERS]
+    for policies in (spellings, *others):
+        masks = []
+        for policy in policies:
+            model = randomize(BY_NAME['pvt'].build(keep_ratios=0.5, policy=policy))
+            torch.manual_seed(2)
+            model(image((1, 3, 48, 64)))
+            masks.append(model.keep_masks[0][0])
+        assert all(torch.equal(mask, masks[0]) for mask in masks), policies
 
 
 @parametrize()
@@ -242,14 +241,14 @@ WRONG_POLICIES = {
 }
 
 
-@pytest.mark.parametrize('name', WRONG_POLICIES)
-def test_wrong_policies_are_refused(name):
-    policy, words = WRONG_POLICIES[name]
-    with pytest.raises((ValueError, TypeError, KeyError)) as error:
-        BY_NAME['vit'].build(keep_ratios=0.5, policy=policy)
-    message = str(error.value)
-    for word in words:
-        assert word in message, f'{message!r} does not mention {word!r}'
+def test_wrong_policies_are_refused(subtests):
+    for name, (policy, words) in WRONG_POLICIES.items():
+        with subtests.test(name):
+            with pytest.raises((ValueError, TypeError, KeyError)) as error:
+                BY_NAME['vit'].build(keep_ratios=0.5, policy=policy)
+            message = str(error.value)
+            for word in words:
+                assert word in message, f'{message!r} does not mention {word!r}'
 
 
 @parametrize()
@@ -358,14 +357,17 @@ def parts(variant, frozen):
 
 @parametrize()
 def test_masks_before_the_first_forward_stop_nobody_who_looks_around(variant):
-    model = variant.build(keep_ratios=0.5)
+    model = variant.build(keep_ratios=0.5, drop_path_rate=0.0)
     assert model.keep_masks == []
     assert hasattr(model, 'keep_masks')
     members = dict(inspect.getmembers(model))
     assert members['keep_masks'] == []
-    for twin in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.keep_masks == []
-    model(image((1, 3, 48, 64)))
+    assert all(hasattr(model, attribute) for attribute in dir(model))
+    twins = copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert all(twin.keep_masks == [] for twin in twins)
+    outs = model(image((1, 3, 48, 64)))
+    for twin in twins:
+        assert all(map(torch.equal, twin(image((1, 3, 48, 64))), outs))
     assert [len(stage) for stage in model.keep_masks] == depths(model)
 
 

@@ -66,17 +66,23 @@ class Uninitialised(TorchFunctionMode):
 
 
 @functools.cache
-def _read(name: str) -> Config:
+def read(name: str) -> Config:
+    """Settings of a config of this project, the same for all who ask: to look at alone."""
     return Config.fromfile(CONFIGS / name)
 
 
 def load(name: str) -> Config:
     """Settings of a config of this project, to change at will."""
-    return copy.deepcopy(_read(name))
+    return copy.deepcopy(read(name))
 
 
 def load_reference(package: ModuleType, name: str) -> Config:
-    """Settings of a config that mmdet or mmseg ships."""
+    """Settings of a config that mmdet or mmseg ships, to change at will."""
+    return copy.deepcopy(_read_reference(package, name))
+
+
+@functools.cache
+def _read_reference(package: ModuleType, name: str) -> Config:
     path = shipped(package, f'configs/{name}')
     # It may import packages that only its own backbone needs.
     return Config.fromfile(path, import_custom_modules=False)

@@ -6,11 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config_zoo import ALL, CONFIGS, DIGITS, build, differences, is_plain, load
+from config_zoo import (
+    ALL,
+    CONFIGS,
+    DIGITS,
+    Uninitialised,
+    build,
+    differences,
+    is_plain,
+    load,
+    read,
+)
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, METRICS, DefaultScope
+from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 
 from idlevit_mm.datasets.digit_scenes import (
     CLASSES,
@@ -73,30 +83,39 @@ def test_all_digit_configs_are_there() -> None:
     assert set(DIGITS) == expected | policies
 
 
-@pytest.mark.parametrize('name', DIGITS)
-def test_digit_config_builds(name: str) -> None:
-    cfg = load(name)
+def test_settings_and_ratios_of_digit_configs(subtests: pytest.Subtests) -> None:
+    for name in DIGITS:
+        with subtests.test(name):
+            assert_settings(name, read(name))
+
+
+def assert_settings(name: str, cfg: Config) -> None:
     assert cfg.custom_imports == dict(imports=['idlevit_mm'], allow_failed_imports=False)
     assert not cfg.auto_scale_lr.enable
-    model = build(cfg)
-    assert type(model.backbone).__name__ == cfg.model.backbone.type
-    assert type(model.backbone).__name__.startswith('Idle')
-    if name in POLICIES:
-        assert 0.5 < np.mean(model.backbone.keep_ratios) < 0.8
-    else:
-        assert model.backbone.keep_ratios == [
-            pytest.approx(stage) for stage in expected_ratios(name, model.backbone.depths)
-        ]
     assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
+    backbone = MODELS.build(cfg.model.backbone)
+    assert type(backbone).__name__ == cfg.model.backbone.type
+    assert type(backbone).__name__.startswith('Idle')
+    if name in POLICIES:
+        assert 0.5 < np.mean(backbone.keep_ratios) < 0.8
+    else:
+        assert backbone.keep_ratios == [
+            pytest.approx(stage) for stage in expected_ratios(name, backbone.depths)
+        ]
 
 
-@pytest.mark.parametrize('name', SCRATCH)
-def test_twins(name: str) -> None:
+def test_twins(subtests: pytest.Subtests) -> None:
     """The dense twin differs in keep_ratios alone; the fine-tune starts from the twin's end."""
+    for name in SCRATCH:
+        with subtests.test(name):
+            assert_twins(name)
+
+
+def assert_twins(name: str) -> None:
     stem = Path(name).stem.removesuffix('_digits')
-    sparse = load(name)
+    sparse = read(name)
     dense = load(f'digit_scenes/{stem}_dense_digits.py')
-    finetune = load(f'digit_scenes/{stem}_finetune_digits.py')
+    finetune = read(f'digit_scenes/{stem}_finetune_digits.py')
     assert dense.model.backbone.keep_ratios == 1.0
     dense.model.backbone.keep_ratios = sparse.model.backbone.keep_ratios
     assert differences(sparse, dense) == {}
@@ -113,29 +132,30 @@ def test_twins(name: str) -> None:
         assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs
 
 
-@pytest.mark.parametrize('name', SCRATCH)
 @pytest.mark.parametrize(
-    ('option', 'expected'),
-    [('0.5', [0.5] * 4), ('[0.9,0.8,0.6,1.0]', [0.9, 0.8, 0.6, 1.0])],
+    ('model', 'option', 'expected'),
+    [
+        ('retinanet_idle-swin', '0.5', [0.5] * 4),
+        ('fpn_idle-pvt', '[0.9,0.8,0.6,1.0]', [0.9, 0.8, 0.6, 1.0]),
+        ('fpn_idle-vit', '[0.9]', [0.9]),  # one stage
+    ],
 )
-def test_keep_ratios_from_the_command_line(name: str, option: str, expected: list[float]) -> None:
-    if is_plain(name):
-        # One stage.
-        option, expected = ('[0.9]' if '[' in option else option), expected[:1]
-    cfg = load(name)
+def test_keep_ratios_from_the_command_line(model: str, option: str, expected: list[float]) -> None:
+    cfg = load(f'digit_scenes/{model}_digits.py')
     cfg.merge_from_dict({'model.backbone.keep_ratios': DictAction._parse_iterable(option)})
-    model = build(cfg)
-    assert [set(stage) for stage in model.backbone.keep_ratios] == [{r} for r in expected]
+    backbone = MODELS.build(cfg.model.backbone)
+    assert [set(stage) for stage in backbone.keep_ratios] == [{r} for r in expected]
 
 
-STRIDED = [*SCRATCH, 'coco/mask-rcnn_idle-deit-s_simple-fpn_1x_coco.py']
+def test_maps_have_the_strides_of_the_heads(subtests: pytest.Subtests) -> None:
+    for name in (*SCRATCH, 'coco/mask-rcnn_idle-deit-s_simple-fpn_1x_coco.py'):
+        with subtests.test(name):
+            cfg = load(name)
+            cfg.model.backbone.init_cfg = None
+            assert_strides(build(cfg).eval())
 
 
-@pytest.mark.parametrize('name', STRIDED)
-def test_maps_have_the_strides_of_the_heads(name: str) -> None:
-    cfg = load(name)
-    cfg.model.backbone.init_cfg = None
-    model = build(cfg).eval()
+def assert_strides(model: torch.nn.Module) -> None:
     with torch.no_grad():
         maps = model.extract_feat(torch.zeros(1, 3, 64, 96))
     sizes = [tuple(feature.shape[2:]) for feature in maps]
@@ -154,9 +174,13 @@ def test_maps_have_the_strides_of_the_heads(name: str) -> None:
         assert sizes[: len(strides)] == whole
 
 
-@pytest.mark.parametrize('name', [name for name in ALL if is_plain(name)])
-def test_what_decays_in_a_plain_vit(name: str) -> None:
-    cfg = load(name)
+def test_what_decays_in_a_plain_vit(subtests: pytest.Subtests) -> None:
+    for name in filter(is_plain, ALL):
+        with subtests.test(name), Uninitialised():
+            assert_decays(name, read(name))
+
+
+def assert_decays(name: str, cfg: Config) -> None:
     model = build(cfg)
     settings = cfg.optim_wrapper
     groups = build_optim_wrapper(model, settings).optimizer.param_groups

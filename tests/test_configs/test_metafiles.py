@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from config_zoo import ALL, ROOT, load
+from config_zoo import ALL, ROOT, read
+from mmengine.config import Config
 
 INDEX = yaml.safe_load((ROOT / 'model-index.yml').read_text())
 FILES = {name: yaml.safe_load((ROOT / name).read_text()) for name in INDEX['Import']}
@@ -38,11 +39,14 @@ def test_models_belong_to_the_collection_of_their_file() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
-def test_metadata_are_those_of_the_config(model: dict[str, Any]) -> None:
-    config = model['Config']
-    assert model['Name'] == config.rpartition('/')[2].removesuffix('.py')
-    cfg = load(config.removeprefix('configs/'))
+def test_metadata_are_those_of_the_configs(subtests: pytest.Subtests) -> None:
+    for model in MODELS:
+        with subtests.test(model['Name']):
+            assert_describes(model, read(model['Config'].removeprefix('configs/')))
+
+
+def assert_describes(model: dict[str, Any], cfg: Config) -> None:
+    assert model['Name'] == model['Config'].rpartition('/')[2].removesuffix('.py')
     facts = model['Metadata']
     length = {
         'Epochs': cfg.train_cfg.get('max_epochs'),

@@ -1,5 +1,6 @@
 """Every family in every format: there and back, against the projects' own code, same features."""
 
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -19,7 +20,6 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 
 from idlevit_mm.converters import (
-    OPENMMLAB,
     all_formats,
     convert_file,
     convert_weights,
@@ -95,19 +95,13 @@ def test_there_and_back(variant, name):
     assert_same(again.state, foreign.state)
 
 
-@parametrize(VARIANTS)
-def test_our_own_names_are_known(variant):
-    state = build(variant).state_dict()
-    found = detect(state)
-    assert (found.family, found.name) == (family_of(variant), OPENMMLAB)
-    assert found.decode(state).state is state
-
-
-@pytest.mark.parametrize('name', sorted(REFUSED['timm'] | REFUSED['mmpretrain']))
-@pytest.mark.parametrize('target', ['timm', 'mmpretrain'])
-def test_what_a_project_has_not_is_refused(name, target):
-    with pytest.raises(SettingError, match=r'have no counterpart in|names are not known for pvt'):
-        convert_weights(build(BY_NAME[name]).state_dict(), target)
+def test_what_a_project_has_not_is_refused(subtests):
+    for target, name in itertools.product(REFUSED, set().union(*REFUSED.values())):
+        with (
+            subtests.test(f'{name} to {target}'),
+            pytest.raises(SettingError, match='have no counterpart in|names are not known for pvt'),
+        ):
+            convert_weights(build(BY_NAME[name]).state_dict(), target)
 
 
 def test_weights_of_policies_stay_behind():

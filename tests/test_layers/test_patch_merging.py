@@ -9,7 +9,6 @@ from operations import count
 from idlevit_mm.kernels.cpu import pieces
 from idlevit_mm.layers import MergePatches
 
-SIZES = ((8, 6), (1, 9), (6, 1), (1, 1))
 LN = dict(type='LN')
 OPTIONS = {
     'norm': dict(norm_cfg=LN),
@@ -64,10 +63,10 @@ def test_equals_mmcv(name):
     assert_merges_alike(mine, theirs, (7, 5))
 
 
-@pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('name', ['norm', 'same'])
-def test_equals_mmcv_on_odd_maps(name, size):
-    assert_merges_alike(*pair(OPTIONS[name]), size)
+def test_equals_mmcv_on_odd_maps(name):
+    for size in ((8, 6), (1, 9), (6, 1), (1, 1)):
+        assert_merges_alike(*pair(OPTIONS[name]), size)
 
 
 @pytest.mark.parametrize('name', FALLBACKS)

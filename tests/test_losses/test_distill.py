@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backbone_zoo import image as images
 from mmengine.config import Config
 from torch import nn
 from toys import ToyModel, checkpoint_of
@@ -164,6 +165,22 @@ def test_a_perfect_student_has_nothing_to_learn(tmp_path):
     assert found['loss_distill_logits'].abs() < 1e-6
     assert found['loss_token_cut'] == 0
     sum(found.values()).backward()
+
+
+def test_the_student_learns_and_the_teacher_does_not(checkpoint):
+    teacher = dict(checkpoint=checkpoint)
+    for loss in (FeatureDistillation(teacher), LogitDistillation(teacher, ['head'])):
+        model = ToyModel()
+        add_losses(model, [loss])
+        model.loss(images((2, 3, 45, 58)))[loss.name].backward()
+        # The head looks at the first stage alone.
+        taught = [model.head, model.backbone.stages[0].blocks]
+        if isinstance(loss, FeatureDistillation):
+            taught = [model.backbone]
+        for name, parameter in nn.ModuleList(taught).named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+        assert all(parameter.grad is None for parameter in loss.teacher.model.parameters())
 
 
 def test_one_teacher_runs_once_for_all_losses(checkpoint):

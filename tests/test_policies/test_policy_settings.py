@@ -1,5 +1,6 @@
 """Defaults of policies, errors for wrong settings, and the arithmetic of choosing."""
 
+import itertools
 import math
 
 import pytest
@@ -21,22 +22,21 @@ def first_policy(model):
     return stage_blocks(model)[0][0].policy
 
 
-@pytest.mark.parametrize('name', FAMILY_NAMES)
-def test_default_scorers(name):
-    variant = BY_NAME[name]
-    for policy in ('IdleViT', 'EViT', 'EvoViT'):
+def test_default_scorers():
+    for name, policy in itertools.product(FAMILY_NAMES, ('IdleViT', 'EViT', 'EvoViT')):
+        variant = BY_NAME[name]
         built = first_policy(variant.build(policy=dict(type=policy)))
         want = MeanDistance
         if variant.has_class_token:
             want = ClassQuery if policy == 'IdleViT' else ClassAttention
-        assert type(built.scorer) is want
+        assert type(built.scorer) is want, (name, policy)
         assert built.scope == 'map'
         assert built.rounding == ('ceil' if policy == 'EViT' else 'nearest')
 
 
-@pytest.mark.parametrize('policy', [None, {}, 'IdleViT', dict(type='IdleViT'), dict(scope=None)])
-def test_default_policy(policy):
-    assert type(build_policy(policy, 8, ('map',))).__name__ == 'IdleViT'
+def test_default_policy():
+    for policy in (None, {}, 'IdleViT', dict(type='IdleViT'), dict(scope=None)):
+        assert type(build_policy(policy, 8, ('map',))).__name__ == 'IdleViT'
 
 
 @parametrize()
@@ -76,12 +76,12 @@ def refusal(build):
     return message
 
 
-@pytest.mark.parametrize('name', WRONG)
-def test_wrong_policies_are_refused(name):
-    policy, words = WRONG[name]
-    message = refusal(lambda: build_policy(policy, 8, ('map', 'window_tokens')))
-    for word in words:
-        assert word in message, f'{message!r} does not mention {word!r}'
+def test_wrong_policies_are_refused(subtests):
+    for name, (policy, words) in WRONG.items():
+        with subtests.test(name):
+            message = refusal(lambda p=policy: build_policy(p, 8, ('map', 'window_tokens')))
+            for word in words:
+                assert word in message, f'{message!r} does not mention {word!r}'
 
 
 @parametrize()
@@ -92,14 +92,11 @@ def test_wrong_policies_of_a_family_are_refused(variant):
         assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize('scorer', ['class_query', 'class_attention'])
-@pytest.mark.parametrize('policy', ['IdleViT', 'EViT', 'EvoViT'])
-def test_class_scorers_need_a_class_token(scorer, policy):
-    with pytest.raises(ValueError, match=rf"policy\.scorer='{scorer}' needs a class token"):
-        build_policy(dict(type=policy, scorer=scorer), 8, ('map',))
-
-
-def test_class_scorers_are_refused_by_families_without_one():
+def test_class_scorers_need_a_class_token():
+    scorers = 'class_query', 'class_attention'
+    for scorer, policy in itertools.product(scorers, ('IdleViT', 'EViT', 'EvoViT')):
+        with pytest.raises(ValueError, match=rf"policy\.scorer='{scorer}' needs a class token"):
+            build_policy(dict(type=policy, scorer=scorer), 8, ('map',))
     for name in ('swin', 'pvt', 'pvtv2', 'mit', 'vit-no-cls'):
         with pytest.raises(ValueError, match=r"policy\.scorer='class_query' needs a class token"):
             BY_NAME[name].build(policy=dict(scorer='class_query'))
@@ -115,22 +112,22 @@ def test_class_attention_is_known_too_late_for_idlevit():
         BY_NAME['vit'].build(policy=dict(scorer='class_attention'))
 
 
-@pytest.mark.parametrize('name', ['pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls'])
-def test_sparsevit_needs_windows(name):
-    with pytest.raises(ValueError, match=r"policy='SparseViT'.*windows.*map"):
-        BY_NAME[name].build(policy=dict(type='SparseViT'))
+def test_sparsevit_needs_windows():
+    for name in ('pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls'):
+        with pytest.raises(ValueError, match=r"policy='SparseViT'.*windows.*map"):
+            BY_NAME[name].build(policy=dict(type='SparseViT'))
 
 
-@pytest.mark.parametrize('ratios', [0.5, [0.9, 1.0, 1.0], [[0.5, 0.5, 0.5]]])
-def test_evovit_needs_attention_before_its_first_choice(ratios):
+def test_evovit_needs_attention_before_its_first_choice():
     vit = BY_NAME['vit']
-    with pytest.raises(ValueError, match=r'keep_ratios=.*EvoViT.*must be 1\.0'):
-        vit.build(policy=dict(type='EvoViT'), keep_ratios=ratios)
-    model = vit.build(policy=dict(type='EvoViT'))
-    with pytest.raises(ValueError, match='keep_ratios'):
-        model.set_keep_ratios(ratios)
-    assert model.keep_ratios == [[1.0] * 3]
-    vit.build(policy=dict(type='EvoViT', scorer='mean_distance'), keep_ratios=ratios)
+    for ratios in (0.5, [0.9, 1.0, 1.0], [[0.5, 0.5, 0.5]]):
+        with pytest.raises(ValueError, match=r'keep_ratios=.*EvoViT.*must be 1\.0'):
+            vit.build(policy=dict(type='EvoViT'), keep_ratios=ratios)
+        model = vit.build(policy=dict(type='EvoViT'))
+        with pytest.raises(ValueError, match='keep_ratios'):
+            model.set_keep_ratios(ratios)
+        assert model.keep_ratios == [[1.0] * 3]
+        vit.build(policy=dict(type='EvoViT', scorer='mean_distance'), keep_ratios=ratios)
 
 
 @parametrize()

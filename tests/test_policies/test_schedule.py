@@ -119,11 +119,10 @@ def test_normalising_twice_changes_nothing(data, depths):
 # --- one stage -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('container', [list, tuple])
-def test_one_stage_takes_one_ratio_per_block(container):
+def test_one_stage_takes_one_ratio_per_block():
     ratios = [1.0, 0.5, 0.25]
-    assert normalize_keep_ratios(container(ratios), (3,)) == [ratios]
-    assert normalize_keep_ratios([container(ratios)], (3,)) == [ratios]
+    for spelling in (ratios, tuple(ratios), [ratios], [tuple(ratios)]):
+        assert normalize_keep_ratios(spelling, (3,)) == [ratios]
 
 
 def test_one_entry_is_the_stage():
@@ -132,21 +131,18 @@ def test_one_entry_is_the_stage():
     assert normalize_keep_ratios([[0.5]], (1,)) == [[0.5]]
 
 
-@pytest.mark.parametrize(
-    ('wrong', 'words'),
-    [
+def test_wrong_lists_of_one_stage(subtests):
+    for wrong, words in (
         ([0.5, 0.5], ['2 entries', '1 stage of 3 blocks']),
         ([0.5] * 4, ['4 entries', '3 blocks']),
         ([[0.5], [0.5], [0.5]], ['[0.5]', 'not a number']),
         ([0.5, 0.5, math.nan], ['nan', '(0, 1]']),
         ([], ['0 entries']),
-    ],
-)
-def test_wrong_lists_of_one_stage(wrong, words):
-    with pytest.raises((TypeError, ValueError), match='keep_ratios=') as error:
-        normalize_keep_ratios(wrong, (3,))
-    for word in words:
-        assert word in str(error.value)
+    ):
+        with subtests.test(str(wrong)):
+            with pytest.raises((TypeError, ValueError), match='keep_ratios=') as error:
+                normalize_keep_ratios(wrong, (3,))
+            assert all(word in str(error.value) for word in words), error.value
 
 
 def test_more_stages_take_no_flat_list():
@@ -198,15 +194,15 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('name', WRONG)
-def test_wrong_schedules_are_refused(name):
-    schedule, words = WRONG[name]
-    with pytest.raises((TypeError, ValueError), match='keep_ratios=') as error:
-        normalize_keep_ratios(schedule, (2, 3))
-    message = str(error.value)
-    for word in [*words, repr(schedule), 'allowed: ']:
-        assert word in message
-    assert '\n' not in message
+def test_wrong_schedules_are_refused(subtests):
+    for name, (schedule, words) in WRONG.items():
+        with subtests.test(name):
+            with pytest.raises((TypeError, ValueError), match='keep_ratios=') as error:
+                normalize_keep_ratios(schedule, (2, 3))
+            message = str(error.value)
+            for word in [*words, repr(schedule), 'allowed: ']:
+                assert word in message
+            assert '\n' not in message
 
 
 def test_checked_ratio_names_its_subject():
@@ -231,16 +227,15 @@ def test_backbones_take_schedules(variant):
     assert flat(model.keep_ratios)[-1] == 0.25
 
 
-@pytest.mark.parametrize('old', [0.7, [1.0, 0.5], dict(type='evit', keep_ratio=0.5, blocks=[1])])
-def test_spellings_replace_each_other_in_a_config(old):
+def test_spellings_replace_each_other_in_a_config():
     """As docs/schedules.md says."""
-    config = Config(dict(backbone=dict(keep_ratios=old)))
-    config.merge_from_dict({'backbone.keep_ratios': 0.25})
-    assert normalize_keep_ratios(config.backbone.keep_ratios, (1, 2)) == [[0.25], [0.25, 0.25]]
-    child = dict(_delete_=True, type='powers', keep_ratio=0.5)
-    config = Config(
-        Config._merge_a_into_b(
+    for old in (0.7, [1.0, 0.5], dict(type='evit', keep_ratio=0.5, blocks=[1])):
+        config = Config(dict(backbone=dict(keep_ratios=old)))
+        config.merge_from_dict({'backbone.keep_ratios': 0.25})
+        assert normalize_keep_ratios(config.backbone.keep_ratios, (1, 2)) == [[0.25], [0.25] * 2]
+        child = dict(_delete_=True, type='powers', keep_ratio=0.5)
+        merged = Config._merge_a_into_b(
             dict(backbone=dict(keep_ratios=child)), dict(backbone=dict(keep_ratios=old))
         )
-    )
-    assert normalize_keep_ratios(config.backbone.keep_ratios, (1, 2)) == [[0.5], [0.25, 0.125]]
+        ratios = Config(merged).backbone.keep_ratios
+        assert normalize_keep_ratios(ratios, (1, 2)) == [[0.5], [0.25, 0.125]]
