@@ -1,12 +1,9 @@
-"""A picture of what the model found and left idle, while it trains, validates or tests.
-
-Shape letters: B images of a batch, H and W of an image in pixels.
-"""
+"""A picture of what the model found and left idle, while it trains, validates or tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +14,14 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
-from ..backbones import IdleBackbone
 from ..visualization.data_samples import content_size, prediction_of, truth_of
-from ..visualization.sheets import Sample, draw_sheet, stage_shares
+from ..visualization.sheets import Content, Sheet, active_shares, draw_sheet
 from .keep_ratio import idle_backbones
 
-
-@dataclass(frozen=True)
-class BackboneCall:
-    """What one forward pass of a backbone leaves for a picture.
-
-    Attributes:
-        input_size: Height and width of the input, padding included.
-        keep_masks: The backbone's ``keep_masks``.
-    """
-
-    input_size: tuple[int, int]
-    keep_masks: list[list[Tensor]]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of images that were passed together."""
-        return len(self.keep_masks[0][0])
-
-
-class BackboneWatch:
-    """Notes the forward passes of backbones between ``start`` and ``stop``."""
-
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._calls: list[list[BackboneCall]] = []
-
-    @property
-    def active(self) -> bool:
-        """Whether forward passes are being noted."""
-        return bool(self._handles)
-
-    def start(self, backbones: Sequence[IdleBackbone]) -> None:
-        """Begin to note, and forget what was noted before."""
-        self.stop()
-        self._calls = [[] for _ in backbones]
-        for backbone, calls in zip(backbones, self._calls, strict=True):
-            self._handles.append(self._watch(backbone, calls))
-
-    def stop(self) -> list[list[BackboneCall]]:
-        """Take the backbones' hooks away again, and return the calls of each backbone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        return self._calls
-
-    @staticmethod
-    def _watch(backbone: IdleBackbone, calls: list[BackboneCall]) -> RemovableHandle:
-        def note(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            images: Tensor = args[0] if args else next(iter(kwargs.values()))
-            height, width = images.shape[-2:]
-            calls.append(BackboneCall((height, width), module.keep_masks))
-
-        return backbone.register_forward_hook(note, with_kwargs=True)
-
-
-def image_of(inputs: Tensor) -> np.ndarray:
-    """The picture that a pipeline packed, before the data preprocessor.
-
-    Args:
-        inputs: (3, H, W), blue first, as the pipelines of mmdet and mmseg load it.
-
-    Returns:
-        (H, W, 3) uint8, red first.
-    """
-    pixels = inputs.detach().cpu().numpy().transpose(1, 2, 0)[..., ::-1]
-    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+# What a forward pass of a backbone leaves: height and width of its input, its `keep_masks`.
+Call = tuple[tuple[int, int], list[list[Tensor]]]
 
 
 @HOOKS.register_module()
@@ -155,9 +86,9 @@ class ActiveTokensVisualizationHook(Hook):
         self.wait_time = wait_time
         self.test_out_dir = test_out_dir
         self.backend_args = backend_args
-        self._watch = BackboneWatch()
-        self._names: list[str] = []
-        self._backbones: list[IdleBackbone] = []
+        self._backbones: dict[str, nn.Module] = {}  # by the ends of their pictures' names
+        self._calls: dict[str, list[Call]] = {}  # of the iteration that is to be drawn
+        self._handles: list[Any] = []
         self._drawn = 0
         self._warned = False
 
@@ -167,132 +98,120 @@ class ActiveTokensVisualizationHook(Hook):
         Raises:
             SettingError: There is none.
         """
-        self._watch.stop()
-        self._backbones = idle_backbones(runner.model, type(self).__name__) if self.draw else []
-        names = {module: name for name, module in runner.model.named_modules()}
+        self._stop()
+        backbones = idle_backbones(runner.model, type(self).__name__) if self.draw else []
+        names = {
+            module: name.removeprefix('module.') for name, module in runner.model.named_modules()
+        }
         # One backbone needs no name; several are told apart by their places in the model.
-        several = len(self._backbones) > 1
-        self._names = [
-            f'_{names[backbone].removeprefix("module.")}' if several else ''
-            for backbone in self._backbones
-        ]
+        self._backbones = {
+            f'_{names[backbone]}' if len(backbones) > 1 else '': backbone for backbone in backbones
+        }
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if self.train_interval and self.every_n_train_iters(runner, self.train_interval):
-            self._start()
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        if not self._watch.active:
-            return
-        calls = self._watch.stop()
-        inputs = data_batch['inputs']
-        if isinstance(inputs, dict):
-            self._leave_out(runner, 'the batch has several branches')
-            return
-        # One name for the pictures of all iterations: backends then show them as one row.
-        data_sample = data_batch['data_samples'][0]
-        image = image_of(inputs[0])
-        size = (image.shape[0], image.shape[1])
-        sample = self._sample(runner, '', image, size)
-        sample.truth = truth_of(data_sample, size)
-        self._draw(runner, 'train', runner.iter + 1, sample, calls, 0, len(inputs))
-
-    def before_val_epoch(self, runner: Runner) -> None:
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
         self._drawn = 0
 
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self._start_if_due(batch_idx)
-
-    def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    def _before_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train'
     ) -> None:
-        self._draw_results(runner, 'val', outputs)
+        if mode == 'train':
+            due = self.train_interval and self.every_n_train_iters(runner, self.train_interval)
+        else:
+            left = self.max_pictures is None or self._drawn < self.max_pictures
+            due = left and batch_idx % self.interval == 0
+        if due and is_main_process():
+            self._stop()
+            self._calls = {suffix: [] for suffix in self._backbones}
+            self._handles = [
+                backbone.register_forward_hook(
+                    partial(_note, self._calls[suffix]), with_kwargs=True
+                )
+                for suffix, backbone in self._backbones.items()
+            ]
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        self._drawn = 0
-
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self._start_if_due(batch_idx)
-
-    def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    def _after_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+        mode: str = 'train',
     ) -> None:
-        self._draw_results(runner, 'test', outputs)
-
-    def _start_if_due(self, batch_idx: int) -> None:
-        left = self.max_pictures is None or self._drawn < self.max_pictures
-        if left and batch_idx % self.interval == 0:
-            self._start()
-
-    def _start(self) -> None:
-        if self.draw and is_main_process():
-            self._watch.start(self._backbones)
-
-    def _draw_results(self, runner: Runner, phase: str, outputs: Sequence[Any]) -> None:
-        """Draw what a model returned for a batch, up to the number of pictures."""
-        if not self._watch.active:
+        if not self._handles:
             return
-        calls = self._watch.stop()
+        self._stop()
+        if mode == 'train':
+            self._draw_training(runner, data_batch)
+            return
         left = len(outputs) if self.max_pictures is None else self.max_pictures - self._drawn
         for index, result in enumerate(outputs[:left]):
             content = fileio.get(result.img_path, backend_args=self.backend_args)
             image = mmcv.imfrombytes(content, channel_order='rgb')
+            found = {
+                'Ground truth': truth_of(result, image.shape[:2]),
+                'Prediction': prediction_of(result, self.score_thr),
+            }
             name = f'_{self._drawn:02d}_{Path(result.img_path).stem}'
-            sample = self._sample(runner, name, image, content_size(result))
-            sample.truth = truth_of(result, (image.shape[0], image.shape[1]))
-            sample.prediction = prediction_of(result, self.score_thr)
-            self._draw(runner, phase, runner.iter, sample, calls, index, len(outputs))
+            sheet = self._sheet(runner, image, content_size(result), found)
+            self._draw(runner, mode, name, sheet, index, len(outputs))
             self._drawn += 1
 
+    def _stop(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _draw_training(self, runner: Runner, data_batch: Any) -> None:
+        """Draw the first image of a batch, as the pipeline packed it: (3, H, W), blue first."""
+        inputs = data_batch['inputs']
+        if isinstance(inputs, dict):
+            self._leave_out(runner, 'the batch has several branches')
+            return
+        pixels = inputs[0].detach().cpu().numpy()[::-1].transpose(1, 2, 0)
+        image = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+        size = image.shape[:2]
+        found = {'Ground truth': truth_of(data_batch['data_samples'][0], size)}
+        # One name for the pictures of all iterations: backends then show them as one row.
+        self._draw(runner, 'train', '', self._sheet(runner, image, size, found), 0, len(inputs))
+
     @staticmethod
-    def _sample(runner: Runner, name: str, image: np.ndarray, content: tuple[int, int]) -> Sample:
+    def _sheet(
+        runner: Runner, image: np.ndarray, size: tuple[int, int], found: dict[str, Content | None]
+    ) -> Sheet:
         """A picture without what the backbone contributes."""
         meta = getattr(runner.visualizer, 'dataset_meta', None) or {}
-        return Sample(
-            name=name,
-            image=image,
-            classes=meta.get('classes') or (),
-            palette=meta.get('palette'),
-            shares=(),
-            input_size=content,
-            content_size=content,
-        )
+        shown = [(title, content) for title, content in found.items() if content is not None]
+        classes = meta.get('classes') or ()
+        return Sheet(image, classes, size, size, shown, palette=meta.get('palette'))
 
     def _draw(
-        self,
-        runner: Runner,
-        phase: str,
-        step: int,
-        sample: Sample,
-        calls: list[list[BackboneCall]],
-        index: int,
-        batch_size: int,
+        self, runner: Runner, mode: str, name: str, sheet: Sheet, index: int, batch_size: int
     ) -> None:
         """Draw one image of a batch, once for each backbone."""
-        for suffix, of_backbone in zip(self._names, calls, strict=True):
-            if len(of_backbone) != 1 or of_backbone[0].batch_size != batch_size:
-                passes = sum(call.batch_size for call in of_backbone)
-                self._leave_out(
-                    runner, f'the backbone{suffix} saw {batch_size} images in {passes} parts'
-                )
+        for suffix, calls in self._calls.items():
+            seen = [len(masks[0][0]) for _, masks in calls]
+            if seen != [batch_size]:
+                parts = f'{batch_size} images in {sum(seen)} parts'
+                self._leave_out(runner, f'the backbone{suffix} saw {parts}')
                 continue
-            call = of_backbone[0]
-            shares = stage_shares(call.keep_masks, index)
-            sheet = draw_sheet(replace(sample, shares=shares, input_size=call.input_size))
-            self._send(runner, phase, f'{phase}_active_tokens{suffix}{sample.name}', sheet, step)
-
-    def _send(self, runner: Runner, phase: str, name: str, sheet: np.ndarray, step: int) -> None:
-        if self.show:
-            runner.visualizer.show(sheet, win_name=name, wait_time=self.wait_time)
-        elif phase == 'test' and self.test_out_dir is not None:
-            folder = Path(runner.log_dir) / self.test_out_dir
-            mmcv.imwrite(sheet[..., ::-1], str(folder / f'{name}.png'))
-        else:
-            runner.visualizer.add_image(name, sheet, step)
+            input_size, masks = calls[0]
+            shares = active_shares(masks, index)
+            picture = draw_sheet(replace(sheet, input_size=input_size, active=shares))
+            full_name = f'{mode}_active_tokens{suffix}{name}'
+            if self.show:
+                runner.visualizer.show(picture, win_name=full_name, wait_time=self.wait_time)
+            elif mode == 'test' and self.test_out_dir is not None:
+                folder = Path(runner.log_dir) / self.test_out_dir
+                mmcv.imwrite(picture[..., ::-1], str(folder / f'{full_name}.png'))
+            else:
+                runner.visualizer.add_image(full_name, picture, runner.iter + (mode == 'train'))
 
     def _leave_out(self, runner: Runner, reason: str) -> None:
         if not self._warned:
             runner.logger.warning(f'{type(self).__name__} leaves images out: {reason}.')
         self._warned = True
+
+
+def _note(calls: list[Call], module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    """Note a forward pass of a backbone."""
+    images: Tensor = args[0] if args else next(iter(kwargs.values()))
+    calls.append(((images.shape[-2], images.shape[-1]), module.keep_masks))

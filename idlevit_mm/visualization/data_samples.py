@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .sheets import Box, Objects
+from .sheets import Content, Objects
 
 
-def prediction_of(data_sample: Any, score_thr: float) -> Objects | np.ndarray | None:
+def prediction_of(data_sample: Any, score_thr: float) -> Content | None:
     """Prediction in the pixels of the original image.
 
     Args:
@@ -28,7 +28,7 @@ def prediction_of(data_sample: Any, score_thr: float) -> Objects | np.ndarray | 
     return None
 
 
-def truth_of(data_sample: Any, size: tuple[int, int]) -> Objects | np.ndarray | None:
+def truth_of(data_sample: Any, size: tuple[int, int]) -> Content | None:
     """Ground truth that the pipeline loaded.
 
     Args:
@@ -38,8 +38,12 @@ def truth_of(data_sample: Any, size: tuple[int, int]) -> Objects | np.ndarray | 
     Returns:
         Instances, or a class map (H, W); None if the sample has neither.
     """
-    if 'gt_instances' in data_sample:
-        return _objects_of(data_sample.gt_instances, size)
+    # mmdet packs instances without boxes where the pipeline loads none.
+    if 'bboxes' in data_sample.get('gt_instances', ()):
+        objects = _objects_of(data_sample.gt_instances)
+        if objects.masks is None or not len(objects.masks):
+            return objects
+        return objects._replace(masks=np.stack([_resized(mask, size) for mask in objects.masks]))
     if 'gt_sem_seg' in data_sample:
         return _resized(data_sample.gt_sem_seg.data[0].cpu().numpy(), size)
     return None
@@ -61,24 +65,15 @@ def content_size(data_sample: Any) -> tuple[int, int]:
     )
 
 
-def _objects_of(instances: Any, size: tuple[int, int] | None = None) -> Objects:
-    """Boxes, scores if any, and masks if any, brought to a size."""
-    instances = instances.cpu()
-    corners = getattr(instances.bboxes, 'tensor', instances.bboxes).tolist()
-    labels = instances.labels.tolist()
-    scores = instances.scores.tolist() if 'scores' in instances else [None] * len(labels)
-    boxes = tuple(
-        Box(tuple(box), label, score)
-        for box, label, score in zip(corners, labels, scores, strict=True)
-    )
-    if 'masks' not in instances:
-        return Objects(boxes)
-    masks = instances.masks
-    masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else np.asarray(masks)
-    masks = masks.astype(bool)
-    if size is not None and len(masks) and masks.shape[1:] != size:
-        masks = np.stack([_resized(mask, size) for mask in masks])
-    return Objects(boxes, masks)
+def _objects_of(instances: Any) -> Objects:
+    """Boxes, labels, and scores and masks where there are any."""
+    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes).cpu().numpy()
+    scores = instances.scores.cpu().numpy() if 'scores' in instances else None
+    masks = instances.get('masks')
+    if masks is not None:
+        masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
+        masks = masks.astype(bool)
+    return Objects(boxes, instances.labels.cpu().numpy(), scores, masks)
 
 
 def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -23,6 +23,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--count', type=int, default=8, help='how many images of the data set')
     parser.add_argument('--indices', nargs='+', type=int, help='these images of the data set')
     parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of a box')
+    parser.add_argument(
+        '--per', choices=['stage', 'block'], default='stage', help='one picture of tokens for each'
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
@@ -33,10 +36,12 @@ def main() -> int:
     args = parse_args()
     try:
         model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
+        models = {'Prediction': model}
+        options = {'score_threshold': args.score_thr, 'per': args.per}
         if args.images:
-            paths = draw_files(model, args.images, args.out_dir, args.score_thr)
+            paths = draw_files(models, args.images, args.out_dir, **options)
         else:
-            paths = draw_dataset(model, args.out_dir, args.indices, args.count, args.score_thr)
+            paths = draw_dataset(models, args.out_dir, args.indices, args.count, **options)
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
