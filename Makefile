@@ -29,7 +29,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-onedl demo test test-onedl bench lint format doctor clean distclean
+.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench lint format doctor clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,11 @@ setup: ## Make .venv with everything in it (first time: minutes; afterwards: not
 setup-onedl: ## Make .venv-onedl with the forks onedl-* in place of the official packages
 	@$(call set-up,onedl)
 
-demo: setup ## Write data, train a detector and a segmentor, test both, show table and pictures
-	@$(VENV_PYTHON) tools/demo.py
+demo: setup ## Train a dense detector, make it idle, test, time and draw both (6 minutes)
+	@$(VENV_PYTHON) tools/demo.py detector
+
+demo-segmentation: setup ## The same with a segmentor
+	@$(VENV_PYTHON) tools/demo.py segmentor
 
 test: lint ## Lint, type check and all tests
 	@$(VENV_PYTHON) -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)

@@ -1,39 +1,271 @@
-"""Train, test and measure a detector and a segmentor with idle backbones on digit scenes."""
+"""From nothing to an idle model that is faster than its dense self, by this project's own tools.
+
+Writes data, trains a dense model of mmdet's or mmseg's classes, writes its idle config, trains both
+on for the same time, and tests, times and draws them. A command whose file is there is done, so the
+demo goes on where it was interrupted.
+"""
 
 import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from idlevit_mm.analysis import runs
-from idlevit_mm.analysis.demo import run_demo
-from idlevit_mm.errors import UsageError
+ROOT = Path(__file__).resolve().parents[1]
+SCENES = (
+    'tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 800 '
+    '--num-val 150 --num-digits 5 12 --digit-scale 32 56'
+)
+TREES = 'tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
+# Trains the dense model: the weights of mmdet's and mmseg's class, in less time.
+FASTER = 'model.backbone.type=IdleSwinTransformer'
+SIZES = '256x256 512x512 800x1344'
+PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
+# Loaded here because little is safe between fork and exec.
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
+PR_SET_PDEATHSIG = 1
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', type=Path, default=runs.REPOSITORY / 'work_dirs' / 'demo')
-    parser.add_argument('--data-root', type=Path, default=runs.REPOSITORY / 'data' / 'digit_scenes')
-    parser.add_argument('--fresh', action='store_true', help='forget earlier runs of the demo')
-    return parser.parse_args()
+class Story(NamedTuple):
+    """A dense config and its epochs, those of going on, data, key and name of the metric."""
+
+    config: str
+    epochs: int
+    more: int
+    data: str
+    key: str
+    metric: str
+
+
+STORIES = {
+    'detector': Story('demo/retinanet_swin_scenes', 3, 1, SCENES, 'coco/bbox_mAP', 'box AP'),
+    'segmentor': Story('demo/segformer-head_swin_scenes', 3, 1, SCENES, 'mIoU', 'mIoU'),
+    'trees': Story('trees/retinanet_swin_trees', 30, 10, TREES, 'coco/bbox_mAP_50', 'box AP50'),
+}
+
+
+class Step(NamedTuple):
+    """Commands that run side by side.
+
+    Attributes:
+        title: What they do.
+        seconds: About how long that takes on two cores.
+        commands: By the file (a pattern) that each leaves at its end; '' if the tool sees for
+            itself what is done.
+    """
+
+    title: str
+    seconds: float
+    commands: Mapping[str, str]
+
+    def left(self) -> list[str]:
+        """The commands that are not done yet."""
+        return [own for file, own in self.commands.items() if not (file and glob(file))]
+
+
+def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step]:
+    """All steps in their order.
+
+    Args:
+        story: What is trained.
+        work: Folder for everything but the data.
+        keep: Keep ratio.
+        options: Overrides of all trainings, as in ``--cfg-options``.
+    """
+    config, idle, last = (
+        f'configs/{story.config}.py',
+        f'{work}/keep-{keep}',
+        f'epoch_{story.more}.pth',
+    )
+    dense = f'{work}/dense/epoch_{story.epochs}.pth'
+    pair = {f'{work}/continued': config, idle: f'{idle}.py'}
+    trained = f'{idle}.py {idle}/{last}'
+    again = (
+        f'train_cfg.max_epochs={story.more} param_scheduler.1.end={story.more} '
+        f'optim_wrapper.optimizer.lr=0.0005 load_from={dense} {options}'
+    )
+
+    def train(folder: str, config: str, settings: str) -> str:
+        where = f'--work-dir {folder} --resume'
+        return f'tools/train.py {config} {where} --cfg-options {FASTER} {settings}'
+
+    def bench(part: str) -> str:
+        what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 {keep} --shapes {SIZES}'
+        how = f'--device cpu --part {part} --max-seconds 10 --resume --out {idle}/{part}.jsonl'
+        return f'tools/analysis_tools/benchmark.py {what} {how} --markdown {idle}/{part}.md'
+
+    swap = (
+        f'tools/idle_config.py {config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
+    )
+    draw = f'tools/analysis_tools/draw_active_tokens.py {trained} --dense {config} '
+    draw += f'{work}/continued/{last} --count 4 --out-dir {idle}/pictures'
+    tests = {
+        f'{folder}/test/*/*.json': f'tools/test.py {own} {folder}/{last} --work-dir {folder}/test'
+        for folder, own in pair.items()
+    }
+    return [
+        Step('write data', 15, {'': story.data}),
+        Step('train dense', 130, {dense: train(f'{work}/dense', config, options)}),
+        Step('write the idle config', 8, {f'{idle}.py': swap}),
+        Step('train on both', 90, {f'{k}/{last}': train(k, own, again) for k, own in pair.items()}),
+        Step('test both', 20, tests),
+        Step('time backbones', 40, {f'{idle}/backbone.md': bench('backbone')}),
+        Step('time whole models', 45, {f'{idle}/model.md': bench('model')}),
+        Step('draw', 12, {f'{idle}/pictures/*.png': draw}),
+    ]
+
+
+class Screen:
+    """Runs steps under a line that says what is done and how much is left.
+
+    Without a terminal such a line is printed every ten seconds.
+    """
+
+    def __init__(self, console: Console, steps: Sequence[Step]) -> None:
+        self.console, self.status = console, console.status('')
+        self.left = sum(step.seconds for step in steps)
+        self.begun = self.said = time.monotonic()
+        # Of the steps that were run: seconds that they took, and were said to take.
+        self.spent = self.planned = 1.0
+
+    def run(self, step: Step, work: Path) -> None:
+        """Run what is left of a step, each command on its share of the cores; logs go to ``work``.
+
+        Raises:
+            RuntimeError: A command failed; the others were ended.
+        """
+        started, logs, running = time.monotonic(), [], []
+        commands = step.left()
+        self.left -= step.seconds
+        threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
+        environment = {'OMP_NUM_THREADS': threads, **os.environ, 'PYTHONUNBUFFERED': '1'}
+        (work / 'logs').mkdir(parents=True, exist_ok=True)
+        try:
+            for number, command in enumerate(commands):
+                self.console.print(f'$ python {command}', style='dim', soft_wrap=True)
+                logs.append(work / 'logs' / f'{step.title.replace(" ", "-")}-{number}.log')
+                with logs[-1].open('wb') as file:
+                    options = dict(cwd=ROOT, env=environment, stdout=file, stderr=file)
+                    start = [sys.executable, *command.split()]
+                    running.append(subprocess.Popen(start, preexec_fn=die_with_parent, **options))
+            while None in (states := [process.poll() for process in running]) or any(states):
+                for state, log in zip(states, logs, strict=True):
+                    if state:
+                        lines = '\n  '.join(end_of(log).splitlines()[-12:])
+                        raise RuntimeError(f'{step.title}: status {state}, {log}:\n  {lines}')
+                self.show(step, time.monotonic() - started, [end_of(log) for log in logs])
+                time.sleep(0.25)
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait()
+        self.planned += step.seconds
+        self.spent += time.monotonic() - started
+
+    def show(self, step: Step, seconds: float, ends: Sequence[str]) -> None:
+        """Say how far a step is after some seconds, by the ends of its logs."""
+        now, pace = time.monotonic(), self.spent / self.planned
+        found = [matches[-1].groups() for end in ends if (matches := [*PROGRESS.finditer(end)])]
+        own = [3600 * int(h) + 60 * int(m) + int(s) for *_, h, m, s, _ in found]
+        left = max([step.seconds * pace - seconds, 1.0] if len(own) < len(ends) else own)
+        state = ', '.join(f'epoch {e} {i}/{n} loss {loss}' for e, i, n, *_, loss in found)
+        about = f'about {clock(left + self.left * pace)} left'
+        text = f'{clock(now - self.begun)} {step.title}, {about}  {state}'
+        self.status.update(text)
+        if not self.console.is_terminal and now - self.said >= 10:
+            self.said = now
+            self.console.print(text, soft_wrap=True)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end a tool when the demo is killed: it would go on unseen in our folder."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_of(log: Path, size: int = 4096) -> str:
+    """The last lines of a log."""
+    with log.open('rb') as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return file.read().decode(errors='replace')
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds."""
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
+    """The scores, a table of times, and what to know about them."""
+    kinds = ('continued', f'keep-{keep}')
+    tests = [max((work / kind / 'test').glob('*/*.json')) for kind in kinds]
+    scores = [json.loads(path.read_text())[story.key] for path in tests]
+    # In the logs, COCO's metrics are shares and mmseg's are points of 100.
+    dense, idle = (score * (100 if story.key.startswith('coco') else 1) for score in scores)
+    table = Table(box=box.MARKDOWN)
+    table.add_column('milliseconds')
+    for title in ('dense class', 'keep 1', f'keep {keep}', '/ keep 1', '/ dense class'):
+        table.add_column(title, justify='right')
+    for part in ('backbone', 'model'):
+        about, *cases = map(json.loads, (work / kinds[1] / f'{part}.jsonl').open())
+        for case in [case for case in cases if 'candidates' in case]:
+            host, full, own = (candidate['ms'] for candidate in case['candidates'])
+            figures = f'{host:.1f} {full:.1f} {own:.1f} {own / full:.2f} {own / host:.2f}'.split()
+            table.add_row(f'{part}, {"×".join(map(str, case["shape"]))}', *figures)
+    note = (
+        'Medians of rounds in which all take turns, one image at a time; "dense class" is that of '
+        f'the config, with the same weights. {about["machine"]}; {about["versions"]}'
+    )
+    score = (
+        f'{story.metric}: dense {dense:.1f}, keep {keep} {idle:.1f} ({idle - dense:+.1f} points)'
+    )
+    return score, table, note
 
 
 def main() -> int:
-    """Run the demo; the status is 1 if a model is worse than it should be, 2 if a step failed."""
-    args = parse_args()
-    console = Console(highlight=False)
-    runs.stop_on_termination()
+    """Run what is not done yet and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('story', nargs='?', choices=STORIES, default='detector')
+    parser.add_argument('--keep', default='0.5', metavar='RATIO', help='keep ratio (default: 0.5)')
+    parser.add_argument('--fresh', action='store_true', help='forget an earlier run')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides of all trainings')
+    args = parser.parse_args()
+    story, console = STORIES[args.story], Console(highlight=False)
+    work = Path('work_dirs/demo', args.story)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if args.fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    steps = steps_of(story, str(work), args.keep, ' '.join(args.cfg_options))
+    screen = Screen(console, steps := [step for step in steps if step.left()])
     try:
-        good = run_demo(args.work_dir.resolve(), args.data_root.resolve(), args.fresh, console)
-    except (runs.RunFailed, UsageError, ValueError, OSError) as error:
-        console.print(f'The demo failed: {error}', style='bold red', markup=False)
+        with screen.status:
+            for step in steps:
+                screen.run(step, work)
+    except RuntimeError as error:
+        console.print(f'The demo failed. {error}', style='bold red', markup=False)
         return 2
     except KeyboardInterrupt:
         console.print('Interrupted; the same command goes on from here.')
         return 130
-    return 0 if good else 1
+    with (work / f'keep-{args.keep}' / 'results.md').open('w') as file:
+        for target in (console, Console(file=file, width=100)):
+            target.print(*report(story, work, args.keep), sep='\n\n')
+    console.print(f'\nEverything is in {work}; {clock(time.monotonic() - screen.begun)} minutes.')
+    return 0
 
 
 if __name__ == '__main__':
