@@ -6,7 +6,6 @@ demo goes on where it was interrupted.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -26,17 +25,12 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = (
-    'tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 800 '
-    '--num-val 150 --num-digits 5 12 --digit-scale 32 56'
+    'tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 700 '
+    '--num-val 100 --num-digits 16 30 --digit-scale 20 34'
 )
 TREES = 'tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-# Trains the dense model: the weights of mmdet's and mmseg's class, in less time.
-FASTER = 'model.backbone.type=IdleSwinTransformer'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
-# Loaded here because little is safe between fork and exec.
-LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
-PR_SET_PDEATHSIG = 1
 
 
 class Story(NamedTuple):
@@ -51,8 +45,8 @@ class Story(NamedTuple):
 
 
 STORIES = {
-    'detector': Story('demo/retinanet_swin_scenes', 3, 1, SCENES, 'coco/bbox_mAP', 'box AP'),
-    'segmentor': Story('demo/segformer-head_swin_scenes', 3, 1, SCENES, 'mIoU', 'mIoU'),
+    'detector': Story('demo/retinanet_swin_scenes', 2, 1, SCENES, 'coco/bbox_mAP', 'box AP'),
+    'segmentor': Story('demo/segformer-head_swin_scenes', 2, 1, SCENES, 'mIoU', 'mIoU'),
     'trees': Story('trees/retinanet_swin_trees', 30, 10, TREES, 'coco/bbox_mAP_50', 'box AP50'),
 }
 
@@ -77,53 +71,38 @@ class Step(NamedTuple):
 
 
 def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step]:
-    """All steps in their order.
-
-    Args:
-        story: What is trained.
-        work: Folder for everything but the data.
-        keep: Keep ratio.
-        options: Overrides of all trainings, as in ``--cfg-options``.
-    """
-    config, idle, last = (
-        f'configs/{story.config}.py',
-        f'{work}/keep-{keep}',
-        f'epoch_{story.more}.pth',
-    )
-    dense = f'{work}/dense/epoch_{story.epochs}.pth'
+    """All steps in their order, below a folder; ``options`` are overrides of all trainings."""
+    config, idle = f'configs/{story.config}.py', f'{work}/keep-{keep}'
+    dense, last = f'{work}/dense/epoch_{story.epochs}.pth', f'epoch_{story.more}.pth'
     pair = {f'{work}/continued': config, idle: f'{idle}.py'}
-    trained = f'{idle}.py {idle}/{last}'
-    again = (
-        f'train_cfg.max_epochs={story.more} param_scheduler.1.end={story.more} '
-        f'optim_wrapper.optimizer.lr=0.0005 load_from={dense} {options}'
-    )
+    first = f'train_cfg.max_epochs={story.epochs} {options}'
+    again = f'train_cfg.max_epochs={story.more} param_scheduler.1.end={story.more} {options}'
+    again = f'load_from={dense} optim_wrapper.optimizer.lr=0.0005 {again}'
 
     def train(folder: str, config: str, settings: str) -> str:
         where = f'--work-dir {folder} --resume'
-        return f'tools/train.py {config} {where} --cfg-options {FASTER} {settings}'
+        return f'tools/train.py {config} {where} --cfg-options {settings}'
+
+    def test(folder: str, config: str) -> str:
+        return f'tools/test.py {config} {folder}/{last} --work-dir {folder}/test'
 
     def bench(part: str) -> str:
         what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 {keep} --shapes {SIZES}'
-        how = f'--device cpu --part {part} --max-seconds 10 --resume --out {idle}/{part}.jsonl'
-        return f'tools/analysis_tools/benchmark.py {what} {how} --markdown {idle}/{part}.md'
+        how = f'--part {part} --device cpu --warmup 1 --max-seconds 6 --out {idle}/{part}.jsonl'
+        out = f'--resume --markdown {idle}/{part}.md'
+        return f'tools/analysis_tools/benchmark.py {what} {how} {out}'
 
-    swap = (
-        f'tools/idle_config.py {config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
-    )
-    draw = f'tools/analysis_tools/draw_active_tokens.py {trained} --dense {config} '
-    draw += f'{work}/continued/{last} --count 4 --out-dir {idle}/pictures'
-    tests = {
-        f'{folder}/test/*/*.json': f'tools/test.py {own} {folder}/{last} --work-dir {folder}/test'
-        for folder, own in pair.items()
-    }
+    swap = f'{config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
+    draw = f'{idle}.py {idle}/{last} --dense {config} {work}/continued/{last} --count 4'
+    draw = f'tools/analysis_tools/draw_active_tokens.py {draw} --out-dir {idle}/pictures'
     return [
-        Step('write data', 15, {'': story.data}),
-        Step('train dense', 130, {dense: train(f'{work}/dense', config, options)}),
-        Step('write the idle config', 8, {f'{idle}.py': swap}),
-        Step('train on both', 90, {f'{k}/{last}': train(k, own, again) for k, own in pair.items()}),
-        Step('test both', 20, tests),
-        Step('time backbones', 40, {f'{idle}/backbone.md': bench('backbone')}),
-        Step('time whole models', 45, {f'{idle}/model.md': bench('model')}),
+        Step('write data', 12, {'': story.data}),
+        Step('train dense', 130, {dense: train(f'{work}/dense', config, first)}),
+        Step('write the idle config', 10, {f'{idle}.py': f'tools/idle_config.py {swap}'}),
+        Step('train on both', 100, {f'{k}/{last}': train(k, c, again) for k, c in pair.items()}),
+        Step('test both', 20, {f'{k}/test/*/*.json': test(k, c) for k, c in pair.items()}),
+        Step('time backbones', 30, {f'{idle}/backbone.md': bench('backbone')}),
+        Step('time whole models', 30, {f'{idle}/model.md': bench('model')}),
         Step('draw', 12, {f'{idle}/pictures/*.png': draw}),
     ]
 
@@ -158,9 +137,10 @@ class Screen:
                 self.console.print(f'$ python {command}', style='dim', soft_wrap=True)
                 logs.append(work / 'logs' / f'{step.title.replace(" ", "-")}-{number}.log')
                 with logs[-1].open('wb') as file:
-                    options = dict(cwd=ROOT, env=environment, stdout=file, stderr=file)
                     start = [sys.executable, *command.split()]
-                    running.append(subprocess.Popen(start, preexec_fn=die_with_parent, **options))
+                    running.append(
+                        subprocess.Popen(start, env=environment, stdout=file, stderr=file)
+                    )
             while None in (states := [process.poll() for process in running]) or any(states):
                 for state, log in zip(states, logs, strict=True):
                     if state:
@@ -188,12 +168,6 @@ class Screen:
         if not self.console.is_terminal and now - self.said >= 10:
             self.said = now
             self.console.print(text, soft_wrap=True)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end a tool when the demo is killed: it would go on unseen in our folder."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_of(log: Path, size: int = 4096) -> str:

@@ -32,23 +32,23 @@ model = dict(
         anchor_generator=dict(
             _delete_=True,
             type='AnchorGenerator',
-            scales=[2.5, 3.5, 5.0],
+            scales=[1.8, 2.5, 3.5],
             ratios=[1.5],
             strides=[8, 16, 32],
         ),
     ),
-    test_cfg=dict(nms_pre=200, max_per_img=50),
+    test_cfg=dict(nms_pre=300, max_per_img=60),
 )
 
 # Written by: python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 ...
 data_root = 'data/demo_scenes/coco/'
-train_dataloader = dict(batch_size=1, dataset=dict(data_root=data_root))
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_epochs = 3
+max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs + 1)
 optim_wrapper = dict(optimizer=dict(fused=True))
 param_scheduler = [
@@ -63,4 +63,4 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(checkpoint=dict(save_best=None))
-auto_scale_lr = dict(base_batch_size=1)
+auto_scale_lr = dict(base_batch_size=2)

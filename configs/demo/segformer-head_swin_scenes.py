@@ -33,11 +33,11 @@ model = dict(
 
 # Written by: python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 ...
 data_root = 'data/demo_scenes/ade/'
-train_dataloader = dict(batch_size=1, dataset=dict(data_root=data_root))
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 
-max_epochs = 3
+max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs + 1)
 optim_wrapper = dict(optimizer=dict(fused=True))
 param_scheduler = [
@@ -52,4 +52,4 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(checkpoint=dict(save_best=None))
-auto_scale_lr = dict(base_batch_size=1)
+auto_scale_lr = dict(base_batch_size=2)

@@ -7,7 +7,7 @@ metainfo = dict(classes=('tree',), palette=[(0, 158, 115)])
 # The backbone begins with what it has learned of digits; without it, from scratch.
 model = dict(
     backbone=dict(
-        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/demo/detector/dense/epoch_3.pth')
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/demo/detector/dense/epoch_2.pth')
     ),
     bbox_head=dict(num_classes=1, anchor_generator=dict(ratios=[1.0])),
     test_cfg=dict(nms_pre=1000, max_per_img=300),
@@ -27,8 +27,7 @@ train_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=1,
-    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline)
 )
 val_dataloader = dict(batch_size=1, dataset=dict(data_root=data_root, metainfo=metainfo))
 test_dataloader = val_dataloader

@@ -5,9 +5,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,31 +121,6 @@ def test_a_failing_command_is_told_and_ends_the_others(demo, tmp_path, console):
         demo.Screen(console, [step]).run(step, tmp_path)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / 'id').read_text()), 0)
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs prctl')
-def test_a_tool_does_not_outlive_a_killed_demo(tmp_path):
-    tool = tmp_path / 'tool.py'
-    tool.write_text('import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n')
-    text = (
-        f'import sys, pathlib\nsys.path.insert(0, {str(ROOT / "tools")!r})\nimport demo\n'
-        f'step = demo.Step("wait", 1, {{"": {str(tool)!r}}})\n'
-        f'demo.Screen(demo.Console(), [step]).run(step, pathlib.Path({str(tmp_path)!r}))\n'
-    )
-    parent = subprocess.Popen([sys.executable, '-c', text])
-    log = tmp_path / 'logs' / 'wait-0.log'
-    for _ in range(1200):
-        if log.is_file() and log.read_text().endswith('\n'):
-            break
-        time.sleep(0.05)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    stat = Path('/proc', log.read_text().strip(), 'stat')
-    for _ in range(600):
-        if not stat.exists() or ') Z ' in stat.read_text():
-            return
-        time.sleep(0.05)
-    pytest.fail('the tool is still there')
 
 
 def test_time_left_is_that_of_the_slower_training_and_the_steps_after_it(demo, console):
