@@ -29,6 +29,7 @@ SCENES = (
     '--num-val 100 --num-digits 16 30 --digit-scale 20 34'
 )
 TREES = 'tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
+KEEP = '0.5 0.5 0.7 0.7'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
@@ -72,7 +73,7 @@ class Step(NamedTuple):
 
 def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step]:
     """All steps in their order, below a folder; ``options`` are overrides of all trainings."""
-    config, idle = f'configs/{story.config}.py', f'{work}/keep-{keep}'
+    config, idle = f'configs/{story.config}.py', f'{work}/{folder_of(keep)}'
     dense, last = f'{work}/dense/epoch_{story.epochs}.pth', f'epoch_{story.more}.pth'
     pair = {f'{work}/continued': config, idle: f'{idle}.py'}
     first = f'train_cfg.max_epochs={story.epochs} {options}'
@@ -87,9 +88,9 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
         return f'tools/test.py {config} {folder}/{last} --work-dir {folder}/test'
 
     def bench(part: str) -> str:
-        what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 {keep} --shapes {SIZES}'
+        what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 --as-configured'
         how = f'--part {part} --device cpu --warmup 1 --max-seconds 6 --out {idle}/{part}.jsonl'
-        out = f'--resume --markdown {idle}/{part}.md'
+        out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
         return f'tools/analysis_tools/benchmark.py {what} {how} {out}'
 
     swap = f'{config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
@@ -105,6 +106,11 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
         Step('time whole models', 30, {f'{idle}/model.md': bench('model')}),
         Step('draw', 12, {f'{idle}/pictures/*.png': draw}),
     ]
+
+
+def folder_of(keep: str) -> str:
+    """Name of the folder for models with these keep ratios."""
+    return f'keep-{keep.replace(" ", "-")}'
 
 
 class Screen:
@@ -184,14 +190,14 @@ def clock(seconds: float) -> str:
 
 def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
     """The scores, a table of times, and what to know about them."""
-    kinds = ('continued', f'keep-{keep}')
+    kinds = ('continued', folder_of(keep))
     tests = [max((work / kind / 'test').glob('*/*.json')) for kind in kinds]
     scores = [json.loads(path.read_text())[story.key] for path in tests]
     # In the logs, COCO's metrics are shares and mmseg's are points of 100.
     dense, idle = (score * (100 if story.key.startswith('coco') else 1) for score in scores)
     table = Table(box=box.MARKDOWN)
     table.add_column('milliseconds')
-    for title in ('dense class', 'keep 1', f'keep {keep}', '/ keep 1', '/ dense class'):
+    for title in ('dense class', 'keep 1', 'idle', 'idle / keep 1', 'idle / dense class'):
         table.add_column(title, justify='right')
     for part in ('backbone', 'model'):
         about, *cases = map(json.loads, (work / kinds[1] / f'{part}.jsonl').open())
@@ -200,12 +206,11 @@ def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
             figures = f'{host:.1f} {full:.1f} {own:.1f} {own / full:.2f} {own / host:.2f}'.split()
             table.add_row(f'{part}, {"×".join(map(str, case["shape"]))}', *figures)
     note = (
-        'Medians of rounds in which all take turns, one image at a time; "dense class" is that of '
-        f'the config, with the same weights. {about["machine"]}; {about["versions"]}'
+        f'Idle: keep ratios {keep}. Medians of rounds in which all take turns, one image at a time; '
+        '"dense class" is that of the config, with the same weights. '
+        f'{about["machine"]}; {about["versions"]}'
     )
-    score = (
-        f'{story.metric}: dense {dense:.1f}, keep {keep} {idle:.1f} ({idle - dense:+.1f} points)'
-    )
+    score = f'{story.metric}: dense {dense:.1f}, idle {idle:.1f} ({idle - dense:+.1f} points)'
     return score, table, note
 
 
@@ -213,17 +218,17 @@ def main() -> int:
     """Run what is not done yet and print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('story', nargs='?', choices=STORIES, default='detector')
-    parser.add_argument('--keep', default='0.5', metavar='RATIO', help='keep ratio (default: 0.5)')
+    parser.add_argument('--keep', nargs='+', help='keep ratio, or one for each stage')
     parser.add_argument('--fresh', action='store_true', help='forget an earlier run')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides of all trainings')
     args = parser.parse_args()
     story, console = STORIES[args.story], Console(highlight=False)
-    work = Path('work_dirs/demo', args.story)
+    work, keep = Path('work_dirs/demo', args.story), ' '.join(args.keep or [KEEP])
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.fresh:
         shutil.rmtree(work, ignore_errors=True)
-    steps = steps_of(story, str(work), args.keep, ' '.join(args.cfg_options))
+    steps = steps_of(story, str(work), keep, ' '.join(args.cfg_options))
     screen = Screen(console, steps := [step for step in steps if step.left()])
     try:
         with screen.status:
@@ -235,9 +240,9 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print('Interrupted; the same command goes on from here.')
         return 130
-    with (work / f'keep-{args.keep}' / 'results.md').open('w') as file:
+    with (work / folder_of(keep) / 'results.md').open('w') as file:
         for target in (console, Console(file=file, width=100)):
-            target.print(*report(story, work, args.keep), sep='\n\n')
+            target.print(*report(story, work, keep), sep='\n\n')
     console.print(f'\nEverything is in {work}; {clock(time.monotonic() - screen.begun)} minutes.')
     return 0
 

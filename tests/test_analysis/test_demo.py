@@ -152,7 +152,7 @@ def test_report(demo, tmp_path, console):
         (tmp_path / 'keep-0.5' / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     console.print(*demo.report(demo.STORIES['detector'], tmp_path, '0.5'), sep='\n')
     text = console.export_text()
-    assert 'box AP: dense 61.0, keep 0.5 60.5 (-0.5 points)' in text
+    assert 'box AP: dense 61.0, idle 60.5 (-0.5 points)' in text
     row = r'\| model, 512×640 +\| +20\.0 \| +10\.0 \| +7\.5 \| +0\.75 \| +0\.38 \|'
     assert re.search(row, text)
     assert 'some processor; torch 2' in ' '.join(text.split())
