@@ -26,10 +26,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = (
     'tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 700 '
-    '--num-val 100 --num-digits 16 30 --digit-scale 20 34'
+    '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
 )
 TREES = 'tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-KEEP = '0.5 0.5 0.7 0.7'
+KEEP = '0.6'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
@@ -206,7 +206,7 @@ def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
             figures = f'{host:.1f} {full:.1f} {own:.1f} {own / full:.2f} {own / host:.2f}'.split()
             table.add_row(f'{part}, {"×".join(map(str, case["shape"]))}', *figures)
     note = (
-        f'Idle: keep ratios {keep}. Medians of rounds in which all take turns, one image at a time; '
+        f'Idle: keep ratio {keep}. Medians of rounds in which all take turns, an image at a time; '
         '"dense class" is that of the config, with the same weights. '
         f'{about["machine"]}; {about["versions"]}'
     )
