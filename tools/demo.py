@@ -202,7 +202,8 @@ def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
     for part in ('backbone', 'model'):
         about, *cases = map(json.loads, (work / kinds[1] / f'{part}.jsonl').open())
         for case in [case for case in cases if 'candidates' in case]:
-            host, full, own = (candidate['ms'] for candidate in case['candidates'])
+            times = {candidate['kind']: candidate['ms'] for candidate in case['candidates']}
+            full, own, host = times['dense'], times['config'], times.get('host', float('nan'))
             figures = f'{host:.1f} {full:.1f} {own:.1f} {own / full:.2f} {own / host:.2f}'.split()
             table.add_row(f'{part}, {"×".join(map(str, case["shape"]))}', *figures)
     note = (

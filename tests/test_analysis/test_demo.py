@@ -146,7 +146,8 @@ def test_report(demo, tmp_path, console):
         record = json.dumps({'coco/bbox_mAP': value})
         (tmp_path / kind / 'test' / '1' / '1.json').write_text(record)
     for part in ('backbone', 'model'):
-        times = [{'ms': ms, 'name': str(ms)} for ms in (20.0, 10.0, 7.5)]
+        times = [{'kind': 'host', 'ms': 20.0}, {'kind': 'dense', 'ms': 10.0}]
+        times.append({'kind': 'config', 'ms': 7.5})
         case = {'part': part, 'shape': [512, 640], 'batch': 1, 'candidates': times}
         lines = [{'machine': 'some processor', 'versions': 'torch 2'}, case]
         (tmp_path / 'keep-0.5' / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
