@@ -32,7 +32,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from .models import blank_data_samples, checked_shape, noise_image
+from .models import blank_data_samples, noise_image
 
 Shape = Sequence[int]
 
@@ -93,12 +93,6 @@ class MultiplyAddCounter(FlopCounterMode):
     """Counts the multiply-adds of what runs inside its ``with`` block, gradients included.
 
     What runs twice, such as a block that is recomputed in the backward pass, counts twice.
-
-    Example::
-
-        with MultiplyAddCounter() as counter:
-            model(image).sum().backward()
-        print(counter.multiply_adds)
     """
 
     def __init__(self) -> None:
@@ -174,35 +168,24 @@ def backbone_multiply_adds(backbone: nn.Module, input_shape: Sequence[int]) -> i
 
     A dense backbone may lie on the meta device, where nothing is computed. The image is noise: how
     active tokens share out among windows depends on it, and on the CPU so does the count.
-
-    Raises:
-        ValueError: ``input_shape`` has not two to four positive sizes.
     """
-    shape = checked_shape(input_shape)
-    device = next(backbone.parameters()).device
     with evaluating(backbone):
-        return count_multiply_adds(backbone, noise_image(shape, device))
+        images = noise_image(input_shape, next(backbone.parameters()).device)
+        return count_multiply_adds(backbone, images)
 
 
-def model_multiply_adds(
-    model: nn.Module, input_shape: Sequence[int], data_samples: Sequence[Any] | None = None
-) -> dict[str, int]:
+def model_multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Multiply-adds of an mmdet or mmseg model, part by part, in its 'tensor' mode.
 
     That mode runs backbone, neck and heads on the whole image without the losses and the
     post-processing. The heads of a two-stage detector see the proposals that its own region
     proposal network makes of a noise image (and the mask head at most 100 of them), as in mmdet's
-    own tool. Data samples are made here for a model that needs them.
-
-    Raises:
-        ValueError: ``input_shape`` has not two to four positive sizes.
+    own tool.
     """
-    shape = checked_shape(input_shape)
-    device = next(model.parameters()).device
-    if data_samples is None:
-        data_samples = blank_data_samples(model, shape)
     with evaluating(model):
-        return part_multiply_adds(model, noise_image(shape, device), data_samples, mode='tensor')
+        images = noise_image(input_shape, next(model.parameters()).device)
+        samples = blank_data_samples(model, images.shape)
+        return part_multiply_adds(model, images, samples, mode='tensor')
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,12 +47,7 @@ class Spread(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Times of all candidates, round by round.
-
-    Attributes:
-        seconds: ``{name: one time per round}``, the same number of rounds for each.
-        reference: the candidate that the others are compared with.
-    """
+    """Times of all candidates, one per round, and with whom the others are compared."""
 
     seconds: Mapping[str, tuple[float, ...]]
     reference: str
@@ -68,11 +64,7 @@ class Comparison(NamedTuple):
 
 
 class CandidateError(RuntimeError):
-    """A candidate failed while it was called; the cause is the exception it raised.
-
-    Attributes:
-        name: of the candidate.
-    """
+    """The candidate of that name failed while it was called; the cause is what it raised."""
 
     def __init__(self, name: str, cause: Exception) -> None:
         super().__init__(f'{name}: {cause}')
@@ -171,8 +163,7 @@ def forward_call(
 def machine() -> str:
     """Processor and number of cores, for the record; and the GPU if one is in use."""
     info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.is_file() else []
-    found = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+    found = re.findall(r'model name\s*: (.*)', info.read_text() if info.is_file() else '')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     text = f'{[*found, platform.processor() or platform.machine()][0]}, {cores} cores'
     if not torch.cuda.is_initialized():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,43 +172,23 @@ def share_kept(backbone: nn.Module) -> float:
     return sum(shares) / len(shares)
 
 
-def checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Bring (H, W), (C, H, W) or (B, C, H, W) to four positive numbers.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    shape = tuple(int(size) for size in input_shape)
-    if not 2 <= len(shape) <= 4 or min(shape) < 1:
-        raise ValueError(
-            f'input_shape={input_shape!r} must be (H, W), (C, H, W) or (B, C, H, W) '
-            'with positive sizes'
-        )
-    batch, channels, height, width = ((1, 3)[: 4 - len(shape)] + shape)[-4:]
-    return batch, channels, height, width
-
-
 def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Heights and widths from a command line: ``512x512 800x1280``, or one as ``800 1280``.
 
     Raises:
         ValueError: a size is not written like that, or not positive.
     """
-    sizes = [text.lower().split('x') for text in texts]
-    if [len(size) for size in sizes] == [1, 1]:
-        sizes = [[height, width] for (height,), (width,) in [sizes]]
-    for size in sizes:
-        if len(size) != 2 or not all(side.isdecimal() and int(side) for side in size):
-            raise ValueError(
-                f'shape={" ".join(texts)!r} must be HEIGHTxWIDTH in pixels, such as 800x1280'
-            )
-    return [(int(height), int(width)) for height, width in sizes]
+    sizes = texts if any('x' in text.lower() for text in texts) else ['x'.join(texts)]
+    found = [re.fullmatch('0*([1-9][0-9]*)x0*([1-9][0-9]*)', size.lower()) for size in sizes]
+    if not all(found):
+        raise ValueError(f'shape={" ".join(texts)!r} must be HEIGHTxWIDTH, such as 800x1280')
+    return [(int(size[1]), int(size[2])) for size in found if size]
 
 
 def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> torch.Tensor:
-    """A fixed standard-normal batch (B, C, H, W)."""
+    """A fixed standard-normal batch (B, C, H, W); B is 1 and C is 3 if left out of the shape."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tuple(shape), generator=generator).to(device)
+    return torch.randn((*(1, 3)[: 4 - len(shape)], *shape), generator=generator).to(device)
 
 
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:

@@ -1,6 +1,6 @@
 """What several tests of the analyses share."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,14 +10,18 @@ TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 
 
 @pytest.fixture
-def run_tool(monkeypatch):
+def tool(monkeypatch):
+    """Imports a tool of tools/analysis_tools by its name."""
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def run_tool(tool, monkeypatch):
     """Runs a tool of tools/analysis_tools in this process: (name, *arguments) to its exit code."""
 
     def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        return module.main()
+        return tool(name).main()
 
     return run

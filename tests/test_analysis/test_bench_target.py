@@ -1,14 +1,9 @@
 """``make bench`` asks the benchmark for something that exists, and for little of it."""
 
-import importlib.util
 import shlex
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from idlevit_mm.analysis.cases import expand
-from idlevit_mm.analysis.models import parse_shapes
 from idlevit_mm.analysis.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -23,36 +18,14 @@ def make(*args):
     return result.stdout
 
 
-@pytest.fixture(scope='module')
-def arguments():
-    """What the tool is called with, as it reads it."""
+def test_it_ends_soon_and_compares_with_the_dense_class(tool):
     (line,) = [
         line for line in make('-n', 'bench').replace('\\\n', ' ').splitlines() if TOOL in line
     ]
-    spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.parse_args(shlex.split(line.split(TOOL)[1]))
-
-
-def test_targets_and_conditions_exist(arguments):
+    benchmark = tool('benchmark')
+    arguments = benchmark.parse_args(shlex.split(line.split(TOOL)[1]))
     assert set(arguments.targets) <= set(PRESETS)
-    cases = expand(
-        arguments.targets,
-        part=arguments.part,
-        shapes=parse_shapes(arguments.shapes),
-        batches=arguments.batches,
-        dtypes=arguments.dtypes,
-        modes=arguments.mode,
-        compiles=arguments.compile,
-        device=arguments.device,
-        threads=1,
-        channels_last=arguments.channels_last,
-    )
-    assert len(cases) == len(arguments.targets)
-
-
-def test_it_ends_soon_and_compares_with_the_dense_class(arguments):
+    assert len(list(benchmark.cases_of('x', arguments))) == 1
     assert arguments.max_seconds * len(arguments.targets) <= 40
     assert arguments.device == 'cpu'
     assert not arguments.no_host

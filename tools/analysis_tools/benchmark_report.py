@@ -200,8 +200,8 @@ def points_of(record: Record) -> pd.DataFrame:
     if rows.empty:
         raise UsageError('--plot: no keep ratio was measured against a reference')
     # All scopes are the same where every token is kept.
-    scopes = rows[rows['kind'] == 'idle'].groupby('target')['scope'].unique()
-    known = rows['target'].map(scopes).where(rows['kind'] == 'dense', rows['scope'])
+    scopes = rows[rows['kind'] == 'idle'].groupby('case')['scope'].unique()
+    known = rows['case'].map(scopes).where(rows['kind'] == 'dense', rows['scope'])
     rows = rows.assign(scope=known).explode('scope', ignore_index=True)
     rows['line'] = rows['target'] + (', ' + rows['scope']).fillna('')
     rows['panel'] = rows['what'] + ', ' + rows['dtype'] + ', ' + rows['place']

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
 from mmengine.config import DictAction
 from torch import nn
 
@@ -33,9 +33,7 @@ def parse_args() -> argparse.Namespace:
     add('config', type=Path)
     add('--shape', nargs='+', default=['800x1280'], metavar='HxW', help='input pixels, or several')
     add('--data', nargs='?', const='val', choices=PHASES, help='average over images of this loader')
-    add(
-        '--num-images', type=int, default=100, help='with --data: stop after so many, whole batches'
-    )
+    add('--num-images', type=int, default=100, help='with --data: as many at least')
     add('--checkpoint', type=Path, help='weights (default: random)')
     add('--keep-ratios', nargs='+', type=float, help='each, the same in all blocks')
     add('--backbone-only', action='store_true', help='no neck, no heads')
@@ -82,65 +80,55 @@ def count_data(
                 shares.append(share_kept(backbone))
     if not images:
         raise ValueError('batches hold no image to count')
-    weights = torch.tensor(images, dtype=torch.float64).numpy() / sum(images)
     table = pd.DataFrame(rows).fillna(0.0)
     table[TOTAL] = table.pop(TOTAL)  # parts that not every batch uses come before it
     return {
         'images': sum(images),
-        'parts': table.mul(weights, axis=0).sum().to_dict(),
+        'parts': table.apply(np.average, weights=images).to_dict(),
         'low': table[TOTAL].min(),
         'high': table[TOTAL].max(),
-        'share_active': float(weights @ shares) if shares else None,
+        'share_active': np.average(shares, weights=images) if shares else None,
     }
 
 
 def main() -> int:
     """Count and print."""
     args = parse_args()
+    record: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, dict[str, str]]] = {}
     try:
         shapes = parse_shapes(args.shape)
         model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
         variants = {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios or ()}
-        variants = variants or {'as configured': model}
-        record: dict[str, dict[str, Any]] = {}
-        if args.data:
-            for name, variant in variants.items():
+        for name, variant in (variants or {'as configured': model}).items():
+            if args.data:
                 batches = data_batches(model.cfg, args.data, args.num_images)
-                record[name] = count_data(
-                    variant, batches, args.data == 'train', args.backbone_only
+                found = count_data(variant, batches, args.data == 'train', args.backbone_only)
+                record[name] = found
+                column = {f'{part}, mean': pretty(mean) for part, mean in found['parts'].items()}
+                column['total, minimum'], column['total, maximum'] = map(
+                    pretty, (found['low'], found['high'])
                 )
-            table = pd.DataFrame({name: count['parts'] for name, count in record.items()})
-            table.index += ', mean'
-            for key, title in (('low', 'total, minimum'), ('high', 'total, maximum')):
-                table.loc[title] = [count[key] for count in record.values()]
-            table = table.map(pretty)
-            shares = [count['share_active'] for count in record.values()]
-            table.loc['active tokens'] = ['–' if s is None else f'{s:.1%}' for s in shares]
-            images = next(iter(record.values()))['images']
-            tables = {f'Multiply-adds, {images} images of {args.data}': table}
-        else:
-            tables = {}
-            for height, width in shapes:
-                counts = {
-                    name: count_shape(variant, (height, width), args.backbone_only)
-                    for name, variant in variants.items()
-                }
-                record[f'{height}x{width}'] = counts
-                table = pd.DataFrame(counts).fillna(0).map(pretty)
-                tables[f'Multiply-adds at {height}×{width}'] = table
+                share = found['share_active']
+                column['active tokens'] = '–' if share is None else f'{share:.1%}'
+                title = f'Multiply-adds, {found["images"]} images of {args.data}'
+                tables.setdefault(title, {})[name] = column
+            for height, width in () if args.data else shapes:
+                counts = count_shape(variant, (height, width), args.backbone_only)
+                record.setdefault(f'{height}x{width}', {})[name] = counts
+                column = {part: pretty(count) for part, count in counts.items()}
+                tables.setdefault(f'Multiply-adds at {height}×{width}', {})[name] = column
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    for title, table in tables.items():
+    for title, columns in tables.items():
+        table = pd.DataFrame(columns).fillna('0')
+        align = ['left', *['right'] * len(columns)]
         print(f'{title} ({args.config.stem})')
-        print(
-            table.to_markdown(disable_numparse=True, colalign=['left', *['right'] * len(variants)])
-        )
+        print(table.to_markdown(disable_numparse=True, colalign=align))
     ratios = getattr(getattr(model, 'backbone', model), 'keep_ratios', None)
     if ratios is not None and not args.keep_ratios:
-        print(
-            'keep ratios per stage and block:', [[round(r, 4) for r in stage] for stage in ratios]
-        )
+        print('keep ratios per stage and block:', [[float(f'{r:.4g}') for r in s] for s in ratios])
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=2) + '\n')
     return 0

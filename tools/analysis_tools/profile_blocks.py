@@ -29,14 +29,11 @@ from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, p
 from idlevit_mm.errors import UsageError
 from idlevit_mm.kernels import BACKENDS, convolution
 
-# Parts of a block that a dense one does not have.
+# Parts of a block that a dense one does not have, and all parts.
 IDLING = ['scoring', 'selecting', 'gathering', 'scattering']
-PARTS = [
-    *IDLING,
-    *('norms', 'projections', 'attention core', 'attention, rest', 'feed-forward', 'rest'),
-]
+PARTS = [*IDLING, 'attention core', 'attention, rest', 'feed-forward', 'rest']
 OUTSIDE, BACKWARD = 'outside the blocks', 'backward pass'
-# Methods of blocks, then of backends: the parts of a block that they are.
+# Methods of blocks, and entries of backends, by the part that they are.
 METHODS = {
     'forward': 'rest',
     'look': 'scoring',
@@ -52,23 +49,6 @@ ENTRIES = {
     'put': 'scattering',
     'attend': 'attention core',
     'attend_windows': 'attention core',
-}
-# Operations of PyTorch that are parts of what is around them.
-OPERATIONS = {
-    'aten::layer_norm': 'norms',
-    'aten::scaled_dot_product_attention': 'attention core',
-    'aten::linear': 'projections',
-    'aten::conv2d': 'projections',
-    'aten::mkldnn_convolution': 'projections',
-    'mkldnn::_linear_pointwise': 'projections',
-}
-# Only there they are parts of their own; elsewhere they belong to what is around them.
-WITHIN = {
-    'norms': ('rest', 'attention, rest', 'feed-forward'),
-    'attention core': ('attention, rest',),
-    'projections': ('attention, rest',),
-    'attention, rest': ('rest',),
-    'feed-forward': ('rest',),
 }
 
 
@@ -130,10 +110,9 @@ def charges(events: Iterable[Any], on_cpu: bool = True) -> Counter[tuple[int, st
         if around == BACKWARD or event.name.startswith('autograd::engine'):
             return -1, BACKWARD
         _, *own = event.name.split('|')
-        part = own[1] if own else OPERATIONS.get(event.name, around)
-        stage = int(own[0]) if own and own[0] else stage
-        fits = stage >= 0 and around in WITHIN.get(part, (around,))
-        return stage, part if fits else around
+        if own and own[0]:
+            return int(own[0]), own[1]
+        return (stage, own[1]) if own and stage >= 0 else (stage, around)
 
     totals: Counter[tuple[int, str]] = Counter()
     for event in events:
