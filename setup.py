@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # Tools that set up a checkout, or train and write inside it.
-CHECKOUT_ONLY = ('setup_env.py', 'doctor.py', 'demo.py', 'policy_study.py', 'scorer_study.py')
+CHECKOUT_ONLY = ('setup_env.py', 'doctor.py', 'demo.py', 'studies')
 
 
 def read_version() -> str:

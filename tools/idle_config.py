@@ -1,10 +1,26 @@
 """Write a small config that inherits yours and has idle backbones in place of dense ones."""
 
 import argparse
+import importlib.util
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
-from idlevit_mm.analysis.swap_sweep import print_sweep
+from mmengine.config import Config
+
 from idlevit_mm.engine.launch import run_tool
-from idlevit_mm.engine.swap import Settings, parse_keep, write_idle_config
+from idlevit_mm.engine.swap import (
+    Settings,
+    find_backbones,
+    idle_config,
+    parse_keep,
+    write_idle_config,
+)
+from idlevit_mm.errors import UsageError
+
+# Backbones without idle twin that one may look for in the table; those of convolutions are not.
+OTHERS = ('BEiT', 'MAE', 'PCPVT', 'SVT', 'VPD', 'TIMMBackbone', 'PoolFormer')
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,6 +71,55 @@ def parse_args() -> argparse.Namespace:
     if args.config is not None and args.keep is None:
         parser.error('--keep is missing')
     return args
+
+
+def shipped_configs(package: str) -> Iterator[tuple[str, Path]]:
+    """Name and file of the configs of an installed package, those in pure Python included."""
+    spec = importlib.util.find_spec(package)
+    for root in (spec and spec.submodule_search_locations) or ():
+        for folder in (Path(root, '.mim', 'configs'), Path(root, 'configs')):
+            for path in sorted(folder.rglob('*.py')):
+                if '_base_' not in path.parts and path.name != '__init__.py':
+                    yield path.relative_to(folder).as_posix(), path
+
+
+def try_config(path: Path, folder: Path) -> tuple[str, str] | None:
+    """Convert a config: its dense class and why it was refused; None without a transformer."""
+    try:
+        # Of what configs import, some is not installed here, and is not needed to look at them.
+        found = find_backbones(Config.fromfile(path, import_custom_modules=False))
+    except Exception:
+        return '(unknown)', 'does not load'
+    twins = sorted({backbone.dense for backbone in found if backbone.twin})
+    if not twins:
+        others = [backbone.dense for backbone in found if backbone.dense in OTHERS]
+        return (others[0], 'no idle twin') if others else None
+    try:
+        idle_config(str(path), Settings(keep=0.7), str(folder / 'idle.py'), force=True)
+    except UsageError as error:
+        return twins[0], str(error).removeprefix(f'{path}: ')
+    return twins[0], ''
+
+
+def print_sweep() -> None:
+    """Print counts by class and reasons of refusal, for all configs of mmdet and mmseg."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    refused: Counter[tuple[str, str, str, str]] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for package in ('mmdet', 'mmseg'):
+            for name, path in shipped_configs(package):
+                outcome = try_config(path, Path(folder))
+                if outcome is not None:
+                    kinds[package, outcome[0]] += 1
+                    if outcome[1]:
+                        refused[(package, name.partition('/')[0], *outcome)] += 1
+    print('| package | backbone | configs | converted | refused |\n|---|---|---|---|---|')
+    for (package, dense), count in sorted(kinds.items()):
+        bad = sum(n for key, n in refused.items() if (key[0], key[2]) == (package, dense))
+        print(f'| {package} | `{dense}` | {count} | {count - bad} | {bad} |')
+    print('\n| refused | configs | backbone | reason |\n|---|---|---|---|')
+    for (package, group, dense, reason), count in refused.items():
+        print(f'| {package}: {group} | {count} | `{dense}` | {reason} |')
 
 
 def write(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def draw_dataset(
     count: int = 4,
     **options: Any,
 ) -> list[Path]:
-    """Draw sheets for images of the test data set into a folder.
+    """Draw sheets for images of the test data set; returns the paths of the pictures.
 
     Args:
         models: title of each prediction and its model; active tokens are those of the last one.
@@ -37,9 +37,6 @@ def draw_dataset(
         indices: which images; evenly spread over the data set when None.
         count: how many, when ``indices`` is None.
         **options: of ``sheet_of``.
-
-    Returns:
-        The paths of the pictures.
 
     Raises:
         ValueError: an index lies outside the data set.

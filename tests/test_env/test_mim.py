@@ -88,7 +88,8 @@ def test_configs_and_tools_are_complete(installed):
     assert files(shipped / 'configs') == files(ROOT / 'configs')
     missing = files(ROOT / 'tools') - files(shipped / 'tools')
     assert {path.name for path in missing} == {
-        *('setup_env.py', 'doctor.py', 'demo.py', 'policy_study.py', 'scorer_study.py')
+        *('setup_env.py', 'doctor.py', 'demo.py'),
+        *('variants.py', 'run.py', 'report.py'),
     }
     # The others need nothing that lies beside them in a checkout.
     for tool in (shipped / 'tools').rglob('*.py'):

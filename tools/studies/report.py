@@ -1,0 +1,184 @@
+"""Tables and the figure of a study, from the JSON lines of its runs."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from variants import METHODS, RANDOM_RATIOS, TASKS, operations
+
+KEYS = ['task', 'method', 'scope', 'level', 'keep_ratio']
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The finished runs in a file; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def frame_of(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """One row per run: ``KEYS``, seed, score, policy and ratios."""
+    rows = []
+    for line in lines:
+        row = {'task': 'swin-det', 'scope': None, 'level': None, **line['variant']}
+        policy = line['settings'].get('policy')
+        if 'scorer' in row:  # the study of scorers, whose first results say no more
+            row['method'] = row['scorer'] or 'dense'
+            policy = row['scorer'] and dict(
+                type='IdleViT', scorer=row['scorer'], scope=row['scope']
+            )
+        row['ratios'] = line['settings'].get('keep_ratios', row['keep_ratio'])
+        score = line['score'] if 'score' in line else line['ap']
+        rows.append(row | dict(policy=policy, seed=line['seed'], score=score))
+    # A method that was run again replaces its earlier result.
+    return pd.DataFrame(rows).drop_duplicates([*KEYS, 'seed'], keep='last')
+
+
+def tasks_of(frame: pd.DataFrame) -> list[str]:
+    """The tasks of some runs, in the order of all tasks."""
+    return [task for task in TASKS if (frame.task == task).any()]
+
+
+def means(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per variant: mean score, gain over dense in the same seeds, each seed's score."""
+    dense = frame[frame.method == 'dense'].set_index(['task', 'seed']).score
+    own = dense.reindex(pd.MultiIndex.from_frame(frame[['task', 'seed']])).to_numpy()
+    groups = frame.assign(dense=own).sort_values('seed').groupby(KEYS, dropna=False)
+    table = groups.agg(
+        score=('score', 'mean'),
+        dense=('dense', 'mean'),
+        seeds=('score', list),
+        policy=('policy', lambda policies: policies.iloc[0]),
+        ratios=('ratios', lambda ratios: ratios.iloc[0]),
+    ).reset_index()
+    table['gain'] = table.score - table.dense
+    table['share'] = [operations(row.task, row.policy, row.ratios) for row in table.itertuples()]
+    return table
+
+
+def best_scorer(frame: pd.DataFrame) -> str:
+    """The scorer with the highest score on the whole map, over keep ratios and seeds."""
+    return frame[frame.scope == 'map'].groupby('method').score.mean().idxmax()
+
+
+def variant_table(table: pd.DataFrame, task: str) -> str:
+    """The rows of a task in Markdown: dense, then by scope, level and ratio, the best first."""
+    scorers = table.scope.notna().any()
+    digits = 3 if scorers else 2  # the one counts AP in ones, the other in points
+    chosen = table if scorers else table[table.level.notna() | (table.method == 'dense')]
+    chosen = chosen.assign(other=chosen.scope.isin(['window_tokens', 'windows']))
+    chosen = chosen.fillna({'level': 0.0, 'keep_ratio': 0.0})
+    order = {'other': True, 'level': True, 'keep_ratio': False, 'score': False, 'method': True}
+    rows = []
+    for row in chosen.sort_values([*order], ascending=[*order.values()]).itertuples():
+        dense = row.method == 'dense'
+        where = METHODS[row.method].where if row.method in METHODS else ''
+        ratios = np.hstack(row.ratios if isinstance(row.ratios, list) else [row.ratios])
+        group = row.scope if scorers else f'-{100 * row.level:g} %'
+        cells = [
+            row.method,
+            '–' if dense else group,
+            f'{ratios.min():g} {where}'.strip(),
+            f'{row.share:.3f}',
+            f'{row.score:.{digits}f}',
+            '–' if dense else f'{row.gain:+.{digits}f}',
+            ', '.join(f'{score:.{digits}f}' for score in row.seeds),
+        ]
+        rows.append(cells)
+    columns = ['scorer', 'scope'] if scorers else ['method', 'level']
+    columns += ['keep', 'multiply-adds', TASKS[task].unit, 'against dense', 'each seed']
+    return tabulate(rows, columns, 'pipe', disable_numparse=True)
+
+
+def ratio_table(frame: pd.DataFrame, table: pd.DataFrame, task: str) -> str:
+    """One checkpoint for many ratios against one for each, in the seeds of the former."""
+    served = frame[frame.method == RANDOM_RATIOS]
+    single = frame[frame.method.isin(['dense', 'idlevit']) & frame.level.isna()]
+    both = served.merge(
+        single.fillna({'keep_ratio': 1.0}), on=['keep_ratio', 'seed'], suffixes=('', '_single')
+    )
+    both = both.groupby('keep_ratio')[['score', 'score_single']].mean().sort_index(ascending=False)
+    shares = table[table.method == RANDOM_RATIOS].set_index('keep_ratio').share
+    rows = [
+        [f'{ratio:g}', f'{shares[ratio]:.3f}', f'{own:.2f}', f'{other:.2f}', f'{own - other:+.2f}']
+        for ratio, own, other in both.itertuples()
+    ]
+    unit = TASKS[task].unit
+    columns = ['keep', 'multiply-adds', f'{unit}, one checkpoint for all', f'{unit}, one for each']
+    return tabulate(rows, [*columns, 'difference'], 'pipe', disable_numparse=True)
+
+
+def scatter(frame: pd.DataFrame) -> str:
+    """A sentence about the spread of runs around the means of their rows."""
+    groups = frame[frame.method != RANDOM_RATIOS].groupby(KEYS, dropna=False).score
+    freedom = groups.count().sum() - len(groups)
+    if not freedom:
+        return ''
+    deviation = ((groups.var() * (groups.count() - 1)).sum() / freedom) ** 0.5
+    return (
+        'One run scatters around the mean of its row with a standard deviation of '
+        f'{deviation:.2g} (pooled over all rows).'
+    )
+
+
+def text(frame: pd.DataFrame) -> str:
+    """All tables of a study in Markdown."""
+    table = means(frame)
+    parts = [
+        'Means over the seeds on the whole validation set. Every row, the dense one too, was '
+        'fine-tuned equally long from the same dense checkpoint. Multiply-adds are those of the '
+        'backbone, scoring included, divided by those of the dense one.'
+    ]
+    served = []
+    for task in tasks_of(frame):
+        own, rows = frame[frame.task == task], table[table.task == task]
+        parts += [f'## {TASKS[task].title} ({task})', variant_table(rows, task), scatter(own)]
+        if (own.method == RANDOM_RATIOS).any():
+            served += ['## One checkpoint for many ratios', ratio_table(own, rows, task)]
+    parts += served
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """Draw the scores of policies over multiply-adds, a panel per task, into a file."""
+    table = means(frame)
+    tasks = tasks_of(frame)
+    figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout='constrained')
+    handles: dict[str, Any] = {}
+    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        rows = table[table.task == task]
+        for score in rows[rows.method == 'dense'].score:
+            handles['dense'] = panel.axhline(score, color='black', linewidth=1)
+        rows = rows[rows.level.notna()].sort_values('share')
+        for i, (name, method) in enumerate(METHODS.items(), 1):
+            points = rows[rows.method == name]
+            if len(points):
+                style = '-' if method.policy['type'] == 'IdleViT' else '--'
+                look = dict(color=f'C{i % 10}', marker='os^Dv<>Ph*'[i % 10], linestyle=style)
+                (handles[name],) = panel.plot(points.share, points.score, **look)
+        panel.set_title(TASKS[task].title)
+        panel.set_xlabel('backbone multiply-adds / dense')
+        panel.set_ylabel(f'{TASKS[task].unit} (points of 100)')
+        if len(rows):  # wide enough that rows of one level stand above each other
+            panel.set_xlim(rows.share.min() - 0.05, rows.share.max() + 0.05)
+        panel.grid(alpha=0.3)
+    figure.legend(
+        list(handles.values()), list(handles), loc='outside lower center', ncols=3 * len(tasks)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('file', type=Path, help='JSON lines, such as docs/studies/policies.jsonl')
+    parser.add_argument('--figure', type=Path, help='draw scores over multiply-adds, for policies')
+    args = parser.parse_args()
+    frame = frame_of(lines_of(args.file))
+    print(text(frame))
+    if args.figure:
+        draw(frame, args.figure)

@@ -1,0 +1,261 @@
+"""Compare scorers, or policies at equal multiply-adds, by fine-tuning one dense checkpoint.
+
+Finished runs are kept: after an interruption, the same command goes on where it stopped.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import report
+from mmengine.config import Config, DictAction
+from variants import (
+    CONFIGS,
+    LEVELS,
+    METHODS,
+    SCOPES,
+    SCORERS,
+    TASKS,
+    TEACHER,
+    Run,
+    policy_runs,
+    scorer_runs,
+)
+
+from idlevit_mm.analysis.models import load_config
+from idlevit_mm.engine.launch import run_tool
+from idlevit_mm.errors import UsageError
+
+ROOT = CONFIGS.parents[1]
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('study', choices=['scorers', 'policies'])
+    parser.add_argument('--scorers', nargs='+', choices=SCORERS, default=SCORERS)
+    parser.add_argument('--keep-ratios', nargs='+', type=float, default=[0.7, 0.5])
+    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        '--levels', nargs='+', type=float, default=LEVELS, help='shares of multiply-adds to save'
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1])
+    parser.add_argument('--epochs', type=int, default=1, help='fine-tuning epochs of every run')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
+    parser.add_argument('--threads', type=int, default=1, help='computing threads per run')
+    parser.add_argument('--out-dir', type=Path, help='default: work_dirs/STUDY_study')
+    parser.add_argument(
+        '--dense-dir',
+        type=Path,
+        default=ROOT / 'work_dirs',
+        help='folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='further overrides for every run'
+    )
+    args = parser.parse_args()
+    if not all(0 < share < 1 for share in [*args.keep_ratios, *args.levels]):
+        parser.error('--keep-ratios and --levels must lie in (0, 1); a dense row is always there')
+    if min(args.epochs, args.jobs, args.threads) < 1:
+        parser.error('--epochs, --jobs and --threads must be at least 1')
+    args.out_dir = (args.out_dir or ROOT / 'work_dirs' / f'{args.study}_study').resolve()
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do the study, or what is left of it, and write its tables."""
+    if args.study == 'policies':
+        runs = list(policy_runs(args.seeds, args.levels, args.tasks, args.methods))
+        lines = do_runs(runs, args)
+    else:
+        lines = do_runs(
+            list(scorer_runs(args.seeds, args.keep_ratios, args.scorers, ['map'])), args
+        )
+        best = report.best_scorer(report.frame_of(lines))
+        print(f'best scorer on the whole map: {best}')
+        lines += do_runs(list(scorer_runs(args.seeds, args.keep_ratios, [best], SCOPES[1:])), args)
+    tables = report.text(report.frame_of(lines))
+    (args.out_dir / 'study.md').write_text(tables)
+    print(f'\n{tables}\nwritten to {args.out_dir / "study.md"}')
+
+
+def do_runs(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Do the runs that ``runs.jsonl`` does not hold yet; returns its lines of all runs.
+
+    Raises:
+        UsageError: a run failed; no other is started.
+    """
+    starts = {task: start_of(task, args) for task in dict.fromkeys(run.task for run in runs)}
+    configs = {run.name: run_config(run, *starts[run.task], args.epochs) for run in runs}
+    plan = {run.name: lines_of(run, configs[run.name]) for run in runs}
+    file = args.out_dir / 'runs.jsonl'
+    found = {_key(line): line for line in report.lines_of(file)}
+    waiting = [run for run in runs if any(_key(line) not in found for line in plan[run.name])]
+    print(f'{len(runs) - len(waiting)} of {len(runs)} runs are already in {file}')
+    begin = time.monotonic()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(do_run, run, configs[run.name], args) for run in waiting]
+        try:
+            for done, (run, job) in enumerate(zip(waiting, jobs, strict=True), 1):
+                scores = job.result()
+                for line, score in zip(plan[run.name], scores, strict=True):
+                    found[_key(line)] = line | dict(score=score)
+                replace_lines(file, found.values())
+                left = (time.monotonic() - begin) / done * (len(waiting) - done) / 60
+                text = f'{run.name}: {scores[0]:.4g}, about {left:.0f} min left'
+                print(f'[{done}/{len(waiting)}] {text}', flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [found[_key(line)] for run in runs for line in plan[run.name]]
+
+
+def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
+    """The fine-tune config of a task and its dense checkpoint, trained first if it is not there."""
+    config = TASKS[task].config('dense')
+    cfg = load_config(config, args.cfg_options)
+    folder = args.dense_dir.resolve() / config.stem
+    checkpoint = folder / f'epoch_{cfg.train_cfg.max_epochs}.pth'
+    if not checkpoint.is_file():
+        print(f'training {config.stem} first ({cfg.train_cfg.max_epochs} epochs)', flush=True)
+        config = dumped(cfg, folder / 'config' / config.name)
+        call(folder, args.threads, 'tools/train.py', config, '--resume')
+    return load_config(TASKS[task].config('finetune'), args.cfg_options), checkpoint
+
+
+def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
+    """The config of a run: one evaluation and one small checkpoint, at its end."""
+    cfg, planned = copy.deepcopy(base), base.train_cfg.max_epochs
+    saving = dict(interval=epochs, save_optimizer=False, save_best=None)
+    loading = dict(num_workers=0, persistent_workers=False)
+    cfg.merge_from_dict(
+        dict(
+            load_from=str(checkpoint),
+            randomness=dict(seed=run.seed),
+            train_cfg=dict(max_epochs=epochs, val_interval=epochs),
+            default_hooks=dict(checkpoint=saving, logger=dict(interval=50)),
+            train_dataloader=loading,
+            val_dataloader=loading,
+        )
+    )
+    for scheduler in cfg.param_scheduler:
+        if scheduler.get('by_epoch', True) and scheduler.get('end', 0) >= planned:
+            scheduler.end = epochs
+    cfg.model.backbone.keep_ratios = run.keep_ratios
+    if run.policy is not None:
+        cfg.model.backbone.policy = dict(run.policy)
+    hooks = json.loads(json.dumps(run.hooks).replace(TEACHER, str(checkpoint)))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
+    return cfg
+
+
+def lines_of(run: Run, cfg: Config) -> list[dict[str, Any]]:
+    """What the results of a run hold besides the score: all that it depends on."""
+    settings = dict(
+        config_sha256=_digest(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()),
+        checkpoint_sha256=_digest(Path(cfg.load_from).read_bytes()),
+        epochs=cfg.train_cfg.max_epochs,
+        policy=run.policy,
+        custom_hooks=run.hooks,
+    )
+    ratios = run.served or (None,)
+    return [
+        dict(
+            variant=dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio']),
+            seed=run.seed,
+            settings=dict(settings, keep_ratios=ratio or run.keep_ratios),
+        )
+        for ratio in ratios
+    ]
+
+
+def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
+    """Train, and test at each ratio to serve; returns the scores."""
+    _, _, metric, _, points = TASKS[run.task]
+    points = 1.0 if 'scorer' in run.variant else points  # that study counts in ones
+    folder = args.out_dir / 'runs' / run.name
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier score must not pass for its own
+    config = dumped(cfg, folder.parent / f'{run.name}.py')
+    call(folder, args.threads, 'tools/train.py', config)
+    scores = [] if run.served else [last_score(folder, metric)]
+    for ratio in run.served:
+        tested = folder / f'keep{ratio:g}'
+        checkpoint = folder / f'epoch_{args.epochs}.pth'
+        options = ['--cfg-options', f'model.backbone.keep_ratios={ratio}']
+        call(tested, args.threads, 'tools/test.py', config, checkpoint, *options)
+        scores.append(last_score(tested, metric))
+    return [score * points for score in scores]
+
+
+def call(folder: Path, threads: int, *command: str | Path) -> None:
+    """Run a tool of the checkout with a work folder, and keep what it prints there.
+
+    Raises:
+        UsageError: it failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads))
+    log = folder / 'output.log'
+    with log.open('w') as file:
+        done = subprocess.run(
+            [sys.executable, *map(str, command), '--work-dir', str(folder)],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        last = (log.read_text().strip().splitlines() or ['it printed nothing'])[-1]
+        raise UsageError(f'{command[0]} failed for {folder.name}: {last} (the whole log: {log})')
+
+
+def last_score(folder: Path, metric: str) -> float:
+    """A metric of the last evaluation in mmengine's logs.
+
+    Raises:
+        UsageError: there is none.
+    """
+    logs = [*folder.glob('*/vis_data/scalars.json'), *folder.glob('*/*.json')]
+    entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    scores = [entry[metric] for entry in entries if metric in entry]
+    if not scores:
+        raise UsageError(f'no {metric} in the logs below {folder}')
+    return scores[-1]
+
+
+def replace_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines in one step, so that a killed process leaves the old file or the new one."""
+    new = file.with_suffix('.new')
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    new.replace(file)
+
+
+def dumped(cfg: Config, path: Path) -> Path:
+    """Write a config, and its folder; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # mmengine's own layout costs a second for each file, and nobody reads hundreds of them.
+    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items()))
+    return path
+
+
+def _key(line: Mapping[str, Any]) -> str:
+    return json.dumps([line['variant'], line['seed'], line['settings']], sort_keys=True)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+if __name__ == '__main__':
+    run_tool(main, args=parse_args())

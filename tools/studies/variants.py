@@ -1,0 +1,226 @@
+"""What the studies compare: tasks, scorers and policies, at keep ratios of equal multiply-adds."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.registry import MODELS
+
+from idlevit_mm.analysis.flops import backbone_multiply_adds
+from idlevit_mm.analysis.models import load_config
+from idlevit_mm.errors import UsageError
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'digit_scenes'
+INPUT_SHAPE = (128, 128)
+LEVELS = (0.33, 0.2, 0.45)  # shares of the dense multiply-adds to save; the first one decides
+SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
+SCOPES = ('map', 'window_tokens', 'windows')
+# One checkpoint for many ratios, against one checkpoint for each.
+RANDOM_RATIOS, SERVED_RATIOS = 'random-ratios', (1.0, 0.8, 0.6, 0.5, 0.4)
+# A level counts as reached within this share of the dense multiply-adds. Whole windows go in
+# steps of up to 0.06 in a stage of four windows.
+_TOLERANCE = 0.035
+
+
+class Task(NamedTuple):
+    """A model: its title and configs, its metric in the logs, and what makes that points of 100."""
+
+    title: str
+    model: str
+    metric: str
+    unit: str
+    points: float
+
+    def config(self, kind: str) -> Path:
+        """The config of the ``dense`` or the ``finetune`` run."""
+        return CONFIGS / f'{self.model}_{kind}_digits.py'
+
+
+_AP = ('coco/bbox_mAP', 'box AP', 100.0)
+TASKS = {
+    'swin-det': Task('RetinaNet with Swin', 'retinanet_idle-swin', *_AP),
+    'pvtv2-det': Task('RetinaNet with PVTv2', 'retinanet_idle-pvtv2', *_AP),
+    # mmseg logs percents.
+    'pvtv2-seg': Task('Semantic FPN with PVTv2', 'fpn_idle-pvtv2', 'mIoU', 'mIoU', 1.0),
+}
+
+
+class Method(NamedTuple):
+    """One way to save operations: policy, where its ratio applies, losses, tasks that it fits."""
+
+    policy: Mapping[str, Any]
+    where: str = ''
+    losses: tuple[Mapping[str, Any], ...] = ()
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+TEACHER = 'DENSE'  # stands for the path of the dense checkpoint
+# IdleViT's own runs give the token cut 20 (arXiv 2310.05654): here that costs 7 points of AP.
+_CUT = dict(type='TokenCutLoss', loss_weight=0.1)
+_DISTILL = dict(type='FeatureDistillation', teacher=dict(checkpoint=TEACHER), loss_weight=5.0)
+_IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
+_SUMMARY = dict(_IDLEVIT, context='summary')
+_LATE, _ENTRY = 'from block 1', 'stage entry'
+METHODS = {
+    'idlevit': Method(_IDLEVIT),
+    'idlevit+cut': Method(_IDLEVIT, losses=(_CUT,)),
+    'idlevit+distill': Method(_IDLEVIT, losses=(_DISTILL,)),
+    'idlevit+cut+distill': Method(_IDLEVIT, losses=(_CUT, _DISTILL)),
+    'learned': Method(dict(_IDLEVIT, scorer='learned')),
+    # The first block dense, a summary of idle tokens as context, and distillation.
+    'recipe': Method(_SUMMARY, _LATE, (_DISTILL,)),
+    'recipe-all': Method(dict(_IDLEVIT, context='all'), _LATE, (_DISTILL,)),
+    'idlevit-summary': Method(_SUMMARY, _LATE),
+    # Drops for good, once per stage, as EViT does in three of twelve layers.
+    'evit': Method(dict(type='EViT'), _ENTRY),
+    # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
+    'evovit': Method(dict(type='EvoViT'), _LATE),
+    'evovit+distill': Method(dict(type='EvoViT'), _LATE, (_DISTILL,)),
+    'sparsevit': Method(dict(type='SparseViT'), tasks=('swin-det',)),
+    'sparsevit-distance': Method(
+        dict(type='SparseViT', scorer='mean_distance'), tasks=('swin-det',)
+    ),
+    'random': Method(dict(_IDLEVIT, scorer='random')),
+}
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        variant: what its line of results says: method, level and so on.
+        seed: of the run.
+        task: name of the task.
+        policy: of the backbone; None for the config's own.
+        keep_ratios: of the backbone.
+        hooks: further ``custom_hooks``, with ``TEACHER`` in place of the dense checkpoint.
+        served: ratios at which the trained checkpoint is tested, a line for each.
+    """
+
+    variant: dict[str, Any]
+    seed: int
+    task: str = 'swin-det'
+    policy: Mapping[str, Any] | None = None
+    keep_ratios: Any = 1.0
+    hooks: list[dict[str, Any]] = []
+    served: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder of the run, unique within a study."""
+        parts = [
+            value if isinstance(value, str) else f'{key}{value:g}'
+            for key, value in self.variant.items()
+            if value is not None
+        ]
+        return '-'.join([*parts, f'seed{self.seed}']).replace('.', '_')
+
+
+def scorer_runs(
+    seeds: Sequence[int], ratios: Sequence[float], scorers: Sequence[str], scopes: Sequence[str]
+) -> Iterator[Run]:
+    """Runs of the study of scorers; the dense one belongs to the whole map."""
+    for seed in seeds:
+        if 'map' in scopes:
+            yield Run(dict(keep_ratio=1.0, scorer=None, scope=None), seed)
+        for scope in scopes:
+            for scorer in scorers:
+                policy = dict(type='IdleViT', scorer=scorer, scope=scope)
+                for ratio in ratios:
+                    variant = dict(keep_ratio=ratio, scorer=scorer, scope=scope)
+                    yield Run(variant, seed, policy=policy, keep_ratios=ratio)
+
+
+def policy_runs(
+    seeds: Sequence[int], levels: Sequence[float], tasks: Sequence[str], methods: Sequence[str]
+) -> Iterator[Run]:
+    """Runs of the study of policies, in an order that leaves an interrupted study balanced.
+
+    Seed by seed; within a seed all tasks at one level, then at the next. What serves many ratios
+    follows with the first seed, for Swin alone.
+    """
+    for seed in seeds:
+        for task in tasks:
+            yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed, task)
+        for level in levels:
+            for task in tasks:
+                for name in methods:
+                    policy, _, losses, fits = METHODS[name]
+                    if task in fits:
+                        variant = dict(task=task, method=name, level=level, keep_ratio=None)
+                        hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))]
+                        ratios = level_ratios(task, name, level)
+                        yield Run(variant, seed, task, policy, ratios, hooks if losses else [])
+        if seed == seeds[0] and 'swin-det' in tasks and 'idlevit' in methods:
+            variant = dict(task='swin-det', method='idlevit', level=None)
+            for ratio in SERVED_RATIOS[1:]:  # the dense run is the one for 1.0
+                yield Run(dict(variant, keep_ratio=ratio), seed, 'swin-det', _IDLEVIT, ratio)
+            variant = dict(variant, method=RANDOM_RATIOS, keep_ratio=None)
+            hooks = [dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model')]
+            yield Run(variant, seed, 'swin-det', _IDLEVIT, 1.0, hooks, SERVED_RATIOS)
+
+
+def spread(ratio: float, depths: Sequence[int], where: str = '') -> list[list[float]]:
+    """One ratio for each block: everywhere, ``from block 1`` on, or at each ``stage entry``."""
+    if where == _ENTRY:  # the other blocks keep all that is still in play
+        return [[ratio] + [1.0] * (depth - 1) for depth in depths]
+    ratios = [[ratio] * depth for depth in depths]
+    if where == _LATE:
+        ratios[0][0] = 1.0
+    return ratios
+
+
+def nearest_ratio(count: Callable[[float], float], target: float, steps: int = 1000) -> float:
+    """The multiple of 1 / ``steps`` whose count, which rises with it, is nearest to a target."""
+    low, high = 1, steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(middle / steps) > target:
+            high = middle
+        else:
+            low = middle
+    return min((low / steps, high / steps), key=lambda ratio: abs(count(ratio) - target))
+
+
+def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
+    """Keep ratios with which a method saves a share of the dense backbone's multiply-adds.
+
+    Raises:
+        UsageError: it cannot come near to the level.
+    """
+    policy, where = METHODS[method][:2]
+    depths = _backbone(task, 'null').depths
+    ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, where)), 1 - level)
+    saved = 1 - operations(task, policy, spread(ratio, depths, where))
+    if abs(saved - level) > _TOLERANCE:
+        raise UsageError(
+            f'level={level:g} cannot be reached by {method} on {task}: the nearest keep ratio, '
+            f'{ratio:g}, saves {saved:.3f} of the multiply-adds; allowed: levels that are met '
+            f'within {_TOLERANCE:g}'
+        )
+    return spread(ratio, depths, where)
+
+
+def operations(task: str, policy: Mapping[str, Any] | None, keep_ratios: Any) -> float:
+    """Backbone multiply-adds, scoring included, divided by those of the dense backbone."""
+    return _count(task, json.dumps(policy), json.dumps(keep_ratios)) / _count(task, 'null', '1.0')
+
+
+@cache
+def _count(task: str, policy: str, keep_ratios: str) -> int:
+    backbone = _backbone(task, policy)
+    backbone.set_keep_ratios(json.loads(keep_ratios))
+    return backbone_multiply_adds(backbone, INPUT_SHAPE)
+
+
+@cache
+def _backbone(task: str, policy: str) -> Any:
+    cfg = dict(load_config(TASKS[task].config('finetune')).model.backbone)
+    cfg.update(keep_ratios=1.0, init_cfg=None, policy=json.loads(policy) or cfg.get('policy'))
+    # Which tokens are active, and with it the count, follows from the random weights.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MODELS.build(cfg).eval()
