@@ -29,10 +29,11 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench lint format doctor clean distclean
+.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench lint format \
+	doctor clean distclean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv with everything in it (first time: minutes; afterwards: nothing to do)
 	@$(call set-up,openmmlab)
@@ -45,6 +46,11 @@ demo: setup ## Train a dense detector, make it idle, test, time and draw both (6
 
 demo-segmentation: setup ## The same with a segmentor
 	@$(VENV_PYTHON) tools/demo.py segmentor
+
+demo-trees: demo ## The same with aerial photographs of trees (21 MB are downloaded)
+	@$(VENV_PYTHON) -m pip download --quiet --no-deps --dest data deepforest==2.1.0
+	@$(VENV_PYTHON) tools/demo.py trees --keep 0.7
+	@$(VENV_PYTHON) tools/demo.py trees --keep 0.5
 
 test: lint ## Lint, type check and all tests
 	@$(VENV_PYTHON) -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
