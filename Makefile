@@ -15,10 +15,11 @@ VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-onedl demo test test-onedl bench lint format doctor clean distclean
+.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench lint format \
+	doctor clean distclean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv with everything in it (first time: minutes; afterwards: nothing to do)
 	@PYTHON='$(PYTHON)' bash tools/setup.sh openmmlab
@@ -26,8 +27,16 @@ setup: ## Make .venv with everything in it (first time: minutes; afterwards: not
 setup-onedl: ## Make .venv-onedl with the forks onedl-* in place of the official packages
 	@PYTHON='$(PYTHON)' bash tools/setup.sh onedl
 
-demo: setup ## Write data, train a detector and a segmentor, test both, show table and pictures
-	@$(VENV_PYTHON) tools/demo.py
+demo: setup ## Train a dense detector, make it idle, test, time and draw both (6 minutes)
+	@$(VENV_PYTHON) tools/demo.py detector
+
+demo-segmentation: setup ## The same with a segmentor
+	@$(VENV_PYTHON) tools/demo.py segmentor
+
+demo-trees: demo ## The same with aerial photographs of trees (21 MB are downloaded)
+	@$(VENV_PYTHON) -m pip download --quiet --no-deps --dest data deepforest==2.1.0
+	@$(VENV_PYTHON) tools/demo.py trees --keep 0.7
+	@$(VENV_PYTHON) tools/demo.py trees --keep 0.5
 
 test: lint ## Lint, type check and all tests
 	@$(VENV_PYTHON) -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)

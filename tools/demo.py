@@ -1,39 +1,251 @@
-"""Train, test and measure a detector and a segmentor with idle backbones on digit scenes."""
+"""From nothing to an idle model that is faster than its dense self, by this project's own tools.
+
+Writes data, trains a dense model of mmdet's or mmseg's classes, writes its idle config, trains both
+on for the same time, and tests, times and draws them. A command whose file is there is done, so the
+demo goes on where it was interrupted.
+"""
 
 import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from idlevit_mm.analysis import runs
-from idlevit_mm.analysis.demo import run_demo
-from idlevit_mm.errors import UsageError
+ROOT = Path(__file__).resolve().parents[1]
+SCENES = (
+    'tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 700 '
+    '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
+)
+TREES = 'tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
+KEEP = '0.6'
+SIZES = '256x256 512x512 800x1344'
+PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', type=Path, default=runs.REPOSITORY / 'work_dirs' / 'demo')
-    parser.add_argument('--data-root', type=Path, default=runs.REPOSITORY / 'data' / 'digit_scenes')
-    parser.add_argument('--fresh', action='store_true', help='forget earlier runs of the demo')
-    return parser.parse_args()
+class Story(NamedTuple):
+    """A dense config and its epochs, those of going on, data, key and name of the metric."""
+
+    config: str
+    epochs: int
+    more: int
+    data: str
+    key: str
+    metric: str
+
+
+STORIES = {
+    'detector': Story('demo/retinanet_swin_scenes', 2, 1, SCENES, 'coco/bbox_mAP', 'box AP'),
+    'segmentor': Story('demo/segformer-head_swin_scenes', 2, 1, SCENES, 'mIoU', 'mIoU'),
+    'trees': Story('trees/retinanet_swin_trees', 30, 10, TREES, 'coco/bbox_mAP_50', 'box AP50'),
+}
+
+
+class Step(NamedTuple):
+    """Commands that run side by side.
+
+    Attributes:
+        title: What they do.
+        seconds: About how long that takes on two cores.
+        commands: By the file (a pattern) that each leaves at its end; '' if the tool sees for
+            itself what is done.
+    """
+
+    title: str
+    seconds: float
+    commands: Mapping[str, str]
+
+    def left(self) -> list[str]:
+        """The commands that are not done yet."""
+        return [own for file, own in self.commands.items() if not (file and glob(file))]
+
+
+def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step]:
+    """All steps in their order, below a folder; ``options`` are overrides of all trainings."""
+    config, idle = f'configs/{story.config}.py', f'{work}/{folder_of(keep)}'
+    dense, last = f'{work}/dense/epoch_{story.epochs}.pth', f'epoch_{story.more}.pth'
+    pair = {f'{work}/continued': config, idle: f'{idle}.py'}
+    first = f'train_cfg.max_epochs={story.epochs} {options}'
+    again = f'train_cfg.max_epochs={story.more} param_scheduler.1.end={story.more} {options}'
+    again = f'load_from={dense} optim_wrapper.optimizer.lr=0.0005 {again}'
+
+    def train(folder: str, config: str, settings: str) -> str:
+        where = f'--work-dir {folder} --resume'
+        return f'tools/train.py {config} {where} --cfg-options {settings}'
+
+    def test(folder: str, config: str) -> str:
+        return f'tools/test.py {config} {folder}/{last} --work-dir {folder}/test'
+
+    def bench(part: str) -> str:
+        what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 --as-configured'
+        how = f'--part {part} --device cpu --warmup 1 --max-seconds 6 --out {idle}/{part}.jsonl'
+        out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
+        return f'tools/analysis_tools/benchmark.py {what} {how} {out}'
+
+    swap = f'{config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
+    draw = f'{idle}.py {idle}/{last} --dense {config} {work}/continued/{last} --count 4'
+    draw = f'tools/analysis_tools/draw_active_tokens.py {draw} --out-dir {idle}/pictures'
+    return [
+        Step('write data', 12, {'': story.data}),
+        Step('train dense', 130, {dense: train(f'{work}/dense', config, first)}),
+        Step('write the idle config', 10, {f'{idle}.py': f'tools/idle_config.py {swap}'}),
+        Step('train on both', 100, {f'{k}/{last}': train(k, c, again) for k, c in pair.items()}),
+        Step('test both', 20, {f'{k}/test/*/*.json': test(k, c) for k, c in pair.items()}),
+        Step('time backbones', 30, {f'{idle}/backbone.md': bench('backbone')}),
+        Step('time whole models', 30, {f'{idle}/model.md': bench('model')}),
+        Step('draw', 12, {f'{idle}/pictures/*.png': draw}),
+    ]
+
+
+def folder_of(keep: str) -> str:
+    """Name of the folder for models with these keep ratios."""
+    return f'keep-{keep.replace(" ", "-")}'
+
+
+class Screen:
+    """Runs steps under a line that says what is done and how much is left.
+
+    Without a terminal such a line is printed every ten seconds.
+    """
+
+    def __init__(self, console: Console, steps: Sequence[Step]) -> None:
+        self.console, self.status = console, console.status('')
+        self.left = sum(step.seconds for step in steps)
+        self.begun = self.said = time.monotonic()
+        # Of the steps that were run: seconds that they took, and were said to take.
+        self.spent = self.planned = 1.0
+
+    def run(self, step: Step, work: Path) -> None:
+        """Run what is left of a step, each command on its share of the cores; logs go to ``work``.
+
+        Raises:
+            RuntimeError: A command failed; the others were ended.
+        """
+        started, logs, running = time.monotonic(), [], []
+        commands = step.left()
+        self.left -= step.seconds
+        threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
+        environment = {'OMP_NUM_THREADS': threads, **os.environ, 'PYTHONUNBUFFERED': '1'}
+        (work / 'logs').mkdir(parents=True, exist_ok=True)
+        try:
+            for number, command in enumerate(commands):
+                self.console.print(f'$ python {command}', style='dim', soft_wrap=True)
+                logs.append(work / 'logs' / f'{step.title.replace(" ", "-")}-{number}.log')
+                with logs[-1].open('wb') as file:
+                    start = [sys.executable, *command.split()]
+                    running.append(
+                        subprocess.Popen(start, env=environment, stdout=file, stderr=file)
+                    )
+            while None in (states := [process.poll() for process in running]) or any(states):
+                for state, log in zip(states, logs, strict=True):
+                    if state:
+                        lines = '\n  '.join(end_of(log).splitlines()[-12:])
+                        raise RuntimeError(f'{step.title}: status {state}, {log}:\n  {lines}')
+                self.show(step, time.monotonic() - started, [end_of(log) for log in logs])
+                time.sleep(0.25)
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait()
+        self.planned += step.seconds
+        self.spent += time.monotonic() - started
+
+    def show(self, step: Step, seconds: float, ends: Sequence[str]) -> None:
+        """Say how far a step is after some seconds, by the ends of its logs."""
+        now, pace = time.monotonic(), self.spent / self.planned
+        found = [matches[-1].groups() for end in ends if (matches := [*PROGRESS.finditer(end)])]
+        own = [3600 * int(h) + 60 * int(m) + int(s) for *_, h, m, s, _ in found]
+        left = max([step.seconds * pace - seconds, 1.0] if len(own) < len(ends) else own)
+        state = ', '.join(f'epoch {e} {i}/{n} loss {loss}' for e, i, n, *_, loss in found)
+        about = f'about {clock(left + self.left * pace)} left'
+        text = f'{clock(now - self.begun)} {step.title}, {about}  {state}'
+        self.status.update(text)
+        if not self.console.is_terminal and now - self.said >= 10:
+            self.said = now
+            self.console.print(text, soft_wrap=True)
+
+
+def end_of(log: Path, size: int = 4096) -> str:
+    """The last lines of a log."""
+    with log.open('rb') as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return file.read().decode(errors='replace')
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds."""
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def report(story: Story, work: Path, keep: str) -> tuple[str, Table, str]:
+    """The scores, a table of times, and what to know about them."""
+    kinds = ('continued', folder_of(keep))
+    tests = [max((work / kind / 'test').glob('*/*.json')) for kind in kinds]
+    scores = [json.loads(path.read_text())[story.key] for path in tests]
+    # In the logs, COCO's metrics are shares and mmseg's are points of 100.
+    dense, idle = (score * (100 if story.key.startswith('coco') else 1) for score in scores)
+    table = Table(box=box.MARKDOWN)
+    table.add_column('milliseconds')
+    for title in ('dense class', 'keep 1', 'idle', 'idle / keep 1', 'idle / dense class'):
+        table.add_column(title, justify='right')
+    for part in ('backbone', 'model'):
+        about, *cases = map(json.loads, (work / kinds[1] / f'{part}.jsonl').open())
+        for case in [case for case in cases if 'candidates' in case]:
+            times = {candidate['kind']: candidate['ms'] for candidate in case['candidates']}
+            full, own, host = times['dense'], times['config'], times.get('host', float('nan'))
+            figures = f'{host:.1f} {full:.1f} {own:.1f} {own / full:.2f} {own / host:.2f}'.split()
+            table.add_row(f'{part}, {"×".join(map(str, case["shape"]))}', *figures)
+    note = (
+        f'Idle: keep ratio {keep}. Medians of rounds in which all take turns, an image at a time; '
+        '"dense class" is that of the config, with the same weights. '
+        f'{about["machine"]}; {about["versions"]}'
+    )
+    score = f'{story.metric}: dense {dense:.1f}, idle {idle:.1f} ({idle - dense:+.1f} points)'
+    return score, table, note
 
 
 def main() -> int:
-    """Run the demo; the status is 1 if a model is worse than it should be, 2 if a step failed."""
-    args = parse_args()
-    console = Console(highlight=False)
-    runs.stop_on_termination()
+    """Run what is not done yet and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('story', nargs='?', choices=STORIES, default='detector')
+    parser.add_argument('--keep', nargs='+', help='keep ratio, or one for each stage')
+    parser.add_argument('--fresh', action='store_true', help='forget an earlier run')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides of all trainings')
+    args = parser.parse_args()
+    story, console = STORIES[args.story], Console(highlight=False)
+    work, keep = Path('work_dirs/demo', args.story), ' '.join(args.keep or [KEEP])
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if args.fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    steps = steps_of(story, str(work), keep, ' '.join(args.cfg_options))
+    screen = Screen(console, steps := [step for step in steps if step.left()])
     try:
-        good = run_demo(args.work_dir.resolve(), args.data_root.resolve(), args.fresh, console)
-    except (runs.RunFailed, UsageError, ValueError, OSError) as error:
-        console.print(f'The demo failed: {error}', style='bold red', markup=False)
+        with screen.status:
+            for step in steps:
+                screen.run(step, work)
+    except RuntimeError as error:
+        console.print(f'The demo failed. {error}', style='bold red', markup=False)
         return 2
     except KeyboardInterrupt:
         console.print('Interrupted; the same command goes on from here.')
         return 130
-    return 0 if good else 1
+    with (work / folder_of(keep) / 'results.md').open('w') as file:
+        for target in (console, Console(file=file, width=100)):
+            target.print(*report(story, work, keep), sep='\n\n')
+    console.print(f'\nEverything is in {work}; {clock(time.monotonic() - screen.begun)} minutes.')
+    return 0
 
 
 if __name__ == '__main__':

@@ -1,164 +1,186 @@
-"""The demo's table, its memory and its steps, without training."""
+"""The demo's steps, its line of progress and its report, with stand-ins for the tools."""
 
+import importlib.util
 import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from idlevit_mm.analysis import demo, runs
-from idlevit_mm.analysis.demo import TASKS, Cost, Memory, Outcome
-from idlevit_mm.analysis.latency import Spread
+ROOT = Path(__file__).parents[2]
+TRAINING = (
+    '11/20 13:23:16 - mmengine - INFO - Epoch(train) [2][ 50/125]  base_lr: 4.9e-05 lr: 4.9e-05  '
+    'eta: 0:01:08  time: 0.58  data_time: 0.01  loss: 1.6546  loss_cls: 1.1290  loss_bbox: 0.52\n'
+)
 
-SPREAD = Spread(0.8, 0.75, 0.85)
 
-
-def _outcome(task, quality):
-    costs = tuple(
-        Cost(part, Spread(12.34, 12.0, 13.0), SPREAD, Spread(0.7, 0.6, 0.8), 82_000_000, 0.731)
-        for part in ('backbone, 128×128', 'whole model, 128×128')
-    )
-    return Outcome(task, quality, 0.6999, costs, 150.0)
+@pytest.fixture
+def demo():
+    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def console():
-    return Console(width=100, record=True, force_terminal=False, quiet=False)
+    return Console(width=200, record=True, force_terminal=False)
 
 
-def test_one_table_for_all_models():
-    outcomes = [_outcome(TASKS[0], 0.7123), _outcome(TASKS[1], 0.655)]
-    rows = {cells[0]: cells[1:] for cells in demo.table_rows(outcomes)}
-    assert rows['quality'] == ['box AP 0.712', 'mIoU 0.655']
-    assert rows['tokens kept'] == ['70 %', '70 %']
-    assert rows['  multiply-adds'][0] == '82 M, 0.73 × dense'
-    assert rows['  time / keep 1'][0] == '0.80 (0.75–0.85)'
-    assert rows['  time / mmdet'][1] == '0.70 (0.60–0.80)'
-    assert rows['training'] == ['2.5 min', '2.5 min']
-    markdown = demo.markdown_table(outcomes).splitlines()
-    assert all(line.count('|') == 4 for line in markdown)
-    assert len(markdown) == 2 + len(demo.table_rows(outcomes))
+def _script(path, text):
+    path.write_text(text)
+    return str(path)
 
 
-def test_results_are_written(tmp_path):
-    demo.write_results([_outcome(task, 0.7) for task in TASKS], tmp_path)
-    record = json.loads((tmp_path / 'results.json').read_text())
-    assert [item['quality'] for item in record['outcomes']] == [0.7, 0.7]
-    assert record['outcomes'][0]['costs'][0]['operation_ratio'] == 0.731
-    assert '| quality | box AP 0.700 | mIoU 0.700 |' in (tmp_path / 'results.md').read_text()
+def _words(command, key):
+    """What follows an option, up to the next one."""
+    rest = command.split()
+    rest = rest[rest.index(key) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith('--')), len(rest))]
 
 
-def _run(monkeypatch, tmp_path, console, qualities):
-    monkeypatch.setattr(demo, 'write_data', lambda *_: None)
-    monkeypatch.setattr(
-        demo,
-        'run_task',
-        lambda task, *_: (_outcome(task, qualities[task]), [tmp_path / f'{task.config}.png']),
+@pytest.mark.parametrize('story', ['detector', 'segmentor', 'trees'])
+def test_dense_and_idle_get_the_same_training(demo, story):
+    steps = demo.steps_of(demo.STORIES[story], 'w', '0.5', 'randomness.seed=1')
+    steps = {step.title: step.commands for step in steps}
+    ((first, training),) = steps['train dense'].items()
+    dense, idle = steps['train on both'].values()
+    assert _words(dense, '--cfg-options') == _words(idle, '--cfg-options')
+    for command in (training, dense, idle):
+        assert _words(command, '--cfg-options')[-1] == 'randomness.seed=1'
+        assert '--resume' in command
+    # They start from what the first training leaves, as does the idle config.
+    assert f'load_from={first}' in dense.split()
+    ((written, swap),) = steps['write the idle config'].items()
+    assert _words(swap, '--load-from') == [first]
+    assert _words(swap, '--out') == [written] == idle.split()[1:2]
+    assert training.split()[1] == dense.split()[1] == swap.split()[1]
+
+
+def test_tools_and_their_options_exist(demo):
+    for story in demo.STORIES.values():
+        for command in (own for step in demo.steps_of(story, 'w', '0.5') for own in step.left()):
+            tool, *arguments = command.split()
+            text = (ROOT / tool).read_text()
+            for option in (word for word in arguments if word.startswith('--')):
+                assert f"'{option}'" in text, (tool, option)
+
+
+@pytest.mark.parametrize('story', ['detector', 'segmentor', 'trees'])
+def test_epochs_are_those_of_the_config(demo, story):
+    story = demo.STORIES[story]
+    text = (ROOT / 'configs' / f'{story.config}.py').read_text()
+    assert f'max_epochs = {story.epochs}\n' in text
+
+
+def test_files_tell_what_is_done(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = demo.Step('test', 1, {'a/epoch_2.pth': 'train', 'a/test/*/*.json': 'test', '': 'look'})
+    assert step.left() == ['train', 'test', 'look']
+    (tmp_path / 'a' / 'test' / '1').mkdir(parents=True)
+    (tmp_path / 'a' / 'epoch_2.pth').touch()
+    assert step.left() == ['test', 'look']
+    (tmp_path / 'a' / 'test' / '1' / '1.json').touch()
+    assert step.left() == ['look']
+
+
+def test_commands_of_a_step_run_side_by_side(demo, tmp_path, console, monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+    # Each waits for the other.
+    text = (
+        'import os, pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\n'
+        'mine.touch()\nwhile not other.exists():\n    time.sleep(0.01)\n'
+        'print("threads", os.environ["OMP_NUM_THREADS"])\n'
     )
-    good = demo.run_demo(tmp_path / 'demo', tmp_path / 'data', console=console)
-    return good, console.export_text()
+    tool = _script(tmp_path / 'tool.py', text)
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    step = demo.Step('wait for both', 1, {'a': f'{tool} {a} {b}', 'b': f'{tool} {b} {a}'})
+    demo.Screen(console, [step]).run(step, tmp_path)
+    for number in range(2):
+        log = tmp_path / 'logs' / f'wait-for-both-{number}.log'
+        assert log.read_text() == 'threads 2\n'
 
 
-def test_good_models(monkeypatch, tmp_path, console):
-    good, text = _run(monkeypatch, tmp_path, console, dict.fromkeys(TASKS, 0.61))
-    assert good
-    assert 'below the expected' not in text
-    assert 'retinanet_idle-swin_digits.png' in text.replace('\n', '')
-
-
-def test_a_bad_model_is_named(monkeypatch, tmp_path, console):
-    qualities = {TASKS[0]: 0.61, TASKS[1]: 0.599}
-    good, text = _run(monkeypatch, tmp_path, console, qualities)
-    assert not good
-    assert f'{TASKS[1].name}: mIoU 0.599 is below the expected 0.60.' in text
-    assert f'{TASKS[0].name}: box AP' not in text
-
-
-def test_percent():
-    assert demo.quality_of(TASKS[0], {'coco/bbox_mAP': 0.68}) == 0.68
-    assert demo.quality_of(TASKS[1], {'mIoU': 68.0}) == 0.68
-
-
-def test_memory(tmp_path):
-    path = tmp_path / 'demo.json'
-    memory = Memory(path, {'config': 'a'})
-    assert not memory.changed
-    assert memory.get('train') is None
-    memory.put('train', {'seconds': 3})
-    again = Memory(path, {'config': 'a'})
-    assert again.get('train') == {'seconds': 3}
-    other = Memory(path, {'config': 'b'})
-    assert other.changed
-    assert other.get('train') is None
-
-
-def test_forget_leaves_other_files_alone(tmp_path):
-    (tmp_path / TASKS[0].config).mkdir()
-    (tmp_path / 'pictures').mkdir()
-    (tmp_path / 'mine.txt').touch()
-    (tmp_path / 'results.md').touch()
-    demo.forget(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
-
-
-class _Tool:
-    """Stands in for tools/train.py and tools/test.py."""
-
-    def __init__(self, monkeypatch):
-        self.calls = []
-        monkeypatch.setattr(runs, 'run_tool', self)
-
-    def __call__(self, arguments, log, *, threads=None, on_line=None):
-        arguments = [str(argument) for argument in arguments]
-        self.calls.append(arguments)
-        folder = log.parent
-        if arguments[0] == 'tools/train.py':
-            on_line('Epoch(train) [1][ 50/125]  lr: 1  eta: 0:01:08  time: 0.5  loss: 1.5')
-            folder.mkdir(exist_ok=True)
-            (folder / 'epoch_1.pth').touch()
-            (folder / 'last_checkpoint').write_text(str(folder / 'epoch_1.pth'))
-        else:
-            (folder / 'test' / '1').mkdir(parents=True)
-            (folder / 'test' / '1' / '1.json').write_text('{"coco/bbox_mAP": 0.68}')
-
-
-def test_steps_are_done_once_and_resumed(monkeypatch, tmp_path, console):
-    from mmengine.config import Config
-
-    tool = _Tool(monkeypatch)
-    cfg = Config(dict(train_cfg=dict(max_epochs=2)))
-    config, folder = tmp_path / 'c.py', tmp_path / 'run'
-    options = {'a.b': 1}
-
-    def steps():
-        memory = Memory(folder / 'demo.json', {})
-        checkpoint = demo.train(TASKS[0], cfg, config, folder, options, memory, console)
-        return demo.test(TASKS[0], config, checkpoint, folder, options, memory, console)
-
-    assert steps() == {'coco/bbox_mAP': 0.68}
-    train, test = tool.calls
-    assert '--resume' not in train
-    assert train[-2:] == test[-2:] == ['--cfg-options', 'a.b=1']
-    assert 'epoch 1/2  50/125  loss 1.500  eta 0:01:08' in console.export_text(clear=False)
-
-    tool.calls.clear()
-    assert steps() == {'coco/bbox_mAP': 0.68}
-    assert tool.calls == []
-
-    # Killed during the training: a checkpoint is there, but the step is not marked as done.
-    (folder / 'demo.json').unlink()
-    monkeypatch.setattr(runs, 'last_metrics', lambda _: {})
-    monkeypatch.setattr(
-        _Tool, '__call__', lambda self, arguments, *_, **__: self.calls.append(arguments)
+def test_a_failing_command_is_told_and_ends_the_others(demo, tmp_path, console):
+    slow = _script(
+        tmp_path / 'slow.py',
+        f'import os, time\nopen({str(tmp_path / "id")!r}, "w").write(str(os.getpid()))\n'
+        'time.sleep(60)\n',
     )
-    with pytest.raises(runs.RunFailed, match='coco/bbox_mAP'):
-        steps()
-    assert '--resume' in tool.calls[0]
+    text = (
+        f'import os, sys, time\nwhile not os.path.exists({str(tmp_path / "id")!r}):\n'
+        '    time.sleep(0.01)\ntime.sleep(0.1)\nsys.exit("it went wrong")\n'
+    )
+    step = demo.Step('try', 1, {'a': slow, 'b': _script(tmp_path / 'bad.py', text)})
+    with pytest.raises(RuntimeError, match=r'try: status 1(?s:.*)try-1\.log(?s:.*)it went wrong'):
+        demo.Screen(console, [step]).run(step, tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'id').read_text()), 0)
 
 
-def test_data_options_only_for_another_folder(tmp_path):
-    from mmengine.config import Config
+def test_time_left_is_that_of_the_slower_training_and_the_steps_after_it(demo, console):
+    steps = [demo.Step('train', 100, {}), demo.Step('draw', 30, {})]
+    screen = demo.Screen(console, steps)
+    screen.left -= 100
+    screen.said -= 20
+    screen.show(steps[0], 5, [TRAINING, TRAINING.replace('0:01:08', '1:00:09')])
+    text = console.export_text()
+    assert 'train, about 60:39 left' in text
+    assert 'epoch 2 50/125 loss 1.6546' in text
+    # Nothing more within ten seconds, and from the step's own guess before logs tell something.
+    screen.show(steps[0], 5, ['', TRAINING])
+    assert console.export_text() == ''
+    screen.said -= 20
+    screen.show(steps[0], 5, ['', TRAINING])
+    assert 'about 2:05 left' in console.export_text()
 
-    cfg = Config(dict(val_evaluator=dict(ann_file='data/digit_scenes/coco/a.json')))
-    assert demo.data_options(cfg, runs.REPOSITORY / 'data' / 'digit_scenes') == {}
-    moved = demo.data_options(cfg, tmp_path)
-    assert moved == {'val_evaluator.ann_file': f'{tmp_path.resolve()}/coco/a.json'}
+
+def test_report(demo, tmp_path, console):
+    for kind, value in (('continued', 0.61), ('keep-0.5', 0.605)):
+        (tmp_path / kind / 'test' / '1').mkdir(parents=True)
+        record = json.dumps({'coco/bbox_mAP': value})
+        (tmp_path / kind / 'test' / '1' / '1.json').write_text(record)
+    for part in ('backbone', 'model'):
+        times = [{'kind': 'host', 'ms': 20.0}, {'kind': 'dense', 'ms': 10.0}]
+        times.append({'kind': 'config', 'ms': 7.5})
+        case = {'part': part, 'shape': [512, 640], 'batch': 1, 'candidates': times}
+        lines = [{'machine': 'some processor', 'versions': 'torch 2'}, case]
+        (tmp_path / 'keep-0.5' / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    console.print(*demo.report(demo.STORIES['detector'], tmp_path, '0.5'), sep='\n')
+    text = console.export_text()
+    assert 'box AP: dense 61.0, idle 60.5 (-0.5 points)' in text
+    row = r'\| model, 512×640 +\| +20\.0 \| +10\.0 \| +7\.5 \| +0\.75 \| +0\.38 \|'
+    assert re.search(row, text)
+    assert 'some processor; torch 2' in ' '.join(text.split())
+
+
+def test_the_same_command_goes_on(demo, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def interrupted(screen, step, work):
+        seen.append(step.title)
+        if step.title == 'test both':
+            raise KeyboardInterrupt
+        for name in filter(None, step.commands):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+
+    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    monkeypatch.setattr(demo.Screen, 'run', interrupted)
+    monkeypatch.setattr(sys, 'argv', ['demo.py'])
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert demo.main() == 130
+        assert 'goes on from here' in capsys.readouterr().out
+        assert seen[1:] == [*('train dense', 'write the idle config', 'train on both', 'test both')]
+        seen.clear()
+        assert demo.main() == 130
+        assert seen == ['write data', 'test both']
+    finally:
+        signal.signal(signal.SIGTERM, handler)

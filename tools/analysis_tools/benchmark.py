@@ -73,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}')
     add('--keep-ratios', nargs='+', type=float, help='each (default: presets 1.0 0.7 0.5)')
+    add('--as-configured', action='store_true', help="a config's own keep ratios beside them")
     add('--scopes', nargs='+', choices=SCOPES, help='of the policy, each with each ratio below 1')
     add('--timm', action='store_true', help="timm's twin takes part")
     add('--no-host', action='store_true', help='without the dense class of mmdet or mmseg')
@@ -184,7 +185,7 @@ def load_target(spec: str, args: argparse.Namespace, checkpoint: Path | None = N
         found.append(Candidate('keep 1', 'dense', lambda _: full, 1.0))
     if found[0].kind != 'host':
         notes.append(f'the reference is {found[0].name}')
-    if not ratios:
+    if args.as_configured or not ratios:
         found.append(Candidate('as configured', 'config', lambda _: model))
     scopes = [*dict.fromkeys(args.scopes or ())]
     known = models.idle_backbone(model).idle_blocks[0][0].SCOPES

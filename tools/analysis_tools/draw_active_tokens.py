@@ -26,6 +26,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--per', choices=['stage', 'block'], default='stage', help='one picture of tokens for each'
     )
+    parser.add_argument(
+        '--dense',
+        nargs=2,
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='a model whose predictions are shown beside, such as the dense one',
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
@@ -35,8 +41,11 @@ def main() -> int:
     """Draw and print the paths."""
     args = parse_args()
     try:
+        models = {}
+        if args.dense:
+            models['Dense'] = load_model(*args.dense, args.device, args.cfg_options)
         model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
-        models = {'Prediction': model}
+        models['Idle' if args.dense else 'Prediction'] = model
         options = {'score_threshold': args.score_thr, 'per': args.per}
         if args.images:
             paths = draw_files(models, args.images, args.out_dir, **options)
