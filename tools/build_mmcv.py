@@ -90,8 +90,10 @@ def unify(source: Path) -> None:
 def run(command: Sequence[str], log: Path, env: Mapping[str, str], what: str) -> None:
     """Runs a command; its output goes to the log, ninja's count of files to the screen."""
     started = shown = time.monotonic()
-    pipe = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    with log.open('a') as sink, subprocess.Popen(command, env=env, **pipe) as process:
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with log.open('a') as sink, process:
         for line in process.stdout or ():
             sink.write(line)
             count, now = re.match(r'\s*\[(\d+)/(\d+)\] ', line), time.monotonic()
@@ -167,6 +169,6 @@ def provide(package: str, version: str, ops: str) -> None:
 
 if __name__ == '__main__':
     try:
-        provide(*sys.argv[1:], choose_ops(os.environ.get('IDLEVIT_MM_OPS', '')))
+        provide(sys.argv[1], sys.argv[2], choose_ops(os.environ.get('IDLEVIT_MM_OPS', '')))
     except (RuntimeError, OSError) as failure:
         sys.exit(f'{failure}')

@@ -10,7 +10,8 @@ stack=${1:-}
 [[ $stack =~ ^(openmmlab|onedl)$ ]] || stop "'$stack' is no stack; openmmlab and onedl are"
 [ "$stack" = onedl ] && venv=.venv-onedl mmcv=onedl-mmcv || venv=.venv mmcv=mmcv
 python=$venv/bin/python
-stamp=$venv/idlevit_mm-setup # where, with which PYTHON, of which files: of other files it is updated
+# Where and with which PYTHON it was made, and of which files: for other files it is updated.
+stamp=$venv/idlevit_mm-setup
 PYTHON=${PYTHON:-$(sed -n 2p $stamp 2>/dev/null || true)}
 files="$(cat uv.lock setup.py tools/setup.sh tools/build_mmcv.py | cksum) ${IDLEVIT_MM_OPS:-}"
 seen=$(cat $stamp 2>/dev/null || true)
@@ -24,8 +25,9 @@ if ! flock -n 9; then
   flock 9 && exec bash "$0" "$stack" 9>&-
 fi
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
-cache=${IDLEVIT_MM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/idlevit_mm}
-mkdir -p "$cache" || stop "$cache cannot be written: name another folder, IDLEVIT_MM_CACHE=..."
+cache=${IDLEVIT_MM_CACHE:-${XDG_CACHE_HOME:-${HOME:-$PWD/build}/.cache}/idlevit_mm}
+mkdir -p "$cache" && [ -w "$cache" ] ||
+  stop "$cache cannot be written: name another folder, IDLEVIT_MM_CACHE=..."
 for boot in $PYTHON python3 python3.11 python3.12 python3.10; do
   "$boot" -c pass 2>/dev/null && break
 done
@@ -73,8 +75,8 @@ for name in ${PYTHON:-3.11 3.12 3.10}; do
 done
 [ -x $python ] || [ -n "$PYTHON" ] || make_venv 3.11 || true
 $python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null ||
-  stop "there is no Python 3.10, 3.11 or 3.12${PYTHON:+ called $PYTHON}: 'apt install python3-dev', \
-or name one with PYTHON=..."
+  stop "there is no Python 3.10, 3.11 or 3.12${PYTHON:+ called $PYTHON}: 'apt install \
+python3-dev', or name one with PYTHON=..."
 printf '%s\n' "$PWD" "$PYTHON" >$stamp
 
 version=$(sed -n "/^name = \"$mmcv\"/{n;s/version = \"\(.*\)\"/\1/p;q}" uv.lock)
