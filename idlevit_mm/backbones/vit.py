@@ -71,10 +71,11 @@ class IdleViTBlock(IdleBlock):
     ) -> tuple[Tensor, Tensor | None]:
         idle = plan.keys == 'all' and plan.rows is not None
         context = self.ln1(tokens.x) if idle else None
+        rows = tokens.pack.rows if tokens.pack is not None else None
         if plan.summary is not None:
             keys = None  # computed anew, with those of the summaries
-        elif keys is not None and context is None and plan.rows is not None:
-            keys = backend_at(keys).take(keys, self.with_class(plan.rows, tokens.hw_shape))
+        elif keys is not None and context is None and rows is not None:
+            keys = backend_at(keys).take(keys, rows)
         height, width = tokens.hw_shape
         # The class token comes behind the computed rows of the map.
         count = height * width if plan.rows is None else plan.rows.ids.shape[1]

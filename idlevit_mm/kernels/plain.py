@@ -33,21 +33,31 @@ def is_plain(layer: nn.Module, *classes: type) -> bool:
     Who measures must not change what is computed: hooks of all modules at once, which counters and
     profilers set, do not matter.
     """
-    return (
-        type(layer) in classes
-        and not (
-            layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-        )
-        and 'forward' not in vars(layer)
-    )
+    return type(layer) in classes and _untouched(layer)
 
 
-def all_plain(*layers: nn.Module) -> bool:
+def all_plain(*layers: nn.Module | None) -> bool:
     """Whether modules and all their parts are plain, and of classes that treat tokens singly."""
-    return all(is_plain(part, *_KNOWN) for layer in layers for part in layer.modules())
+    # Asked in every pass: ``layer.modules()`` takes five times as long.
+    for layer in layers:
+        if layer is None:
+            continue
+        if type(layer) not in _KNOWN or not _untouched(layer):
+            return False
+        if layer._modules and not all_plain(*layer._modules.values()):
+            return False
+    return True
+
+
+def _untouched(layer: nn.Module) -> bool:
+    own = layer.__dict__
+    return not (
+        own['_forward_hooks']
+        or own['_forward_pre_hooks']
+        or own['_backward_hooks']
+        or own['_backward_pre_hooks']
+        or 'forward' in own
+    )
 
 
 def known_plain(cls: type) -> type:

@@ -20,7 +20,7 @@ def take_rows(x: Tensor, rows: Rows, traced: bool = False) -> Tensor:
     own = torch.is_grad_enabled() and not traced
     take = _TakeRows.apply if own else _TakeRows.forward
     flat = take(x.flatten(0, 1), flat_ids(rows, x.shape[1]), rows.padded)
-    return flat.unflatten(0, rows.ids.shape)
+    return flat.view(*rows.ids.shape, -1)
 
 
 def put_rows(x: Tensor, rows: Rows, values: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def site_of(x: Tensor) -> Site:
     device, grad = x.device.type, torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return Site(device, x.dtype, False, False, grad, autocasts(device))
-    traced = torch.jit.is_tracing()
     # Asked many times in a forward pass: who looks closer takes longer.
+    traced = torch._C._is_tracing()
     plain = type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()
     recorded = not plain and (isinstance(x, FakeTensor) or get_proxy_mode() is not None)
     return Site(device, x.dtype, not (traced or recorded), traced, grad, autocasts(device))

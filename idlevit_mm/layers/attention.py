@@ -139,8 +139,9 @@ class PackedAttention(Projections, MultiheadAttention):
             if ask is not None:
                 row = row_attention(query[:, ask : ask + 1], key, self.num_heads)
             dropout = self.attn.dropout if self.training else 0.0
-            out = backend_at(x).attend(query, key, value, self.num_heads, dropout)
-            out = backend_at(out).linear(out, self.attn.out_proj)
+            backend = backend_at(x)
+            out = backend.attend(query, key, value, self.num_heads, dropout)
+            out = backend.linear(out, self.attn.out_proj)
         else:
             out, row = self._called(x, x if context is None else context, ask)
         return self.dropout_layer(self.proj_drop(out)), row

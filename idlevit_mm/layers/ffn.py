@@ -27,8 +27,9 @@ class FeedForward(FFN):
         if not all_plain(self.layers):
             return super().forward(x, identity)
         (first, act, drop), second, last_drop = self.layers
-        hidden = drop(act(backend_at(x).linear(x, first)))
-        out = last_drop(backend_at(hidden).linear(hidden, second))
+        backend = backend_at(x)
+        hidden = drop(act(backend.linear(x, first)))
+        out = last_drop(backend.linear(hidden, second))
         out = self.dropout_layer(self.gamma2(out))
         if not self.add_identity:
             return out

@@ -75,15 +75,15 @@ class WindowMSA(Projections, BaseModule):
         context: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
-        core = self.core(x, hw_shape)
+        core, backend = self.core(x, hw_shape), backend_at(x)
         if rows is not None and context is not None:
             qkv = self._project_queries(x, context, rows)
-            out = backend_at(qkv).attend_windows(qkv, core, hw_shape, shift_size, None)
-            out = backend_at(out).take(out, rows)
+            out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
+            out = backend.take(out, rows)
         else:
-            qkv = backend_at(x).linear(x, self.qkv)
-            out = backend_at(qkv).attend_windows(qkv, core, hw_shape, shift_size, rows)
-        return self.proj_drop(backend_at(out).linear(out, self.proj))
+            qkv = backend.linear(x, self.qkv)
+            out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
+        return self.proj_drop(backend.linear(out, self.proj))
 
     def core(self, x: Tensor, hw_shape: tuple[int, int]) -> WindowCore:
         """What attention within windows needs beside queries, keys and values."""

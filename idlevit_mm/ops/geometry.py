@@ -96,7 +96,7 @@ def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: to
     A table is made of numbers alone, whatever mode is on: one that was first wanted in inference
     mode is usable in training, and fake ones stay with the mode that asked for them.
     """
-    fake = active_fake_mode()
+    fake = active_fake_mode() if torch._C._len_torch_dispatch_stack() else None
     # What records a graph of fake tensors, as torch.export does, takes real ones as constants.
     if fake is None or get_proxy_mode() is not None:
         return _shared(numbers, key, device)

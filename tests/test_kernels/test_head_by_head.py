@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from operations import count
 
-from idlevit_mm.kernels import site_of, split_heads
+from idlevit_mm.kernels import split_heads
 from idlevit_mm.kernels.cpu import attention, pieces
 from idlevit_mm.layers import SelfAttention
 
@@ -22,7 +22,7 @@ def test_equals_fused_attention(batch, queries, keys, heads, most, monkeypatch):
     monkeypatch.setattr(pieces, '_PIECE', most)
     tensors = parts(batch, queries, keys, 8 * heads)
     with torch.no_grad():
-        got = attention.attend(*tensors, heads, site_of(tensors[0]))
+        got = attention.attend(*tensors, heads)
     want = F.scaled_dot_product_attention(*(split_heads(part, heads) for part in tensors))
     torch.testing.assert_close(got, want.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_taken_at_inference_of_many_pairs_alone(monkeypatch):
 
 
 def pays(query, key):
-    return attention.pays(query, key, site_of(query))
+    return attention.pays(query, key)
 
 
 def test_where_it_does_not_pay():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ...ops import Rows
 from ..plain import LINEAR, is_plain
 from ..reference import Reference, distance
-from ..site import Site, site_of
+from ..rows import take_rows
+from ..site import Site, autocasts
 from ..slots import WindowCore
 from . import attention, linear, pieces
 from .packing import WindowPacking, pack_whole_windows, pack_windows
@@ -29,6 +30,9 @@ class CPU(Reference):
             return f'the tokens lie on {site.device}'
         return '' if site.eager else 'shapes must not follow from values while a graph is recorded'
 
+    def take(self, x: Tensor, rows: Rows) -> Tensor:
+        return take_rows(x, rows)
+
     def ascending(self, places: Tensor, num_places: int) -> Tensor:
         marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
         found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
@@ -44,10 +48,10 @@ class CPU(Reference):
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
         if not is_plain(layer, *LINEAR):
             return layer(x)
-        return linear.product(x, layer.weight, layer.bias, site_of(x))
+        return linear.product(x, layer.weight, layer.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear.product(x, weight, bias, site_of(x))
+        return linear.product(x, weight, bias)
 
     def by_tokens(
         self, function: Callable[[Tensor], Tensor], x: Tensor, width: int, training: bool = False
@@ -64,10 +68,9 @@ class CPU(Reference):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0
     ) -> Tensor:
-        site = site_of(query)
-        if dropout or not attention.pays(query, key, site):
+        if dropout or not attention.pays(query, key):
             return super().attend(query, key, value, num_heads, dropout)
-        return attention.attend(query, key, value, num_heads, site)
+        return attention.attend(query, key, value, num_heads)
 
     def attend_windows(
         self,
@@ -77,7 +80,7 @@ class CPU(Reference):
         shift_size: int,
         rows: Rows | None,
     ) -> Tensor:
-        exact = qkv.dtype in (torch.float32, torch.float64) and not site_of(qkv).autocast
+        exact = qkv.dtype in (torch.float32, torch.float64) and not autocasts('cpu')
         # In half precision the fused operation on all slots is faster.
         if not exact or core.dropout or core.drop is not None:
             return super().attend_windows(qkv, core, hw_shape, shift_size, rows)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from ..site import Site
+from ..site import autocasts
 
 # Multiply-adds below which calling it takes longer than is won.
 _MIN_PRODUCT = 2**23
@@ -22,11 +22,12 @@ _MIN_PRODUCT = 2**23
 _MAX_NATIVE = 20480
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply weight (O, I) to the last dimension, as ``F.linear`` does: (..., I) to (..., O)."""
-    if not _pays(x, weight, site):
+    grad = torch.is_grad_enabled()
+    if not _pays(x, weight, grad):
         return F.linear(x, weight, bias)
-    if not site.grad:
+    if not grad:
         # A part of a weight whose rows do not lie together would take oneDNN's reference path.
         weight = weight.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
@@ -38,14 +39,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tenso
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _pays(x: Tensor, weight: Tensor, site: Site) -> bool:
+def _pays(x: Tensor, weight: Tensor, grad: bool) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
-        and (x.numel() > _MAX_NATIVE or not site.grad)
+        and (x.numel() > _MAX_NATIVE or not grad)
         and x.numel() * weight.shape[0] >= _MIN_PRODUCT
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not site.autocast
+        and not autocasts('cpu')
     )
 
 
