@@ -21,7 +21,7 @@ from .checks import parts_of
 _LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
 # Where a launcher tells a process its rank, the number of processes and its rank on its machine,
 # then where they meet, and who is the launcher.
-_LAUNCHERS = {
+_LAUNCHERS: dict[str, tuple[tuple[str, ...], str]] = {
     'pytorch': (
         ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR'),
         'tools/dist_train.sh, tools/dist_test.sh or torchrun',

@@ -422,11 +422,12 @@ def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
     report = compare(idle.state_dict(), dense.state_dict(), policy_too=False)
-    differ = {name: (tuple(dense.state_dict()[name].shape), 'absent') for name in report.unexpected}
-    differ |= {name: ('absent', tuple(idle.state_dict()[name].shape)) for name in report.missing}
-    differ |= report.mismatched
+    old, new = dense.state_dict(), idle.state_dict()
+    differ: Differences = dict(report.mismatched)
+    differ |= {name: (tuple(old[name].shape), 'absent') for name in report.unexpected}
+    differ |= {name: ('absent', tuple(new[name].shape)) for name in report.missing}
     if differ:
-        listed = [f'{name} is {old}, not {new}' for name, (old, new) in sorted(differ.items())]
+        listed = [f'{name} is {a}, not {b}' for name, (a, b) in sorted(differ.items())]
         raise UsageError(
             f'{kind} has other weights than {type(idle).__name__}: {shortened(listed, 3, "; ")}'
         )

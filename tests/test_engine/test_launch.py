@@ -101,6 +101,14 @@ def test_a_user_error_is_one_line(config, capsys, monkeypatch):
         run_tool(train_from_config, config='nowhere.py')
 
 
+def test_torchrun_gets_a_user_error_with_its_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / 'error.json'))
+    assert told(capsys, train_from_config, 'nowhere.py') == 'config nowhere.py does not exist'
+    recorded = json.loads((tmp_path / 'error.json').read_text())['message']
+    assert recorded['message'] == 'UsageError: config nowhere.py does not exist'
+    assert 'in load_config' in recorded['extraInfo']['py_callstack']
+
+
 def test_a_bug_keeps_its_traceback():
     def bug():
         raise ZeroDivisionError

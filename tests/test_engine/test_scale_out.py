@@ -221,15 +221,6 @@ def test_a_fault_ends_the_job_and_is_named(place):
 
 
 @pytest.mark.e2e
-def test_a_user_error_is_one_line_and_its_process_is_named(place):
-    output = finish(start(place, 'dist_train.sh', 'absent.py', 1, PORT=free_port()), code=1)
-    assert output.splitlines().count('error: config absent.py does not exist') == 1
-    cause = output.partition('Root Cause')[2]
-    assert re.search(r'exitcode +: 2 ', cause)
-    assert 'UsageError: config absent.py does not exist' in cause
-
-
-@pytest.mark.e2e
 def test_slurm_resumes_what_was_killed(place, runs):
     assert f'Resuming from {place}/parts/epoch_2.pth' in runs['resumed']
     assert runs['resumed'].count('Resuming from') == 1
