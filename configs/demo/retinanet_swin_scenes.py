@@ -13,14 +13,14 @@ model = dict(
         depths=[2, 2, 2, 2],
         num_heads=[2, 4, 8, 16],
         window_size=4,
+        out_indices=(1, 2, 3),
         drop_path_rate=0.0,
     ),
     neck=dict(
         _delete_=True,
         type='FPN',
-        in_channels=[32, 64, 128, 256],
+        in_channels=[64, 128, 256],
         out_channels=64,
-        start_level=1,
         num_outs=3,
     ),
     bbox_head=dict(
@@ -49,7 +49,8 @@ val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
 max_epochs = 2
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs + 1)
+# Tested afterwards.
+train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
 optim_wrapper = dict(optimizer=dict(fused=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),

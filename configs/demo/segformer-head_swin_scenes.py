@@ -38,7 +38,8 @@ val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 
 max_epochs = 2
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs + 1)
+# Tested afterwards.
+train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
 optim_wrapper = dict(optimizer=dict(fused=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
