@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
+from ranks import run_ranks
 from toy import ToyModel, toy_runner
 
 from idlevit_mm.engine import load_checkpoint
@@ -311,20 +311,17 @@ def test_evaluating_alone_leaves_the_ratios(tmp_path):
 # --- several processes -----------------------------------------------------------------------
 
 
-SPAWNED = draws(choices=[0.3, 0.6, 1.0], low=None, high=1.0)
+DRAWN_BY_ALL = draws(choices=[0.3, 0.6, 1.0], low=None, high=1.0)
 
 
-def _train_on_rank(rank, port, work_dir):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
-    )
+def _train_on_rank(rank, work_dir):
     torch.manual_seed(0)
     model = IdleToy(0.7, policy=dict(scorer='learned'))
     model = MMDistributedDataParallel(model, broadcast_buffers=False)
     seen = Seen()
     runner = toy_runner(
         work_dir,
-        hooks=[SPAWNED, seen],
+        hooks=[DRAWN_BY_ALL, seen],
         model=model,
         randomness=dict(seed=5, diff_rank_seed=True),
         val_cfg=None,
@@ -333,22 +330,17 @@ def _train_on_rank(rank, port, work_dir):
     )
     assert runner.seed == 5 + rank
     runner.train()
-    torch.save(seen.train, f'{work_dir}/rank_{rank}.pth')
-    torch.distributed.destroy_process_group()
+    return seen.train
 
 
 def test_all_ranks_draw_the_same_under_ddp(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train_on_rank, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank_{rank}.pth') for rank in (0, 1))
+    first, second = run_ranks(tmp_path / 'ranks', _train_on_rank, tmp_path)
     assert first == second
     # DDP raises in the iteration after one that left a parameter without gradient.
     assert len(first) == 8
     assert len({tuple(flat(tables)) for tables in first.values()}) > 2
     # Rank 0 has the seed unshifted, so a run alone sees the same.
-    _, alone = train(tmp_path / 'alone', SPAWNED, IdleToy(0.7), seed=5)
+    _, alone = train(tmp_path / 'alone', DRAWN_BY_ALL, IdleToy(0.7), seed=5)
     assert all(alone.train[iteration] == tables for iteration, tables in first.items())
 
 
