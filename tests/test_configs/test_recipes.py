@@ -282,7 +282,7 @@ PLAIN: dict[str, Recipe] = {
 PLAIN_RATIOS = [1.0] * 4 + [0.7] * 3 + [0.7**2] * 3 + [0.7**3] * 2
 
 MODES = ('dense', 'keep70', 'keep50', 'random')
-FULL_SIZE = [name for name in ALL if name not in DIGITS]
+FULL_SIZE = [name for name in ALL if name.startswith(('coco/', 'ade20k/'))]
 
 
 def mode_of(dense: str, mode: str) -> str:
