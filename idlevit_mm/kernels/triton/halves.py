@@ -1,0 +1,227 @@
+"""What blocks leave to the kernels: the choice of tokens, the attention half, the MLP half.
+
+Each function returns None for what it does not cover. Shape letters: B images, N tokens of the map
+(H * W), K active tokens of an image, C channels, M windows.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...ops import Rows, on_device
+from ..plain import all_plain, is_plain, kind_of
+from . import ops
+
+# Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
+_TILE = 8
+_HEAD_CHANNELS = 16, 32, 64, 128
+
+
+def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | None:
+    """Rows that the policy IdleViT chooses, by scores that need no weights."""
+    policy, kind, hw_shape = block.policy, kind_of(block), tokens.hw_shape
+    scorer = kind_of(policy.scorer)
+    if (
+        keep_ratio == 1.0
+        or kind not in _BRANCHES
+        or kind_of(policy) != 'idlevit'
+        or policy.context != 'active'
+        or policy.scope == 'windows'
+        or scorer not in ('mean_distance', 'activation_norm')
+        or not all(is_plain(part, type(part)) for part in (policy, policy.scorer))
+        or tokens.pack is not None
+    ):
+        return None
+    tokens = tokens._replace(x=tokens.x.contiguous())
+    x, norm = tokens.x, block.norm1
+    mean = x.mean(dim=1, dtype=torch.float32) if scorer == 'mean_distance' else None
+    if kind == 'reduction' and _is_norm(norm):
+        scores, normed = ops.score_norm(x, mean, norm.weight, norm.bias, norm.eps)
+        tokens = tokens._replace(normed=normed)
+    else:
+        scores = ops.score_rows(x, mean)
+    layout = (block.attn.window_size, block.attn.shift_size) if kind == 'windows' else (_TILE, 0)
+    if policy.scope == 'map':
+        count = policy.count(hw_shape[0] * hw_shape[1], keep_ratio)
+        chosen = ops.select(scores, count, hw_shape, *layout, None)
+    else:
+        valid = _valid(*hw_shape, *layout)
+        counts = tuple((number, policy.count(number, keep_ratio)) for number in np.unique(valid))
+        starts = on_device(_starts, (*hw_shape, *layout, counts), x.device)
+        chosen = ops.select(scores, starts.count, hw_shape, *layout, starts.places)
+    ids, offsets, places = chosen
+    return tokens, Rows(ids, None, False, offsets, places)
+
+
+class _Starts(NamedTuple):
+    """Where the packed rows of windows begin.
+
+    Attributes:
+        places: (M + 1,).
+        count: K.
+    """
+
+    places: Any
+    count: int
+
+
+def _starts(
+    height: int, width: int, window: int, shift: int, counts: tuple[tuple[int, int], ...]
+) -> _Starts:
+    """Of windows row by row, of which those of so many tokens keep so many."""
+    kept, known = _valid(height, width, window, shift), dict(counts)
+    kept = np.array([known[number] for number in kept.tolist()])
+    places = np.concatenate([[0], np.cumsum(kept)])
+    return _Starts(places, int(places[-1]))
+
+
+def _valid(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """Tokens of each window, row by row: (M,)."""
+    sides = []
+    for side in (height, width):
+        padded = -(-side // window) * window
+        inside = (np.arange(padded) + shift) % padded < side
+        sides.append(inside.reshape(-1, window).sum(1))
+    return np.outer(*sides).reshape(-1)
+
+
+def attention_half(
+    block: Any, tokens: Any, plan: Any, keys: Tensor | None
+) -> tuple[Any, None] | None:
+    """Gather, norm, attention, residual, and the norm of the MLP."""
+    kind, rows, norm = kind_of(block), plan.rows, block.norm2 if kind_of(block) else None
+    if (
+        kind not in _BRANCHES
+        or not _is_norm(norm)
+        or tokens.pack is not None
+        or not _is_simple(plan)
+        or plan.ask
+        or (kind == 'windows' and plan.keys == 'all' and rows is not None)
+        or (rows is not None and rows.padded)
+    ):
+        return None
+    tokens = tokens._replace(x=tokens.x.contiguous())
+    branch = _BRANCHES[kind](block, tokens, rows)
+    if branch is None:
+        return None
+    ids = None if rows is None else rows.ids
+    now, normed = ops.add_norm(tokens.x, ids, branch, norm.weight, norm.bias, norm.eps)
+    return tokens.opened(now, rows, plan, normed), None
+
+
+def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
+    """MLP of the rows and its norm, if that is not there yet; residual, and the rows put back."""
+    kind, rows, pack = kind_of(block), plan.rows, tokens.pack
+    if (
+        kind not in _BRANCHES
+        or pack is None
+        or not _is_simple(plan)
+        or (rows is not None and rows.padded)
+    ):
+        return None
+    normed = block.norm2(tokens.now) if tokens.normed is None else tokens.normed
+    branch = _mlp(block.ffn, normed, tokens.hw_shape, rows)
+    if branch is None:
+        return None
+    if rows is None:
+        return tokens.made(tokens.now + branch)
+    x, now, branch = tokens.x, tokens.now.contiguous(), branch.contiguous()
+    if not tokens.owned and rows.places is not None:
+        return tokens.made(ops.merge_rows(x.contiguous(), rows.places, now, branch))
+    if not (tokens.owned and x.is_contiguous()):
+        x = x.clone(memory_format=torch.contiguous_format)
+    ops.put_rows(x, rows.ids, now, branch)
+    return tokens.made(x)
+
+
+def _is_simple(plan: Any) -> bool:
+    """Whether nothing but rows is asked for."""
+    return plan.summary is None and plan.gate is None and not (plan.hold or plan.spread)
+
+
+def _is_norm(norm: nn.Module) -> bool:
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
+    """The branch of attention in windows."""
+    attn, norm = block.attn, block.norm1
+    core = getattr(attn, 'w_msa', None)
+    if kind_of(attn) != 'windows' or kind_of(core) != 'window core':
+        return None
+    if not (is_plain(attn, type(attn)) and is_plain(core, type(core)) and _is_norm(norm)):
+        return None
+    weights, drop = core.weights(), core.attn_drop
+    if (
+        weights is None
+        or not is_plain(drop, nn.Dropout)
+        or (drop.training and drop.p > 0)
+        or tokens.x.shape[2] // core.num_heads not in _HEAD_CHANNELS
+        or (rows is not None and rows.offsets is None)
+    ):
+        return None
+    ids = offsets = None
+    if rows is None:
+        normed = norm(tokens.x)
+    else:
+        ids, offsets = rows.ids, rows.offsets
+        normed = ops.gather_norm(tokens.x, ids, norm.weight, norm.bias, norm.eps)
+    weight, bias = weights
+    blank = weight.new_zeros(len(weight)) if bias is None else bias
+    out = ops.window_attention(
+        core.qkv(normed),
+        ids,
+        offsets,
+        core.relative_position_bias_table,
+        blank,
+        tokens.hw_shape,
+        attn.window_size,
+        attn.shift_size,
+        core.num_heads,
+        core.scale,
+    )
+    return attn.drop(core.proj_drop(core.proj(out)))
+
+
+def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor:
+    """The branch of spatial-reduction attention, whose keys come from the whole map."""
+    normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
+    queries = normed if rows is None else ops.gather(normed.contiguous(), rows.ids)
+    return block.attn(queries, normed, tokens.hw_shape).contiguous()
+
+
+# By the kind of the block.
+_BRANCHES = {'windows': _windows, 'reduction': _reduction}
+
+
+def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor | None:
+    """The branch of a feed-forward network on normalised rows (B, K, C)."""
+    if not all_plain(ffn):
+        return None
+    if kind_of(ffn) == 'plain':
+        if not ffn.add_identity:
+            return None
+        (first, act, drop), second, last_drop = ffn.layers
+        out = last_drop(second(drop(act(first(x)))))
+        return ffn.dropout_layer(ffn.gamma2(out))
+    if kind_of(ffn) != 'mix':
+        return None
+    first, *convolutions, act, drop, second, last_drop = ffn.layers
+    hidden = F.linear(x, first.weight.flatten(1), first.bias)
+    if convolutions:
+        (conv,) = convolutions
+        if (rows is not None and rows.places is None) or not _is_gelu(act):
+            return None
+        ids, places = (None, None) if rows is None else (rows.ids, rows.places)
+        hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)
+    else:
+        hidden = act(hidden)
+    out = F.linear(drop(hidden), second.weight.flatten(1), second.bias)
+    return ffn.dropout_layer(last_drop(out))
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return is_plain(act, nn.GELU) and act.approximate == 'none'
