@@ -49,7 +49,14 @@ PVT = dict(
     mlp_ratios=[2, 3],
     pretrain_img_size=32,
 )
-PVT2 = dict(PYRAMID, type='IdlePyramidVisionTransformerV2', mlp_ratios=[2, 3])
+PVT2 = dict(
+    type='IdlePyramidVisionTransformerV2',
+    embed_dims=16,
+    num_layers=[2, 1, 1, 1],
+    num_heads=[1, 2, 2, 2],
+    sr_ratios=[2, 1, 1, 1],
+    mlp_ratios=[2, 3, 2, 2],
+)
 MIT = dict(PYRAMID, type='IdleMixVisionTransformer', patch_sizes=[7, 3], mlp_ratio=2)
 FAMILIES = dict(swin=SWIN, pvt=PVT, pvtv2=PVT2, mit=MIT)
 # Maps of 9 x 6 and 5 x 3 tokens: no whole number of windows, cells or tiles.

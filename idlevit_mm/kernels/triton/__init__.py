@@ -40,7 +40,7 @@ class Triton(Reference):
             return super().take(x, rows)
         from . import ops
 
-        return ops.gather(x, rows.ids)
+        return ops.take_norm(x, rows.ids, None, None, None, 0.0)[0]
 
     def choose(self, block: Any, *args: Any) -> Any | None:
         from . import halves
@@ -72,11 +72,10 @@ def _why_not_interpreted(site: Site) -> str:
         return f'the tokens lie on {site.device}'
     from . import ops
 
-    if not ops.interpreted():
+    if not ops.INTERPRETED:
         return 'the tokens lie on cpu, and TRITON_INTERPRET is not 1'
-    if site.dtype not in (torch.float32, torch.float16):
-        return f'the interpreter does not compute in {site.dtype}'
-    return _why_not_inference(site)
+    known = site.dtype in (torch.float32, torch.float16)
+    return _why_not_inference(site) if known else f'the interpreter has no {site.dtype}'
 
 
 @torch.compiler.assume_constant_result
@@ -87,10 +86,8 @@ def _why_not_device() -> str:
     if torch.version.hip:
         return 'it was never tried on ROCm'
     # Of fake tensors that lie on a device which is not there nothing is known.
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if capability < _LEAST_CAPABILITY:
-            return f'compute capability {capability} has no tensor cores that Triton uses'
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        return 'the device has no tensor cores that Triton uses'
     return ''
 
 

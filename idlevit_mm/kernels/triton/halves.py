@@ -38,54 +38,47 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
     tokens = tokens._replace(x=tokens.x.contiguous())
     x, norm = tokens.x, block.norm1
     mean = x.mean(dim=1, dtype=torch.float32) if scorer == 'mean_distance' else None
-    if kind == 'reduction' and _is_norm(norm):
-        scores, normed = ops.score_norm(x, mean, norm.weight, norm.bias, norm.eps)
-        tokens = tokens._replace(normed=normed)
-    else:
-        scores = ops.score_rows(x, mean)
+    # Spatial reduction wants the norm of all tokens.
+    whole = kind == 'reduction' and _is_norm(norm)
+    weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
+    scores, *normed = ops.score_norm(x, mean, *weights)
+    tokens = tokens._replace(normed=normed[0] if normed else None)
     layout = (block.attn.window_size, block.attn.shift_size) if kind == 'windows' else (_TILE, 0)
     if policy.scope == 'map':
         count = policy.count(hw_shape[0] * hw_shape[1], keep_ratio)
         chosen = ops.select(scores, count, hw_shape, *layout, None)
     else:
-        valid = _valid(*hw_shape, *layout)
-        counts = tuple((number, policy.count(number, keep_ratio)) for number in np.unique(valid))
-        starts = on_device(_starts, (*hw_shape, *layout, counts), x.device)
+        numbers = range(1, layout[0] ** 2 + 1)
+        counts = 0, *(policy.count(number, keep_ratio) for number in numbers)
+        starts = _starts(x.device, hw_shape, *layout, counts)
         chosen = ops.select(scores, starts.count, hw_shape, *layout, starts.places)
     ids, offsets, places = chosen
     return tokens, Rows(ids, None, False, offsets, places)
 
 
 class _Starts(NamedTuple):
-    """Where the packed rows of windows begin.
-
-    Attributes:
-        places: (M + 1,).
-        count: K.
-    """
+    """Where the packed rows of windows begin, (M + 1,), and where those of the last end."""
 
     places: Any
     count: int
 
 
-def _starts(
-    height: int, width: int, window: int, shift: int, counts: tuple[tuple[int, int], ...]
+@torch.compiler.assume_constant_result
+def _starts(device: torch.device, *key: Any) -> _Starts:
+    return on_device(_start_numbers, key, device)
+
+
+def _start_numbers(
+    hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[int, ...]
 ) -> _Starts:
-    """Of windows row by row, of which those of so many tokens keep so many."""
-    kept, known = _valid(height, width, window, shift), dict(counts)
-    kept = np.array([known[number] for number in kept.tolist()])
-    places = np.concatenate([[0], np.cumsum(kept)])
-    return _Starts(places, int(places[-1]))
-
-
-def _valid(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """Tokens of each window, row by row: (M,)."""
+    """Of windows row by row, of which those of n tokens keep ``counts[n]``."""
     sides = []
-    for side in (height, width):
+    for side in hw_shape:
         padded = -(-side // window) * window
         inside = (np.arange(padded) + shift) % padded < side
         sides.append(inside.reshape(-1, window).sum(1))
-    return np.outer(*sides).reshape(-1)
+    kept = np.array(counts)[np.outer(*sides).reshape(-1)]
+    return _Starts(np.append(0, np.cumsum(kept)), int(kept.sum()))
 
 
 def attention_half(
@@ -108,19 +101,16 @@ def attention_half(
     if branch is None:
         return None
     ids = None if rows is None else rows.ids
-    now, normed = ops.add_norm(tokens.x, ids, branch, norm.weight, norm.bias, norm.eps)
+    now, normed = ops.take_norm(tokens.x, ids, branch, norm.weight, norm.bias, norm.eps)
     return tokens.opened(now, rows, plan, normed), None
 
 
 def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
     """MLP of the rows and its norm, if that is not there yet; residual, and the rows put back."""
-    kind, rows, pack = kind_of(block), plan.rows, tokens.pack
-    if (
-        kind not in _BRANCHES
-        or pack is None
-        or not _is_simple(plan)
-        or (rows is not None and rows.padded)
-    ):
+    rows = plan.rows
+    if kind_of(block) not in _BRANCHES or tokens.pack is None or not _is_simple(plan):
+        return None
+    if rows is not None and rows.places is None:
         return None
     normed = block.norm2(tokens.now) if tokens.normed is None else tokens.normed
     branch = _mlp(block.ffn, normed, tokens.hw_shape, rows)
@@ -128,13 +118,11 @@ def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
         return None
     if rows is None:
         return tokens.made(tokens.now + branch)
-    x, now, branch = tokens.x, tokens.now.contiguous(), branch.contiguous()
-    if not tokens.owned and rows.places is not None:
-        return tokens.made(ops.merge_rows(x.contiguous(), rows.places, now, branch))
-    if not (tokens.owned and x.is_contiguous()):
-        x = x.clone(memory_format=torch.contiguous_format)
-    ops.put_rows(x, rows.ids, now, branch)
-    return tokens.made(x)
+    packed = tokens.now.contiguous(), branch.contiguous()
+    if not (tokens.owned and tokens.x.is_contiguous()):
+        return tokens.made(ops.merge_rows(tokens.x.contiguous(), rows.places, *packed))
+    ops.put_rows(tokens.x, rows.ids, *packed)
+    return tokens.made(tokens.x)
 
 
 def _is_simple(plan: Any) -> bool:
@@ -168,28 +156,21 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
         normed = norm(tokens.x)
     else:
         ids, offsets = rows.ids, rows.offsets
-        normed = ops.gather_norm(tokens.x, ids, norm.weight, norm.bias, norm.eps)
+        (normed,) = ops.take_norm(tokens.x, ids, None, norm.weight, norm.bias, norm.eps)
     weight, bias = weights
     blank = weight.new_zeros(len(weight)) if bias is None else bias
-    out = ops.window_attention(
-        core.qkv(normed),
-        ids,
-        offsets,
-        core.relative_position_bias_table,
-        blank,
-        tokens.hw_shape,
-        attn.window_size,
-        attn.shift_size,
-        core.num_heads,
-        core.scale,
-    )
+    layout = attn.window_size, attn.shift_size, core.num_heads, core.scale
+    table = core.relative_position_bias_table
+    qkv = core.qkv(normed)
+    out = ops.window_attention(qkv, ids, offsets, table, blank, tokens.hw_shape, *layout)
     return attn.drop(core.proj_drop(core.proj(out)))
 
 
 def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor:
     """The branch of spatial-reduction attention, whose keys come from the whole map."""
-    normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
-    queries = normed if rows is None else ops.gather(normed.contiguous(), rows.ids)
+    queries = normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
+    if rows is not None:
+        (queries,) = ops.take_norm(normed.contiguous(), rows.ids, None, None, None, 0.0)
     return block.attn(queries, normed, tokens.hw_shape).contiguous()
 
 
@@ -213,7 +194,7 @@ def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None
     hidden = F.linear(x, first.weight.flatten(1), first.bias)
     if convolutions:
         (conv,) = convolutions
-        if (rows is not None and rows.places is None) or not _is_gelu(act):
+        if not (is_plain(act, nn.GELU) and act.approximate == 'none'):
             return None
         ids, places = (None, None) if rows is None else (rows.ids, rows.places)
         hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)
@@ -221,7 +202,3 @@ def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None
         hidden = act(hidden)
     out = F.linear(drop(hidden), second.weight.flatten(1), second.bias)
     return ffn.dropout_layer(last_drop(out))
-
-
-def _is_gelu(act: nn.Module) -> bool:
-    return is_plain(act, nn.GELU) and act.approximate == 'none'

@@ -13,32 +13,28 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
-from . import TRAFFIC, feedforward, rows, windows
+from . import TRAFFIC, rows, windows
 
+_Maybe = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return triton.knobs.runtime.interpret
+# Whether kernels run in Triton's interpreter, on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def _mend_interpreter() -> None:
-    """Let loops have bounds that were loaded: numpy 2.4 makes no int of an array of one number."""
+if INTERPRETED:
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    _patch_tensor = interpreter._patch_lang_tensor
 
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+    def _mended(tensor: Any, scope: Any) -> None:
+        """Loops may have bounds that were loaded: numpy 2.4 makes no int of such an array."""
+        _patch_tensor(tensor, scope)
         scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = mended
-
-
-if interpreted():
-    _mend_interpreter()
+    interpreter._patch_lang_tensor = _mended
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -76,50 +72,37 @@ def _tiles(channels: int) -> dict[str, int]:
     return dict(C=channels, P=padded, BLOCK=max(_TILE // padded, 1), num_warps=4)
 
 
-def _padded(hw_shape: list[int], window: int) -> tuple[int, int]:
-    """Sides of the map in whole windows."""
-    height, width = (-(-side // window) * window for side in hw_shape)
-    return height, width
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
 
 
-def _windows(hw_shape: list[int], window: int) -> int:
-    height, width = _padded(hw_shape, window)
-    return (height // window) * (width // window)
+def _layout(hw_shape: list[int], window: int) -> tuple[int, int, int]:
+    """Sides of the map in whole windows, in tokens, and the number of windows."""
+    height, width = (-(-side // window) for side in hw_shape)
+    return height * window, width * window, height * width
 
 
 # Scores and choice
 
 
-def _new_scores(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.float32)
+def _looked(x: Tensor, mean: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
+    scores = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return [scores] if weight is None else [scores, torch.empty_like(x)]
 
 
-def _look(x: Tensor, mean: Tensor | None, normed: Tensor | None, *norm: Any) -> Tensor:
-    scores = _new_scores(x)
-    (batch, tokens, _), tiles = x.shape, _tiles(x.shape[2])
-    weight, bias, eps = norm or (x, x, 0.0)
+@_operator(_looked)
+def score_norm(x: Tensor, mean: _Maybe, weight: _Maybe, bias: _Maybe, eps: float) -> list[Tensor]:
+    """Scores (B, N) of tokens (B, N, C), and with weights of a LayerNorm their norm (B, N, C).
+
+    A score is the distance from mean (B, C), without it the mean activation.
+    """
+    out, (batch, tokens, _), tiles = _looked(x, mean, weight), x.shape, _tiles(x.shape[2])
     with _on(x):
         rows.look_kernel[(triton.cdiv(tokens, tiles['BLOCK']), batch)](
-            *(x, x if mean is None else mean, weight, bias, scores),
-            *(x if normed is None else normed, tokens, eps),
-            **dict(tiles, DISTANCE=mean is not None, NORM=normed is not None),
+            *(x, _or(mean, x), _or(weight, x), _or(bias, x), out[0], out[-1], tokens, eps),
+            **dict(tiles, DISTANCE=mean is not None, NORM=weight is not None),
         )
-    return scores
-
-
-@_operator(_new_scores)
-def score_rows(x: Tensor, mean: Tensor | None) -> Tensor:
-    """Distance of tokens (B, N, C) from mean (B, C), or their mean activation: (B, N)."""
-    return _look(x, mean, None)
-
-
-@_operator(lambda x, *_: (_new_scores(x), torch.empty_like(x)))
-def score_norm(
-    x: Tensor, mean: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``score_rows``, and the LayerNorm of all tokens: (B, N), (B, N, C)."""
-    normed = torch.empty_like(x)
-    return _look(x, mean, normed, weight, bias, eps), normed
+    return out
 
 
 def _chosen(
@@ -128,14 +111,14 @@ def _chosen(
     batch = scores.shape[0]
     return (
         scores.new_empty(batch, count, dtype=torch.int64),
-        scores.new_empty(batch * _windows(hw_shape, window) + 1, dtype=torch.int32),
+        scores.new_empty(batch * _layout(hw_shape, window)[2] + 1, dtype=torch.int32),
         scores.new_empty(scores.shape, dtype=torch.int32),
     )
 
 
 @_operator(_chosen)
 def select(
-    scores: Tensor, count: int, hw_shape: list[int], window: int, shift: int, starts: Tensor | None
+    scores: Tensor, count: int, hw_shape: list[int], window: int, shift: int, starts: _Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``count`` best tokens of each image by scores (B, N), in the order of windows.
 
@@ -145,13 +128,13 @@ def select(
     """
     out = _chosen(scores, count, hw_shape, window)
     (batch, tokens), side = scores.shape, triton.next_power_of_2(window**2)
-    sizes = *out, tokens, count, *hw_shape, *_padded(hw_shape, window)
+    *padded, number = _layout(hw_shape, window)
+    sizes = *out, tokens, count, *hw_shape, *padded
     block = min(max(triton.next_power_of_2(tokens), 128), _TILE)
     layout = dict(WS=window, SHIFT=shift)
     with _on(scores):
         if starts is not None:
-            grid = _windows(hw_shape, window), batch
-            kernel = rows.select_in_windows_kernel[grid]
+            kernel = rows.select_in_windows_kernel[(number, batch)]
             kernel(scores, starts, *sizes, **layout, SLOTS=side, num_warps=1)
         else:
             warps = max(block // 256, 1)
@@ -162,80 +145,58 @@ def select(
 # Rows
 
 
-def _rows(x: Tensor, ids: Tensor | None, branch: Tensor | None, *norm: Any) -> tuple[Tensor, ...]:
-    """Rows of x plus a branch, and their norm; x in place of what is not asked for."""
-    (batch, tokens, channels), tiles = x.shape, _tiles(x.shape[2])
-    count = tokens if ids is None else ids.shape[1]
-    keep = not norm or branch is not None
-    now = x.new_empty(batch, count, channels) if keep else x
-    normed = x.new_empty(batch, count, channels) if norm else x
-    weight, bias, eps = norm or (x, x, 0.0)
+def _taken(x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
+    shape = x.shape if ids is None else (*ids.shape, x.shape[2])
+    both = branch is not None and weight is not None
+    return [x.new_empty(shape) for _ in range(1 + both)]
+
+
+def _take_traffic(x: Tensor, ids: _Maybe, branch: _Maybe, *norm: Any) -> tuple[int, int]:
+    out = _taken(x, ids, branch, *norm)
+    return size(out[0], ids, branch, *norm[:2]), size(*out)
+
+
+@_operator(_taken, _take_traffic)
+def take_norm(
+    x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, bias: _Maybe, eps: float
+) -> list[Tensor]:
+    """Rows (B, K) of x (B, N, C), all where there are no ids, maybe plus a branch.
+
+    With weights of a LayerNorm their norm instead, or besides where there is a branch.
+    """
+    out, (_, tokens, channels), tiles = _taken(x, ids, branch, weight), x.shape, _tiles(x.shape[2])
+    total = out[0].numel() // channels
+    keep = weight is None or branch is not None
     with _on(x):
-        rows.rows_kernel[(triton.cdiv(batch * count, tiles['BLOCK']),)](
-            *(x, x if ids is None else ids, x if branch is None else branch, weight, bias),
-            *(now, normed, tokens, count, batch * count, eps),
+        rows.rows_kernel[(triton.cdiv(total, tiles['BLOCK']),)](
+            *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out[0], out[-1]),
+            *(tokens, out[0].shape[1], total, eps),
             **dict(tiles, GATHER=ids is not None, ADD=branch is not None),
-            **dict(KEEP=keep, NORM=bool(norm)),
-        )
-    return now, normed
-
-
-def _gathered(x: Tensor, ids: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*ids.shape, x.shape[2])
-
-
-def _gather_traffic(x: Tensor, ids: Tensor, *norm: Any) -> tuple[int, int]:
-    moved = ids.numel() * x.shape[2] * x.element_size()
-    return moved + size(ids, *norm[:2]), moved
-
-
-@_operator(_gathered, _gather_traffic)
-def gather(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows (B, K) of x (B, N, C): (B, K, C)."""
-    return _rows(x, ids, None)[0]
-
-
-@_operator(_gathered, _gather_traffic)
-def gather_norm(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of rows (B, K) of x (B, N, C): (B, K, C)."""
-    return _rows(x, ids, None, weight, bias, eps)[1]
-
-
-@_operator(
-    lambda x, ids, branch, *_: (torch.empty_like(branch), torch.empty_like(branch)),
-    lambda x, ids, branch, *norm: (2 * size(branch) + size(ids, *norm[:2]), 2 * size(branch)),
-)
-def add_norm(
-    x: Tensor, ids: Tensor | None, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Rows (B, K) of x (B, N, C), all where there are no ids, plus a branch; and their norm."""
-    now, normed = _rows(x, ids, branch, weight, bias, eps)
-    return now, normed
-
-
-@_operator(lambda *_: None, lambda x, ids, now, branch: (size(ids, now, branch), size(now)), ('x',))
-def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
-    """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
-    tiles, count = _tiles(x.shape[2]), ids.numel()
-    with _on(x):
-        rows.put_kernel[(triton.cdiv(count, tiles['BLOCK']),)](
-            x, ids, now, branch, x.shape[1], ids.shape[1], count, **tiles
-        )
-
-
-@_operator(
-    lambda x, *_: torch.empty_like(x),
-    # Active rows come from the pack, the others from x.
-    lambda x, places, now, branch: (size(x, places, branch), size(x)),
-)
-def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
-    """As ``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
-    out, tiles, count = torch.empty_like(x), _tiles(x.shape[2]), places.numel()
-    with _on(x):
-        rows.merge_kernel[(triton.cdiv(count, tiles['BLOCK']),)](
-            x, places, now, branch, out, count, **tiles
+            **dict(KEEP=keep, NORM=weight is not None),
         )
     return out
+
+
+def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> Tensor:
+    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
+    with _on(x):
+        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
+            x, where, now, branch, out, *sizes, **dict(tiles, COPY=out is not x)
+        )
+    return out
+
+
+@_operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
+def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
+    """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
+    _put(x, ids, now, branch, x)
+
+
+# Active rows come from the pack, the others from x.
+@_operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
+def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
+    """``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
+    return _put(x, places, now, branch, torch.empty_like(x))
 
 
 # Layers
@@ -244,8 +205,8 @@ def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor
 @_operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
 def window_attention(
     qkv: Tensor,
-    ids: Tensor | None,
-    offsets: Tensor | None,
+    ids: _Maybe,
+    offsets: _Maybe,
     table: Tensor,
     blank: Tensor,
     hw_shape: list[int],
@@ -257,13 +218,13 @@ def window_attention(
     """Attention in windows of packed rows (B, K, 3 * C), or of whole maps: (B, K, C)."""
     batch, count, width = qkv.shape
     out = qkv.new_empty(batch, count, width // 3)
-    padded, number = _padded(hw_shape, window), _windows(hw_shape, window)
+    *padded, number = _layout(hw_shape, window)
     with _on(qkv):
         windows.attention_kernel[(batch * number * num_heads,)](
-            *(qkv, qkv if ids is None else ids, qkv if offsets is None else offsets),
+            *(qkv, _or(ids, qkv), _or(offsets, qkv)),
             *(table, blank, out, *hw_shape, *padded, number, scale),
             **dict(A=num_heads, D=width // 3 // num_heads, WS=window, SHIFT=shift),
-            **dict(PADDED=padded != tuple(hw_shape), DENSE=ids is None),
+            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None),
             **dict(BLOCK_M=16, BLOCK_N=16, num_warps=1),
         )
     return out
@@ -271,22 +232,15 @@ def window_attention(
 
 @_operator(lambda x, *_: torch.empty_like(x))
 def convolve_gelu(
-    x: Tensor,
-    ids: Tensor | None,
-    places: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    hw_shape: list[int],
+    x: Tensor, ids: _Maybe, places: _Maybe, weight: Tensor, bias: _Maybe, hw_shape: list[int]
 ) -> Tensor:
     """GELU of a depth-wise convolution by weight (C, 1, 3, 3) of rows, or of all: (B, K, C)."""
     batch, count, channels = x.shape
     out, block, width = torch.empty_like(x), 32, min(triton.next_power_of_2(channels), 64)
     with _on(x):
-        feedforward.convolve_kernel[
-            (triton.cdiv(batch * count, block), triton.cdiv(channels, width))
-        ](
-            *(x, x if ids is None else ids, x if places is None else places, weight),
-            *(x if bias is None else bias, out, *hw_shape, count, batch * count),
+        rows.convolve_kernel[(triton.cdiv(batch * count, block), triton.cdiv(channels, width))](
+            *(x, _or(ids, x), _or(places, x), weight),
+            *(_or(bias, x), out, *hw_shape, count, batch * count),
             **dict(C=channels, BLOCK=block, BLOCK_C=width, PACKED=ids is not None),
             **dict(HAS_BIAS=bias is not None, num_warps=4),
         )

@@ -1,4 +1,4 @@
-"""Kernels of rows of tokens: score them, choose them, gather, normalise and put them back.
+"""Kernels of rows of tokens: score, choose, gather, normalise, convolve, and put them back.
 
 Shape letters: B images, N tokens of the map (H * W), K active tokens of an image, R = B * K packed
 rows, C channels (P, the next power of two), M windows of a map, L slots of a window.
@@ -163,31 +163,67 @@ def rows_kernel(
 
 
 @triton.jit
-def put_kernel(x, ids, now, branch, N, K, R, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Write packed rows plus their branch to their places in x."""
+def put_kernel(
+    x, where, now, branch, out, N, K, R,
+    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """Packed rows plus their branch to their places, which their ids say.
+
+    Or with the other rows of x into a copy, of each of whose rows is known which packed one it is.
+    """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, P)
-    row = (r // K).to(tl.int64) * N + tl.load(ids + r, mask=r < R, other=0)
-    seen = (r < R)[:, None] & (c < C)[None, :]
-    packed = r.to(tl.int64)[:, None] * C + c[None, :]
-    v = tl.load(now + packed, mask=seen, other=0.0).to(tl.float32)
-    v += tl.load(branch + packed, mask=seen, other=0.0).to(tl.float32)
-    tl.store(x + row[:, None] * C + c[None, :], v.to(x.dtype.element_ty), mask=seen)
+    if COPY:
+        place = tl.load(where + r, mask=r < R, other=-1)
+        row = r.to(tl.int64)
+    else:
+        place = tl.where(r < R, r, -1)
+        row = (r // K).to(tl.int64) * N + tl.load(where + r, mask=r < R, other=0)
+    inside = (c < C)[None, :]
+    written = inside & (place >= 0)[:, None]
+    packed = place.to(tl.int64)[:, None] * C + c[None, :]
+    at = row[:, None] * C + c[None, :]
+    v = tl.load(now + packed, mask=written, other=0.0).to(tl.float32)
+    v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
+    if COPY:
+        idle = inside & ((place < 0) & (r < R))[:, None]
+        v += tl.load(x + at, mask=idle, other=0.0).to(tl.float32)
+        written = written | idle
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
-def merge_kernel(
-    x, places, now, branch, out, R, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A map (R rows, of all images) of packed rows plus their branch, and of x elsewhere."""
+def convolve_kernel(
+    x, ids, places, weight, bias, out, H, W, K, R,
+    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Depth-wise 3 x 3 convolution of rows of a map, then GELU; zeros stand for idle tokens."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, P)
-    place = tl.load(places + r, mask=r < R, other=-1)
-    inside = (c < C)[None, :]
-    active, idle = inside & (place >= 0)[:, None], inside & ((place < 0) & (r < R))[:, None]
-    packed = place.to(tl.int64)[:, None] * C + c[None, :]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there, inside = r < R, c < C
+    image = (r // K).to(tl.int64)
+    token = r % K
+    if PACKED:
+        token = tl.load(ids + r, mask=there, other=0).to(tl.int32)
+    ty = token // W
+    tx = token % W
+    acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    for dy in tl.static_range(3):
+        for dx in tl.static_range(3):
+            y = ty + (dy - 1)
+            col = tx + (dx - 1)
+            seen = there & (y >= 0) & (y < H) & (col >= 0) & (col < W)
+            row = image * H * W + y * W + col
+            if PACKED:
+                row = tl.load(places + row, mask=seen, other=-1).to(tl.int64)
+                seen = seen & (row >= 0)
+            both = seen[:, None] & inside[None, :]
+            v = tl.load(x + row[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
+            w = tl.load(weight + c * 9 + (3 * dy + dx), mask=inside, other=0.0).to(tl.float32)
+            acc += v * w[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
     at = r.to(tl.int64)[:, None] * C + c[None, :]
-    v = tl.load(now + packed, mask=active, other=0.0).to(tl.float32)
-    v += tl.load(branch + packed, mask=active, other=0.0).to(tl.float32)
-    v += tl.load(x + at, mask=idle, other=0.0).to(tl.float32)
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=active | idle)
+    y = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])
