@@ -3,6 +3,7 @@
 import ast
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import idlevit_mm
@@ -166,9 +167,12 @@ def test_every_module_imports():
         try:
             importlib.import_module(name)
         except ImportError as error:
-            wrong.append(f'{name}: {error}')
+            # Its kernels need it, and nothing else imports them without it.
+            if error.name != 'triton':
+                wrong.append(f'{name}: {error}')
     assert not wrong, wrong
-    assert set(MODULES) <= set(sys.modules)
+    if find_spec('triton') is not None:
+        assert set(MODULES) <= set(sys.modules)
 
 
 # Who computes asks the kernels how, and never where it runs.

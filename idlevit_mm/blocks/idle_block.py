@@ -73,12 +73,13 @@ class IdleBlock(BaseModule, ABC):
             The tokens (B, S, C), idle rows bit-identical unless the policy says otherwise, and what
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
-        tokens = Tokens(x, _numbers(hw_shape), carried.pack)
-        tokens, scores, keys = self.look(tokens, keep_ratio, carried.state)
-        plan, state = self.planned(tokens, scores, keep_ratio, carried)
+        # Who hooks a block may hold what goes in or comes out.
+        alone = not (self._forward_hooks or self._forward_pre_hooks)
+        tokens = Tokens(x, _numbers(hw_shape), carried.pack, owned=carried.owned and alone)
+        tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
             tokens = self.recomputed(self.both_halves, tokens, plan, keys)
-            return tokens.x, Carried(tokens.pack, plan, state)
+            return tokens.x, Carried(tokens.pack, plan, state, tokens.owned and alone)
         tokens, attention = self.recomputed(self.attention_half, tokens, plan, keys)
         regroup, state = self.policy.between(attention, plan, keep_ratio, state)
         tokens, plan = self.regrouped(tokens, plan, regroup)
@@ -135,6 +136,18 @@ class IdleBlock(BaseModule, ABC):
         return summaries
 
     # The walk
+
+    def chosen(
+        self, tokens: Tokens, keep_ratio: float, carried: Carried
+    ) -> tuple[Tokens, Plan, Any, Tensor | None]:
+        """``look``, then ``planned``: tokens, plan, state, and keys if they are known."""
+        done = backend_at(tokens.x).choose(self, tokens, keep_ratio)
+        if done is not None:
+            tokens, rows = done
+            return tokens, Plan(rows), None, None
+        tokens, scores, keys = self.look(tokens, keep_ratio, carried.state)
+        plan, state = self.planned(tokens, scores, keep_ratio, carried)
+        return tokens, plan, state, keys
 
     def look(
         self, tokens: Tokens, keep_ratio: float, state: Any

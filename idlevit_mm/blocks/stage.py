@@ -81,6 +81,7 @@ def run_blocks(
         if record_inputs:
             inputs.append(None if carried.plan.rows is None else before)
         if index in taps:
+            carried = Carried(carried.pack, carried.plan, carried.state)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
     num_class = blocks[0].num_class
     return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)

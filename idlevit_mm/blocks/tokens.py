@@ -50,11 +50,16 @@ class Tokens(NamedTuple):
         x: (B, S, C).
         hw_shape: Height and width of the map in tokens.
         pack: What is packed.
+        normed: What a backend has normalised on the way: x before the attention, the computed rows
+            before the MLP.
+        owned: Whether x was made by the block before and nobody else holds it.
     """
 
     x: Tensor
     hw_shape: tuple[int, int]
     pack: Pack | None = None
+    normed: Tensor | None = None
+    owned: bool = False
 
     @property
     def now(self) -> Tensor:
@@ -65,7 +70,15 @@ class Tokens(NamedTuple):
         """The same with new computed rows."""
         assert self.pack is not None
         _, before, rows, plan = self.pack
-        return Tokens(self.x, self.hw_shape, Pack(now, before, rows, plan))
+        return Tokens(self.x, self.hw_shape, Pack(now, before, rows, plan), None, self.owned)
+
+    def opened(self, now: Tensor, rows: Rows | None, plan: Plan, normed: Tensor) -> Tokens:
+        """The same with computed rows, whose norm is known."""
+        return Tokens(self.x, self.hw_shape, Pack(now, now, rows, plan), normed, self.owned)
+
+    def made(self, x: Tensor) -> Tokens:
+        """All tokens (B, S, C), made by this block."""
+        return Tokens(x, self.hw_shape, owned=True)
 
 
 class Carried(NamedTuple):
@@ -75,8 +88,10 @@ class Carried(NamedTuple):
         pack: Rows of x that stay packed; None where x is whole, as after every dense block.
         plan: What the block did.
         state: What its policy remembers.
+        owned: Whether nobody but the next block holds x, which may write to it.
     """
 
     pack: Pack | None = None
     plan: Plan = EVERYTHING
     state: Any = None
+    owned: bool = False

@@ -1,9 +1,10 @@
 """The one room for code that depends on the device, on precision, or on who runs it."""
 
-from .backends import BACKENDS, backend_at, backend_for, use_backend, why_not
+from .backends import BACKENDS, backend_at, backend_for, use, use_backend, why_not
 from .cpu import CPU
-from .plain import LINEAR, all_plain, is_plain, known_plain
+from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain, of_kind
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
 from .site import Site, exact, full_precision, ranking_precision, site_of
 from .slots import WindowCore, hide, region_mask
+from .triton import TRAFFIC, Triton

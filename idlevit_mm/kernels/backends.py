@@ -7,18 +7,20 @@ from torch import Tensor
 
 from .cpu import CPU
 from .reference import Reference
-from .site import Site, site_of
+from .site import FORCED, Site, site_of
+from .triton import Triton
 
 _REFERENCE = Reference()
 # The first that can be taken is; the reference always can.
-BACKENDS: list[Reference] = [CPU(), _REFERENCE]
-_forced: list[str] = []
+BACKENDS: list[Reference] = [Triton(), CPU(), _REFERENCE]
+# What the reference is called besides.
+_ALIASES = {'torch': 'reference'}
 
 
 def backend_for(site: Site) -> Reference:
     """The first backend that can be taken in some circumstances; of one name within a context."""
     for backend in BACKENDS:
-        if _forced and backend.name != _forced[-1]:
+        if FORCED and backend.name != FORCED[-1]:
             continue
         if not backend.why_not(site):
             return backend
@@ -37,7 +39,7 @@ def why_not(site: Site) -> dict[str, str]:
     for backend in BACKENDS:
         if backend is taken:
             break
-        other = f'use_backend({_forced[-1]!r}) is in force' if _forced else ''
+        other = f'use_backend({FORCED[-1]!r}) is in force' if FORCED else ''
         reasons[backend.name] = backend.why_not(site) or other
     return reasons
 
@@ -51,11 +53,15 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: It is unknown.
     """
+    name = _ALIASES.get(name, name)
     names = [backend.name for backend in BACKENDS]
     if name not in names:
         raise ValueError(f'backend={name!r} is unknown; allowed: {", ".join(names)}')
-    _forced.append(name)
+    FORCED.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        FORCED.pop()
+
+
+use = use_backend

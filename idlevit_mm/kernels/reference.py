@@ -147,7 +147,14 @@ class Reference:
             return attend_whole_windows(qkv, core, layout, rows)
         return attend_slots(qkv, core, layout, None if rows is None else rows.ids)
 
-    # Whole halves of a block
+    # Whole steps of a block
+
+    def choose(self, block: Any, *args: Any) -> Any | None:
+        """Tokens and the rows of a plan of nothing else, for ``look`` and ``planned`` of IdleBlock.
+
+        None to leave it to the block.
+        """
+        return None
 
     def attention_half(self, block: Any, *args: Any) -> Any | None:
         """All of ``IdleBlock.attention_half`` at once; None to leave it to the block."""

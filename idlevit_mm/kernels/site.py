@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _PLAIN = (Tensor, nn.Parameter)
+# Names of the backends that are to be taken alone, the innermost last.
+FORCED: list[str] = []
 
 
 class Site(NamedTuple):

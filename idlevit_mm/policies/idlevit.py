@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels import of_kind
 from ..ops import Units
 from ..registry import POLICIES
 from .plan import EVERYTHING, Plan
@@ -13,6 +14,7 @@ from .select import select_units, unit_scores
 CONTEXTS = ('active', 'summary', 'all')
 
 
+@of_kind('idlevit')
 @POLICIES.register_module()
 class IdleViT(Policy):
     """Every block ranks all units anew; the best are active, the others pass through unchanged.

@@ -17,7 +17,7 @@ from ..ops import Units
 from ..registry import POLICIES, SCORERS, build_from
 from .plan import Plan, Regroup
 from .scorers import Scorer
-from .select import ROUNDINGS
+from .select import ROUNDINGS, num_active
 
 DEFAULT_POLICY = 'IdleViT'
 DEFAULT_SCORER = 'mean_distance'
@@ -97,6 +97,10 @@ class Policy(nn.Module, ABC):
     def wants_scores(self, keep_ratio: float, state: Any) -> bool:
         """Whether ``plan`` needs scores of the tokens as they enter the block."""
         return keep_ratio < 1.0 and self.scorer.NEEDS != 'class_attention'
+
+    def count(self, num_units: int, keep_ratio: float) -> int:
+        """How many of a group of units are active."""
+        return num_active(keep_ratio, num_units, self.rounding)
 
     @abstractmethod
     def plan(

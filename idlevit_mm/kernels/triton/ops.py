@@ -1,0 +1,247 @@
+"""The kernels as operators of PyTorch, static in shape, with what each one moves.
+
+Shape letters: B images, N tokens of the map (H * W), K active tokens of an image, C channels, A
+heads, M windows.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import custom_op
+
+from . import TRAFFIC, rows, windows
+
+_Maybe = Tensor | None
+# Numbers of a tile of rows.
+_TILE = 4096
+
+
+# Whether kernels run in Triton's interpreter, on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _mended(tensor: Any, scope: Any) -> None:
+        """Loops may have bounds that were loaded: numpy 2.4 makes no int of such an array."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _mended
+
+
+def size(*tensors: Tensor | None) -> int:
+    """Bytes of some tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _operator(
+    fake: Callable[..., Any],
+    traffic: Callable[..., tuple[int, int]] | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: register a function, what shapes it returns, and what it moves."""
+
+    def made(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = f'idlevit_mm::{function.__name__}'
+        operator = custom_op(name, function, mutates_args=mutates)
+        operator.register_fake(fake)
+        if traffic is not None:
+            TRAFFIC[name] = traffic
+        return operator
+
+    return made
+
+
+def _on(x: Tensor) -> AbstractContextManager:
+    """Kernels are launched on the current device."""
+    if x.device.type != 'cuda' or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _tiles(channels: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(channels)
+    return dict(C=channels, P=padded, BLOCK=max(_TILE // padded, 1), num_warps=4)
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+def _layout(hw_shape: list[int], window: int) -> tuple[int, int, int]:
+    """Sides of the map in whole windows, in tokens, and the number of windows."""
+    height, width = (-(-side // window) for side in hw_shape)
+    return height * window, width * window, height * width
+
+
+# Scores and choice
+
+
+def _looked(x: Tensor, mean: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
+    scores = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return [scores] if weight is None else [scores, torch.empty_like(x)]
+
+
+@_operator(_looked)
+def score_norm(x: Tensor, mean: _Maybe, weight: _Maybe, bias: _Maybe, eps: float) -> list[Tensor]:
+    """Scores (B, N) of tokens (B, N, C), and with weights of a LayerNorm their norm (B, N, C).
+
+    A score is the distance from mean (B, C), without it the mean activation.
+    """
+    out, (batch, tokens, _), tiles = _looked(x, mean, weight), x.shape, _tiles(x.shape[2])
+    with _on(x):
+        rows.look_kernel[(triton.cdiv(tokens, tiles['BLOCK']), batch)](
+            *(x, _or(mean, x), _or(weight, x), _or(bias, x), out[0], out[-1], tokens, eps),
+            **dict(tiles, DISTANCE=mean is not None, NORM=weight is not None),
+        )
+    return out
+
+
+def _chosen(
+    scores: Tensor, count: int, hw_shape: list[int], window: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = scores.shape[0]
+    return (
+        scores.new_empty(batch, count, dtype=torch.int64),
+        scores.new_empty(batch * _layout(hw_shape, window)[2] + 1, dtype=torch.int32),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+    )
+
+
+@_operator(_chosen)
+def select(
+    scores: Tensor, count: int, hw_shape: list[int], window: int, shift: int, starts: _Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` best tokens of each image by scores (B, N), in the order of windows.
+
+    Where there are starts (M + 1,), the best of each window, so many as lie between two of them.
+    Their ids (B, K); where the packed rows of each window of the batch begin (B * M + 1,); and the
+    packed row of each token, -1 for idle ones (B, N).
+    """
+    out = _chosen(scores, count, hw_shape, window)
+    (batch, tokens), side = scores.shape, triton.next_power_of_2(window**2)
+    *padded, number = _layout(hw_shape, window)
+    sizes = *out, tokens, count, *hw_shape, *padded
+    block = min(max(triton.next_power_of_2(tokens), 128), _TILE)
+    layout = dict(WS=window, SHIFT=shift)
+    with _on(scores):
+        if starts is not None:
+            kernel = rows.select_in_windows_kernel[(number, batch)]
+            kernel(scores, starts, *sizes, **layout, SLOTS=side, num_warps=1)
+        else:
+            warps = max(block // 256, 1)
+            rows.select_kernel[(batch,)](scores, *sizes, **layout, BLOCK=block, num_warps=warps)
+    return out
+
+
+# Rows
+
+
+def _taken(x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
+    shape = x.shape if ids is None else (*ids.shape, x.shape[2])
+    both = branch is not None and weight is not None
+    return [x.new_empty(shape) for _ in range(1 + both)]
+
+
+def _take_traffic(x: Tensor, ids: _Maybe, branch: _Maybe, *norm: Any) -> tuple[int, int]:
+    out = _taken(x, ids, branch, *norm)
+    return size(out[0], ids, branch, *norm[:2]), size(*out)
+
+
+@_operator(_taken, _take_traffic)
+def take_norm(
+    x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, bias: _Maybe, eps: float
+) -> list[Tensor]:
+    """Rows (B, K) of x (B, N, C), all where there are no ids, maybe plus a branch.
+
+    With weights of a LayerNorm their norm instead, or besides where there is a branch.
+    """
+    out, (_, tokens, channels), tiles = _taken(x, ids, branch, weight), x.shape, _tiles(x.shape[2])
+    total = out[0].numel() // channels
+    keep = weight is None or branch is not None
+    with _on(x):
+        rows.rows_kernel[(triton.cdiv(total, tiles['BLOCK']),)](
+            *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out[0], out[-1]),
+            *(tokens, out[0].shape[1], total, eps),
+            **dict(tiles, GATHER=ids is not None, ADD=branch is not None),
+            **dict(KEEP=keep, NORM=weight is not None),
+        )
+    return out
+
+
+def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> Tensor:
+    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
+    with _on(x):
+        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
+            x, where, now, branch, out, *sizes, **dict(tiles, COPY=out is not x)
+        )
+    return out
+
+
+@_operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
+def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
+    """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
+    _put(x, ids, now, branch, x)
+
+
+# Active rows come from the pack, the others from x.
+@_operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
+def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
+    """``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
+    return _put(x, places, now, branch, torch.empty_like(x))
+
+
+# Layers
+
+
+@_operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
+def window_attention(
+    qkv: Tensor,
+    ids: _Maybe,
+    offsets: _Maybe,
+    table: Tensor,
+    blank: Tensor,
+    hw_shape: list[int],
+    window: int,
+    shift: int,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Attention in windows of packed rows (B, K, 3 * C), or of whole maps: (B, K, C)."""
+    batch, count, width = qkv.shape
+    out = qkv.new_empty(batch, count, width // 3)
+    *padded, number = _layout(hw_shape, window)
+    with _on(qkv):
+        windows.attention_kernel[(batch * number * num_heads,)](
+            *(qkv, _or(ids, qkv), _or(offsets, qkv)),
+            *(table, blank, out, *hw_shape, *padded, number, scale),
+            **dict(A=num_heads, D=width // 3 // num_heads, WS=window, SHIFT=shift),
+            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None),
+            **dict(BLOCK_M=16, BLOCK_N=16, num_warps=1),
+        )
+    return out
+
+
+@_operator(lambda x, *_: torch.empty_like(x))
+def convolve_gelu(
+    x: Tensor, ids: _Maybe, places: _Maybe, weight: Tensor, bias: _Maybe, hw_shape: list[int]
+) -> Tensor:
+    """GELU of a depth-wise convolution by weight (C, 1, 3, 3) of rows, or of all: (B, K, C)."""
+    batch, count, channels = x.shape
+    out, block, width = torch.empty_like(x), 32, min(triton.next_power_of_2(channels), 64)
+    with _on(x):
+        rows.convolve_kernel[(triton.cdiv(batch * count, block), triton.cdiv(channels, width))](
+            *(x, _or(ids, x), _or(places, x), weight),
+            *(_or(bias, x), out, *hw_shape, count, batch * count),
+            **dict(C=channels, BLOCK=block, BLOCK_C=width, PACKED=ids is not None),
+            **dict(HAS_BIAS=bias is not None, num_warps=4),
+        )
+    return out

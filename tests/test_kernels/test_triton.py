@@ -1,0 +1,229 @@
+"""The kernels of GPUs, in Triton's interpreter: the same tokens and numbers as the reference.
+
+Triton reads from the environment whether it interprets when it is imported, so these tests run in a
+process of their own, which this file starts.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from backbone_zoo import assert_close, image, randomize
+from mmengine.registry import MODELS
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from idlevit_mm.kernels import Site, Triton, backend_at, use
+
+INSIDE = os.environ.get('TRITON_INTERPRET') == '1'
+pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
+inside = pytest.mark.skipif(not INSIDE, reason='it runs in the process of test_in_the_interpreter')
+outside = pytest.mark.skipif(INSIDE, reason='it needs no interpreter')
+
+SWIN = dict(
+    type='IdleSwinTransformer',
+    embed_dims=16,
+    depths=(2, 1),
+    num_heads=(1, 2),
+    strides=(4, 2),
+    window_size=4,
+    out_indices=(0, 1),
+)
+PYRAMID = dict(
+    embed_dims=16,
+    num_stages=2,
+    num_layers=[2, 1],
+    num_heads=[1, 2],
+    strides=[4, 2],
+    sr_ratios=[2, 1],
+    out_indices=(0, 1),
+)
+PVT = dict(
+    PYRAMID,
+    type='IdlePyramidVisionTransformer',
+    patch_sizes=[4, 2],
+    paddings=[0, 0],
+    mlp_ratios=[2, 3],
+    pretrain_img_size=32,
+)
+PVT2 = dict(
+    type='IdlePyramidVisionTransformerV2',
+    embed_dims=16,
+    num_layers=[2, 1, 1, 1],
+    num_heads=[1, 2, 2, 2],
+    sr_ratios=[2, 1, 1, 1],
+    mlp_ratios=[2, 3, 2, 2],
+)
+MIT = dict(PYRAMID, type='IdleMixVisionTransformer', patch_sizes=[7, 3], mlp_ratio=2)
+FAMILIES = dict(swin=SWIN, pvt=PVT, pvtv2=PVT2, mit=MIT)
+# Maps of 9 x 6 and 5 x 3 tokens: no whole number of windows, cells or tiles.
+SIZE = 2, 3, 36, 24
+
+
+def built(config, **kwargs):
+    return randomize(MODELS.build(dict(config, **kwargs))).eval()
+
+
+@torch.no_grad()
+def assert_same(model, x, tolerance=1e-4):
+    with use('torch'):
+        want, masks = model(x), model.keep_masks
+    with use('triton'):
+        assert backend_at(x).name == 'triton'
+        outs = model(x)
+    for stage, others in zip(masks, model.keep_masks, strict=True):
+        for mask, other in zip(stage, others, strict=True):
+            assert torch.equal(mask, other)
+    for out, other in zip(outs, want, strict=True):
+        assert_close(out, other, tolerance)
+
+
+@outside
+def test_in_the_interpreter():
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__]
+    environment = dict(os.environ, TRITON_INTERPRET='1')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert ' passed' in done.stdout
+
+
+@inside
+@pytest.mark.parametrize('keep', [0.3, 0.5, 1.0])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_families(family, keep):
+    assert_same(built(FAMILIES[family], keep_ratios=keep), image(SIZE))
+
+
+@inside
+@pytest.mark.parametrize('scope', ['window_tokens', 'windows'])
+@pytest.mark.parametrize('keep', [0.3, 0.5])
+def test_scopes(scope, keep):
+    assert_same(built(SWIN, keep_ratios=keep, policy=dict(scope=scope)), image(SIZE))
+
+
+@inside
+@pytest.mark.parametrize(
+    'policy',
+    [
+        dict(scorer='activation_norm'),
+        dict(scorer='mean_query'),
+        dict(scorer='learned'),
+        dict(context='all'),
+        dict(context='summary'),
+    ],
+    ids=lambda policy: next(iter(policy.values())),
+)
+@pytest.mark.parametrize('family', ['swin', 'pvtv2'])
+def test_what_is_not_covered_goes_through_the_modules(family, policy):
+    assert_same(built(FAMILIES[family], keep_ratios=0.5, policy=policy), image(SIZE))
+
+
+@inside
+@pytest.mark.parametrize('config', [dict(window_size=7), dict(qkv_bias=False, depths=(2,))])
+def test_windows(config):
+    config = dict(config, strides=(4,), out_indices=(0,), num_heads=(1,))
+    config.setdefault('depths', (2,))
+    for size in ((1, 3, 36, 52), (2, 3, 4, 40)):
+        assert_same(built(SWIN, keep_ratios=0.5, **config), image(size))
+
+
+@inside
+def test_replaced_and_hooked_layers_are_called():
+    x = image(SIZE)
+    seen = []
+    for family in ('swin', 'pvtv2'):
+        model = built(FAMILIES[family], keep_ratios=0.5)
+        for module in list(model.modules()):
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_hook(lambda *args: seen.append(args[2]) or args[2] * 1.1)
+        assert_same(model, x)
+    assert seen
+
+
+@inside
+def test_equal_scores_keep_so_many():
+    model = built(SWIN, keep_ratios=0.5)
+    with torch.no_grad(), use('triton'):
+        model(torch.zeros(SIZE))
+    for mask in model.keep_masks[0]:
+        assert mask.flatten(1).sum(1).tolist() == [27, 27]
+
+
+@inside
+@torch.no_grad()
+@pytest.mark.parametrize('family', ['swin', 'pvt'])
+def test_what_others_hold_is_not_written_to(family):
+    model, held = built(FAMILIES[family], keep_ratios=[[0.5] * 2, [0.5]]), []
+    blocks = model.stages[0].blocks if family == 'swin' else model.layers[0][1][-2:]
+    x = torch.randn(2, 54, 16)
+    before = x.clone()
+    with use('triton'):
+        out, carried = blocks[0](x, (9, 6), 0.5)
+        assert carried.owned
+        assert torch.equal(x, before)
+        # What the next block has been given for its own it may use.
+        again = blocks[1](out.clone(), (9, 6), 0.5)[0]
+        assert torch.equal(blocks[1](out, (9, 6), 0.5, carried)[0], again)
+        assert torch.equal(out, again)
+        blocks[0].register_forward_hook(lambda _, __, out: held.append((out[0], out[0].clone())))
+        model(image(SIZE))
+    for one, copy in held:
+        assert torch.equal(one, copy)
+
+
+@inside
+def test_half_precision_of_norms_and_moves():
+    model = built(PVT, keep_ratios=0.5).half()
+    x = image(SIZE).half()
+    with torch.no_grad(), use('triton'):
+        outs = model(x)
+    assert all(out.isfinite().all() for out in outs)
+
+
+@inside
+def test_compiled_whole():
+    torch._dynamo.reset()
+    model = built(SWIN, keep_ratios=0.5)
+    x = image(SIZE)
+    with torch.no_grad(), use('triton'):
+        want = model(x)
+        got = torch.compile(model, backend='aot_eager', fullgraph=True)(x)
+    for out, other in zip(got, want, strict=True):
+        assert_close(out, other, 1e-6)
+
+
+# What needs no interpreter
+
+
+@outside
+@pytest.mark.parametrize('family', FAMILIES)
+def test_fake_tensors_pass_through(family):
+    model = built(FAMILIES[family], keep_ratios=0.5)
+    want = [out.shape for out in model(image(SIZE))]
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    new = torch.empty(value.shape, device='cuda', dtype=torch.bfloat16)
+                    module._parameters[name] = nn.Parameter(new, requires_grad=False)
+        x = torch.empty(SIZE, device='cuda', dtype=torch.bfloat16)
+        assert backend_at(x).name == 'triton'
+        assert [out.shape for out in model(x)] == want
+
+
+@outside
+def test_why_not_in_words():
+    site = Site('cuda', torch.float16, eager=True, traced=False, grad=False, autocast=False)
+    for changes, word in (
+        (dict(grad=True), 'gradients'),
+        (dict(traced=True), 'graph'),
+        (dict(autocast=True), 'autocast'),
+        (dict(dtype=torch.float32), 'float32'),
+        (dict(device='cpu'), 'lie on cpu'),
+    ):
+        assert word in Triton().why_not(site._replace(**changes))
+    with use('triton'):
+        assert 'TRITON_INTERPRET' in Triton().why_not(site._replace(device='cpu'))

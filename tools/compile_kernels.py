@@ -1,0 +1,124 @@
+"""Compile the kernels of GPUs for devices that need not be there, and count what they use.
+
+    python tools/compile_kernels.py [--arch 80 90]
+
+A line for each kernel and configuration: registers, shared memory, and accesses of spilled ones, of
+which there must be none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from idlevit_mm.kernels.triton import rows, windows
+
+_TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+_HALF = '*bf16'
+# Arguments that are not of half precision.
+_TYPES = dict(
+    ids='*i64',
+    where='*i64',
+    offsets='*i32',
+    places='*i32',
+    starts='*i64',
+    scores='*fp32',
+    mean='*fp32',
+)
+_TYPES |= dict(eps='fp32', scale='fp32')
+_SIZES = ('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows')
+_CHANNELS = (64, 96, 192, 320, 384, 512, 768)
+
+
+def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Kernels with their constants and numbers of warps, as the operators launch them."""
+    for channels in _CHANNELS:
+        padded = triton.next_power_of_2(channels)
+        tiles = dict(C=channels, P=padded, BLOCK=max(4096 // padded, 1))
+        for norm in (False, True):
+            yield rows.look_kernel, dict(tiles, DISTANCE=True, NORM=norm), 4
+        yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=False, KEEP=False, NORM=True), 4
+        for gather in (False, True):
+            yield rows.rows_kernel, dict(tiles, GATHER=gather, ADD=True, KEEP=True, NORM=True), 4
+        for copy in (False, True):
+            yield rows.put_kernel, dict(tiles, COPY=copy), 4
+    for block in (1024, 4096):
+        yield rows.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
+    for packed in (False, True):
+        constants = dict(C=512, BLOCK=32, BLOCK_C=64, PACKED=packed, HAS_BIAS=True)
+        yield rows.convolve_kernel, constants, 4
+    for side, slots in ((7, 64), (12, 256)):
+        yield rows.select_in_windows_kernel, dict(WS=side, SHIFT=side // 2, SLOTS=slots), 1
+        for shift, is_padded in ((0, False), (side // 2, True)):
+            for dense in (False, True):
+                layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
+                yield windows.attention_kernel, dict(layout, BLOCK_M=16, BLOCK_N=16), 1
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, arch: int) -> Any:
+    """Compile one kernel for one architecture."""
+    names = kernel.arg_names
+    signature = {
+        name: 'constexpr'
+        if name in constants
+        else 'i32'
+        if name in _SIZES
+        else _TYPES.get(name, _HALF)
+        for name in names
+    }
+    aligned = {
+        (place,): [['tt.divisibility', 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith('*')
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=aligned)
+    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
+
+
+def spent(binary: Any) -> tuple[int, int, int]:
+    """Registers, bytes of shared memory, and accesses of local memory in the machine code."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(binary.asm['cubin'])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [_TOOLS / tool, *flags, file.name], capture_output=True, text=True
+            ).stdout
+            for tool, *flags in (['cuobjdump', '--dump-resource-usage'], ['nvdisasm'])
+        )
+    registers = re.search(r'REG:(\d+)', usage)
+    if registers is None or not code:
+        raise SystemExit(f'{_TOOLS} gave no resource usage')
+    return int(registers[1]), binary.metadata.shared, len(re.findall(r'\b(?:STL|LDL)\b', code))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Compile all, and fail where anything spills."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--arch', type=int, nargs='+', default=[80, 90], help='such as 80 90')
+    spilling = 0
+    for arch in parser.parse_args(args).arch:
+        for kernel, constants, warps in configurations():
+            registers, shared, spills = spent(compiled(kernel, constants, warps, arch))
+            spilling += spills > 0
+            shown = ' '.join(f'{name}={value}' for name, value in constants.items())
+            print(
+                f'sm_{arch} {kernel.__name__} {shown}: {registers} registers, '
+                f'{shared} bytes shared, {spills} spills',
+                flush=True,
+            )
+    return spilling
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
