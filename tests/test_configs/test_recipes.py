@@ -11,7 +11,6 @@ from config_zoo import (
     ABSENT,
     ALL,
     CONFIGS,
-    DIGITS,
     MIRROR,
     SERVER,
     Uninitialised,
