@@ -51,7 +51,7 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
         numbers = range(1, layout[0] ** 2 + 1)
         counts = 0, *(policy.count(number, keep_ratio) for number in numbers)
         starts = _starts(x.device, hw_shape, *layout, counts)
-        chosen = ops.select(scores, starts.count, hw_shape, *layout, starts.places)
+        chosen = ops.select(scores, starts.total, hw_shape, *layout, starts.places)
     ids, offsets, places = chosen
     return tokens, Rows(ids, None, False, offsets, places)
 
@@ -60,7 +60,7 @@ class _Starts(NamedTuple):
     """Where the packed rows of windows begin, (M + 1,), and where those of the last end."""
 
     places: Any
-    count: int
+    total: int
 
 
 @torch.compiler.assume_constant_result
@@ -85,7 +85,8 @@ def attention_half(
     block: Any, tokens: Any, plan: Any, keys: Tensor | None
 ) -> tuple[Any, None] | None:
     """Gather, norm, attention, residual, and the norm of the MLP."""
-    kind, rows, norm = kind_of(block), plan.rows, block.norm2 if kind_of(block) else None
+    kind, rows = kind_of(block), plan.rows
+    norm: Any = block.norm2 if kind else None
     if (
         kind not in _BRANCHES
         or not _is_norm(norm)
@@ -137,7 +138,7 @@ def _is_norm(norm: nn.Module) -> bool:
 def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     """The branch of attention in windows."""
     attn, norm = block.attn, block.norm1
-    core = getattr(attn, 'w_msa', None)
+    core: Any = getattr(attn, 'w_msa', None)
     if kind_of(attn) != 'windows' or kind_of(core) != 'window core':
         return None
     if not (is_plain(attn, type(attn)) and is_plain(core, type(core)) and _is_norm(norm)):

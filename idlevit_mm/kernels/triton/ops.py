@@ -6,7 +6,7 @@ heads, M windows.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from . import TRAFFIC, rows, windows
 
-_Maybe = Tensor | None
+_Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
 
