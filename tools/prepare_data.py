@@ -29,13 +29,10 @@ def parse_args() -> argparse.Namespace:
     add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
     deep_help = 'decode every image and mask, not 200 of each split'
     add('--deep', action='store_true', help=deep_help)
-    add('--plain', action='store_true', help='plain text, without colours')
     return parser.parse_args()
 
 
-def prepare(
-    dataset: str, root: Path | None, link: Path | bool | None, deep: bool, plain: bool
-) -> None:
+def prepare(dataset: str, root: Path | None, link: Path | bool | None, deep: bool) -> None:
     """Link if asked to, check, print the report, and leave with its exit code."""
     expected = Path(PLACES[dataset])
     root = root or expected
@@ -44,7 +41,7 @@ def prepare(
         for line in bring_into_place(dataset, root, target):
             print(line)
         root = target
-    sys.exit(print_report(check_data(dataset, root, deep), plain))
+    sys.exit(print_report(check_data(dataset, root, deep)))
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def test_stand_ins_pass(originals, capsys):
         ('ade20k', 'ade/ADEChallengeData2016'),
     ):
         findings = check_data(name, originals / folder, deep=True)
-        assert doctor.print_report(findings, plain=True) == 0
+        assert doctor.print_report(findings) == 0
         # Both splits are a handful of images, and that is said.
         assert [f.name for f in wrong(findings, doctor.NOTE)] == ['images', 'images']
         assert '4 images, a subset of' in wrong(findings, doctor.NOTE)[0].value
