@@ -92,11 +92,9 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
 
 
 def _check_dataset(dataset: dict, key: str) -> None:
-    backend = dataset.get('backend_args') or {}
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
     root = dataset.get('data_root') or ''
-    if backend.get('backend', 'local') not in ('local', 'LocalBackend', 'disk'):
-        return
-    if not is_local(root):
+    if backend not in ('local', 'LocalBackend', 'disk') or not is_local(root):
         return
     named = [('data_root', root)]
     prefix = dataset.get('data_prefix')
@@ -151,23 +149,21 @@ def check_teachers(cfg: Any) -> None:
             has no teacher.
     """
     anew = not cfg.get('load_from') and not cfg.get('resume')
-    for number, hook in enumerate(cfg.get('custom_hooks') or ()):
-        losses = hook.get('losses') if isinstance(hook, dict) else None
-        for place, loss in enumerate(losses if isinstance(losses, (list, tuple)) else ()):
-            if not isinstance(loss, dict):
-                continue
-            name, teacher = f'custom_hooks.{number}.losses.{place}', loss.get('teacher')
-            if teacher is None and anew and _is_taught(loss.get('type')):
-                raise UsageError(
-                    f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
-                    'training starts from: --cfg-options load_from=dense.pth, or '
-                    f'{name}.teacher.checkpoint=dense.pth'
-                )
-            for key, path in teacher.items() if isinstance(teacher, dict) else ():
-                if is_local(path) and not os.path.isfile(path):
-                    raise UsageError(f'{name}.teacher.{key}={path} does not exist')
-                if is_local(path) and key == 'checkpoint':
-                    load_checkpoint(path)
+    for keys, loss, _ in parts_of(cfg.get('custom_hooks'), ('custom_hooks',)):
+        if len(keys) != 4 or keys[2] != 'losses':
+            continue
+        name, teacher = '.'.join(map(str, keys)), loss.get('teacher')
+        if teacher is None and anew and _is_taught(loss.get('type')):
+            raise UsageError(
+                f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
+                'training starts from: --cfg-options load_from=dense.pth, or '
+                f'{name}.teacher.checkpoint=dense.pth'
+            )
+        for key, path in teacher.items() if isinstance(teacher, dict) else ():
+            if is_local(path) and not os.path.isfile(path):
+                raise UsageError(f'{name}.teacher.{key}={path} does not exist')
+            if is_local(path) and key == 'checkpoint':
+                load_checkpoint(path)
 
 
 def _is_taught(kind: Any) -> bool:
