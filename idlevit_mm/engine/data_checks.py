@@ -335,5 +335,5 @@ def check_data(dataset: str, root: Path, deep: bool = False) -> list[Finding]:
             if text is not None
         )
         if not any(problems.values()):
-            findings += check_split(split, *(root / part for part in parts), deep)
+            findings += check_split(split, root / parts[0], root / parts[1], deep)
     return findings

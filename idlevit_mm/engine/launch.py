@@ -114,14 +114,13 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """
     if not os.path.isfile(path):
         raise UsageError(f'config {path} does not exist')
+    fault = f'config {path} cannot be read'
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:
-        raise UsageError(f'config {path} cannot be read: {one_line(error)}') from error
-    try:
+        fault = f'--cfg-options does not fit {path}'
         cfg.merge_from_dict(options or {})
     except Exception as error:
-        raise UsageError(f'--cfg-options does not fit {path}: {one_line(error)}') from error
+        raise UsageError(f'{fault}: {one_line(error)}') from error
     return cfg
 
 

@@ -226,8 +226,8 @@ def differences(before: Any, after: Any, key: str = '') -> Differences:
         return {} if same else {key: (before, after)}
     found: Differences = {}
     for name in dict.fromkeys([*before, *after]):
-        pair = (values.get(name, '(none)') for values in (before, after))
-        found |= differences(*pair, f'{key}.{name}' if key else str(name))
+        old, new = (values.get(name, '(none)') for values in (before, after))
+        found |= differences(old, new, f'{key}.{name}' if key else str(name))
     return found
 
 
