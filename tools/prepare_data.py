@@ -12,7 +12,6 @@ from idlevit_mm.engine.data_checks import check_data
 from idlevit_mm.engine.data_layout import DATASETS, PLACES, bring_into_place
 from idlevit_mm.engine.doctor import print_report
 from idlevit_mm.engine.launch import run_tool
-from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,35 +27,21 @@ def parse_args() -> argparse.Namespace:
         'make FOLDER (default: where the configs look) of links to what is in --root, then check it'
     )
     add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
-    convert_help = (
-        'with --link: also write masks of equal colour channels or 16 bits as one channel of 8 bits'
-    )
-    add('--convert', action='store_true', help=convert_help)
     deep_help = 'decode every image and mask, not 200 of each split'
     add('--deep', action='store_true', help=deep_help)
-    add('--plain', action='store_true', help='plain text, without colours')
     return parser.parse_args()
 
 
-def prepare(
-    dataset: str,
-    root: Path | None,
-    link: Path | bool | None,
-    convert: bool,
-    deep: bool,
-    plain: bool,
-) -> None:
-    """Link or convert if asked to, check, print the report, and leave with its exit code."""
+def prepare(dataset: str, root: Path | None, link: Path | bool | None, deep: bool) -> None:
+    """Link if asked to, check, print the report, and leave with its exit code."""
     expected = Path(PLACES[dataset])
     root = root or expected
-    if convert and not link:
-        raise UsageError('--convert writes masks into a new folder: add --link FOLDER')
     if link and root.is_dir():
         target = link if isinstance(link, Path) else expected
-        for line in bring_into_place(dataset, root, target, convert):
+        for line in bring_into_place(dataset, root, target):
             print(line)
         root = target
-    sys.exit(print_report(check_data(dataset, root, deep), plain))
+    sys.exit(print_report(check_data(dataset, root, deep)))
 
 
 def main() -> None:

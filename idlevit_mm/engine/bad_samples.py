@@ -32,6 +32,8 @@ MAX_IN_A_ROW = 50
 _NAMED = 3
 # Modules of this name read text, which says what the classes are: GLIP, Grounding DINO, SAN.
 _READS_TEXT = ('language_model', 'text_encoder')
+# Modules that have a number of classes, but not of those of the data set.
+_OTHERS = re.compile(r'(^|\.)backbone(\.|$)|rpn_head|semantic_head')
 
 
 def _warn(text: str) -> None:
@@ -50,19 +52,18 @@ def leaves(dataset: Any) -> Iterator[Any]:
         yield dataset
 
 
-def reading_problem(path: str, error: BaseException) -> str:
-    """Why a file could not be loaded."""
+def _reading_problem(path: str, error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return f'{path} does not exist'
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return f'{path} is empty'
     reason = one_line(error, 200)
-    # What mmcv says when OpenCV gives no image.
-    reason = 'not an image, or cut off' if 'failed to load image' in reason else reason
+    if 'failed to load image' in reason:  # what mmcv says when OpenCV gives no image
+        reason = 'not an image, or cut off'
     return f'{path} cannot be read ({reason})'
 
 
-def thin_mask(data: dict[str, Any]) -> str | None:
+def _thin_mask(data: dict[str, Any]) -> str | None:
     """Whether mmseg, which drops axes of length 1, cannot load the mask of a thin image."""
     if data.get('seg_map_path') is None or 1 not in tuple(data.get('ori_shape', ())[:2]):
         return None
@@ -87,10 +88,8 @@ class GuardedPipeline(Compose):
         self.num_read = self.in_a_row = 0
         self.bad: set[str] = set()
         # Boxes are scaled by the size that was found, so only masks must have that of the file.
-        self.loads_masks = any(
-            getattr(transform, 'with_mask', False) or getattr(transform, 'with_seg', False)
-            for transform in self.transforms
-        )
+        masks = ('with_mask', 'with_seg')
+        self.loads_masks = any(getattr(t, name, False) for t in self.transforms for name in masks)
         self.told_of_size = False
 
     def __call__(self, data: dict) -> dict | None:
@@ -116,8 +115,8 @@ class GuardedPipeline(Compose):
                     print_log(f'{kind} failed on {name}', 'current', logging.ERROR)
                     raise
                 mask = data.get('seg_map_path') if 'Annot' in kind else None
-                thin = thin_mask(data) if mask else None
-                self._leave_out(thin or reading_problem(str(mask or name), error), error)
+                thin = _thin_mask(data) if mask else None
+                self._leave_out(thin or _reading_problem(str(mask or name), error), error)
                 return None
             if result is None:
                 if loads or not self.training:
@@ -141,19 +140,16 @@ class GuardedPipeline(Compose):
             if self.loads_masks:
                 return problem
             if not self.told_of_size:
-                self.told_of_size = True
-                _warn(
-                    f'{problem}. It is used, since only boxes are loaded; other images of this '
-                    'data set are not named'
-                )
+                why = 'since only boxes are loaded; other images of this data set are not named'
+                _warn(f'{problem}. It is used, {why}')
+            self.told_of_size = True
         labels = data.get('gt_seg_map')
         # Only mmseg's label maps number the data set's classes; it notes this key with them.
         if labels is None or found is None or 'reduce_zero_label' not in data:
             return None
-        if labels.ndim != 2 and (thin := thin_mask(data)):
+        if labels.ndim != 2 and (thin := _thin_mask(data)):
             return thin
         names = str(data.get('seg_map_path')), str(data['img_path'])
-        # The number in the file, not the one that it became.
         shift = int(bool(data['reduce_zero_label']))
         return mask_problem(labels, tuple(found[:2]), *names, self.num_classes, shift)
 
@@ -175,6 +171,12 @@ class GuardedPipeline(Compose):
             ) from cause
 
 
+def _classes(leaf: Any) -> list[str]:
+    """Names of the classes of a data set; none where it does not tell."""
+    classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
+    return list(classes) if isinstance(classes, (list, tuple)) else []
+
+
 def guard(dataset: Any, training: bool) -> None:
     """Guard the pipelines of a built data set, and of those inside it, against unusable images.
 
@@ -183,8 +185,7 @@ def guard(dataset: Any, training: bool) -> None:
     for leaf in leaves(dataset):
         pipeline = getattr(leaf, 'pipeline', None)
         if isinstance(pipeline, Compose) and type(pipeline) is Compose:
-            classes = (getattr(leaf, 'metainfo', None) or {}).get('classes')
-            number = len(classes) if isinstance(classes, (list, tuple)) else None
+            number = len(_classes(leaf)) or None
             leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number)
 
 
@@ -227,10 +228,9 @@ def check_built(dataset: Any, model: torch.nn.Module, phase: str) -> None:
     """
     heads = class_counts(model)
     for leaf in leaves(dataset):
-        metainfo = getattr(leaf, 'metainfo', None) or {}
         where = f'{type(leaf).__name__} of {phase}_dataloader'
-        _check_categories(leaf, metainfo.get('classes'), where)
-        _check_heads(heads, metainfo, where)
+        _check_categories(leaf, where)
+        _check_heads(leaf, heads, where)
         if phase != 'test':
             # A test set may come without annotations.
             _check_boxes(leaf, where)
@@ -240,37 +240,27 @@ def check_built(dataset: Any, model: torch.nn.Module, phase: str) -> None:
 def class_counts(model: torch.nn.Module) -> dict[str, int]:
     """``num_classes`` of every head that tells the data set's classes apart, by dotted name.
 
-    Region proposal heads know objects only, and semantic branches of detectors have classes of
-    their own. Where text says what the classes are, ``num_classes`` does not number them: such
-    models have none.
+    Region proposal heads know objects only, semantic branches of detectors have classes of their
+    own, and where text says what the classes are, ``num_classes`` does not number them.
     """
     modules = dict(model.named_modules())
     if any(name.rpartition('.')[2] in _READS_TEXT for name in modules):
         return {}
-    others = re.compile(r'(^|\.)backbone(\.|$)|rpn_head|semantic_head')
-    return {
-        name: module.num_classes
-        for name, module in modules.items()
-        if 'head' in name
-        and not others.search(name)
-        and type(getattr(module, 'num_classes', None)) is int
+    counts = {
+        n: m.num_classes for n, m in modules.items() if 'head' in n and hasattr(m, 'num_classes')
     }
+    return {n: count for n, count in counts.items() if type(count) is int and not _OTHERS.search(n)}
 
 
-def _check_heads(heads: dict[str, int], metainfo: dict[str, Any], where: str) -> None:
+def _check_heads(leaf: Any, heads: dict[str, int], where: str) -> None:
     """Compare numbers of classes; more than the data have are warned of."""
-    classes, things = metainfo.get('classes'), metainfo.get('thing_classes')
-    if not isinstance(classes, (list, tuple)):
-        return
-    for name, number in heads.items():
-        told_apart = classes
-        if isinstance(things, (list, tuple)) and 'panoptic' not in name:
-            # In panoptic data, heads of boxes and instances know things only. With classes of a
-            # person's own, mmdet's list of things stays as it is and says nothing.
-            if not set(things) <= set(classes):
-                continue
-            told_apart = things
-        if number == len(told_apart):
+    classes = _classes(leaf)
+    for name, number in heads.items() if classes else ():
+        # In panoptic data, heads of boxes and instances know things only. With classes of a
+        # person's own, mmdet's list of things stays as it is and says nothing.
+        things = leaf.metainfo.get('thing_classes') or classes
+        told_apart = classes if 'panoptic' in name else things
+        if number == len(told_apart) or not set(told_apart) <= set(classes):
             continue
         text = (
             f'model.{name}.num_classes={number}, but {where} has {len(told_apart)} classes '
@@ -281,18 +271,14 @@ def _check_heads(heads: dict[str, int], metainfo: dict[str, Any], where: str) ->
                 f'{text}. Make them agree: num_classes of every head, or '
                 'metainfo=dict(classes=...) of every data set'
             )
-        _warn(
-            f'{text}. Nothing is learned of the others, and an evaluator may stop at a '
-            'prediction of one'
-        )
+        why = 'Nothing is learned of the others, and an evaluator may stop at a prediction of one'
+        _warn(f'{text}. {why}')
 
 
-def _check_categories(leaf: Any, classes: Any, where: str) -> None:
+def _check_categories(leaf: Any, where: str) -> None:
     """Tell whether a file that lacks some categories would give the others wrong labels."""
-    ids = getattr(leaf, 'cat_ids', None)
-    if not (isinstance(classes, (list, tuple)) and isinstance(ids, (list, tuple))):
-        return
-    if len(ids) >= len(classes):
+    classes, ids = _classes(leaf), getattr(leaf, 'cat_ids', None)
+    if not isinstance(ids, (list, tuple)) or len(ids) >= len(classes):
         return
     names = [entry['name'] for entry in load(leaf.ann_file)['categories']]
     found = [name for name in names if name in classes]
@@ -301,13 +287,12 @@ def _check_categories(leaf: Any, classes: Any, where: str) -> None:
         f'has categories of these names for {len(found)} only'
     )
     # mmdet numbers the categories that it finds, so only a gap before one of them shifts labels.
-    if not found or found != list(classes[: len(found)]):
+    if not found or found != classes[: len(found)]:
         raise SettingError(f'{text}. Name those of the file in metainfo=dict(classes=...)')
     _warn(text)
 
 
 def _check_boxes(leaf: Any, where: str) -> None:
-    """Refuse a detection data set without a box."""
     if getattr(leaf, 'cat_ids', None) is None or not hasattr(leaf, 'get_data_info'):
         return
     infos = map(leaf.get_data_info, range(len(leaf)))

@@ -63,6 +63,12 @@ def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
             yield key, dataset
 
 
+def evaluators_of(cfg: Any, phase: str) -> list[Any]:
+    """Configs of the evaluators of a phase, which a config may give as one or as several."""
+    found = cfg.get(f'{phase}_evaluator') or []
+    return [found] if isinstance(found, dict) else list(found)
+
+
 def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
     """Check that the folders and files exist that the data loaders of some phases will read.
 
@@ -76,8 +82,7 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
             continue
         for key, dataset in leaf_datasets(loader.get('dataset'), f'{phase}_dataloader.dataset'):
             _check_dataset(dataset, key)
-        evaluators = cfg.get(f'{phase}_evaluator')
-        for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators or []:
+        for evaluator in evaluators_of(cfg, phase):
             path = evaluator.get('ann_file') if isinstance(evaluator, dict) else None
             if path and is_local(path) and not os.path.exists(path):
                 raise UsageError(
@@ -87,11 +92,9 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
 
 
 def _check_dataset(dataset: dict, key: str) -> None:
-    backend = dataset.get('backend_args') or {}
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
     root = dataset.get('data_root') or ''
-    if backend.get('backend', 'local') not in ('local', 'LocalBackend', 'disk'):
-        return
-    if not is_local(root):
+    if backend not in ('local', 'LocalBackend', 'disk') or not is_local(root):
         return
     named = [('data_root', root)]
     prefix = dataset.get('data_prefix')
@@ -109,18 +112,13 @@ def _data_hint(path: str, root: str, key: str) -> str:
     place, lower = root or os.path.dirname(path), path.lower()
     if 'digit_scenes' in lower:
         folders = [str(f) for f in (Path(path), *Path(path).parents) if f.name == 'digit_scenes']
-        return (
-            'Write the digit scenes with: python tools/dataset_converters/digit_scenes.py '
-            f'{(folders or [place])[0]} --layout coco ade'
-        )
+        writer = 'python tools/dataset_converters/digit_scenes.py'
+        return f'Write the digit scenes with: {writer} {(folders or [place])[0]} --layout coco ade'
+    known = [(what, name) for words, what, name in _SOURCES if any(word in lower for word in words)]
     source = f'Put the data at {place}'
-    for words, what, name in _SOURCES:
-        if any(word in lower for word in words):
-            source = (
-                f'Download {what} and unpack or link it as {place} (docs/data.md; python '
-                f'tools/prepare_data.py {name} checks it)'
-            )
-            break
+    for what, name in known[:1]:
+        checker = f'python tools/prepare_data.py {name} checks it'
+        source = f'Download {what} and unpack or link it as {place} (docs/data.md; {checker})'
     return f'{source}, or name its place with --cfg-options {key}.data_root=PATH'
 
 
@@ -151,23 +149,21 @@ def check_teachers(cfg: Any) -> None:
             has no teacher.
     """
     anew = not cfg.get('load_from') and not cfg.get('resume')
-    for number, hook in enumerate(cfg.get('custom_hooks') or ()):
-        losses = hook.get('losses') if isinstance(hook, dict) else None
-        for place, loss in enumerate(losses if isinstance(losses, (list, tuple)) else ()):
-            if not isinstance(loss, dict):
-                continue
-            name, teacher = f'custom_hooks.{number}.losses.{place}', loss.get('teacher')
-            if teacher is None and anew and _is_taught(loss.get('type')):
-                raise UsageError(
-                    f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
-                    'training starts from: --cfg-options load_from=dense.pth, or '
-                    f'{name}.teacher.checkpoint=dense.pth'
-                )
-            for key, path in teacher.items() if isinstance(teacher, dict) else ():
-                if is_local(path) and not os.path.isfile(path):
-                    raise UsageError(f'{name}.teacher.{key}={path} does not exist')
-                if is_local(path) and key == 'checkpoint':
-                    load_checkpoint(path)
+    for keys, loss, _ in parts_of(cfg.get('custom_hooks'), ('custom_hooks',)):
+        if len(keys) != 4 or keys[2] != 'losses':
+            continue
+        name, teacher = '.'.join(map(str, keys)), loss.get('teacher')
+        if teacher is None and anew and _is_taught(loss.get('type')):
+            raise UsageError(
+                f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
+                'training starts from: --cfg-options load_from=dense.pth, or '
+                f'{name}.teacher.checkpoint=dense.pth'
+            )
+        for key, path in teacher.items() if isinstance(teacher, dict) else ():
+            if is_local(path) and not os.path.isfile(path):
+                raise UsageError(f'{name}.teacher.{key}={path} does not exist')
+            if is_local(path) and key == 'checkpoint':
+                load_checkpoint(path)
 
 
 def _is_taught(kind: Any) -> bool:
@@ -189,15 +185,14 @@ def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
         UnsafeCheckpointError: If the newest whole one holds more than mmengine writes.
     """
     folder = Path(work_dir)
-    numbered = [
-        path
+    numbers = {
+        path: int(path.stem.rpartition('_')[2])
         for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-        if path.stem.rsplit('_', 1)[1].isdigit()
-    ]
-    candidates = sorted(numbered, key=lambda path: int(path.stem.rsplit('_', 1)[1]), reverse=True)
+        if path.stem.rpartition('_')[2].isdigit()
+    }
+    candidates = sorted(numbers, key=lambda path: numbers[path], reverse=True)
     note = folder / 'last_checkpoint'
-    named = note.read_text().strip() if note.is_file() else ''
-    if named:
+    if named := note.read_text().strip() if note.is_file() else '':
         # A work dir that was moved still holds its checkpoint under the same name.
         candidates = [Path(named), folder / Path(named).name, *candidates]
 
@@ -272,12 +267,7 @@ def check_weights(
         raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing and purpose != 'load_from':
-        raise UsageError(
-            f'checkpoint {path} lacks weights of the model: {shortened(missing)}. {advice}'
-        )
-    if not classes:
-        return []
-    return [
-        f'{path} was trained with another number of classes; these are initialised anew: '
-        f'{shortened(with_shapes(classes, "to"))}'
-    ]
+        lacks = f'lacks weights of the model: {shortened(missing)}'
+        raise UsageError(f'checkpoint {path} {lacks}. {advice}')
+    text = f'{path} was trained with another number of classes; these are initialised anew'
+    return [f'{text}: {shortened(with_shapes(classes, "to"))}'] if classes else []

@@ -13,6 +13,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from ..datasets.formats import (
     COCO_IMAGES,
 )
 from ..errors import one_line, shortened
-from .data_layout import INDEX_MODES, PARTS, full_ade20k, place_problem, read_picture
-from .doctor import NOTE, WRONG, Finding
+from .data_layout import PARTS, base_folder, full_ade20k, place_problem, read_picture
+from .doctor import NOTE, OK, WRONG, Finding
+
+Findings = Iterator[Finding]
 
 _LARGEST = sys.float_info.max
-# What a value that JSON has read may have to be.
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     'a whole number': lambda value: type(value) is int,
     'a whole number above 0': lambda value: type(value) is int and value > 0,
@@ -41,33 +43,27 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
     'text': lambda value: isinstance(value, str) and value != '',
     'given': lambda value: True,
 }
-# Table of an annotation file -> what must be in which fields; boxes are looked at one by one.
-_FIELDS: Mapping[str, Mapping[str, str]] = {
-    'images': {
-        'a whole number': 'id',
-        'a whole number above 0': 'height width',
-        'text': 'file_name',
-    },
-    'annotations': {
-        'a whole number': 'id image_id category_id',
-        'a finite number': 'area',
-        '0 or 1': 'iscrowd',
-        'given': 'bbox',
-    },
-    'categories': {'a whole number': 'id', 'text': 'name'},
-}
+# Table, field and kind of what an annotation file must have; boxes are looked at one by one.
+_FIELDS = (
+    ('images', 'id', 'a whole number'),
+    ('images', 'height', 'a whole number above 0'),
+    ('images', 'width', 'a whole number above 0'),
+    ('images', 'file_name', 'text'),
+    *(('annotations', name, 'a whole number') for name in ('id', 'image_id', 'category_id')),
+    ('annotations', 'area', 'a finite number'),
+    ('annotations', 'iscrowd', '0 or 1'),
+    ('annotations', 'bbox', 'given'),
+    ('categories', 'id', 'a whole number'),
+    ('categories', 'name', 'text'),
+)
 # Kinds of faults of single annotations: what to say, how bad it is, what to do.
-_FAULTS: Mapping[str, tuple[str, str, str]] = {
+_FAULTS = {
     'category': ('categories referred to do not exist', WRONG, 'mmdet drops these boxes'),
     'image': ('images referred to do not exist', WRONG, 'the file belongs to other images'),
     'malformed': ('boxes are not [x, y, width, height]', WRONG, 'convert them'),
     'outside': ('boxes reach outside their image', WRONG, 'are they [x, y, width, height]?'),
     'zero': ('boxes are smaller than a pixel', NOTE, 'mmdet leaves them out'),
-    'segmentation': (
-        'annotations have no usable polygon or run lengths',
-        NOTE,
-        'no masks to learn',
-    ),
+    'segmentation': ('annotations have no usable polygon or run lengths', NOTE, 'no masks in them'),
 }
 # Files of a split that are decoded when not all are.
 SAMPLE = 200
@@ -107,17 +103,17 @@ def mask_problem(
     size: tuple[int, int],
     mask: str,
     image: str,
-    num_classes: int | None,
+    classes: int | None,
     shift: int,
 ) -> str | None:
-    """What is wrong with a label map that was read from ``mask``, if anything.
+    """What is wrong with a label map, if anything.
 
     Args:
         labels: (H, W), classes from 0 on; 255 is ignored, and what is below 0.
         size: Height and width of ``image``.
-        mask: Name of the mask.
+        mask: Name of the file that holds the labels.
         image: Name of its image.
-        num_classes: Number of classes, None if unknown.
+        classes: Number of classes, None if unknown.
         shift: What was subtracted from the values in the file.
     """
     if labels.ndim != 2:
@@ -125,22 +121,16 @@ def mask_problem(
     if labels.shape != size:
         height, width = labels.shape
         return f'{mask} is {width}x{height}, but its image {image} {size[1]}x{size[0]}'
-    if num_classes is None:
+    if classes is None or not (beyond := labels[(labels >= classes) & (labels != 255)]).size:
         return None
-    beyond = labels[(labels >= num_classes) & (labels != 255)]
-    if not beyond.size:
-        return None
-    return (
-        f'{mask} holds the value {int(beyond.min()) + shift}, but with {num_classes} classes the '
-        f'largest is {num_classes - 1 + shift}'
-    )
+    found, largest = int(beyond.min()) + shift, classes - 1 + shift
+    return f'{mask} holds the value {found}, but with {classes} classes the largest is {largest}'
 
 
 def _coco_image_problem(path: Path, size: tuple[int, int]) -> str | None:
-    found = decoded_size(path)
-    return (
-        None if found == size else f'{path.name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}'
-    )
+    height, width = decoded_size(path)
+    same = (height, width) == size
+    return None if same else f'{path.name} is {width}x{height}, not {size[1]}x{size[0]}'
 
 
 def _ade20k_pair_problem(image: Path, mask: Path) -> str | None:
@@ -149,7 +139,7 @@ def _ade20k_pair_problem(image: Path, mask: Path) -> str | None:
         values, mode = read_picture(mask)
     except OSError as error:
         return f'{mask.name}: {one_line(error, 200)}'
-    if mode not in INDEX_MODES:
+    if mode not in ('L', 'P'):  # Pillow's names of pictures of one number of 8 bits
         return f'{mask.name} is of kind {mode}, not one channel of 8 bits (L)'
     # Class 1 becomes 0, and "other" -1. 255 means nothing in ADE20K's files.
     labels = values.astype(np.int16) - 1
@@ -174,32 +164,31 @@ def _check_files(
     if problems:
         value = f'{len(problems)} of {len(chosen)} decoded: {shortened(problems, _NAMED)}'
         return Finding(split, 'decoding', value, WRONG, remedy)
-    if len(chosen) == len(items):
-        return Finding(split, 'decoding', f'all {len(items)} decoded')
-    value = f'{len(chosen)} of {len(items)} decoded (--deep decodes all)'
+    part = f'{len(chosen)} of {len(items)} decoded (--deep decodes all)'
+    value = part if len(chosen) < len(items) else f'all {len(items)} decoded'
     return Finding(split, 'decoding', value)
 
 
 def _count(split: str, found: int, expected: int) -> Finding:
     if found == expected:
         return Finding(split, 'images', f'{found} images')
-    if found > expected:
-        value = f'{found} images, more than the {expected} of the original'
-        return Finding(split, 'images', value, NOTE, 'it was added to')
-    remedy = 'scores on a subset cannot be compared with published ones'
-    return Finding(split, 'images', f'{found} images, a subset of {expected}', NOTE, remedy)
+    value, remedy = f'more than the {expected} of the original', 'it was added to'
+    if found < expected:
+        value = f'a subset of {expected}'
+        remedy = 'scores on a subset cannot be compared with published ones'
+    return Finding(split, 'images', f'{found} images, {value}', NOTE, remedy)
 
 
 def _listed(
     split: str, name: str, text: str, items: Iterable[Any], remedy: str, status: str = WRONG
-) -> Iterator[Finding]:
+) -> Findings:
     """A finding on things, if there are any; ``{}`` in the text is their number."""
     if found := list(items):
         value = f'{text.format(len(found))}: {shortened(found, _NAMED)}'
         yield Finding(split, name, value, status, remedy)
 
 
-def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
+def _load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
     """An annotation file of COCO, and what is wrong with it as a whole, if anything."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -207,38 +196,33 @@ def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
         return {}, f'cannot be read as JSON ({one_line(error, 200)}): it is cut off or another file'
     if not isinstance(content, dict):
         return {}, f'holds a {type(content).__name__}, not the tables images, annotations, ...'
-    for table, fields in _FIELDS.items():
+    for table, name, kind in _FIELDS:
         if not isinstance(content.get(table), list):
             hint = ': the file names of a test set' if table == 'annotations' else ''
             return {}, f'has no list {table!r}{hint}'
         for number, entry in enumerate(content[table]):
             if isinstance(entry, dict) and 'segments_info' in entry:
                 return {}, 'is a panoptic annotation file, not instances'
-            for kind, name in ((k, name) for k, names in fields.items() for name in names.split()):
-                if not isinstance(entry, dict) or name not in entry:
-                    return {}, f'has an entry without {name!r}: {table}[{number}]'
-                if not _KINDS[kind](entry[name]):
-                    has = f'has {json.dumps(entry[name]):.40} for {name!r}'
-                    return {}, f'{has} in {table}[{number}], which must be {kind}'
+            if not isinstance(entry, dict) or name not in entry:
+                return {}, f'has an entry without {name!r}: {table}[{number}]'
+            if not _KINDS[kind](entry[name]):
+                has = f'has {json.dumps(entry[name]):.40} for {name!r}'
+                return {}, f'{has} in {table}[{number}], which must be {kind}'
     return content, None
 
 
-def check_categories(categories: Sequence[dict]) -> str | None:
+def _category_problem(categories: Sequence[dict]) -> str | None:
     """How the categories of an annotation file differ from COCO's 80, if they do."""
     given = [(entry['id'], entry['name']) for entry in categories]
     wanted = [(category.id, category.name) for category in COCO_CATEGORIES]
-    if given == wanted:
-        return None
     if sorted(given) == wanted:
-        return "are COCO's 80, but in another order"
-    for mine, theirs in zip(given, wanted, strict=False):
-        if mine != theirs:
-            return f'{len(given)} categories; first difference: {mine} instead of {theirs}'
-    return f'{len(given)} categories instead of 80'
+        return None if given == wanted else "are COCO's 80, but in another order"
+    pairs = zip_longest(given, wanted, fillvalue='none')
+    mine, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+    return f'{len(given)} categories; first difference: {mine} instead of {theirs}'
 
 
-def _bad_box(box: Any, width: int, height: int) -> str | None:
-    """``'malformed'``, ``'zero'`` or ``'outside'``, if a box is one of these."""
+def _box_fault(box: Any, width: int, height: int) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_KINDS['a finite number'], box)):
         return 'malformed'
     x, y, w, h = box
@@ -256,78 +240,74 @@ def _is_usable(segmentation: Any, width: int, height: int) -> bool:
     return right_size and isinstance(segmentation.get('counts'), (list, str))
 
 
-def check_annotations(split: str, content: dict[str, Any]) -> Iterator[Finding]:
-    """Check the tables of an annotation file, as :func:`load_annotations` read it."""
-    images, annotations, categories = (content[table] for table in _FIELDS)
-    problem = check_categories(categories)
-    if problem is None:
-        yield Finding(split, 'categories', '80, as published')
-    else:
-        remedy = "classes of your own need metainfo=dict(classes=...) and the heads' num_classes"
-        yield Finding(split, 'categories', problem, WRONG, remedy)
+def _check_annotations(split: str, images: list, annotations: list, categories: list) -> Findings:
+    problem = _category_problem(categories)
+    remedy = "classes of your own need metainfo=dict(classes=...) and the heads' num_classes"
+    yield Finding(
+        split, 'categories', problem or '80, as published', WRONG if problem else OK, remedy
+    )
     for name, table in (('image ids', images), ('annotation ids', annotations)):
         counts = Counter(entry['id'] for entry in table)
         twice = (number for number, count in counts.items() if count > 1)
-        yield from _listed(
-            split, name, 'occur twice', twice, 'mmdet refuses them: number them anew'
-        )
+        anew = 'mmdet refuses them: number them anew'
+        yield from _listed(split, name, 'occur twice', twice, anew)
 
     sizes = {image['id']: (image['width'], image['height']) for image in images}
     known = {category['id'] for category in categories}
-    faults: dict[str, list[str]] = defaultdict(list)
+    faults: dict[str | None, list[str]] = defaultdict(list)
     for ann in annotations:
         where = f'annotation {ann["id"]}'
         if ann['category_id'] not in known:
             faults['category'].append(f'{where} ({ann["category_id"]})')
-        size = sizes.get(ann['image_id'])
-        if size is None:
+        if (size := sizes.get(ann['image_id'])) is None:
             faults['image'].append(f'{where} ({ann["image_id"]})')
             continue
-        if kind := _bad_box(ann['bbox'], *size):
+        if kind := _box_fault(ann['bbox'], *size):
             faults[kind].append(f'{where} {json.dumps(ann["bbox"]):.40} of image {ann["image_id"]}')
         if not _is_usable(ann.get('segmentation'), *size):
             faults['segmentation'].append(where)
     for kind, (text, status, remedy) in _FAULTS.items():
-        name, found = f'annotations: {kind}', faults[kind]
-        yield from _listed(split, name, f'{{}} {text}', found, remedy, status)
+        yield from _listed(
+            split, f'annotations: {kind}', f'{{}} {text}', faults[kind], remedy, status
+        )
     if not annotations:
         yield Finding(split, 'annotations', 'there are none', WRONG, 'there is nothing to learn')
     elif not any(faults.values()):
         yield Finding(split, 'annotations', f'{len(annotations)}, consistent')
 
 
-def _check_coco_split(split: str, folder: Path, ann_file: Path, deep: bool) -> Iterator[Finding]:
-    content, problem = load_annotations(ann_file)
+def _check_coco_split(split: str, folder: Path, ann_file: Path, deep: bool) -> Findings:
+    content, problem = _load_annotations(ann_file)
     if problem is not None:
         yield Finding(split, ann_file.name, f'{ann_file} {problem}', WRONG, _DOWNLOAD)
         return
     images = content['images']
     yield _count(split, len(images), COCO_IMAGES[split])
-    yield from check_annotations(split, content)
-    present, named = set(os.listdir(folder)), {image['file_name'] for image in images}
-    unpack, name = f'unpack {split}.zip again', 'image files'
-    missing, extra = sorted(named - present), sorted(present - named)
-    yield from _listed(split, name, f'{{}} of {len(images)} are not in {folder}', missing, unpack)
-    text = '{} files belong to no entry'
-    yield from _listed(split, name, text, extra, 'they are not read', NOTE)
-    sizes = [(image['file_name'], (image['height'], image['width'])) for image in images]
-    there = [(folder / name, size) for name, size in sizes if name in present]
-    yield _check_files(split, _coco_image_problem, there, deep, unpack)
+    yield from _check_annotations(split, images, content['annotations'], content['categories'])
+    sizes = {image['file_name']: (image['height'], image['width']) for image in images}
+    there, unpack = set(os.listdir(folder)), f'unpack {split}.zip again'
+    missing, extra = sorted(sizes.keys() - there), sorted(there - sizes.keys())
+    text = f'{{}} of {len(images)} are not in {folder}'
+    yield from _listed(split, 'image files', text, missing, unpack)
+    text, remedy = '{} files belong to no entry', 'they are not read'
+    yield from _listed(split, 'image files', text, extra, remedy, NOTE)
+    items = [(folder / name, size) for name, size in sizes.items() if name in there]
+    yield _check_files(split, _coco_image_problem, items, deep, unpack)
 
 
-def _check_ade20k_split(split: str, images: Path, masks: Path, deep: bool) -> Iterator[Finding]:
+def _check_ade20k_split(split: str, images: Path, masks: Path, deep: bool) -> Findings:
     names = {path.stem for path in images.glob('*.jpg')}
     mask_names = {path.stem for path in masks.glob('*.png')}
     unpack = f'unpack {ADE20K_FOLDER}.zip again'
     yield _count(split, len(names), ADE20K_IMAGES[split])
-    for text, lonely in (
-        (f'{{}} have no mask in {masks}', names - mask_names),
-        (f'{{}} have no image in {images}', mask_names - names),
+    for what, folder, lonely in (
+        ('mask', masks, names - mask_names),
+        ('image', images, mask_names - names),
     ):
+        text = f'{{}} have no {what} in {folder}'
         yield from _listed(split, 'pairs', text, sorted(lonely), unpack)
     pairs = [(images / f'{n}.jpg', masks / f'{n}.png') for n in sorted(names & mask_names)]
-    remedy = f'{unpack}; masks of several equal channels: --convert --link'
-    yield _check_files(split, _ade20k_pair_problem, pairs, deep, remedy)
+    yield _check_files(split, _ade20k_pair_problem, pairs, deep, unpack)
 
 
 def check_data(dataset: str, root: Path, deep: bool = False) -> list[Finding]:
@@ -344,15 +324,16 @@ def check_data(dataset: str, root: Path, deep: bool = False) -> list[Finding]:
         return [Finding('Data', str(root), what, WRONG, remedy)]
     if dataset == 'ade20k' and (full := full_ade20k(root)):
         return [Finding('ADE20K', 'release', full, WRONG, f'download {ADE20K_FOLDER}')]
-    if (root / ADE20K_FOLDER).is_dir():
-        root = root / ADE20K_FOLDER
+    root = base_folder(root)
     check_split = {'coco': _check_coco_split, 'ade20k': _check_ade20k_split}[dataset]
-    findings = []
-    for split, (first, second) in PARTS[dataset].items():
-        problems = {part: place_problem(root / part) for part in (first, second)}
-        for part, text in problems.items():
-            if text is not None:
-                findings.append(Finding(split, part, f'{root / part} {text}', WRONG, _DOWNLOAD))
+    findings: list[Finding] = []
+    for split, parts in PARTS[dataset].items():
+        problems = {part: place_problem(root / part) for part in parts}
+        findings += (
+            Finding(split, part, f'{root / part} {text}', WRONG, _DOWNLOAD)
+            for part, text in problems.items()
+            if text is not None
+        )
         if not any(problems.values()):
-            findings += check_split(split, root / first, root / second, deep)
+            findings += check_split(split, root / parts[0], root / parts[1], deep)
     return findings

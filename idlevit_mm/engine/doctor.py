@@ -4,6 +4,8 @@ Only the standard library is imported here, so that `tools/doctor.py` can load t
 torch is missing or broken. What may crash is tried in a child process.
 """
 
+import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -98,11 +100,11 @@ def ask(probes: Mapping[str, str]) -> dict[str, dict[str, str]]:
         command = [sys.executable, '-c', RUN, json.dumps(rest)]
         child = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in child.stdout.splitlines() if line.startswith('["')]
-        answers.update(dict(map(json.loads, lines)))
-        for name in list(rest)[len(lines) :][:1]:
+        answers |= dict(map(json.loads, lines))
+        if crashed := list(rest)[len(lines) :]:
             code = child.returncode
             how = f'signal {-code}' if code < 0 else f'exit status {code}'
-            answers[name] = {'error': f'it ended the interpreter with {how}'}
+            answers[crashed[0]] = {'error': f'it ended the interpreter with {how}'}
     return answers
 
 
@@ -110,10 +112,8 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     """Returns the versions of those packages that are installed."""
     found = {}
     for name in names:
-        try:
+        with contextlib.suppress(Exception):  # a damaged package may raise anything
             found[name] = importlib.metadata.version(name)
-        except Exception:  # a damaged package may raise anything
-            continue
     return found
 
 
@@ -123,15 +123,14 @@ def check_stack(packages: Sequence[str], harm: bool) -> Iterator[Finding]:
     own = [package for package in packages if package not in forks]
     stacks = {"OpenMMLab's own packages": own, 'the forks onedl-*': forks}
     parts = [f'{title} ({", ".join(names)})' for title, names in stacks.items() if names]
+    mixed = f'mixed: {" and ".join(parts)} have the same import names'
     remedy = (
         f"'pip uninstall {' '.join(packages)}', then install one stack: 'make setup' and "
         "'make setup-onedl' do so, each in an environment of its own"
     )
-    if len(parts) == 1:
-        yield Finding('Packages', 'stack', parts[0])
-    elif parts:
-        value = f'mixed: {" and ".join(parts)} have the same import names'
-        yield Finding('Packages', 'stack', value, WRONG if harm else NOTE, remedy)
+    if parts:
+        value, status = (parts[0], OK) if len(parts) == 1 else (mixed, WRONG if harm else NOTE)
+        yield Finding('Packages', 'stack', value, status, remedy)
 
 
 def check_packages(
@@ -212,24 +211,24 @@ def verdict(findings: Sequence[Finding]) -> tuple[str, int]:
     return text, 1
 
 
-def print_report(findings: Sequence[Finding], plain: bool = False) -> int:
-    """Prints the report and returns the exit status: 1 if something that is needed is broken.
-
-    Args:
-        findings: What was found.
-        plain: Without colours, as where the output is no terminal.
-    """
+def print_report(findings: Sequence[Finding]) -> int:
+    """Prints the report and returns the exit status: 1 if something that is needed is broken."""
     width = max((len(finding.name) for finding in findings), default=0)
-    marks = {OK: (' ', ''), NOTE: ('-', '\033[33m'), WRONG: ('!', '\033[31m')}
+    marks = {OK: ' ', NOTE: '-', WRONG: '!'}
     for section, rows in groupby(findings, key=lambda finding: finding.section):
         print(section)
         for row in rows:
-            mark, colour = marks[row.status]
-            line = f'{mark} {row.name:<{width}}  {row.value}'
-            print(f'{colour}{line}\033[0m' if sys.stdout.isatty() and not plain else line)
+            print(f'{marks[row.status]} {row.name:<{width}}  {row.value}')
             if row.status != OK and row.remedy:
                 print(f'  {"":<{width}}  {row.remedy}')
         print()
     closing, status = verdict(findings)
     print(closing)
     return status
+
+
+if __name__ == '__main__':
+    argparse.ArgumentParser(
+        description='Tells what works, and the first thing that is wrong.'
+    ).parse_args()
+    sys.exit(print_report(examine()))

@@ -7,6 +7,7 @@ line and exit code 2.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import pickle
@@ -17,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint, without_advice
 from ..errors import UnsafeCheckpointError, UsageError, one_line
@@ -32,10 +33,12 @@ from .checks import (
     check_teachers,
     check_weights,
     class_of,
+    evaluators_of,
     find_resumable,
     leaf_datasets,
 )
 from .processes import (
+    LAUNCHERS,
     end_now,
     leave_together,
     lost_process,
@@ -86,6 +89,23 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
         sys.exit(code)
 
 
+@record
+def run_config_tool(function: Callable[..., Any], parser: argparse.ArgumentParser) -> None:
+    """Train or test as a command line says, to which the options common to both are added."""
+    add = parser.add_argument
+    options_help = (
+        'override entries of the config, e.g. model.backbone.keep_ratios=0.5 '
+        'train_cfg.max_epochs=3; lists as key="[a,b]", without spaces'
+    )
+    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help=options_help)
+    launcher_help = 'what started this process; see tools/dist_*.sh and tools/slurm_*.sh'
+    add('--launcher', choices=['none', *LAUNCHERS], default='none', help=launcher_help)
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = vars(parser.parse_args())
+    os.environ.setdefault('LOCAL_RANK', str(args.pop('local_rank')))
+    run_tool(function, **args)
+
+
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and apply ``--cfg-options``: dotted names and values.
 
@@ -94,14 +114,13 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """
     if not os.path.isfile(path):
         raise UsageError(f'config {path} does not exist')
+    fault = f'config {path} cannot be read'
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:
-        raise UsageError(f'config {path} cannot be read: {one_line(error)}') from error
-    try:
+        fault = f'--cfg-options does not fit {path}'
         cfg.merge_from_dict(options or {})
     except Exception as error:
-        raise UsageError(f'--cfg-options does not fit {path}: {one_line(error)}') from error
+        raise UsageError(f'{fault}: {one_line(error)}') from error
     return cfg
 
 
@@ -339,10 +358,8 @@ def _newest(work_dir: str) -> str | None:
     """The checkpoint that ``--resume`` without a path means; None to start at the beginning."""
     found, passed_over = find_resumable(work_dir)
     if found is None and passed_over:
-        raise UsageError(
-            f'--resume: no checkpoint in {work_dir} can be resumed from: '
-            f'{"; ".join(passed_over)}. Delete them to start anew'
-        )
+        why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'
+        raise UsageError(f'--resume: {why}. Delete them to start anew')
     if found is None:
         say(f'Nothing to resume in {work_dir}; training starts at the beginning.')
     for reason in passed_over:
@@ -353,24 +370,16 @@ def _newest(work_dir: str) -> str | None:
 # Testing
 
 
-def _evaluators(cfg: Config) -> list[dict]:
-    found = cfg.test_evaluator
-    return [found] if isinstance(found, dict) else list(found)
-
-
 def _write_predictions(cfg: Config, task: str, out: str) -> None:
     """Make the evaluator write what ``--out`` asks for; see :func:`evaluate_from_config`."""
-    is_pickle = out.endswith(_PICKLES)
-    if task == 'detection' and not is_pickle:
-        raise UsageError(f'--out {out}: for detection this is a file that ends in .pkl')
+    is_pickle, meant = out.endswith(_PICKLES), 'a file that ends in .pkl'
+    meant = meant if task == 'detection' else f'a folder for PNGs, or {meant}'
+    if not is_pickle and (task == 'detection' or out.lower().endswith(_FILE_SUFFIXES)):
+        raise UsageError(f'--out {out}: for {task} this is {meant}')
     if os.path.isdir(out) if is_pickle else os.path.isfile(out):
         kind = 'folder' if is_pickle else 'file'
         raise UsageError(f'--out {out} exists already and is a {kind}')
-    if not is_pickle and out.lower().endswith(_FILE_SUFFIXES):
-        raise UsageError(
-            f'--out {out}: for segmentation this is a folder for PNGs, or a file that ends in .pkl'
-        )
-    evaluators = _evaluators(cfg)
+    evaluators = evaluators_of(cfg, 'test')
     if is_pickle:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         kind = 'mmdet.DumpDetResults' if task == 'detection' else 'mmengine.DumpResults'
@@ -408,7 +417,8 @@ def _paint(cfg: Config, task: str, show_dir: str) -> None:
 def _augment(cfg: Config, task: str) -> None:
     """Wrap the model and the pipeline for test time augmentation."""
     detection = task == 'detection'
-    if detection and any('segm' in (part.get('metric') or ()) for part in _evaluators(cfg)):
+    metrics = [evaluator.get('metric') or () for evaluator in evaluators_of(cfg, 'test')]
+    if detection and any('segm' in metric for metric in metrics):
         raise UsageError(
             '--tta merges boxes only, but test_evaluator measures masks: add --cfg-options '
             'test_evaluator.metric=bbox'
@@ -434,17 +444,15 @@ def _flip_pipeline(pipeline: list[dict], task: str) -> list[dict]:
     """Turn a test pipeline into one that yields an image and its mirror image."""
     pack = pipeline.pop()
     # The unflipped image comes first: its annotations are the ones that are compared.
-    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-    stages: list[list[dict]] = [flips]
-    if task == 'segmentation':
-        # Annotations are loaded after the flip, so that both copies hold the true ones.
-        loads = [step for step in pipeline if step['type'] == 'LoadAnnotations']
-        pipeline = [step for step in pipeline if step['type'] != 'LoadAnnotations']
-        stages += [[step] for step in loads]
-    else:
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+    loads = [step for step in pipeline if step['type'] == 'LoadAnnotations']
+    if task == 'detection':
         # Boxes are flipped back, so the flip has to be on record.
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-        keys = tuple(pack.get('meta_keys', keys))
-        pack['meta_keys'] = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
-    stages.append([pack])
+        keys = (*pack.get('meta_keys', keys), 'flip', 'flip_direction')
+        pack['meta_keys'] = tuple(dict.fromkeys(keys))
+        loads = []
+    # Segmentors load annotations after the flip, so that both copies hold the true ones.
+    pipeline = [step for step in pipeline if step not in loads]
+    stages = [flips, *([step] for step in loads), [pack]]
     return [*pipeline, dict(type='TestTimeAug', transforms=stages)]

@@ -19,21 +19,18 @@ from ..errors import UsageError, one_line
 from .checks import parts_of
 
 _LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
+_MPI = 'OMPI_COMM_WORLD_'
 # Where a launcher tells a process its rank, the number of processes and its rank on its machine,
-# then where they meet, and who is the launcher.
-_LAUNCHERS: dict[str, tuple[tuple[str, ...], str]] = {
-    'pytorch': (
-        ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR'),
-        'tools/dist_train.sh, tools/dist_test.sh or torchrun',
-    ),
-    'slurm': (
-        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NODELIST'),
-        'tools/slurm_train.sh, tools/slurm_test.sh or srun',
-    ),
-    'mpi': (
-        (*(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK')), 'MASTER_ADDR'),
-        "Open MPI's mpirun",
-    ),
+# then where they meet.
+LAUNCHERS = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NODELIST'),
+    'mpi': (f'{_MPI}RANK', f'{_MPI}SIZE', f'{_MPI}LOCAL_RANK', 'MASTER_ADDR'),
+}
+_STARTERS = {
+    'pytorch': 'tools/dist_train.sh, tools/dist_test.sh or torchrun',
+    'slurm': 'tools/slurm_train.sh, tools/slurm_test.sh or srun',
+    'mpi': "Open MPI's mpirun",
 }
 
 
@@ -57,13 +54,11 @@ def place_process(launcher: str) -> None:
     if launcher == 'none':
         return
     env = os.environ
-    names, starter = _LAUNCHERS[launcher]
-    absent = [name for name in names if name not in env]
-    if absent:
-        raise UsageError(
-            f'--launcher {launcher} without {absent[0]} in the environment: start it by {starter}'
-        )
-    for ours, theirs in zip(_LAUNCHERS['pytorch'][0][:3], names, strict=False):
+    names = LAUNCHERS[launcher]
+    if absent := [name for name in names if name not in env]:
+        problem = f'--launcher {launcher} without {absent[0]} in the environment'
+        raise UsageError(f'{problem}: start it by {_STARTERS[launcher]}')
+    for ours, theirs in zip(LAUNCHERS['pytorch'][:3], names, strict=False):
         env[ours] = env[theirs]
     if launcher == 'slurm':
         env.setdefault('MASTER_ADDR', first_host(env['SLURM_NODELIST']))
@@ -93,12 +88,11 @@ def open_group(cfg: Config) -> None:
         wrapper.setdefault('broadcast_buffers', False)
         wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
         wrapper.device_ids = None
-    layers = [part for _, part, _ in parts_of(cfg.get('model'))]
-    layers = [layer for layer in layers if layer.get('type') in ('SyncBN', 'MMSyncBN')]
+    parts = (part for _, part, _ in parts_of(cfg.get('model')))
+    if layers := [part for part in parts if part.get('type') in ('SyncBN', 'MMSyncBN')]:
+        say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
     for layer in layers:
         layer['type'] = 'BN'
-    if layers:
-        say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
     if not is_distributed():
         wait = dist.get('timeout')
         timeout = None if wait is None else datetime.timedelta(seconds=wait)
@@ -134,10 +128,9 @@ def leave_together() -> None:
 
 
 def end_now(code: int) -> NoReturn:
-    """End a process that is or was one of a group.
+    """End a process that is or was one of a group, without tearing the interpreter down.
 
-    What refers to the group, such as a model, keeps its threads until the interpreter is torn
-    down, which aborts now and then. So do what ends a process, but not that.
+    What refers to the group, such as a model, keeps its threads until then, which aborts at times.
     """
     atexit._run_exitfuncs()
     logging.shutdown()

@@ -8,8 +8,10 @@ written is read again and compared with the user's config.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +35,6 @@ _LIBRARIES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
 _WEIGHTS = ('init_cfg', 'pretrained')
-_MISSING = object()
 
 Differences = dict[str, tuple[Any, Any]]
 
@@ -206,8 +207,7 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> Changes:
     if _is_list(listed) and listed:
         changes.adds['custom_imports.imports'] = [] if 'idlevit_mm' in listed else ['idlevit_mm']
     elif listed != 'idlevit_mm':
-        names = [listed] if listed else []
-        changes.sets['custom_imports.imports'] = [*names, 'idlevit_mm']
+        changes.sets['custom_imports.imports'] = [*filter(None, [listed]), 'idlevit_mm']
     if 'allow_failed_imports' not in imports:
         changes.sets['custom_imports.allow_failed_imports'] = False
     if settings.load_from is not None:
@@ -219,21 +219,15 @@ def plan_swap(cfg: Mapping[str, Any], settings: Settings) -> Changes:
 
 def differences(before: Any, after: Any, key: str = '') -> Differences:
     """Old and new value of what differs, by dotted names; ``'(none)'`` for what one lacks."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        names: Iterable[Any] = dict.fromkeys([*before, *after])
-        pairs = [(name, before.get(name, _MISSING), after.get(name, _MISSING)) for name in names]
-    elif _is_list(before) and _is_list(after) and type(before) is type(after):
-        size = max(len(before), len(after))
-        rows = [list(value) + [_MISSING] * (size - len(value)) for value in (before, after)]
-        pairs = list(zip(range(size), *rows, strict=True))
-    else:
-        if before is after or (type(before) is type(after) and before == after):
-            return {}
-        old, new = ('(none)' if value is _MISSING else value for value in (before, after))
-        return {key: (old, new)}
+    if _is_list(before) and type(before) is type(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        same = before is after or (type(before) is type(after) and before == after)
+        return {} if same else {key: (before, after)}
     found: Differences = {}
-    for name, old_value, new_value in pairs:
-        found |= differences(old_value, new_value, f'{key}.{name}' if key else str(name))
+    for name in dict.fromkeys([*before, *after]):
+        old, new = (values.get(name, '(none)') for values in (before, after))
+        found |= differences(old, new, f'{key}.{name}' if key else str(name))
     return found
 
 
@@ -242,21 +236,18 @@ def idle_text(config: Path, out: Path, cfg: Config, changes: Changes) -> str:
 
     It inherits ``config``; a config in mmengine's new style is written resolved.
     """
-    head = f'# {config.name} with idle tokens, written by tools/idle_config.py'
-    lines, target = [head], Config()
+    lines = [f'# {config.name} with idle tokens, written by tools/idle_config.py']
+    target, drops = Config(), [name.rpartition('.') for name in changes.drops]
     if Config._is_lazy_import(str(config)):
         target = Config(cfg.to_dict())
-        for name in changes.drops:
-            holder, _, key = name.rpartition('.')
+        for holder, _, key in drops:
             _at(target, holder).pop(key)
         for name, entries in changes.adds.items():
             _at(target, name).extend(entries)
     else:
         path = Path(os.path.relpath(config, out.parent)).as_posix()
         lines.append(f'_base_ = {path if path.startswith("../") else f"./{path}"!r}')
-        for name in changes.drops:
-            holder, _, key = name.rpartition('.')
-            lines.append(f'_base_.{holder}.pop({key!r})')
+        lines += [f'_base_.{holder}.pop({key!r})' for holder, _, key in drops]
         lines += [f'_base_.{name}.extend({new!r})' for name, new in changes.adds.items() if new]
     target.merge_from_dict(changes.sets)
     try:
@@ -315,10 +306,7 @@ def write_idle_config(
 
 
 def _at(cfg: Any, name: str) -> Any:
-    """What stands under a dotted name of a config."""
-    for key in name.split('.'):
-        cfg = cfg[key]
-    return cfg
+    return functools.reduce(operator.getitem, name.split('.'), cfg)
 
 
 def _library_by_task(cfg: Mapping[str, Any]) -> str:
@@ -331,43 +319,43 @@ def _library_by_task(cfg: Mapping[str, Any]) -> str:
 def _plan_backbone(
     cfg: Mapping[str, Any], backbone: Backbone, settings: Settings, changes: Changes
 ) -> None:
-    kind = f'{backbone.name} ({backbone.kind})'
-    assert backbone.twin is not None
+    kind, twin = f'{backbone.name} ({backbone.kind})', backbone.twin
+    assert twin is not None
     if any(isinstance(key, int) for key in backbone.path):
-        raise UsageError(
-            f'{kind} stands in a list, which a config that inherits can replace only as a whole'
-        )
-    dense_class, idle_class = _dense_class(backbone), MODELS.get(backbone.twin)
+        why = 'which a config that inherits can replace only as a whole'
+        raise UsageError(f'{kind} stands in a list, {why}')
+    try:
+        models = importlib.import_module(f'{backbone.library}.models')
+    except ImportError as error:
+        why = f'is a class of {backbone.library}, which cannot be imported: {error}'
+        raise UsageError(f'{backbone.name} {why}') from error
+    dense_class, idle_class = getattr(models, backbone.dense), MODELS.get(twin)
     dense, idle = (
         {name: argument.default for name, argument in arguments_of(cls).items()}
         for cls in (dense_class, idle_class)
     )
     given = {k: value for k, value in backbone.config.items() if k not in ('type', '_scope_')}
     foreign = [name for name in given if name not in idle]
-    needed = [
-        f'{name}={given[name]!r}'
-        for name in foreign
-        if name not in dense or not _equal(given[name], dense[name])
-    ]
-    if needed:
-        raise UsageError(f'{kind}: {backbone.twin} has no {", ".join(needed)}')
+    different = (n for n in foreign if n not in dense or not _equal(given[n], dense[n]))
+    if needed := [f'{name}={given[name]!r}' for name in different]:
+        raise UsageError(f'{kind}: {twin} has no {", ".join(needed)}')
     if settings.load_from is None:
-        _check_init_cfg(kind, backbone.twin, given.get('init_cfg'))
+        _check_init_cfg(kind, twin, given.get('init_cfg'))
 
     updates = {
         name: list(default) if isinstance(default, tuple) else default
         for name, default in dense.items()
         if name in idle and name not in given and not _equal(default, idle[name])
     }
-    updates |= {'keep_ratios': settings.keep}
+    updates['keep_ratios'] = settings.keep
     if settings.policy:
         updates['policy'] = dict(settings.policy)
     kept = {key: value for key, value in given.items() if key not in foreign}
-    network = _built(f'{kind}: {backbone.twin}', idle_class, {**kept, **updates})
+    network = _built(f'{kind}: {twin}', idle_class, {**kept, **updates})
     _check_weights(kind, _built(kind, dense_class, given), network)
     if settings.random_ratios and all(r == 1.0 for stage in network.keep_ratios for r in stage):
         raise UsageError('--random-ratios leaves blocks with keep ratio 1.0 dense, and all have it')
-    updates['type'] = backbone.twin
+    updates['type'] = twin
     holder = backbone.name.rpartition('.')[0]
     if settings.load_from is not None:
         updates |= {name: None for name in _WEIGHTS if given.get(name) is not None}
@@ -376,15 +364,6 @@ def _plan_backbone(
             changes.sets[f'{holder}.pretrained'] = None
     changes.drops += [f'{backbone.name}.{name}' for name in foreign]
     changes.sets |= {f'{backbone.name}.{name}': value for name, value in updates.items()}
-
-
-def _dense_class(backbone: Backbone) -> type[nn.Module]:
-    try:
-        return getattr(importlib.import_module(f'{backbone.library}.models'), backbone.dense)
-    except ImportError as error:
-        raise UsageError(
-            f'{backbone.name} is a class of {backbone.library}, which cannot be imported: {error}'
-        ) from error
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -422,10 +401,10 @@ def _built(kind: str, cls: type[nn.Module], arguments: Mapping[str, Any]) -> Any
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
     report = compare(idle.state_dict(), dense.state_dict(), policy_too=False)
-    old, new = dense.state_dict(), idle.state_dict()
+    shapes = {name: tuple(w.shape) for m in (dense, idle) for name, w in m.state_dict().items()}
     differ: Differences = dict(report.mismatched)
-    differ |= {name: (tuple(old[name].shape), 'absent') for name in report.unexpected}
-    differ |= {name: ('absent', tuple(new[name].shape)) for name in report.missing}
+    differ |= {name: (shapes[name], 'absent') for name in report.unexpected}
+    differ |= {name: ('absent', shapes[name]) for name in report.missing}
     if differ:
         listed = [f'{name} is {a}, not {b}' for name, (a, b) in sorted(differ.items())]
         raise UsageError(

@@ -16,8 +16,6 @@ from PIL import Image
 from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine import data_checks, doctor
 from idlevit_mm.engine.data_checks import check_data, decoded_size, sampled
-from idlevit_mm.engine.data_layout import bring_into_place, exact_mask
-from idlevit_mm.errors import UsageError
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'prepare_data.py'
 JSON = 'annotations/instances_val2017.json'
@@ -72,7 +70,7 @@ def test_stand_ins_pass(originals, capsys):
         ('ade20k', 'ade/ADEChallengeData2016'),
     ):
         findings = check_data(name, originals / folder, deep=True)
-        assert doctor.print_report(findings, plain=True) == 0
+        assert doctor.print_report(findings) == 0
         # Both splits are a handful of images, and that is said.
         assert [f.name for f in wrong(findings, doctor.NOTE)] == ['images', 'images']
         assert '4 images, a subset of' in wrong(findings, doctor.NOTE)[0].value
@@ -351,25 +349,6 @@ def test_sizes_are_those_that_training_sees(tmp_path):
     assert decoded_size(tmp_path / 'b.jpg') == (30, 50)
 
 
-def test_exact_masks():
-    for values, exact in (
-        ([[0, 150]], True),
-        ([[0, 151]], False),
-        ([[[7, 7, 7]]], True),
-        ([[[7, 7, 8]]], False),
-        ([[[7, 7, 7, 255]]], True),
-        ([[[7, 255]]], True),
-    ):
-        for dtype in (np.uint8, np.uint16):
-            given = np.array(values, dtype)
-            mask = exact_mask(given)
-            assert (mask is not None) == exact, (values, dtype)
-            if exact:
-                assert mask.dtype == np.uint8
-                assert np.array_equal(mask, given if given.ndim == 2 else given[..., 0])
-    assert exact_mask(np.array([[True]])) is None
-
-
 @pytest.fixture
 def tool(monkeypatch, capsys, tmp_path):
     """Runs the tool in a folder of its own; returns exit code, output and errors."""
@@ -392,14 +371,10 @@ def test_exit_codes(tool, coco):
     assert re.search('Wrong: data/coco: does not exist\n', out)
     assert 'docs/data.md' in out
     assert tool('voc')[0] == 2
-    for arguments, message in (
-        (('--root', coco / 'val2017', '--link'), 'train2017 is missing, nothing was linked'),
-        (('--root', coco, '--convert'), 'add --link FOLDER'),
-    ):
-        code, _, err = tool('coco', *arguments)
-        assert code == 2
-        assert err.startswith('error: ')
-        assert message in err
+    code, _, err = tool('coco', '--root', coco / 'val2017', '--link')
+    assert code == 2
+    assert err.startswith('error: ')
+    assert 'train2017 is missing, nothing was linked' in err
 
 
 @pytest.mark.parametrize(
@@ -430,67 +405,9 @@ def test_what_is_there_is_never_overwritten(tool, coco):
     assert not mine.is_symlink()
 
 
-def test_masks_of_equal_channels_are_converted(tool, ade20k):
-    original = cv2.imread(str(ade20k / ADE_MASK), cv2.IMREAD_UNCHANGED)
-    write_mask(lambda m: np.stack([m, m, m], -1))(ade20k)
-    before = contents(ade20k)
-    code, _, err = tool('ade20k', '--root', ade20k, '--convert', '--link', ade20k)
-    assert code == 2
-    assert 'nothing is overwritten' in err
-    code, out, _ = tool('ade20k', '--root', ade20k, '--convert', '--link')
-    assert code == 0, out
-    assert '2 masks linked, 1 written' in out
-    assert contents(ade20k) == before
-    with Image.open(Path('data/ade/ADEChallengeData2016', ADE_MASK)) as made:
-        assert made.mode == 'L'
-        assert np.array_equal(made, original)
-
-
-def test_masks_that_cannot_be_converted_are_left_out(tool, ade20k):
-    first, second, third = sorted((ade20k / ADE_MASK).parent.glob('*.png'))
-    write_mask(lambda m: np.stack([m, m // 2, m], -1))(ade20k)
-    second.write_text('<html>')
-    cut(third, 0.5)(ade20k)
-    code, out, _ = tool('ade20k', '--root', ade20k, '--convert', '--link')
-    assert code == 1
-    assert '0 masks linked, 0 written' in out
-    assert f'3 left out: {first.name} has colours that are not numbers' in out
-    assert all(f'{path.name} cannot be read (' in out for path in (second, third))
-    assert not list(Path('data/ade/ADEChallengeData2016', ADE_MASK).parent.iterdir())
-
-
-@pytest.mark.parametrize(
-    ('error', 'raised'),
-    [
-        (OSError(28, 'No space left on device'), UsageError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-def test_no_half_of_a_folder_is_left(ade20k, tmp_path, monkeypatch, error, raised):
-    for path in (ade20k / ADE_MASK).parent.glob('*.png'):
-        # Read in colour, as three equal channels.
-        cv2.imwrite(str(path), cv2.imread(str(path)))
-    before = contents(ade20k)
-    save, calls = Image.Image.save, []
-
-    def fill_up(image, path):
-        calls.append(path)
-        if len(calls) == 2:
-            raise error
-        save(image, path)
-
-    monkeypatch.setattr(Image.Image, 'save', fill_up)
-    with pytest.raises(raised):
-        list(bring_into_place('ade20k', ade20k, tmp_path / 'new', convert=True))
-    assert len(calls) == 2
-    assert not list((tmp_path / 'new' / 'annotations').glob('*/validation'))
-    assert [path.name for path in (tmp_path / 'new' / 'annotations').iterdir()] == ['training']
-    assert contents(ade20k) == before
-
-
 def test_the_full_release_is_refused(tool, ade20k):
     (ade20k / 'index_ade20k.pkl').touch()
-    code, _, err = tool('ade20k', '--root', ade20k, '--convert', '--link')
+    code, _, err = tool('ade20k', '--root', ade20k, '--link')
     assert code == 2
     assert 'cannot be converted exactly' in err
     assert not Path('data').exists()

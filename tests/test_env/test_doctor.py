@@ -105,12 +105,11 @@ def test_the_first_wrong_thing_comes_last_on_the_screen(capsys):
         doctor.Finding('A', 'two', 'broken', doctor.WRONG, 'mend it'),
         doctor.Finding('B', 'three', 'broken too', doctor.WRONG, 'mend that'),
     ]
-    for plain in (True, False):
-        assert doctor.print_report(findings, plain) == 1
-        text = capsys.readouterr().out
-        assert text.rstrip().endswith('Wrong: two: broken\nWhat to do: mend it')
-        assert '2 things are wrong' in text
-        assert '! three  broken too' in text
+    assert doctor.print_report(findings) == 1
+    text = capsys.readouterr().out
+    assert text.rstrip().endswith('Wrong: two: broken\nWhat to do: mend it')
+    assert '2 things are wrong' in text
+    assert '! three  broken too' in text
 
 
 def test_a_crash_costs_only_its_own_answer():
