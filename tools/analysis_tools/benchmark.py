@@ -24,7 +24,7 @@ from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
 from idlevit_mm.analysis import latency, models
-from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds
+from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.memory import peak_memory
 from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.errors import UsageError, one_line
@@ -200,10 +200,7 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
             own = figures[candidate.name]
             try:
                 model = candidate.build(shape).to(device)
-                if args.part == 'model':
-                    own['multiply_adds'] = model_multiply_adds(model, shape)['total']
-                else:
-                    own['multiply_adds'] = backbone_multiply_adds(model, shape)
+                *_, own['multiply_adds'] = model_multiply_adds(model, shape).values()
                 calls[candidate.name] = call_of(model, images, case)
             except Exception as error:
                 own['error'] = reason(error)
