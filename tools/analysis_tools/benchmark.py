@@ -90,8 +90,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f'name a config file or a preset: {", ".join(PRESETS)}')
     if args.checkpoints and len(args.checkpoints) != len(args.targets):
         parser.error(f'--checkpoints: {len(args.checkpoints)} for {len(args.targets)} targets')
-    if args.timm and importlib.util.find_spec('timm') is None:
-        parser.error('--timm: timm is not installed')
     if args.part == 'model' and (args.timm or 'train' in args.mode):
         parser.error(
             '--part model goes neither with --timm, which has backbones only, nor with --mode '
@@ -158,6 +156,8 @@ def load_target(
         # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
         notes.append(f'no dense class of mmdet or mmseg here: {error}')
     if args.timm:
+        if importlib.util.find_spec('timm') is None:
+            raise UsageError('--timm: timm is not installed')
         twin, rate = TIMM.get(spec), backbone.get('drop_path_rate', 0.1)
         notes.append(f"timm's twin is {twin}" if twin else 'timm has no twin of it')
         if twin:
