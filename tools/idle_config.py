@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,45 +25,24 @@ OTHERS = ('BEiT', 'MAE', 'PCPVT', 'SVT', 'VPD', 'TIMMBackbone', 'PoolFormer')
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'config',
-        nargs='?',
-        help='config file, or one that ships with mmdet or mmseg: mmdet::swin/NAME.py',
-    )
-    parser.add_argument(
-        '--keep',
-        nargs='+',
-        metavar='RATIO',
-        help='keep ratio in (0, 1]: one for all blocks, one per stage, or lists in quotes',
-    )
-    parser.add_argument('--out', help='file to write (default: <config>_idle.py beside the config)')
-    parser.add_argument('--force', action='store_true', help='replace a file that exists')
-    parser.add_argument('--policy', help='idling policy, such as IdleViT or SparseViT')
-    parser.add_argument('--scorer', help='token scorer, such as mean_distance')
-    parser.add_argument('--scope', help='map, window_tokens or windows')
-    parser.add_argument(
-        '--load-from',
-        metavar='CHECKPOINT',
-        help='trained dense model to start from; replaces the weights of init_cfg',
-    )
-    parser.add_argument(
-        '--distill',
-        action='store_true',
-        help='learn the features of the dense model of --load-from as well',
-    )
-    parser.add_argument(
-        '--random-ratios',
-        nargs=2,
-        type=float,
-        metavar=('LOW', 'HIGH'),
-        help='draw the keep ratio of each iteration anew; --keep is for validation',
-    )
-    parser.add_argument(
-        '--all-installed',
-        action='store_true',
-        help='convert every config that ships with mmdet and mmseg into a scratch folder and print '
-        'a table of what can be converted, in markdown',
-    )
+    add = parser.add_argument
+    shipped = 'config file, or one that ships with mmdet or mmseg: mmdet::swin/NAME.py'
+    add('config', nargs='?', help=shipped)
+    ratios = 'keep ratio in (0, 1]: one for all blocks, one per stage, or lists in quotes'
+    add('--keep', nargs='+', metavar='RATIO', help=ratios)
+    add('--out', help='file to write (default: <config>_idle.py beside the config)')
+    add('--force', action='store_true', help='replace a file that exists')
+    add('--policy', help='idling policy, such as IdleViT or SparseViT')
+    add('--scorer', help='token scorer, such as mean_distance')
+    add('--scope', help='map, window_tokens or windows')
+    start = 'trained dense model to start from; replaces the weights of init_cfg'
+    add('--load-from', metavar='CHECKPOINT', help=start)
+    distill = 'learn the features of the dense model of --load-from as well'
+    add('--distill', action='store_true', help=distill)
+    draw = 'draw the keep ratio of each iteration anew; --keep is for validation'
+    add('--random-ratios', nargs=2, type=float, metavar=('LOW', 'HIGH'), help=draw)
+    sweep = 'try every config that ships with mmdet and mmseg, and print what can be converted'
+    add('--all-installed', action='store_true', help=sweep)
     args = parser.parse_args()
     if args.all_installed == (args.config is not None):
         parser.error('name a config, or --all-installed')
@@ -103,23 +81,22 @@ def try_config(path: Path, folder: Path) -> tuple[str, str] | None:
 
 def print_sweep() -> None:
     """Print counts by class and reasons of refusal, for all configs of mmdet and mmseg."""
-    kinds: Counter[tuple[str, str]] = Counter()
-    refused: Counter[tuple[str, str, str, str]] = Counter()
+    import pandas as pd
+
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for package in ('mmdet', 'mmseg'):
             for name, path in shipped_configs(package):
-                outcome = try_config(path, Path(folder))
-                if outcome is not None:
-                    kinds[package, outcome[0]] += 1
-                    if outcome[1]:
-                        refused[(package, name.partition('/')[0], *outcome)] += 1
-    print('| package | backbone | configs | converted | refused |\n|---|---|---|---|---|')
-    for (package, dense), count in sorted(kinds.items()):
-        bad = sum(n for key, n in refused.items() if (key[0], key[2]) == (package, dense))
-        print(f'| {package} | `{dense}` | {count} | {count - bad} | {bad} |')
-    print('\n| refused | configs | backbone | reason |\n|---|---|---|---|')
-    for (package, group, dense, reason), count in refused.items():
-        print(f'| {package}: {group} | {count} | `{dense}` | {reason} |')
+                if outcome := try_config(path, Path(folder)):
+                    rows.append((package, name.partition('/')[0], *outcome))
+    table = pd.DataFrame(rows, columns=['package', 'folder', 'backbone', 'reason'])
+    table['refused'] = table['reason'] != ''
+    groups = table.groupby(['package', 'backbone'])['refused']
+    counts = groups.agg(configs='size', refused='sum').reset_index()
+    counts.insert(3, 'converted', counts['configs'] - counts['refused'])
+    print(counts.to_markdown(index=False))
+    reasons = table[table['refused']].drop(columns='refused').value_counts(sort=False)
+    print('', reasons.reset_index(name='configs').to_markdown(index=False), sep='\n')
 
 
 def write(args: argparse.Namespace) -> None:

@@ -82,10 +82,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     'addmv': lambda _, matrix, __, **___: 2 * prod(matrix),
     'dot': lambda a, _, **__: 2 * prod(a),
 }
-for _kernel in ('flash', 'efficient', 'cudnn'):
-    FORMULAS[f'_scaled_dot_product_{_kernel}_attention'] = _attention
-    FORMULAS[f'_scaled_dot_product_{_kernel}_attention_backward'] = _attention_backward
-for _kernel in ('flash_attention_for_cpu', 'fused_attention_overrideable'):
+for _kernel in (
+    *('flash_attention', 'efficient_attention', 'cudnn_attention', 'flash_attention_for_cpu'),
+    'fused_attention_overrideable',
+):
     FORMULAS[f'_scaled_dot_product_{_kernel}'] = _attention
     FORMULAS[f'_scaled_dot_product_{_kernel}_backward'] = _attention_backward
 
@@ -175,14 +175,19 @@ def backbone_multiply_adds(backbone: nn.Module, input_shape: Sequence[int]) -> i
         return count_multiply_adds(backbone, images)
 
 
-def model_multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+def model_multiply_adds(
+    model: nn.Module, input_shape: Sequence[int], backbone_only: bool = False
+) -> dict[str, int]:
     """Multiply-adds of an mmdet or mmseg model, part by part, in its 'tensor' mode.
 
     That mode runs backbone, neck and heads on the whole image without the losses and the
     post-processing. The heads of a two-stage detector see the proposals that its own region
     proposal network makes of a noise image (and the mask head at most 100 of them), as in mmdet's
-    own tool.
+    own tool. Of a bare backbone, and with ``backbone_only``, there is one part and no total.
     """
+    if backbone_only or not hasattr(model, 'backbone'):
+        backbone = getattr(model, 'backbone', model)
+        return {'backbone': backbone_multiply_adds(backbone, input_shape)}
     with evaluating(model):
         images = noise_image(input_shape, next(model.parameters()).device)
         samples = blank_data_samples(model, images.shape)

@@ -6,16 +6,11 @@ A preset needs no config file and no mmdet. Settings are those of the papers: Sw
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from mmengine.registry import MODELS
 from torch import nn
 
 from .. import backbones as _backbones  # noqa: F401  (registers them)
-from ..errors import UsageError
-from ..registry import arguments_of
 
 _RATE = dict(drop_path_rate=0.1)
 _SWIN = dict(_RATE, type='IdleSwinTransformer', embed_dims=96, num_heads=(3, 6, 12, 24))
@@ -45,17 +40,6 @@ TIMM = {
     'pvtv2-b1': 'pvt_v2_b1',
     'pvtv2-b2': 'pvt_v2_b2',
 }
-# What leaves the work alone; all other arguments make an architecture.
-_SAME_WORK = (
-    *('keep_ratios', 'policy', 'init_cfg', 'pretrained', 'convert_weights', 'pretrain_img_size'),
-    *('frozen_stages', 'with_cp', 'drop_rate', 'attn_drop_rate', 'drop_path_rate', 'norm_cfg'),
-)
-
-
-def preset_of(backbone: Mapping[str, Any]) -> str | None:
-    """Name of the preset of the same architecture as a backbone config; None if there is none."""
-    wanted = _architecture(backbone)
-    return next((name for name, cfg in PRESETS.items() if _architecture(cfg) == wanted), None)
 
 
 def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Module:
@@ -63,14 +47,9 @@ def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Mo
 
     It returns the maps of all four stages. timm's Swin lays its windows out for one size; what is
     no multiple of 4 is padded, as mmdet's class does.
-
-    Raises:
-        UsageError: timm is not installed.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise UsageError(f"timm's {name} needs timm, which cannot be imported: {error}") from error
+    import timm
+
     options: dict[str, Any] = dict(features_only=True, drop_path_rate=drop_path_rate)
     if not name.startswith('swin'):
         return timm.create_model(name, **options)
@@ -78,13 +57,3 @@ def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Mo
     padded = shape[0] + bottom, shape[1] + right
     twin = timm.create_model(name, img_size=padded, **options)
     return nn.Sequential(nn.ZeroPad2d((0, right, 0, bottom)), twin) if bottom or right else twin
-
-
-def _architecture(backbone: Mapping[str, Any]) -> str:
-    """What of a backbone config decides which work is done, defaults included, as one text."""
-    cls = MODELS.get(backbone['type'])
-    if cls is None:
-        return ''
-    arguments = {name: backbone.get(name, arg.default) for name, arg in arguments_of(cls).items()}
-    work = {name: value for name, value in arguments.items() if name not in _SAME_WORK}
-    return json.dumps([cls.__name__, work], default=str)

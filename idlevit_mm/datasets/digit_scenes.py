@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ MIN_DIGIT_SCALE = 8
 MAX_COVER = 0.35
 MIN_VISIBLE = 0.85
 
-_ADE_SPLITS = {'train': 'training', 'val': 'validation'}
+_TABLES = 'coco/annotations/instances_{}.json'
 _PHOTOS = ('china.jpg', 'flower.jpg')
 _VAL_PHOTO_SHARE = 0.3
 _VAL_DIGIT_SHARE = 0.25
@@ -84,11 +84,10 @@ class DigitScenesParams:
             raise ValueError(f'layouts must be one or more of {list(LAYOUTS)}, got {layouts}')
         # One spelling per set of layouts, so that their order makes no other data set.
         object.__setattr__(self, 'layouts', tuple(x for x in LAYOUTS if x in layouts))
-        for name, low in (('num_train', 1), ('num_val', 1), ('seed', 0)):
-            object.__setattr__(self, name, integers(name, [getattr(self, name)], 1, low)[0])
-        lowest = {'size': MIN_SIDE, 'num_digits': 0, 'digit_scale': MIN_DIGIT_SCALE}
-        for name, low in lowest.items():
-            object.__setattr__(self, name, integers(name, getattr(self, name), 2, low))
+        lowest = dict(num_train=1, num_val=1, seed=0, size=MIN_SIDE, num_digits=0)
+        for name, low in {**lowest, 'digit_scale': MIN_DIGIT_SCALE}.items():
+            number = 2 if name in ('size', 'num_digits', 'digit_scale') else 0
+            object.__setattr__(self, name, integers(name, getattr(self, name), number, low))
         digits, scale = self.num_digits, self.digit_scale
         for name, (low, high) in (('num_digits', digits), ('digit_scale', scale)):
             if low > high or high == 0:
@@ -169,9 +168,11 @@ def write_digit_scenes(
     root = Path(out_dir)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder')
+    about = {'name': 'digit scenes', 'format': FORMAT, 'complete': True}
+    about |= {'parameters': params.as_dict()}
     marker = _read_marker(root)
     wanted = [name for split in SPLITS for name in _split_files(params, split)]
-    if marker == _marker(params, True) and all((root / name).is_file() for name in wanted):
+    if marker == about and all((root / name).is_file() for name in wanted):
         return False
     present = next((path for path in root.rglob('*') if not path.is_dir()), None)
     if marker is None and present is not None:
@@ -185,17 +186,15 @@ def write_digit_scenes(
             f'{root} holds a digit-scenes set with other parameters ({", ".join(differing)}); '
             'choose another folder, or delete this one'
         )
-
     for folder in {(root / name).parent for name in wanted}:
         folder.mkdir(parents=True, exist_ok=True)
     # From here to the last line the marker says "not complete", whatever happens in between.
-    _write_marker(root, params, complete=False)
+    _write_marker(root, {**about, 'complete': False})
     contents = chain.from_iterable(_contents(params, split) for split in SPLITS)
-    for name, content in track(
-        contents, 'digit scenes', len(wanted), disable=not progress, transient=True
-    ):
+    bar = track(contents, 'digit scenes', len(wanted), disable=not progress, transient=True)
+    for name, content in bar:
         (root / name).write_bytes(content)
-    _write_marker(root, params, complete=True)
+    _write_marker(root, about)
     return True
 
 
@@ -236,8 +235,7 @@ def digit_pool(split: str) -> np.ndarray:
 
     The rows are in the order of the people who wrote them, so val also shows other hands.
     """
-    labels = _digits()[1]
-    pool = []
+    labels, pool = _digits()[1], []
     for label in range(len(CLASSES)):
         rows = np.flatnonzero(labels == label)
         cut = len(rows) - round(len(rows) * _VAL_DIGIT_SHARE)
@@ -264,18 +262,18 @@ def encoded(suffix: str, image: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def integers(name: str, values: Any, number: int, low: int) -> tuple[int, ...]:
-    """Check that a parameter is so many integers, none below ``low``.
+def integers(name: str, values: Any, number: int, low: int) -> Any:
+    """Check that a parameter is so many integers (0: one alone), none below ``low``; returns it.
 
     Raises:
         ValueError: It is not; the message names it.
     """
-    whole = [isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values]
-    if len(whole) != number or not all(whole) or min(values) < low:
-        what = 'an integer' if number == 1 else f'{number} integers'
-        got = values[0] if number == 1 else values
-        raise ValueError(f'{name} must be {what} of at least {low}, got {got!r}')
-    return tuple(map(int, values))
+    listed = list(values) if number else [values]
+    whole = [isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in listed]
+    if len(listed) != max(1, number) or not all(whole) or min(listed) < low:
+        what = f'{number} integers' if number else 'an integer'
+        raise ValueError(f'{name} must be {what} of at least {low}, got {values!r}')
+    return tuple(map(int, listed)) if number else int(values)
 
 
 @lru_cache(maxsize=1)
@@ -341,14 +339,13 @@ def _place(
         top_scale = low + round((high - low) * 0.9**attempt)
         scales = rng.integers(low, top_scale + 1, size=len(digit_ids))
         owner = np.zeros(params.size, dtype=np.int32)
-        placed: list[tuple[np.ndarray, int, int]] = []
         areas: list[int] = []
-        for digit_id, scale in zip(digit_ids, scales, strict=True):
-            spot = _free_spot(rng, owner, areas, _upscaled(digit_id, int(scale)), int(scale))
-            if spot is None:
-                break
-            placed.append(spot)
-        else:
+        found = (
+            _free_spot(rng, owner, areas, _upscaled(digit_id, scale), scale)
+            for digit_id, scale in zip(digit_ids, scales.tolist(), strict=True)
+        )
+        placed = [*takewhile(lambda spot: spot is not None, found)]
+        if len(placed) == len(digit_ids):
             return owner, placed
     raise RuntimeError(f'no place for {len(digit_ids)} digits: lower num_digits or digit_scale')
 
@@ -380,20 +377,19 @@ def _contrasting_colour(
     rng: np.random.Generator, view: np.ndarray, alpha: np.ndarray
 ) -> np.ndarray:
     """A random colour that stands out from what lies under and around the digit, BGR float32."""
-    lab_view = cv2.cvtColor(np.ascontiguousarray(view / 255), cv2.COLOR_BGR2LAB)
-    ground = lab_view.reshape(-1, 3).mean(0)
+    ground = cv2.cvtColor(np.ascontiguousarray(view / 255), cv2.COLOR_BGR2LAB)
+    ground = ground.reshape(-1, 3).mean(0)
     candidates = rng.random((8, 3), dtype=np.float32)
     lab = cv2.cvtColor(candidates[None], cv2.COLOR_BGR2LAB)[0]
-    distance = np.linalg.norm(lab - ground, axis=1)
     # Lightness carries the shape; a digit that differs by hue alone is hard for people too.
-    distance = np.minimum(distance, 2 * np.abs(lab[:, 0] - ground[0]))
+    distance = np.minimum(np.linalg.norm(lab - ground, axis=1), 2 * np.abs(lab[:, 0] - ground[0]))
     good = np.flatnonzero(distance >= 60)
     return candidates[good[0] if len(good) else int(distance.argmax())] * 255
 
 
 def _image_files(params: DigitScenesParams, split: str, index: int) -> list[str]:
     """Relative paths of the files of one image."""
-    name, ade = f'{index:06d}', _ADE_SPLITS[split]
+    name, ade = f'{index:06d}', {'train': 'training', 'val': 'validation'}[split]
     of_layout = {
         'coco': [f'coco/{split}/{name}.jpg'],
         'ade': [f'ade/images/{ade}/{name}.jpg', f'ade/annotations/{ade}/{name}.png'],
@@ -404,11 +400,7 @@ def _image_files(params: DigitScenesParams, split: str, index: int) -> list[str]
 def _split_files(params: DigitScenesParams, split: str) -> list[str]:
     """Relative paths of the files of a split."""
     images = [_image_files(params, split, index) for index in range(params.count(split))]
-    return [*chain.from_iterable(images), *([_tables(split)] if 'coco' in params.layouts else [])]
-
-
-def _tables(split: str) -> str:
-    return f'coco/annotations/instances_{split}.json'
+    return [*chain(*images), *([_TABLES.format(split)] if 'coco' in params.layouts else [])]
 
 
 def _contents(params: DigitScenesParams, split: str) -> Iterator[tuple[str, bytes]]:
@@ -423,8 +415,22 @@ def _contents(params: DigitScenesParams, split: str) -> Iterator[tuple[str, byte
             yield name, encoded(name[-4:], pictures[name[-4:]])
         name = f'{index:06d}.jpg'
         images.append({'id': index, 'file_name': name, 'height': height, 'width': width})
-        # COCO's evaluation takes annotation id 0 for "unmatched", so ids start at 1.
-        annotations += _coco_annotations(scene, index, first_id=len(annotations) + 1)
+        for digit, label in enumerate(scene.labels):
+            mask = scene.mask(digit)
+            # Run lengths, because polygons cannot state a pixel mask exactly.
+            rle = mask_utils.encode(np.asfortranarray(mask))
+            annotations.append(
+                {
+                    # COCO's evaluation takes annotation id 0 for "unmatched", so ids start at 1.
+                    'id': len(annotations) + 1,
+                    'image_id': index,
+                    'category_id': label + 1,
+                    'bbox': list(scene.box(digit)),
+                    'area': int(mask.sum()),
+                    'iscrowd': 0,
+                    'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode('ascii')},
+                }
+            )
     tables = {
         'info': {'description': f'digit scenes, {split}', 'parameters': params.as_dict()},
         'images': images,
@@ -432,38 +438,13 @@ def _contents(params: DigitScenesParams, split: str) -> Iterator[tuple[str, byte
         'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
     }
     if 'coco' in params.layouts:
-        yield _tables(split), json.dumps(tables, separators=(',', ':')).encode()
+        yield _TABLES.format(split), json.dumps(tables, separators=(',', ':')).encode()
 
 
-def _coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    annotations: list[dict[str, Any]] = []
-    for index, label in enumerate(scene.labels):
-        mask = scene.mask(index)
-        rle = mask_utils.encode(np.asfortranarray(mask))
-        annotations.append(
-            {
-                'id': first_id + index,
-                'image_id': image_id,
-                'category_id': label + 1,
-                'bbox': list(scene.box(index)),
-                'area': int(mask.sum()),
-                'iscrowd': 0,
-                # Run lengths, because polygons cannot state a pixel mask exactly.
-                'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode('ascii')},
-            }
-        )
-    return annotations
-
-
-def _marker(params: DigitScenesParams, complete: bool) -> dict[str, Any]:
-    about = {'name': 'digit scenes', 'format': FORMAT, 'complete': complete}
-    return {**about, 'parameters': params.as_dict()}
-
-
-def _write_marker(root: Path, params: DigitScenesParams, complete: bool) -> None:
+def _write_marker(root: Path, marker: dict[str, Any]) -> None:
     # Replaced in one step, so that a crash leaves the old marker or the new one, never half.
     temporary = root / f'{MARKER}.tmp'
-    temporary.write_text(json.dumps(_marker(params, complete), indent=2) + '\n')
+    temporary.write_text(json.dumps(marker, indent=2) + '\n')
     temporary.replace(root / MARKER)
 
 

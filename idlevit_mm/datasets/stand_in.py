@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,9 @@ from .formats import (
     coco_ann_file,
     coco_file_name,
 )
+
+Folder = str | os.PathLike[str]
+Files = Iterator[tuple[str, bytes]]  # relative path and content
 
 MIN_SIZE = 64
 # Height / width of successive images; none divides a stride, two follow each other upright.
@@ -52,13 +54,9 @@ def image_size(size: int, index: int) -> tuple[int, int]:
 
 def paint(split: str, index: int, size: int, seed: int) -> Scene:
     """Paint the scene of image ``index`` of a split of COCO 2017 or of ADE20K."""
-    shorter = min(image_size(size, index))
-    params = DigitScenesParams(
-        size=image_size(size, index),
-        seed=seed,
-        num_digits=(2, 4),
-        digit_scale=(max(8, shorter // 5), max(8, shorter // 2)),
-    )
+    sides = image_size(size, index)
+    scale = max(8, min(sides) // 5), max(8, min(sides) // 2)
+    params = DigitScenesParams(size=sides, seed=seed, num_digits=(2, 4), digit_scale=scale)
     return render_scene(params, _SCENE_SPLITS[split], index)
 
 
@@ -74,9 +72,8 @@ def polygons_of(mask: np.ndarray) -> list[list[float]]:
 
 def run_lengths_of(mask: np.ndarray) -> list[int]:
     """Lengths of the runs of a mask (H, W) down its columns, beginning with zeros."""
-    flat = mask.ravel(order='F').tolist()
-    runs = [(value, len(list(run))) for value, run in groupby(flat)]
-    return [*([0] if flat[0] else []), *(length for _, length in runs)]
+    changes = np.flatnonzero(np.diff(mask.ravel(order='F'), prepend=0))
+    return np.diff([0, *changes, mask.size]).tolist()
 
 
 def coco_annotations(
@@ -90,30 +87,27 @@ def coco_annotations(
         first_id: Id of the first annotation.
         crowd: Join all digits but the first into one crowd region.
     """
-    height, width = scene.owner.shape
-    annotations: list[dict[str, Any]] = []
-
-    def add(label: int, segmentation: Any, iscrowd: int) -> None:
-        rle = mask_utils.frPyObjects(segmentation, height, width)
+    size = scene.owner.shape
+    shown = 1 if crowd else len(scene.labels)
+    outlines: list[Any] = [polygons_of(scene.mask(index)) for index in range(shown)]
+    if crowd:
+        counts = run_lengths_of((scene.owner > 1).astype(np.uint8))
+        outlines.append({'counts': counts, 'size': [*size]})
+    annotations = []
+    for index, segmentation in enumerate(outlines):
+        rle = mask_utils.frPyObjects(segmentation, *size)
         rle = rle if isinstance(rle, dict) else mask_utils.merge(rle)
         annotations.append(
             {
                 'segmentation': segmentation,
                 'area': float(mask_utils.area(rle)),
-                'iscrowd': iscrowd,
+                'iscrowd': int(isinstance(segmentation, dict)),
                 'image_id': image_id,
                 'bbox': [float(side) for side in mask_utils.toBbox(rle)],
-                'category_id': _COCO_OF_DIGIT[label].id,
-                'id': first_id + len(annotations),
+                'category_id': _COCO_OF_DIGIT[scene.labels[index]].id,
+                'id': first_id + index,
             }
         )
-
-    for index in range(1 if crowd else len(scene.labels)):
-        add(scene.labels[index], polygons_of(scene.mask(index)), 0)
-    if crowd:
-        region = (scene.owner > 1).astype(np.uint8)
-        counts = run_lengths_of(region)
-        add(scene.labels[1], {'counts': counts, 'size': [height, width]}, 1)
     return annotations
 
 
@@ -130,11 +124,7 @@ def ade20k_mask(scene: Scene, index: int) -> np.ndarray:
 
 
 def write_coco_stand_in(
-    folder: str | os.PathLike[str],
-    num_train: int = 4,
-    num_val: int = 3,
-    size: int = 160,
-    seed: int = 0,
+    folder: Folder, num_train: int = 4, num_val: int = 3, size: int = 160, seed: int = 0
 ) -> bool:
     """Write a stand-in for COCO 2017, unless the same one is already there.
 
@@ -155,33 +145,27 @@ def write_coco_stand_in(
         ValueError: A value is outside what is allowed.
         FileExistsError: The folder holds anything else.
     """
-    counts = {'train2017': num_train, 'val2017': num_val}
-    return _write(Path(folder), _coco_files, counts, size, seed)
+    return _write(Path(folder), _coco_files, num_train, num_val, size, seed)
 
 
 def write_ade20k_stand_in(
-    folder: str | os.PathLike[str],
-    num_train: int = 4,
-    num_val: int = 3,
-    size: int = 160,
-    seed: int = 0,
+    folder: Folder, num_train: int = 4, num_val: int = 3, size: int = 160, seed: int = 0
 ) -> bool:
     """Write a stand-in for ADE20K, as :func:`write_coco_stand_in` does for COCO.
 
     ``folder`` gets ``ADEChallengeData2016`` with ``images``, ``annotations``, ``objectInfo150.txt``
     and ``sceneCategories.txt``. Needs mmseg for the names of the classes.
     """
-    counts = {'training': num_train, 'validation': num_val}
-    return _write(Path(folder) / ADE20K_FOLDER, _ade20k_files, counts, size, seed)
+    return _write(Path(folder) / ADE20K_FOLDER, _ade20k_files, num_train, num_val, size, seed)
 
 
-def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tuple[str, bytes]]:
+def _coco_files(counts: Sequence[int], size: int, seed: int) -> Files:
     """Relative path and content of every file of the COCO stand-in."""
     next_annotation = 1
-    for split in COCO_IMAGES:
+    for split, count in zip(COCO_IMAGES, counts, strict=True):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for index in range(counts[split]):
+        for index in range(count):
             scene = paint(split, index, size, seed)
             # Ids of the real first images; by their remainder the two splits never meet.
             image_id = {'train2017': 9, 'val2017': 139}[split] + 16 * index
@@ -192,7 +176,7 @@ def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tup
             about = {'license': 1, 'file_name': name, 'coco_url': ''}
             about |= {'height': height, 'width': width, 'date_captured': '2017-01-01 00:00:00'}
             images.append({**about, 'flickr_url': '', 'id': image_id})
-            if index < 2 or index < counts[split] - 1:
+            if index < 2 or index < count - 1:
                 annotations += coco_annotations(scene, image_id, next_annotation, index == 0)
                 next_annotation = annotations[-1]['id'] + 1
         text = f'Stand-in for COCO 2017 {split}, made of digit scenes'
@@ -210,13 +194,13 @@ def _coco_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tup
         yield coco_ann_file(split), json.dumps(content, separators=(',', ':')).encode()
 
 
-def _ade20k_files(counts: Mapping[str, int], size: int, seed: int) -> Iterator[tuple[str, bytes]]:
+def _ade20k_files(counts: Sequence[int], size: int, seed: int) -> Files:
     """Relative path and content of every file of the ADE20K stand-in."""
     pixels = np.zeros(ADE20K_CLASSES + 1, dtype=np.int64)
     shown = {split: np.zeros(ADE20K_CLASSES + 1, dtype=np.int64) for split in ADE20K_IMAGES}
     scenes = []
-    for split in ADE20K_IMAGES:
-        for index in range(counts[split]):
+    for split, count in zip(ADE20K_IMAGES, counts, strict=True):
+        for index in range(count):
             scene = paint(split, index, size, seed)
             mask = ade20k_mask(scene, index)
             name = ade20k_name(split, index + 1)
@@ -235,32 +219,31 @@ def _object_info(pixels: np.ndarray, shown: Mapping[str, np.ndarray]) -> str:
     from mmseg.datasets import ADE20KDataset
 
     names = ADE20KDataset.METAINFO['classes']
-    lines = ['Idx\tRatio\tTrain\tVal\tStuff\tName\n']
+    lines = ['Idx\tRatio\tTrain\tVal\tStuff\tName']
     for number, name in enumerate(names, start=1):
         ratio = pixels[number] / pixels[1:].sum()
         stuff = int(pixels[number] > 0 and number not in _ADE20K_OF_DIGIT)
-        lines.append(
-            f'{number}\t{ratio:.4f}\t{shown["training"][number]}\t{shown["validation"][number]}\t'
-            f'{stuff}\t{name.strip()}\n'
-        )
-    return ''.join(lines)
+        images = [shown[split][number] for split in ADE20K_IMAGES]
+        lines.append('\t'.join(map(str, (number, f'{ratio:.4f}', *images, stuff, name.strip()))))
+    return '\n'.join([*lines, ''])
 
 
 def _write(
     root: Path,
-    make: Callable[[Mapping[str, int], int, int], Iterator[tuple[str, bytes]]],
-    counts: Mapping[str, int],
+    make: Callable[[Sequence[int], int, int], Files],
+    num_train: int,
+    num_val: int,
     size: int,
     seed: int,
 ) -> bool:
     """Write files into a folder that is empty, missing, or already holds exactly these."""
-    for name, value in zip(('num_train', 'num_val'), counts.values(), strict=True):
-        integers(name, [value], 1, 1)
-    integers('size', [size], 1, MIN_SIZE)
-    integers('seed', [seed], 1, 0)
+    values = dict(num_train=(num_train, 1), num_val=(num_val, 1))
+    values |= dict(size=(size, MIN_SIZE), seed=(seed, 0))
+    for name, (value, low) in values.items():
+        integers(name, value, 0, low)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder')
-    contents = dict(make(counts, size, seed))
+    contents = dict(make((num_train, num_val), size, seed))
     present = {path.relative_to(root).as_posix() for path in root.rglob('*') if not path.is_dir()}
     for name in sorted(present):
         if name not in contents or (root / name).read_bytes() != contents[name]:

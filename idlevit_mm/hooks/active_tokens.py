@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,10 +66,10 @@ class ActiveTokensVisualizationHook(Hook):
         backend_args: dict[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
-        whole = {'interval': (interval, 1), 'train_interval': (train_interval, 0)}
-        if max_pictures is not None:
-            whole['max_pictures'] = (max_pictures, 1)
-        for key, (value, least) in whole.items():
+        pictures = 1 if max_pictures is None else max_pictures
+        whole = dict(interval=interval, max_pictures=pictures, train_interval=train_interval)
+        for key, value in whole.items():
+            least = 0 if key == 'train_interval' else 1
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f'{name}.{key}={value!r} must be a whole number')
             if value < least:
@@ -100,12 +99,11 @@ class ActiveTokensVisualizationHook(Hook):
         """
         self._stop()
         backbones = idle_backbones(runner.model, type(self).__name__) if self.draw else []
-        names = {
-            module: name.removeprefix('module.') for name, module in runner.model.named_modules()
-        }
         # One backbone needs no name; several are told apart by their places in the model.
         self._backbones = {
-            f'_{names[backbone]}' if len(backbones) > 1 else '': backbone for backbone in backbones
+            f'_{name.removeprefix("module.")}' if len(backbones) > 1 else '': module
+            for name, module in runner.model.named_modules()
+            if module in backbones
         }
 
     def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
@@ -141,52 +139,50 @@ class ActiveTokensVisualizationHook(Hook):
             return
         self._stop()
         if mode == 'train':
-            self._draw_training(runner, data_batch)
+            inputs = data_batch['inputs']
+            if isinstance(inputs, dict):
+                self._leave_out(runner, 'the batch has several branches')
+                return
+            # The first image as the pipeline packed it: (3, H, W), blue first.
+            pixels = inputs[0].detach().cpu().numpy()[::-1].transpose(1, 2, 0)
+            image = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+            size = image.shape[:2]
+            found = [('Ground truth', truth_of(data_batch['data_samples'][0], size))]
+            # One name for the pictures of all iterations: backends then show them as one row.
+            self._draw(runner, mode, '', image, size, found, 0, len(inputs))
             return
         left = len(outputs) if self.max_pictures is None else self.max_pictures - self._drawn
         for index, result in enumerate(outputs[:left]):
             content = fileio.get(result.img_path, backend_args=self.backend_args)
             image = mmcv.imfrombytes(content, channel_order='rgb')
-            found = {
-                'Ground truth': truth_of(result, image.shape[:2]),
-                'Prediction': prediction_of(result, self.score_thr),
-            }
-            name = f'_{self._drawn:02d}_{Path(result.img_path).stem}'
-            sheet = self._sheet(runner, image, content_size(result), found)
-            self._draw(runner, mode, name, sheet, index, len(outputs))
+            truth = truth_of(result, image.shape[:2])
+            found = [
+                ('Ground truth', truth),
+                ('Prediction', prediction_of(result, self.score_thr)),
+            ]
+            name, size = f'_{self._drawn:02d}_{Path(result.img_path).stem}', content_size(result)
+            self._draw(runner, mode, name, image, size, found, index, len(outputs))
             self._drawn += 1
 
     def _stop(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _draw_training(self, runner: Runner, data_batch: Any) -> None:
-        """Draw the first image of a batch, as the pipeline packed it: (3, H, W), blue first."""
-        inputs = data_batch['inputs']
-        if isinstance(inputs, dict):
-            self._leave_out(runner, 'the batch has several branches')
-            return
-        pixels = inputs[0].detach().cpu().numpy()[::-1].transpose(1, 2, 0)
-        image = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
-        size = image.shape[:2]
-        found = {'Ground truth': truth_of(data_batch['data_samples'][0], size)}
-        # One name for the pictures of all iterations: backends then show them as one row.
-        self._draw(runner, 'train', '', self._sheet(runner, image, size, found), 0, len(inputs))
-
-    @staticmethod
-    def _sheet(
-        runner: Runner, image: np.ndarray, size: tuple[int, int], found: dict[str, Content | None]
-    ) -> Sheet:
-        """A picture without what the backbone contributes."""
-        meta = getattr(runner.visualizer, 'dataset_meta', None) or {}
-        shown = [(title, content) for title, content in found.items() if content is not None]
-        classes = meta.get('classes') or ()
-        return Sheet(image, classes, size, size, shown, palette=meta.get('palette'))
-
     def _draw(
-        self, runner: Runner, mode: str, name: str, sheet: Sheet, index: int, batch_size: int
+        self,
+        runner: Runner,
+        mode: str,
+        name: str,
+        image: np.ndarray,
+        size: tuple[int, int],
+        found: list[tuple[str, Content | None]],
+        index: int,
+        batch_size: int,
     ) -> None:
         """Draw one image of a batch, once for each backbone."""
+        meta = getattr(runner.visualizer, 'dataset_meta', None) or {}
+        classes, palette = meta.get('classes') or (), meta.get('palette')
+        shown = [(title, content) for title, content in found if content is not None]
         for suffix, calls in self._calls.items():
             seen = [len(masks[0][0]) for _, masks in calls]
             if seen != [batch_size]:
@@ -195,7 +191,7 @@ class ActiveTokensVisualizationHook(Hook):
                 continue
             input_size, masks = calls[0]
             shares = active_shares(masks, index)
-            picture = draw_sheet(replace(sheet, input_size=input_size, active=shares))
+            picture = draw_sheet(Sheet(image, classes, input_size, size, shown, shares, palette))
             full_name = f'{mode}_active_tokens{suffix}{name}'
             if self.show:
                 runner.visualizer.show(picture, win_name=full_name, wait_time=self.wait_time)

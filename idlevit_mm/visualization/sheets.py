@@ -35,6 +35,7 @@ _IDLE_CONTRAST, _IDLE_TONE = 0.25, np.array([84, 90, 104], np.float32)
 _MIN_CELL = 6
 # Smallest region of a class map that is tagged, as a share of the image.
 _TAGGED = 0.002
+_CENTRED = {'horizontal_alignments': 'center'}
 _KEY = 'Tokens in colour were active, greyed ones idle, those between active in some of the blocks.'
 
 
@@ -98,22 +99,14 @@ class Text(NamedTuple):
 
     @classmethod
     def within(
-        cls,
-        width: int,
-        text: str,
-        x: float,
-        y: float,
-        points: float = 13,
-        align: str = 'left',
-        **style: Any,
+        cls, width: int, text: str, x: float, y: float, points: float = 13, **style: Any
     ) -> Text:
         """A text that does not leave a panel ``width`` pixels wide; its letters grow with that."""
         size = min(points * (width / 512) ** 0.5, width / (0.84 * max(1, len(text))))
         length = 0.84 * size * len(text)
-        before = length / 2 if align == 'center' else 0.0
-        x = max(3 + before, min(x, width - length + before))
-        style = {'colors': 'black', 'vertical_alignments': 'center'} | style
-        return cls(text, x, y, {'font_sizes': size, 'horizontal_alignments': align} | style)
+        style = {'colors': 'black', 'vertical_alignments': 'center', 'font_sizes': size} | style
+        before = length / 2 if style.get('horizontal_alignments') == 'center' else 0.0
+        return cls(text, max(3 + before, min(x, width - length + before)), y, style)
 
 
 class Panel(NamedTuple):
@@ -139,10 +132,8 @@ def active_shares(
     shares = []
     for stage, blocks in enumerate(keep_masks, 1):
         maps = torch.stack([mask[index].float() for mask in blocks]).cpu().numpy()
-        if per == 'stage':
-            shares.append((f'Stage {stage}', maps.mean(0)))
-        else:
-            shares += [(f'Stage {stage}, block {i}', active) for i, active in enumerate(maps, 1)]
+        own = [('', maps.mean(0))] if per == 'stage' else enumerate(maps, 1)
+        shares += [(f'Stage {stage}{i and f", block {i}"}', share) for i, share in own]
     return shares
 
 
@@ -229,7 +220,7 @@ def class_map_panel(title: str, sheet: Sheet, class_map: np.ndarray) -> Panel:
             distance = cv2.distanceTransform((regions == region).astype(np.uint8), cv2.DIST_L2, 3)
             y, x = map(int, np.unravel_index(distance.argmax(), distance.shape))
             y = max(16, min(y, len(labels) - 16))
-            texts.append(Text.within(labels.shape[1], name, x, y, align='center', bboxes=box))
+            texts.append(Text.within(labels.shape[1], name, x, y, **_CENTRED, bboxes=box))
     painted[labels == IGNORED] *= 0.4
     painted[_borders(labels)] = 255  # keeps colours apart that are alike in lightness
     return Panel(title, painted.round().clip(0, 255).astype(np.uint8), texts)
@@ -279,7 +270,7 @@ def draw_sheet(sheet: Sheet) -> np.ndarray:
         for column, panel in enumerate(panels):
             left, top = corner = (column, row) * pitch + (_GAP, _TITLE)
             canvas[top : top + height, left : left + width] = panel.pixels
-            title = Text.within(width, panel.title, width / 2, -0.45 * _TITLE, 16, 'center')
+            title = Text.within(width, panel.title, width / 2, -0.45 * _TITLE, 16, **_CENTRED)
             placed.append((panel, corner, [title, *panel.texts]))
     visualizer = Visualizer(image=canvas)
     for panel, corner, texts in placed:

@@ -28,7 +28,6 @@ def test_it_ends_soon_and_compares_with_the_dense_class(tool):
     assert len(list(benchmark.cases_of('x', arguments))) == 1
     assert arguments.max_seconds * len(arguments.targets) <= 40
     assert arguments.device == 'cpu'
-    assert not arguments.no_host
     assert 1.0 in arguments.keep_ratios
 
 

@@ -95,7 +95,9 @@ def test_patterns_of_ratios():
 
 
 def test_a_level_out_of_reach_is_named(shares):
-    with pytest.raises(UsageError, match=r'level=0\.9 .* evit on swin-det: .* 0\.001, saves 0\.4'):
+    # Half a thousandth: Python 3.12 sums floats more exactly than 3.11.
+    message = r'level=0\.9 .* evit on swin-det: .* 0\.001, saves 0\.(499|500) '
+    with pytest.raises(UsageError, match=message):
         variants.level_ratios('swin-det', 'evit', 0.9)
 
 

@@ -24,12 +24,11 @@ from mmengine.config import Config, DictAction
 from torch import Tensor, nn
 
 from idlevit_mm.analysis import latency, models
-from idlevit_mm.analysis.flops import backbone_multiply_adds, model_multiply_adds
+from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.memory import peak_memory
-from idlevit_mm.analysis.presets import PRESETS, TIMM, preset_of, timm_twin
+from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.errors import UsageError, one_line
 
-SCOPES = ('map', 'window_tokens', 'windows')
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -42,22 +41,12 @@ class Candidate(NamedTuple):
             'idle', or 'config' (as a config file has it).
         build: The model, in eval mode on the CPU, for images of (H, W) pixels.
         keep: Keep ratio of all blocks; None where there is none, or not one.
-        scope: The policy's, for 'idle'; None for its default.
     """
 
     name: str
     kind: str
     build: Callable[[tuple[int, int]], nn.Module]
     keep: float | None = None
-    scope: str | None = None
-
-
-class Target(NamedTuple):
-    """A preset or config, all that is compared on it (the reference first), and notes on it."""
-
-    name: str
-    candidates: list[Candidate]
-    notes: list[str]
 
 
 def positive(text: str) -> int:
@@ -74,12 +63,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}')
     add('--keep-ratios', nargs='+', type=float, help='each (default: presets 1.0 0.7 0.5)')
     add('--as-configured', action='store_true', help="a config's own keep ratios beside them")
-    add('--scopes', nargs='+', choices=SCOPES, help='of the policy, each with each ratio below 1')
-    add('--timm', action='store_true', help="timm's twin takes part")
-    add('--no-host', action='store_true', help='without the dense class of mmdet or mmseg')
+    add('--timm', action='store_true', help="timm's twins of presets take part")
     add('--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides of configs')
-    add('--part', default='backbone', choices=latency.PARTS)
+    add('--cfg-options', nargs='+', action=DictAction, help='overrides, model.… of presets')
+    add('--part', default='backbone', choices=('backbone', 'model'))
     add('--mode', nargs='+', default=['inference'], choices=('inference', 'train'))
     add('--shapes', nargs='+', default=['800x1280'], metavar='HxW')
     add('--batches', nargs='+', type=positive, default=[1])
@@ -122,7 +109,7 @@ def read_config(spec: str, args: argparse.Namespace, checkpoint: Path | None) ->
     if spec in PRESETS:
         if args.part == 'model' or checkpoint is not None:
             raise UsageError(f'{spec} is a bare backbone: no --part model, no --checkpoints')
-        return Config(dict(model=copy.deepcopy(PRESETS[spec])))
+        return models.load_config(Config(dict(model=PRESETS[spec])), args.cfg_options)
     if not Path(spec).is_file():
         presets = ', '.join(PRESETS)
         raise UsageError(f'{spec} is neither a config file nor a preset; presets: {presets}')
@@ -135,174 +122,135 @@ def read_config(spec: str, args: argparse.Namespace, checkpoint: Path | None) ->
     return cfg
 
 
-def load_target(spec: str, args: argparse.Namespace, checkpoint: Path | None = None) -> Target:
-    """Build all that is compared on a preset or config; models share weights where they can.
+def load_target(
+    spec: str, args: argparse.Namespace, checkpoint: Path | None = None
+) -> tuple[list[Candidate], list[str]]:
+    """What is compared on a preset or config, the reference first, and notes on it.
+
+    Models share weights where they can.
 
     Raises:
         UsageError: There is no such preset or config, or an option does not fit it.
     """
     cfg, name, whole = read_config(spec, args, checkpoint), Path(spec).stem, args.part == 'model'
-    backbone = cfg.model.get('backbone', cfg.model)
-
-    def build(scope: str | None = None) -> nn.Module:
-        if scope is not None:
-            backbone.policy = {**(backbone.get('policy') or {}), 'scope': scope}
-        try:
-            model = models.load_model(cfg, checkpoint)
-        except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
-            raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
-        return model if whole else getattr(model, 'backbone', model)
-
-    model = build()
+    try:
+        model = models.load_model(cfg, checkpoint)
+    except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
+        raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
+    model = model if whole else getattr(model, 'backbone', model)
+    configured = Candidate('as configured', 'config', lambda _: model)
     if not hasattr(getattr(model, 'backbone', model), 'set_keep_ratios'):
-        if args.keep_ratios or args.scopes:
-            raise UsageError(f'{name} is not idle: it takes neither --keep-ratios nor --scopes')
-        return Target(name, [Candidate('as configured', 'config', lambda _: model)], [])
-    found: list[Candidate] = []
-    notes: list[str] = []
-    if not args.no_host:
-        try:
-            if whole:
-                dense = models.with_host_backbone(model)
-            else:
-                dense = models.host_backbone(model, backbone)
-            library = type(getattr(dense, 'backbone', dense)).__module__.split('.')[0]
-            found.append(Candidate(f"{library}'s dense", 'host', lambda _: dense))
-        except (ImportError, AssertionError, ValueError) as error:
-            # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
-            notes.append(f'no dense class of mmdet or mmseg here: {error}')
-    if not whole and (args.timm or not (found or args.no_host)):
-        twin, rate = TIMM.get(preset_of(backbone) or ''), backbone.get('drop_path_rate', 0.1)
-        if args.timm and importlib.util.find_spec('timm') is None:
+        if args.keep_ratios:
+            raise UsageError(f'{name} is not idle: it takes no --keep-ratios')
+        return [configured], []
+    found, notes = [], []
+    backbone = cfg.model.get('backbone', cfg.model)
+    try:
+        if whole:
+            dense = models.with_host_backbone(model)
+        else:
+            dense = models.host_backbone(model, backbone)
+        library = type(getattr(dense, 'backbone', dense)).__module__.split('.')[0]
+        found.append(Candidate(f"{library}'s dense", 'host', lambda _: dense))
+    except (ImportError, AssertionError, ValueError) as error:
+        # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
+        notes.append(f'no dense class of mmdet or mmseg here: {error}')
+    if args.timm:
+        if importlib.util.find_spec('timm') is None:
             raise UsageError('--timm: timm is not installed')
+        twin, rate = TIMM.get(spec), backbone.get('drop_path_rate', 0.1)
         notes.append(f"timm's twin is {twin}" if twin else 'timm has no twin of it')
-        if twin and importlib.util.find_spec('timm') is not None:
+        if twin:
             timm = functools.lru_cache(maxsize=1)(lambda shape: timm_twin(twin, shape, rate).eval())
             found.append(Candidate("timm's dense", 'timm', timm))
-    ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS or args.scopes else [])
-    if 1.0 in ratios or not found:
-        full = models.with_keep_ratios(model, 1.0)
-        found.append(Candidate('keep 1', 'dense', lambda _: full, 1.0))
+    ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS else [])
+    for ratio in dict.fromkeys([1.0, *ratios] if 1.0 in ratios or not found else ratios):
+        own = models.with_keep_ratios(model, ratio)
+        kind = 'dense' if ratio == 1 else 'idle'
+        found.append(Candidate(f'keep {ratio:g}', kind, lambda _, own=own: own, ratio))
     if found[0].kind != 'host':
         notes.append(f'the reference is {found[0].name}')
     if args.as_configured or not ratios:
-        found.append(Candidate('as configured', 'config', lambda _: model))
-    scopes = [*dict.fromkeys(args.scopes or ())]
-    known = models.idle_backbone(model).idle_blocks[0][0].SCOPES
-    if scopes and not set(scopes) & set(known):
-        raise UsageError(f'--scopes {" ".join(scopes)}: {name} has {", ".join(known)} only')
-    for scope in [scope for scope in scopes if scope in known] or [None]:
-        scoped = model
-        if scope is not None:
-            scoped = build(scope)
-            scoped.load_state_dict(model.state_dict(), assign=True)
-        for ratio in dict.fromkeys(ratios):
-            if ratio != 1:
-                label = f'keep {ratio:g}' + f' {scope}' * (len(scopes) > 1)
-                own = models.with_keep_ratios(scoped, ratio)
-                found.append(Candidate(label, 'idle', lambda _, own=own: own, ratio, scope))
-    return Target(name, found, [f'{name}: {note}' for note in notes])
+        found.append(configured)
+    return found, [f'{name}: {note}' for note in notes]
 
 
-def cases_of(target: str, args: argparse.Namespace) -> Iterator[report.Case]:
+def cases_of(target: str, args: argparse.Namespace) -> Iterator[report.Line]:
     """All combinations of conditions; what is given twice comes once."""
     lists = args.mode, args.dtypes, args.compile, models.parse_shapes(args.shapes), args.batches
-    for values in itertools.product(*(dict.fromkeys(listed) for listed in lists)):
-        mode, dtype, compiling, shape, batch = values
-        yield dict(
-            target=target,
-            part=args.part,
-            shape=list(shape),
-            batch=batch,
-            dtype=dtype,
-            mode=mode,
-            compile=compiling,
-            device=args.device,
-            threads=torch.get_num_threads(),
-        )
+    for mode, dtype, compiling, shape, batch in itertools.product(*map(dict.fromkeys, lists)):
+        where = dict(target=target, part=args.part, shape=list(shape), batch=batch, dtype=dtype)
+        how = dict(mode=mode, compile=compiling, device=args.device)
+        yield {**where, **how, 'threads': torch.get_num_threads()}
 
 
-def measure(case: report.Case, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
+def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
     """Time all candidates of a case in turns, count and weigh each, and add what came out to it.
 
-    One that fails, for want of memory or because it cannot be compiled, leaves its reason. If it is
-    the reference, the first, the next dense one takes its place.
+    One that fails, for want of memory or because it cannot be compiled, leaves its reason.
     """
     device, shape = torch.device(case['device']), tuple(case['shape'])
     images = models.noise_image((case['batch'], 3, *shape), device)
-    graphs = case['compile'] == 'reduce-overhead'
+    graphs, reference = case['compile'] == 'reduce-overhead', candidates[0].name
     figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
     calls: dict[str, Callable[[], Any]] = {}
-    timing = None
+    seconds: dict[str, list[float]] = {}
     with compiler(case):
         for candidate in candidates:
             own = figures[candidate.name]
             try:
                 model = candidate.build(shape).to(device)
-                if args.part == 'model':
-                    own['multiply_adds'] = model_multiply_adds(model, shape)['total']
-                else:
-                    own['multiply_adds'] = backbone_multiply_adds(model, shape)
+                *_, own['multiply_adds'] = model_multiply_adds(model, shape).values()
                 calls[candidate.name] = call_of(model, images, case)
             except Exception as error:
                 own['error'] = reason(error)
-        while calls and timing is None:
-            dense = [c.name for c in candidates[1:] if c.kind in ('timm', 'dense')]
-            left = [name for name in (candidates[0].name, *dense) if name in calls]
-            if not left:
-                for name in calls:
-                    figures[name]['error'] = 'nothing to compare with: the reference failed'
-                break
+        # CUDA graphs are recorded in the second and third call.
+        warmup = max(args.warmup, 5) if graphs else args.warmup
+        while reference in calls and not seconds:
             try:
-                timing = latency.compare(
-                    calls,
-                    reference=left[0],
-                    rounds=args.rounds,
-                    # CUDA graphs are recorded in the second and third call.
-                    warmup=max(args.warmup, 5) if graphs else args.warmup,
-                    max_seconds=args.max_seconds,
-                )
+                seconds = latency.compare(calls, args.rounds, warmup, args.max_seconds)
             except latency.CandidateError as failure:
                 figures[failure.name]['error'] = reason(failure.__cause__ or failure)
                 del calls[failure.name]
             # Not in the handler: there, the traceback still holds what the candidate had allocated.
             gc.collect()
             torch.cuda.empty_cache()
-        for name in timing.seconds if timing else ():
-            ms = [1000 * seconds / case['batch'] for seconds in timing.time(name)]
-            figures[name] |= zip(report.TIMES, (*ms, *timing.ratio(name)), strict=True)
+        for name in calls if not seconds else ():
+            figures[name]['error'] = f'nothing to compare with: {reference} failed'
+        for name, own in seconds.items():
+            times = latency.spread(own, case['batch'] / 1000)
+            ratios = latency.spread(own, seconds[reference])
+            figures[name] |= zip(report.TIMES, (*times, *ratios), strict=True)
             # CUDA graphs keep their memory.
             if not graphs and (args.memory or device.type == 'cuda'):
                 with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():
                     figures[name]['memory'] = peak_memory(calls[name], device)
-    case['reference'] = timing and timing.reference
-    case['rounds'] = len(timing.seconds[timing.reference]) if timing else 0
+    case |= dict(reference=reference, rounds=len(seconds.get(reference, ())))
     blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
     case['candidates'] = [
-        dict(name=c.name, kind=c.kind, keep=c.keep, scope=c.scope, **{**blank, **figures[c.name]})
+        dict(name=c.name, kind=c.kind, keep=c.keep, **{**blank, **figures[c.name]})
         for c in candidates
     ]
 
 
-def call_of(model: nn.Module, images: Tensor, case: report.Case) -> Callable[[], Any]:
+def call_of(model: nn.Module, images: Tensor, case: report.Line) -> Callable[[], Any]:
     """One forward, or one forward and backward, under the conditions of a case."""
     model.train(case['mode'] == 'train')
+    whole, backbone = case['part'] == 'model', getattr(model, 'backbone', model)
     if case['compile'] != 'none':
         # For one shape; of a whole model its backbone, in a copy.
         mode = None if case['compile'] == 'default' else case['compile']
-        compiled = torch.compile(getattr(model, 'backbone', model), mode=mode, dynamic=False)
-        if case['part'] == 'model':
+        backbone = torch.compile(backbone, mode=mode, dynamic=False)
+        if whole:
             model = copy.copy(model)
-            model._modules = {**model._modules, 'backbone': compiled}
-        else:
-            model = compiled
-    forward = latency.forward_call(model, images, case['part'])
+            model._modules = {**model._modules, 'backbone': backbone}
+    samples = models.blank_data_samples(model, images.shape) if whole else None
 
     def run() -> Any:
         if case['compile'] == 'reduce-overhead':
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(images.device.type, DTYPES[case['dtype']], case['dtype'] != 'float32'):
-            return forward()
+            return model(images, samples, mode='predict') if whole else backbone(images)
 
     def step() -> None:
         with torch.enable_grad():
@@ -313,7 +261,7 @@ def call_of(model: nn.Module, images: Tensor, case: report.Case) -> Callable[[],
     return step if case['mode'] == 'train' else run
 
 
-def compiler(case: report.Case) -> Any:
+def compiler(case: report.Line) -> Any:
     """Forget what was compiled before, and never fall back to eager code without a word."""
     if case['compile'] == 'none':
         return contextlib.nullcontext()
@@ -326,41 +274,41 @@ def reason(error: BaseException) -> str:
     return f'{type(error).__name__}: {one_line(error, 150)}'
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> report.Record:
-    """Check everything, then measure case by case."""
-    record = report.Record([], {})
+def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
+    """Check everything, then measure case by case; what was measured, and with ``--resume`` before.
+
+    Raises:
+        UsageError: An option does not fit.
+    """
+    lines: list[report.Line] = []
     if args.out is not None and args.out.exists():
         if not args.resume:
             raise UsageError(f'--out {args.out} exists: add --resume, or move it away')
-        record = report.read(args.out)
+        lines = report.read(args.out)
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f'--device {args.device}: {one_line(error)}') from error
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    targets: dict[str, Target] = {}
+    targets: dict[str, list[Candidate]] = {}
+    notes: list[str] = []
     for spec, checkpoint in itertools.zip_longest(args.targets, args.checkpoints or ()):
-        target = load_target(spec, args, checkpoint)
-        if target.name in targets:
-            raise UsageError(f'targets: {target.name} is named twice')
-        targets[target.name] = target
-    notes = [note for target in targets.values() for note in target.notes]
+        if (name := Path(spec).stem) in targets:
+            raise UsageError(f'targets: {name} is named twice')
+        targets[name], own = load_target(spec, args, checkpoint)
+        notes += own
     print(*(f'note: {note}' for note in notes), sep='\n')
-    about = {
-        'command': shlex.join(['tools/analysis_tools/benchmark.py', *command]),
-        'machine': latency.machine(),
-        'versions': latency.versions(),
-        'notes': notes,
-    }
-    record.add(about, args.out)
-    for name, target in targets.items():
+    about = dict(command=shlex.join(['tools/analysis_tools/benchmark.py', *command]))
+    about |= dict(machine=latency.machine(), versions=latency.versions(), notes=notes)
+    report.add(lines, about, args.out)
+    for name, candidates in targets.items():
         for case in cases_of(name, args):
-            if not record.has(case, [candidate.name for candidate in target.candidates]):
-                measure(case, target.candidates, args)
-                record.add(case, args.out)
+            if not report.is_measured(lines, case, [candidate.name for candidate in candidates]):
+                measure(case, candidates, args)
+                report.add(lines, case, args.out)
                 print(report.case_table(case))
-    return record
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -368,20 +316,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.sources:
-            record = report.read_all(args.sources)
-            print(*map(report.case_table, record.cases.values()), sep='\n')
+            lines = [line for path in args.sources for line in report.read(path)]
+            print(*(report.case_table(line) for line in lines if 'target' in line), sep='\n')
         else:
-            record = run(args, sys.argv[1:] if argv is None else argv)
-        print(report.summary(record), *record.about(), sep='\n')
+            lines = run(args, sys.argv[1:] if argv is None else argv)
+        print(report.summary(lines), *report.about(lines), sep='\n')
         if args.markdown is not None:
             args.markdown.parent.mkdir(parents=True, exist_ok=True)
-            args.markdown.write_text(report.document(record), encoding='utf-8')
+            args.markdown.write_text(report.document(lines), encoding='utf-8')
         if args.plot is not None:
-            report.plot(record, args.plot)
+            report.plot(lines, args.plot)
     except (ValueError, TypeError, OSError, UsageError) as error:
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
-    return int(any(c['error'] for case in record.cases.values() for c in case['candidates']))
+    return int(any(c['error'] for line in lines for c in line.get('candidates', ())))
 
 
 if __name__ == '__main__':

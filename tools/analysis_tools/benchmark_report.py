@@ -3,15 +3,17 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from idlevit_mm.errors import UsageError
 
-Case = dict[str, Any]
+# A run (command, machine, versions and notes) or a case: its conditions and candidates.
+Line = dict[str, Any]
 
 CONDITIONS = ['target', 'part', 'shape', 'batch', 'dtype', 'mode', 'compile', 'device', 'threads']
 # Of a candidate in a case: milliseconds per image, and time divided by the reference's in the same
@@ -22,159 +24,138 @@ _CAPTION = (
     'brackets the realised share: speed-up / (multiply-adds of the reference / multiply-adds of '
     'the candidate).'
 )
+# Of the table of a case: column, title, format; those of memory last.
+_COLUMNS = (
+    *(('name', '', ''), ('ms', 'ms/image', '.2f'), ('ms_low', '25 %', '.2f')),
+    *(('ms_high', '75 %', '.2f'), ('speedup', 'speed-up', '.3f'), ('slow', '25 %', '.3f')),
+    *(('fast', '75 %', '.3f'), ('multiply_adds', 'G multiply-adds', '.3f')),
+    *(('operations', 'ratio', '.3f'), ('realised', 'realised', '.2f')),
+    *(('memory', 'peak MiB', '.1f'), ('memory_ratio', 'ratio', '.3f')),
+)
 
 
-class Record(NamedTuple):
-    """What was measured.
-
-    Attributes:
-        runs: Command, machine, versions and notes of each run that added cases.
-        cases: By their conditions, in the order measured; of the same conditions the last.
-    """
-
-    runs: list[dict[str, Any]]
-    cases: dict[str, Case]
-
-    def about(self) -> list[str]:
-        """Machines, versions and notes of all runs, each once."""
-        lines = [[f'{run["machine"]}; {run["versions"]}', *run['notes']] for run in self.runs]
-        return list(dict.fromkeys(line for own in lines for line in own))
-
-    def add(self, line: dict[str, Any], path: Path | None = None) -> None:
-        """Add a run or a case, also to a file."""
-        if 'candidates' in line:
-            self.cases[key_of(line)] = line
-        else:
-            self.runs.append(line)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open('a', encoding='utf-8') as file:
-                print(json.dumps(line, ensure_ascii=False), file=file)
-
-    def has(self, case: Case, names: Iterable[str]) -> bool:
-        """Whether a case is there with these candidates, none of them failed."""
-        found = self.cases.get(key_of(case), {'candidates': []})['candidates']
-        errors = {candidate['name']: candidate['error'] for candidate in found}
-        return errors.keys() >= set(names) and not any(errors.values())
-
-
-def read(path: Path) -> Record:
-    """Read a file of the benchmark.
+def read(path: Path) -> list[Line]:
+    """Read a file of the benchmark; of cases of the same conditions the last.
 
     Raises:
         UsageError: There is no such file, or it is another one.
     """
-    record = Record([], {})
     try:
-        for line in path.read_text(encoding='utf-8').splitlines():
-            record.add(json.loads(line))
-        record.about()
+        lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+        lines = list({key_of(line): line for line in lines}.values())
+        about(lines)
     except OSError as error:
         raise UsageError(f'{path} cannot be read: {error.strerror}') from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is not a file that this tool wrote') from error
-    return record
+    return lines
 
 
-def read_all(paths: Iterable[Path]) -> Record:
-    """Read several files; cases of the same conditions in two of them are two."""
-    records = {path: read(path) for path in paths}
-    cases = {f'{p} {key}': case for p, own in records.items() for key, case in own.cases.items()}
-    return Record([run for own in records.values() for run in own.runs], cases)
+def add(lines: list[Line], line: Line, path: Path | None) -> None:
+    """Add a run or a case to what was measured and to its file."""
+    lines[:] = [known for known in lines if key_of(known) != key_of(line)] + [line]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('a', encoding='utf-8') as file:
+            print(json.dumps(line, ensure_ascii=False), file=file)
 
 
-def key_of(case: Case) -> str:
-    """The conditions of a case as one text."""
-    return json.dumps([case[name] for name in CONDITIONS])
+def key_of(line: Line) -> str:
+    """The conditions of a case, or all of a run, as one text."""
+    return json.dumps([line[name] for name in CONDITIONS] if 'target' in line else line)
 
 
-def rows_of(cases: Iterable[Case]) -> pd.DataFrame:
+def about(lines: Iterable[Line]) -> list[str]:
+    """Machines, versions and notes of all runs, each once."""
+    runs = [line for line in lines if 'target' not in line]
+    texts = [[f'{run["machine"]}; {run["versions"]}', *run['notes']] for run in runs]
+    return list(dict.fromkeys(chain.from_iterable(texts)))
+
+
+def is_measured(lines: Iterable[Line], case: Line, names: Iterable[str]) -> bool:
+    """Whether a case is there with these candidates, none of them failed."""
+    found = [line['candidates'] for line in lines if key_of(line) == key_of(case)]
+    errors = {candidate['name']: candidate['error'] for candidate in chain(*found)}
+    return errors.keys() >= set(names) and not any(errors.values())
+
+
+def rows_of(lines: Iterable[Line]) -> pd.DataFrame:
     """One row per candidate and case, with ratios to the reference of the case.
 
     Raises:
         UsageError: There is no case.
     """
-    cases = list(cases)
-    if not cases:
-        raise UsageError('there is no case that was measured')
     rows = pd.DataFrame(
         {**case, **candidate, 'case': index}
-        for index, case in enumerate(cases)
-        for candidate in case['candidates']
+        for index, case in enumerate(lines)
+        for candidate in case.get('candidates', ())
     )
-    numbers = [*TIMES, 'multiply_adds', 'memory']
-    rows[numbers] = rows[numbers].astype(float)
+    if rows.empty:
+        raise UsageError('there is no case that was measured')
+    rows = rows.astype(dict.fromkeys((*TIMES, 'multiply_adds', 'memory'), float))
     rows['is_reference'] = rows['name'] == rows['reference']
     base = rows[rows['is_reference']].set_index('case')
     rows['operations'] = rows['multiply_adds'] / rows['case'].map(base['multiply_adds'])
     rows['memory_ratio'] = rows['memory'] / rows['case'].map(base['memory'])
-    rows['speedup'], rows['slow'] = 1 / rows['ratio'], 1 / rows['ratio_high']
-    rows['fast'] = 1 / rows['ratio_low']
+    rows[['speedup', 'slow', 'fast']] = 1 / rows[['ratio', 'ratio_high', 'ratio_low']].to_numpy()
     share = rows['speedup'] * rows['operations']
     rows['realised'] = share.where(rows['operations'] < 0.995)
     rows['shape'] = rows['shape'].map(lambda shape: f'{shape[0]}×{shape[1]}')
-    cpu = rows['device'] == 'cpu'
-    rows['place'] = rows['device'].where(~cpu, 'CPU, ' + rows['threads'].astype(str) + ' threads')
+    threads = 'CPU, ' + rows['threads'].astype(str) + ' threads'
+    rows['place'] = rows['device'].where(rows['device'] != 'cpu', threads)
     compiled = (', compile ' + rows['compile']).where(rows['compile'] != 'none', '')
     rows['what'] = rows['part'] + ' ' + rows['mode'] + compiled
     return rows
 
 
-def case_table(case: Case) -> str:
+def case_table(case: Line) -> str:
     """A case for the terminal, and why candidates failed."""
     rows = rows_of([case])
     rows['multiply_adds'] /= 1e9
     rows['memory'] /= 2**20
-    columns = ['name', *TIMES[:3], 'speedup', 'slow', 'fast', 'multiply_adds', 'operations']
-    columns += ['realised', 'memory', 'memory_ratio'][: 1 if rows['memory'].isna().all() else 3]
-    titles = ['', 'ms/image', '25 %', '75 %', 'speed-up', '25 %', '75 %', 'G multiply-adds']
-    titles += ['ratio', 'realised', 'peak MiB', 'ratio']
-    forms = ['', *['.2f'] * 3, *['.3f'] * 5, '.2f', '.1f', '.3f']
-    table = rows[columns].set_axis(titles[: len(columns)], axis=1)
+    shown = _COLUMNS[: -2 if rows['memory'].isna().all() else None]
+    table = rows[[name for name, _, _ in shown]].set_axis([title for _, title, _ in shown], axis=1)
     conditions = ', '.join(rows[part][0] for part in ('what', 'dtype', 'shape', 'place'))
     title = f'{case["target"]} {conditions}, batch {case["batch"]}, {case["rounds"]} rounds, '
     failed = [f'{c["name"]} failed: {c["error"]}' for c in case['candidates'] if c['error']]
-    shown = markdown(table, forms[: len(columns)])
-    return '\n'.join([title + f'against {case["reference"]}', shown, *failed, ''])
+    text = markdown(table, [form for _, _, form in shown])
+    return '\n'.join([title + f'against {case["reference"]}', text, *failed, ''])
 
 
-def summary(record: Record) -> str:
+def summary(lines: Iterable[Line]) -> str:
     """Geometric means of each candidate over the cases of a target, and over all targets."""
-    rows = rows_of(record.cases.values())
+    rows = rows_of(lines)
     rows = rows[~rows['is_reference'] & rows['speedup'].notna()]
     kind = ['what', 'reference', 'name']
     shared = rows.groupby(kind)['target'].transform('nunique') > 1
     rows = pd.concat([rows, rows[shared].assign(target='all')])
     table = rows.groupby(['target', *kind], sort=False).agg(
-        cases=('case', 'size'),
-        speedup=('speedup', geometric_mean),
-        slowest=('speedup', 'min'),
-        fastest=('speedup', 'max'),
-        realised=('realised', geometric_mean),
-        lowest=('realised', 'min'),
-        highest=('realised', 'max'),
+        {name: [geometric_mean, 'min', 'max'] for name in ('speedup', 'realised')}
+        | {'case': 'size'}
     )
+    table.columns = ['speedup', 'slowest', 'fastest', 'realised', 'lowest', 'highest', 'cases']
+    table.insert(0, 'cases', table.pop('cases'))
     table.index.names = ['target', 'measured', 'against', 'candidate']
     return markdown(table.reset_index(), [*[''] * 5, *['.2f'] * 6])
 
 
-def document(record: Record) -> str:
+def document(lines: Iterable[Line]) -> str:
     """Tables for a document: a row per case, one table per part, place and reference; a summary."""
-    rows = rows_of(record.cases.values()).fillna({'reference': 'nothing: the reference failed'})
+    rows = rows_of(lines)
     index = ['target', 'shape', 'batch', 'mode', 'dtype', 'compile']
     if (rows['compile'] == 'none').all():
         index.remove('compile')
     share = rows['realised'].map(' ({:.2f})'.format).where(rows['realised'].notna(), '')
     rows['gain'] = rows['speedup'].map('{:.2f}'.format) + share
     rows['gain'] = rows['gain'].where(rows['speedup'].notna(), 'failed')
-    lines = [_CAPTION, '', *(f'- {line}' for line in record.about()), '']
+    texts = [_CAPTION, '', *(f'- {line}' for line in about(lines)), '']
     others = rows[~rows['is_reference']].groupby(['part', 'place', 'reference'], sort=False)
     for (part, place, reference), group in others:
         table = group.pivot(index=['case', *index], columns='name', values='gain').fillna('')
         table = table[group['name'].unique()].reset_index(index)
         shown = table.to_markdown(index=False, disable_numparse=True)
-        lines += [f'**{part}, {place}, against {reference}**', '', shown, '']
-    return '\n'.join([*lines, '**Geometric means**', '', summary(record), ''])
+        texts += [f'**{part}, {place}, against {reference}**', '', shown, '']
+    return '\n'.join([*texts, '**Geometric means**', '', summary(lines), ''])
 
 
 def markdown(table: pd.DataFrame, formats: Sequence[str]) -> str:
@@ -188,27 +169,24 @@ def geometric_mean(values: Any) -> float:
     return float(np.exp(np.log(values).mean()))
 
 
-def points_of(record: Record) -> pd.DataFrame:
+def points_of(lines: Iterable[Line]) -> pd.DataFrame:
     """Points of the picture, a row each: panel, line, name, operations, speedup.
 
     Raises:
         UsageError: No keep ratio was measured against a reference.
     """
-    rows = rows_of(record.cases.values())
+    rows = rows_of(lines)
     rows = rows[rows['kind'].isin(['idle', 'dense']) & rows['speedup'].notna()]
-    rows = rows[~rows['is_reference']]
+    rows = rows[~rows['is_reference']].copy()
     if rows.empty:
         raise UsageError('--plot: no keep ratio was measured against a reference')
-    # All scopes are the same where every token is kept.
-    scopes = rows[rows['kind'] == 'idle'].groupby('case')['scope'].unique()
-    known = rows['case'].map(scopes).where(rows['kind'] == 'dense', rows['scope'])
-    rows = rows.assign(scope=known).explode('scope', ignore_index=True)
-    rows['line'] = rows['target'] + (', ' + rows['scope']).fillna('')
+    # A name may say more than the ratio.
+    rows['line'] = rows['target'] + rows['name'].str.replace(r'keep \S+', '', regex=True)
     rows['panel'] = rows['what'] + ', ' + rows['dtype'] + ', ' + rows['place']
     return rows[['panel', 'line', 'name', 'operations', 'speedup']]
 
 
-def plot(record: Record, path: Path) -> None:
+def plot(lines: Iterable[Line], path: Path) -> None:
     """Draw a panel per kind of measurement, a line per model through means, both axes logarithmic.
 
     Raises:
@@ -217,7 +195,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    points = points_of(record)
+    points = points_of(lines)
     panels = points.groupby('panel', sort=False)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -12,16 +12,8 @@ import pandas as pd
 from mmengine.config import DictAction
 from torch import nn
 
+from idlevit_mm.analysis import flops
 from idlevit_mm.analysis.batches import PHASES, data_batches
-from idlevit_mm.analysis.flops import (
-    TOTAL,
-    backbone_multiply_adds,
-    count_multiply_adds,
-    evaluating,
-    model_multiply_adds,
-    part_multiply_adds,
-    pretty,
-)
 from idlevit_mm.analysis.models import load_model, parse_shapes, share_kept, with_keep_ratios
 from idlevit_mm.errors import UsageError
 
@@ -43,13 +35,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count_shape(model: nn.Module, shape: tuple[int, int], backbone_only: bool) -> dict[str, int]:
-    """Multiply-adds of each part for one image of this shape."""
-    if backbone_only or not hasattr(model, 'backbone'):
-        return {'backbone': backbone_multiply_adds(getattr(model, 'backbone', model), shape)}
-    return model_multiply_adds(model, shape)
-
-
 def count_data(
     model: nn.Module, batches: Iterable[dict[str, Any]], training: bool, backbone_only: bool
 ) -> dict[str, Any]:
@@ -64,16 +49,16 @@ def count_data(
     """
     rows, images, shares = [], [], []
     backbone = getattr(model, 'backbone', model)
-    with evaluating(model):
+    with flops.evaluating(model):
         for batch in batches:
             data = model.data_preprocessor(batch, training)
             inputs = data['inputs']
             if backbone_only:
-                counts = {'backbone': count_multiply_adds(backbone, inputs)}
-                counts[TOTAL] = counts['backbone']
+                count = flops.count_multiply_adds(backbone, inputs)
+                counts = {'backbone': count, flops.TOTAL: count}
             else:
                 samples = data.get('data_samples')
-                counts = part_multiply_adds(model, inputs, samples, mode='tensor')
+                counts = flops.part_multiply_adds(model, inputs, samples, mode='tensor')
             images.append(len(inputs))
             rows.append({part: count / len(inputs) for part, count in counts.items()})
             if hasattr(backbone, 'set_keep_ratios'):
@@ -81,12 +66,12 @@ def count_data(
     if not images:
         raise ValueError('batches hold no image to count')
     table = pd.DataFrame(rows).fillna(0.0)
-    table[TOTAL] = table.pop(TOTAL)  # parts that not every batch uses come before it
+    table[flops.TOTAL] = table.pop(flops.TOTAL)  # parts that not every batch uses come before it
     return {
         'images': sum(images),
         'parts': table.apply(np.average, weights=images).to_dict(),
-        'low': table[TOTAL].min(),
-        'high': table[TOTAL].max(),
+        'low': table[flops.TOTAL].min(),
+        'high': table[flops.TOTAL].max(),
         'share_active': np.average(shares, weights=images) if shares else None,
     }
 
@@ -105,27 +90,25 @@ def main() -> int:
                 batches = data_batches(model.cfg, args.data, args.num_images)
                 found = count_data(variant, batches, args.data == 'train', args.backbone_only)
                 record[name] = found
-                column = {f'{part}, mean': pretty(mean) for part, mean in found['parts'].items()}
-                column['total, minimum'], column['total, maximum'] = map(
-                    pretty, (found['low'], found['high'])
-                )
+                means = {f'{part}, mean': mean for part, mean in found['parts'].items()}
+                means |= {'total, minimum': found['low'], 'total, maximum': found['high']}
+                column = {title: flops.pretty(count) for title, count in means.items()}
                 share = found['share_active']
                 column['active tokens'] = '–' if share is None else f'{share:.1%}'
                 title = f'Multiply-adds, {found["images"]} images of {args.data}'
                 tables.setdefault(title, {})[name] = column
             for height, width in () if args.data else shapes:
-                counts = count_shape(variant, (height, width), args.backbone_only)
+                counts = flops.model_multiply_adds(variant, (height, width), args.backbone_only)
                 record.setdefault(f'{height}x{width}', {})[name] = counts
-                column = {part: pretty(count) for part, count in counts.items()}
+                column = {part: flops.pretty(count) for part, count in counts.items()}
                 tables.setdefault(f'Multiply-adds at {height}×{width}', {})[name] = column
     except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     for title, columns in tables.items():
-        table = pd.DataFrame(columns).fillna('0')
         align = ['left', *['right'] * len(columns)]
         print(f'{title} ({args.config.stem})')
-        print(table.to_markdown(disable_numparse=True, colalign=align))
+        print(pd.DataFrame(columns).fillna('0').to_markdown(disable_numparse=True, colalign=align))
     ratios = getattr(getattr(model, 'backbone', model), 'keep_ratios', None)
     if ratios is not None and not args.keep_ratios:
         print('keep ratios per stage and block:', [[float(f'{r:.4g}') for r in s] for s in ratios])

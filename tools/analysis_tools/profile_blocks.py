@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -33,23 +33,16 @@ from idlevit_mm.kernels import BACKENDS, convolution
 IDLING = ['scoring', 'selecting', 'gathering', 'scattering']
 PARTS = [*IDLING, 'attention core', 'attention, rest', 'feed-forward', 'rest']
 OUTSIDE, BACKWARD = 'outside the blocks', 'backward pass'
-# Methods of blocks, and entries of backends, by the part that they are.
-METHODS = {
-    'forward': 'rest',
-    'look': 'scoring',
-    'planned': 'selecting',
-    'opened': 'gathering',
-    'settled': 'scattering',
-    'regrouped': 'scattering',
-    'attend': 'attention, rest',
-    'transform': 'feed-forward',
-}
-ENTRIES = {
-    'take': 'gathering',
-    'put': 'scattering',
-    'attend': 'attention core',
-    'attend_windows': 'attention core',
-}
+# Methods of blocks and entries of backends by the part that they are, and functions.
+METHODS = dict(forward='rest', look='scoring', planned='selecting', opened='gathering')
+METHODS |= dict(settled='scattering', regrouped='scattering', attend='attention, rest')
+METHODS |= dict(transform='feed-forward')
+ENTRIES = dict(take='gathering', put='scattering')
+ENTRIES |= dict.fromkeys(('attend', 'attend_windows'), 'attention core')
+FUNCTIONS = [
+    *((kernels.cpu, name, 'gathering') for name in ('pack_windows', 'pack_whole_windows')),
+    *((convolution, 'take_rows', 'gathering'), (convolution, 'fill_map', 'scattering')),
+]
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,29 +66,24 @@ def parse_args() -> argparse.Namespace:
 @contextmanager
 def labelled(backbone: Any) -> Iterator[None]:
     """Have the profiler see the parts of blocks, as long as it lasts."""
+    found = [(owner, name, f'|{part}') for owner, name, part in FUNCTIONS]
+    found += [(backend, name, f'|{part}') for backend in BACKENDS for name, part in ENTRIES.items()]
+    for stage, blocks in enumerate(backbone.idle_blocks):
+        for block in blocks:
+            found += [(block, name, f'{stage}|{part}') for name, part in METHODS.items()]
+            found.append((block.policy, 'between', f'{stage}|selecting'))
 
-    def label(stack: ExitStack, owner: Any, name: str, text: str) -> None:
-        function = getattr(owner, name)
-
+    def label(function: Callable[..., Any], text: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with record_function(text):
                 return function(*args, **kwargs)
 
-        stack.enter_context(mock.patch.object(owner, name, call))
+        return call
 
     with ExitStack() as stack:
-        for stage, blocks in enumerate(backbone.idle_blocks):
-            for block in blocks:
-                for name, part in METHODS.items():
-                    label(stack, block, name, f'idle|{stage}|{part}')
-                label(stack, block.policy, 'between', f'idle|{stage}|selecting')
-        for backend in BACKENDS:
-            for name, part in ENTRIES.items():
-                label(stack, backend, name, f'idle||{part}')
-        for name in ('pack_windows', 'pack_whole_windows'):
-            label(stack, kernels.cpu, name, 'idle||gathering')
-        label(stack, convolution, 'take_rows', 'idle||gathering')
-        label(stack, convolution, 'fill_map', 'idle||scattering')
+        for owner, name, text in found:
+            own = label(getattr(owner, name), f'idle|{text}')
+            stack.enter_context(mock.patch.object(owner, name, own))
         yield
 
 
@@ -109,15 +97,14 @@ def charges(events: Iterable[Any], on_cpu: bool = True) -> Counter[tuple[int, st
         stage, around = label_of(event.cpu_parent)
         if around == BACKWARD or event.name.startswith('autograd::engine'):
             return -1, BACKWARD
-        _, *own = event.name.split('|')
-        if own and own[0]:
-            return int(own[0]), own[1]
-        return (stage, own[1]) if own and stage >= 0 else (stage, around)
+        _, number, part, *_ = [*event.name.split('|'), '', '']
+        stage = int(number) if number else stage
+        return stage, part if part and stage >= 0 else around
 
     totals: Counter[tuple[int, str]] = Counter()
     for event in events:
-        own = event.self_cpu_time_total if on_cpu else event.self_device_time_total
         if event.device_type == torch.autograd.DeviceType.CPU:
+            own = event.self_cpu_time_total if on_cpu else event.self_device_time_total
             totals[label_of(event)] += own / 1e6
     return totals
 
@@ -152,84 +139,76 @@ def profile_blocks(
                 seen.append(charges(profiler.events(), on_cpu))
     backbone.eval()
     medians = pd.DataFrame(seen).fillna(0.0).median().to_dict()
-    stages = [
-        {part: medians.get((stage, part), 0.0) for part in PARTS}
-        for stage in range(len(backbone.idle_blocks))
-    ]
+    numbers = range(len(backbone.idle_blocks))
+    stages = [{part: medians.get((stage, part), 0.0) for part in PARTS} for stage in numbers]
     table = pd.DataFrame(stages)
-    shares = table[IDLING].sum(axis=1) / table.sum(axis=1)
     return {
         'seconds_of_stages': stages,
         'seconds_outside_blocks': medians.get((-1, OUTSIDE), 0.0),
         'seconds_backward': medians.get((-1, BACKWARD)) if training else None,
-        'idling_share_of_stages': shares.tolist(),
+        'idling_share_of_stages': (table[IDLING].sum(axis=1) / table.sum(axis=1)).tolist(),
         'idling_share': table[IDLING].sum().sum() / table.sum().sum(),
     }
 
 
 def table_of(found: dict[str, Any]) -> str:
     """One row per part, one column per stage and one for all blocks: milliseconds and share."""
-    table = pd.DataFrame(found['seconds_of_stages']).T
-    table.columns = [f'stage {stage + 1}' for stage in table]
+    table = pd.DataFrame(found['seconds_of_stages']).T.rename(columns=lambda i: f'stage {i + 1}')
     table['all blocks'] = table.sum(axis=1)
-    whole = table.sum()
-    shown = table.apply(
-        lambda row: [f'{1000 * s:.2f} ({s / w:5.1%})' for s, w in zip(row, whole, strict=True)],
-        axis=1,
-        result_type='broadcast',
-    )
-    shown.loc['sum'] = [f'{1000 * seconds:.2f}' for seconds in whole]
-    shares = [*found['idling_share_of_stages'], found['idling_share']]
-    shown.loc[', '.join(IDLING)] = [f'{share:.1%}' for share in shares]
+    shares = (table / table.sum()).map('({:5.1%})'.format)
+    shown = (1000 * table).map('{:.2f} '.format) + shares
+    shown.loc['sum'] = (1000 * table.sum()).map('{:.2f}'.format)
+    idling = [*found['idling_share_of_stages'], found['idling_share']]
+    shown.loc[', '.join(IDLING)] = [f'{share:.1%}' for share in idling]
     align = ['left', *['right'] * len(shown.columns)]
     return shown.to_markdown(disable_numparse=True, colalign=align)
 
 
-def build_target(target: str, cfg_options: dict | None, device: str) -> nn.Module:
-    """The model of a config, or a backbone by its registered name.
+def run(args: argparse.Namespace) -> None:
+    """Profile and print.
 
     Raises:
-        UsageError: There is no such thing.
+        UsageError: There is no such config or backbone, or it is not idle.
     """
-    if target in MODELS.module_dict:
-        return MODELS.build(dict(type=target, **(cfg_options or {}))).to(device)
-    if not Path(target).is_file():
-        raise UsageError(
-            f'target {target!r} is neither a config file nor a registered name such as '
-            'IdleSwinTransformer'
-        )
-    return load_model(target, device=device, cfg_options=cfg_options)
-
-
-def main() -> int:
-    """Profile and print."""
-    args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    is_file = Path(args.target).is_file()
+    if not is_file and args.target not in MODELS.module_dict:
+        raise UsageError(
+            f'target {args.target!r} is neither a config file nor a registered name such as '
+            'IdleSwinTransformer'
+        )
+    config = args.target if is_file else Config(dict(model=dict(type=args.target)))
+    model = load_model(config, device=args.device, cfg_options=args.cfg_options)
+    if args.keep_ratios:
+        ratios = args.keep_ratios
+        idle_backbone(model).set_keep_ratios(ratios[0] if len(ratios) == 1 else ratios)
+    threads = torch.get_num_threads()
+    place = f'{threads} threads' if args.device == 'cpu' else args.device
     profiles: dict[str, dict[str, Any]] = {}
-    threads = f'{torch.get_num_threads()} threads' if args.device == 'cpu' else args.device
-    try:
-        model = build_target(args.target, args.cfg_options, args.device)
-        if args.keep_ratios:
-            ratios = args.keep_ratios
-            idle_backbone(model).set_keep_ratios(ratios[0] if len(ratios) == 1 else ratios)
-        for height, width in parse_shapes(args.shape):
-            images = noise_image((args.batch, 3, height, width), args.device)
-            found = profile_blocks(model, images, args.mode, args.rounds, args.warmup)
-            profiles[f'{height}x{width}'] = found
-            print(f'{Path(args.target).stem}, {tuple(images.shape)}, {args.mode}, {threads}')
-            print(table_of(found))
-            for key, name in (('outside_blocks', OUTSIDE), ('backward', BACKWARD)):
-                if found[f'seconds_{key}'] is not None:
-                    print(f'{name}: {1000 * found[f"seconds_{key}"]:.2f} ms')
-    except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    for height, width in parse_shapes(args.shape):
+        images = noise_image((args.batch, 3, height, width), args.device)
+        found = profile_blocks(model, images, args.mode, args.rounds, args.warmup)
+        profiles[f'{height}x{width}'] = found
+        print(f'{Path(args.target).stem}, {tuple(images.shape)}, {args.mode}, {place}')
+        print(table_of(found))
+        for key, name in (('outside_blocks', OUTSIDE), ('backward', BACKWARD)):
+            if found[f'seconds_{key}'] is not None:
+                print(f'{name}: {1000 * found[f"seconds_{key}"]:.2f} ms')
     print(f'{machine()}; {versions()}')
     if args.out is not None:
         about = dict(vars(args), out=None, keep_ratios=idle_backbone(model).keep_ratios)
-        about |= dict(threads=torch.get_num_threads(), machine=machine(), versions=versions())
-        args.out.write_text(json.dumps({**about, 'profiles': profiles}, indent=2) + '\n')
+        about |= dict(threads=threads, machine=machine(), versions=versions(), profiles=profiles)
+        args.out.write_text(json.dumps(about, indent=2) + '\n')
+
+
+def main() -> int:
+    """Profile and print; the exit code."""
+    try:
+        run(parse_args())
+    except (ValueError, TypeError, UsageError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
     return 0
 
 

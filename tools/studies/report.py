@@ -38,11 +38,6 @@ def frame_of(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates([*KEYS, 'seed'], keep='last')
 
 
-def tasks_of(frame: pd.DataFrame) -> list[str]:
-    """The tasks of some runs, in the order of all tasks."""
-    return [task for task in TASKS if (frame.task == task).any()]
-
-
 def means(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per variant: mean score, gain over dense in the same seeds, each seed's score."""
     dense = frame[frame.method == 'dense'].set_index(['task', 'seed']).score
@@ -134,7 +129,7 @@ def text(frame: pd.DataFrame) -> str:
         'backbone, scoring included, divided by those of the dense one.'
     ]
     served = []
-    for task in tasks_of(frame):
+    for task in [task for task in TASKS if (frame.task == task).any()]:
         own, rows = frame[frame.task == task], table[table.task == task]
         parts += [f'## {TASKS[task].title} ({task})', variant_table(rows, task), scatter(own)]
         if (own.method == RANDOM_RATIOS).any():
@@ -146,7 +141,7 @@ def text(frame: pd.DataFrame) -> str:
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Draw the scores of policies over multiply-adds, a panel per task, into a file."""
     table = means(frame)
-    tasks = tasks_of(frame)
+    tasks = [task for task in TASKS if (frame.task == task).any()]
     figure = Figure(figsize=(5.2 * len(tasks), 4.6), layout='constrained')
     handles: dict[str, Any] = {}
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):

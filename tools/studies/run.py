@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,28 +42,22 @@ ROOT = CONFIGS.parents[1]
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('study', choices=['scorers', 'policies'])
-    parser.add_argument('--scorers', nargs='+', choices=SCORERS, default=SCORERS)
-    parser.add_argument('--keep-ratios', nargs='+', type=float, default=[0.7, 0.5])
-    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        '--levels', nargs='+', type=float, default=LEVELS, help='shares of multiply-adds to save'
-    )
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1])
-    parser.add_argument('--epochs', type=int, default=1, help='fine-tuning epochs of every run')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
-    parser.add_argument('--threads', type=int, default=1, help='computing threads per run')
-    parser.add_argument('--out-dir', type=Path, help='default: work_dirs/STUDY_study')
-    parser.add_argument(
-        '--dense-dir',
-        type=Path,
-        default=ROOT / 'work_dirs',
-        help='folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing',
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='further overrides for every run'
-    )
+    add = parser.add_argument
+    several, number = dict(nargs='+', type=float), dict(type=int)
+    add('study', choices=['scorers', 'policies'])
+    add('--scorers', nargs='+', choices=SCORERS, default=SCORERS)
+    add('--keep-ratios', **several, default=[0.7, 0.5])
+    add('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
+    add('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+    add('--levels', **several, default=LEVELS, help='shares of multiply-adds to save')
+    add('--seeds', nargs='+', type=int, default=[0, 1])
+    add('--epochs', **number, default=1, help='fine-tuning epochs of every run')
+    add('--jobs', **number, default=2, help='runs at a time')
+    add('--threads', **number, default=1, help='computing threads per run')
+    add('--out-dir', type=Path, help='default: work_dirs/STUDY_study')
+    dense_help = 'folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing'
+    add('--dense-dir', type=Path, default=ROOT / 'work_dirs', help=dense_help)
+    add('--cfg-options', nargs='+', action=DictAction, help='further overrides for every run')
     args = parser.parse_args()
     if not all(0 < share < 1 for share in [*args.keep_ratios, *args.levels]):
         parser.error('--keep-ratios and --levels must lie in (0, 1); a dense row is always there')
@@ -76,26 +70,24 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Do the study, or what is left of it, and write its tables."""
     if args.study == 'policies':
-        runs = list(policy_runs(args.seeds, args.levels, args.tasks, args.methods))
-        lines = do_runs(runs, args)
+        lines = do_runs(policy_runs(args.seeds, args.levels, args.tasks, args.methods), args)
     else:
-        lines = do_runs(
-            list(scorer_runs(args.seeds, args.keep_ratios, args.scorers, ['map'])), args
-        )
+        lines = do_runs(scorer_runs(args.seeds, args.keep_ratios, args.scorers, ['map']), args)
         best = report.best_scorer(report.frame_of(lines))
         print(f'best scorer on the whole map: {best}')
-        lines += do_runs(list(scorer_runs(args.seeds, args.keep_ratios, [best], SCOPES[1:])), args)
+        lines += do_runs(scorer_runs(args.seeds, args.keep_ratios, [best], SCOPES[1:]), args)
     tables = report.text(report.frame_of(lines))
     (args.out_dir / 'study.md').write_text(tables)
     print(f'\n{tables}\nwritten to {args.out_dir / "study.md"}')
 
 
-def do_runs(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
+def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Do the runs that ``runs.jsonl`` does not hold yet; returns its lines of all runs.
 
     Raises:
         UsageError: a run failed; no other is started.
     """
+    runs = list(planned)
     starts = {task: start_of(task, args) for task in dict.fromkeys(run.task for run in runs)}
     configs = {run.name: run_config(run, *starts[run.task], args.epochs) for run in runs}
     plan = {run.name: lines_of(run, configs[run.name]) for run in runs}
@@ -161,21 +153,17 @@ def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
 
 def lines_of(run: Run, cfg: Config) -> list[dict[str, Any]]:
     """What the results of a run hold besides the score: all that it depends on."""
-    settings = dict(
-        config_sha256=_digest(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()),
-        checkpoint_sha256=_digest(Path(cfg.load_from).read_bytes()),
-        epochs=cfg.train_cfg.max_epochs,
-        policy=run.policy,
-        custom_hooks=run.hooks,
-    )
-    ratios = run.served or (None,)
+    data = json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()
+    digests = [hashlib.sha256(d).hexdigest()[:12] for d in (data, Path(cfg.load_from).read_bytes())]
+    settings = dict(zip(('config_sha256', 'checkpoint_sha256'), digests, strict=True))
+    settings |= dict(epochs=cfg.train_cfg.max_epochs, policy=run.policy, custom_hooks=run.hooks)
     return [
         dict(
             variant=dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio']),
             seed=run.seed,
             settings=dict(settings, keep_ratios=ratio or run.keep_ratios),
         )
-        for ratio in ratios
+        for ratio in run.served or (None,)
     ]
 
 
@@ -251,10 +239,6 @@ def dumped(cfg: Config, path: Path) -> Path:
 
 def _key(line: Mapping[str, Any]) -> str:
     return json.dumps([line['variant'], line['seed'], line['settings']], sort_keys=True)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 if __name__ == '__main__':

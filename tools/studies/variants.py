@@ -1,6 +1,7 @@
 """What the studies compare: tasks, scorers and policies, at keep ratios of equal multiply-adds."""
 
 import json
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -175,14 +176,9 @@ def spread(ratio: float, depths: Sequence[int], where: str = '') -> list[list[fl
 
 def nearest_ratio(count: Callable[[float], float], target: float, steps: int = 1000) -> float:
     """The multiple of 1 / ``steps`` whose count, which rises with it, is nearest to a target."""
-    low, high = 1, steps
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count(middle / steps) > target:
-            high = middle
-        else:
-            low = middle
-    return min((low / steps, high / steps), key=lambda ratio: abs(count(ratio) - target))
+    high = bisect(range(steps), target, lo=2, key=lambda step: count(step / steps))
+    found = (high - 1) / steps, high / steps
+    return min(found, key=lambda ratio: abs(count(ratio) - target))
 
 
 def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
