@@ -99,12 +99,13 @@ def sheet_of(
         # Class names and colours, for which the data set needs no data on disk.
         cfg = dict(model.cfg.test_dataloader.dataset, lazy_init=True)
         model.dataset_meta = DATASETS.build(cfg).metainfo
+    shown: list[Any] = [('Ground truth', truth), *found]
     return Sheet(
         image=image,
         classes=model.dataset_meta['classes'],
         input_size=tuple(batch['inputs'].shape[-2:]),
         content_size=content_size(result),
-        found=[pair for pair in [('Ground truth', truth), *found] if pair[1] is not None],
+        found=[pair for pair in shown if pair[1] is not None],
         active=active_shares(idle_backbone(model).keep_masks, per=per),
         palette=model.dataset_meta.get('palette'),
     )

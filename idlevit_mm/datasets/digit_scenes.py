@@ -344,7 +344,7 @@ def _place(
             _free_spot(rng, owner, areas, _upscaled(digit_id, scale), scale)
             for digit_id, scale in zip(digit_ids, scales.tolist(), strict=True)
         )
-        placed = [*takewhile(lambda spot: spot is not None, found)]
+        placed: list[Any] = [*takewhile(lambda spot: spot is not None, found)]
         if len(placed) == len(digit_ids):
             return owner, placed
     raise RuntimeError(f'no place for {len(digit_ids)} digits: lower num_digits or digit_scale')

@@ -35,7 +35,7 @@ _IDLE_CONTRAST, _IDLE_TONE = 0.25, np.array([84, 90, 104], np.float32)
 _MIN_CELL = 6
 # Smallest region of a class map that is tagged, as a share of the image.
 _TAGGED = 0.002
-_CENTRED = {'horizontal_alignments': 'center'}
+_CENTRED: dict[str, Any] = {'horizontal_alignments': 'center'}
 _KEY = 'Tokens in colour were active, greyed ones idle, those between active in some of the blocks.'
 
 
@@ -192,7 +192,7 @@ def objects_panel(title: str, sheet: Sheet, objects: Objects) -> Panel:
             pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(colour)
         text = sheet.class_name(int(objects.labels[i]))
         text += '' if objects.scores is None else f' {objects.scores[i]:.2f}'
-        style = {
+        style: dict[str, Any] = {
             'colors': 'black' if np.dot(colour, _LUMINANCE) > 120 else 'white',
             'vertical_alignments': 'bottom' if y1 >= room else 'top',
             'bboxes': {'facecolor': np.divide(colour, 255), 'linewidth': 0.6, 'pad': 1.2},
@@ -207,7 +207,7 @@ def class_map_panel(title: str, sheet: Sheet, class_map: np.ndarray) -> Panel:
     """Classes as colours over the greyed image, larger regions tagged with their names."""
     labels = enlarge(class_map.astype(np.uint8))
     painted = np.repeat((enlarge(sheet.image) @ _LUMINANCE)[..., None] * 0.6 + 50, 3, axis=-1)
-    box = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 1.5}
+    box: Any = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75, 'pad': 1.5}
     texts = []
     for label in np.unique(labels[labels < len(sheet.classes)]):
         inside, colour, name = labels == label, sheet.colour(label), sheet.class_name(label)
@@ -265,7 +265,7 @@ def draw_sheet(sheet: Sheet) -> np.ndarray:
     canvas = np.full((len(rows) * pitch[1] + _TITLE, columns * pitch[0] + _GAP, 3), 255, np.uint8)
     points = 16 * (width / canvas.shape[1]) ** 0.5
     key = Text.within(canvas.shape[1], _KEY, _GAP, canvas.shape[0] - 0.5 * _TITLE, points)
-    placed = [(Panel('', canvas), np.zeros(2), [key] if sheet.active else [])]
+    placed: list[Any] = [(Panel('', canvas), np.zeros(2), [key] if sheet.active else [])]
     for row, panels in enumerate(rows):
         for column, panel in enumerate(panels):
             left, top = corner = (column, row) * pitch + (_GAP, _TITLE)

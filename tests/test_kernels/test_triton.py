@@ -201,7 +201,7 @@ def test_compiled_whole():
 
 @outside
 def test_fake_tensors_pass_through(tmp_path):
-    # In a process of its own: parameters on a GPU start threads of autograd, which no fork survives.
+    # In a process of its own: parameters on a GPU start threads of autograd; no fork survives them.
     run_ranks(tmp_path, _pass_fake_tensors, world=1)
 
 

@@ -122,6 +122,10 @@ def read_config(spec: str, args: argparse.Namespace, checkpoint: Path | None) ->
     return cfg
 
 
+def _given(model: nn.Module, _: object) -> nn.Module:
+    return model
+
+
 def load_target(
     spec: str, args: argparse.Namespace, checkpoint: Path | None = None
 ) -> tuple[list[Candidate], list[str]]:
@@ -161,13 +165,17 @@ def load_target(
         twin, rate = TIMM.get(spec), backbone.get('drop_path_rate', 0.1)
         notes.append(f"timm's twin is {twin}" if twin else 'timm has no twin of it')
         if twin:
-            timm = functools.lru_cache(maxsize=1)(lambda shape: timm_twin(twin, shape, rate).eval())
+
+            @functools.lru_cache(maxsize=1)
+            def timm(shape: tuple[int, int]) -> nn.Module:
+                return timm_twin(twin, shape, rate).eval()
+
             found.append(Candidate("timm's dense", 'timm', timm))
     ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS else [])
     for ratio in dict.fromkeys([1.0, *ratios] if 1.0 in ratios or not found else ratios):
         own = models.with_keep_ratios(model, ratio)
         kind = 'dense' if ratio == 1 else 'idle'
-        found.append(Candidate(f'keep {ratio:g}', kind, lambda _, own=own: own, ratio))
+        found.append(Candidate(f'keep {ratio:g}', kind, functools.partial(_given, own), ratio))
     if found[0].kind != 'host':
         notes.append(f'the reference is {found[0].name}')
     if args.as_configured or not ratios:
@@ -217,9 +225,9 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
             torch.cuda.empty_cache()
         for name in calls if not seconds else ():
             figures[name]['error'] = f'nothing to compare with: {reference} failed'
-        for name, own in seconds.items():
-            times = latency.spread(own, case['batch'] / 1000)
-            ratios = latency.spread(own, seconds[reference])
+        for name, taken in seconds.items():
+            times = latency.spread(taken, case['batch'] / 1000)
+            ratios = latency.spread(taken, seconds[reference])
             figures[name] |= zip(report.TIMES, (*times, *ratios), strict=True)
             # CUDA graphs keep their memory.
             if not graphs and (args.memory or device.type == 'cuda'):
@@ -299,7 +307,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         targets[name], own = load_target(spec, args, checkpoint)
         notes += own
     print(*(f'note: {note}' for note in notes), sep='\n')
-    about = dict(command=shlex.join(['tools/analysis_tools/benchmark.py', *command]))
+    about: dict[str, Any] = dict(
+        command=shlex.join(['tools/analysis_tools/benchmark.py', *command])
+    )
     about |= dict(machine=latency.machine(), versions=latency.versions(), notes=notes)
     report.add(lines, about, args.out)
     for name, candidates in targets.items():

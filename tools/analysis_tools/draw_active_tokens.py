@@ -43,7 +43,8 @@ def main() -> int:
     try:
         models = {}
         if args.dense:
-            models['Dense'] = load_model(*args.dense, args.device, args.cfg_options)
+            dense, checkpoint = args.dense
+            models['Dense'] = load_model(dense, checkpoint, args.device, args.cfg_options)
         model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
         models['Idle' if args.dense else 'Prediction'] = model
         options = {'score_threshold': args.score_thr, 'per': args.per}

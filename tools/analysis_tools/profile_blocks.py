@@ -66,7 +66,9 @@ def parse_args() -> argparse.Namespace:
 @contextmanager
 def labelled(backbone: Any) -> Iterator[None]:
     """Have the profiler see the parts of blocks, as long as it lasts."""
-    found = [(owner, name, f'|{part}') for owner, name, part in FUNCTIONS]
+    found: list[tuple[Any, str, str]] = [
+        (owner, name, f'|{part}') for owner, name, part in FUNCTIONS
+    ]
     found += [(backend, name, f'|{part}') for backend in BACKENDS for name, part in ENTRIES.items()]
     for stage, blocks in enumerate(backbone.idle_blocks):
         for block in blocks:
@@ -97,7 +99,7 @@ def charges(events: Iterable[Any], on_cpu: bool = True) -> Counter[tuple[int, st
         stage, around = label_of(event.cpu_parent)
         if around == BACKWARD or event.name.startswith('autograd::engine'):
             return -1, BACKWARD
-        _, number, part, *_ = [*event.name.split('|'), '', '']
+        _, number, part = [*event.name.split('|'), '', ''][:3]
         stage = int(number) if number else stage
         return stage, part if part and stage >= 0 else around
 

@@ -43,7 +43,8 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    several, number = dict(nargs='+', type=float), dict(type=int)
+    several: dict[str, Any] = dict(nargs='+', type=float)
+    number: dict[str, Any] = dict(type=int)
     add('study', choices=['scorers', 'policies'])
     add('--scorers', nargs='+', choices=SCORERS, default=SCORERS)
     add('--keep-ratios', **several, default=[0.7, 0.5])

@@ -102,6 +102,7 @@ class Run(NamedTuple):
     """
 
     variant: dict[str, Any]
+    hooks: list[dict[str, Any]]
     seed: int
     task: str = 'swin-det'
     policy: Mapping[str, Any] | None = None
@@ -143,6 +144,8 @@ def policy_runs(
     Seed by seed; within a seed all tasks at one level, then at the next. What serves many ratios
     follows with the first seed, for Swin alone.
     """
+    variant: dict[str, Any]
+    hooks: list[dict[str, Any]]
     for seed in seeds:
         for task in tasks:
             yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed, task)
