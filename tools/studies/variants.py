@@ -102,7 +102,6 @@ class Run(NamedTuple):
     """
 
     variant: dict[str, Any]
-    hooks: list[dict[str, Any]]
     seed: int
     task: str = 'swin-det'
     policy: Mapping[str, Any] | None = None
