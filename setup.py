@@ -12,7 +12,14 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # Tools that set up a checkout, or train and write inside it.
-CHECKOUT_ONLY = ('setup.sh', 'build_mmcv.py', 'doctor.py', 'demo.py', 'studies')
+CHECKOUT_ONLY = (
+    'setup.sh',
+    'build_mmcv.py',
+    'compile_kernels.py',
+    'doctor.py',
+    'demo.py',
+    'studies',
+)
 
 
 class BuildWithMim(build_py):

@@ -56,7 +56,7 @@ def test_gradient_of_a_score_is_what_the_block_adds(variant, scope):
         shape = 2, 2, 35 + block.num_class, block.policy.scorer.embed_dims
         x, weight = torch.randn(shape, generator=generator, dtype=torch.float64)
         block.policy.scorer = Given(torch.randn(2, 35, generator=generator, dtype=torch.float64))
-        out, (pack, plan, _) = block(x.requires_grad_(), hw, keep)
+        out, (pack, plan, *_) = block(x.requires_grad_(), hw, keep)
         assert pack is None
         (out * weight).sum().backward()
         added = ((out - x).detach() * weight).sum(-1)[:, :35]

@@ -115,7 +115,7 @@ def test_swin_equals_loop_over_windows(name, backend, height, width, shifted, ke
     block = stage_blocks(model)[0][int(shifted)]
     x = tokens(block, hw)
     with use_backend(backend):
-        out, (_, plan, _) = run_planned(block, x, hw, keep)
+        out, (_, plan, *_) = run_planned(block, x, hw, keep)
     active = row_mask(plan.rows, height * width)
     weights = torch.zeros(active.shape) if plan.summary is None else plan.summary
     assert (plan.summary is None) == active.all()
@@ -185,7 +185,7 @@ def test_summary_in_plain_vit_is_one_token_more(name):
     block = stage_blocks(model)[0][1]
     hw, p = (5, 7), block.num_class
     x = tokens(block, hw)
-    out, (_, plan, _) = run_planned(block, x, hw, 0.4)
+    out, (_, plan, *_) = run_planned(block, x, hw, 0.4)
     for i in range(2):
         ids = plan.rows.ids[i]
         idle = torch.ones(35, dtype=torch.bool).index_fill(0, ids, False)
@@ -211,7 +211,7 @@ def test_representative_of_pvt_is_a_query_only(name):
     block = stage_blocks(model)[1][-1]
     hw = (5, 7)
     x = tokens(block, hw)
-    out, (_, plan, _) = run_planned(block, x, hw, 0.4)
+    out, (_, plan, *_) = run_planned(block, x, hw, 0.4)
     plain = case.build(policy=dict(representative=False)).double()
     want = stage_blocks(plain)[1][-1](x, hw, 0.4)[0]
     active = row_mask(plan.rows, 35)
@@ -401,7 +401,7 @@ def test_evit_by_class_attention(fuse):
         want = stays + block.ffn(block.ln2(stays))
         assert_close(out[i, [*kept.tolist(), 35, *[36] * fuse]], want, 1e-11)
     # The next block goes on with them, and the fused token competes.
-    end, (pack, plan, _) = block(first, hw, 0.5, carried)
+    end, (pack, plan, *_) = block(first, hw, 0.5, carried)
     end, later = block.settled(Tokens(end, hw, pack)), plan.rows.ids
     assert later.shape[1] == math.ceil(0.5 * (14 + fuse)) + fuse
     for i in range(2):
