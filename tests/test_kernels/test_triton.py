@@ -13,6 +13,7 @@ import pytest
 import torch
 from backbone_zoo import assert_close, image, randomize
 from mmengine.registry import MODELS
+from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -201,9 +202,6 @@ def test_compiled_whole():
 @outside
 def test_fake_tensors_pass_through(tmp_path):
     # In a process of its own: parameters on a GPU start threads of autograd; no fork survives them.
-    from ranks import (
-        run_ranks,
-    )  # beside the tests of the engine: not on the path of the interpreter's
 
     run_ranks(tmp_path, _pass_fake_tensors, world=1)
 
