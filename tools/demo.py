@@ -29,7 +29,7 @@ SCENES = (
     '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-KEEP = '0.6'
+KEEP = '0.5'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
