@@ -136,7 +136,9 @@ class Screen:
         Raises:
             RuntimeError: A command failed; the others were ended.
         """
-        started, logs, running = time.monotonic(), [], []
+        started = time.monotonic()
+        logs: list[Path] = []
+        running: list[subprocess.Popen[bytes]] = []
         commands = step.left()
         self.left -= step.seconds
         processes = sum(2 if command.startswith('bash') else 1 for command in commands)
