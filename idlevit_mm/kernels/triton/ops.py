@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
+from ..site import site_of
 from . import TRAFFIC, rows, windows
 
 _Maybe: TypeAlias = Tensor | None
@@ -55,7 +56,13 @@ def _operator(
         operator.register_fake(fake)
         if traffic is not None:
             TRAFFIC[name] = traffic
-        return operator
+
+        def call(x: Tensor, *args: Any) -> Any:
+            # Only who records or counts needs the dispatcher, which takes longer than a launch.
+            direct = site_of(x).eager and not torch._C._len_torch_dispatch_stack()
+            return function(x, *args) if direct else operator(x, *args)
+
+        return call
 
     return made
 

@@ -50,7 +50,7 @@ def look_kernel(
 def _order(score):
     """Float32 as an integer of the same order, from 0 to 2 ** 32 - 1."""
     bits = score.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
@@ -65,21 +65,23 @@ def select_kernel(
     image = tl.program_id(0)
     base = scores + image.to(tl.int64) * N
     bins = tl.arange(0, 256)
-    prefix = tl.zeros([1], tl.int64)
+    prefix = tl.zeros([1], tl.uint32)
     left = tl.zeros([1], tl.int32) + K
     for step in tl.static_range(4):
-        high = 32 - 8 * step
+        low = 24 - 8 * step
         counts = tl.zeros([256], tl.int32)
         for first in range(0, N, BLOCK):
             i = first + tl.arange(0, BLOCK)
             key = _order(tl.load(base + i, mask=i < N, other=0.0))
-            mine = (i < N) & ((key >> high) == prefix)
-            counts += tl.histogram(((key >> (high - 8)) & 255).to(tl.int32), 256, mask=mine)
+            mine = i < N
+            if step > 0:
+                mine = mine & ((key >> (low + 8)) == prefix)
+            counts += tl.histogram(((key >> low) & 255).to(tl.int32), 256, mask=mine)
         # The highest bin that still reaches K.
         reached = tl.cumsum(counts, axis=0, reverse=True)
         best = tl.sum((reached >= left).to(tl.int32), axis=0) - 1
         left -= tl.sum(tl.where(bins > best, counts, 0), axis=0)
-        prefix = prefix * 256 + best
+        prefix = (prefix << 8) + best.to(tl.uint32)
     windows = (HP // WS) * (WP // WS)
     taken = tl.zeros([1], tl.int32)
     ties = tl.zeros([1], tl.int32)
@@ -118,7 +120,7 @@ def select_in_windows_kernel(
     valid = (slot < WS * WS) & is_token(window, slot, H, W, HP, WP, WS, SHIFT)
     score = tl.load(scores + image.to(tl.int64) * N + token, mask=valid, other=0.0)
     # No two are equal: the number of the slot decides. The least one that is kept, bit by bit.
-    key = tl.where(valid, _order(score) * SLOTS + (SLOTS - slot), 0)
+    key = tl.where(valid, _order(score).to(tl.int64) * SLOTS + (SLOTS - slot), 0)
     least = tl.zeros([1], tl.int64)
     one = tl.full([1], 1, tl.int64)
     for step in tl.static_range(42):
