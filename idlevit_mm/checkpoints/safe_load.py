@@ -88,7 +88,7 @@ def read(
                 whole = torch.UntypedStorage.from_file(str(path), False, archive.size)
             storages: dict[str, torch.UntypedStorage] = {}
 
-            def storage(key: str, location: str) -> torch.UntypedStorage:
+            def storage(key: str, location: str, _: int) -> torch.UntypedStorage:
                 if key not in storages:
                     storages[key] = placed(archive.storage(key, whole), location)
                 return storages[key]
