@@ -73,7 +73,7 @@ class KeepRatioHook(Hook, ABC):
             SettingError: The model has no idle backbone or refuses the ratios, there is another
                 hook of this kind, or the arguments do not fit the training loop.
         """
-        self._restore()  # an exception may have ended an earlier training
+        self._set(self.targets)  # an exception may have ended an earlier training
         names = [type(hook).__name__ for hook in runner.hooks if isinstance(hook, KeepRatioHook)]
         if len(names) > 1:
             raise SettingError(
@@ -92,24 +92,22 @@ class KeepRatioHook(Hook, ABC):
                 f'{error}'
             ) from error
         finally:
-            self._restore()
+            self._set(self.targets)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Set and log the ratios of this iteration."""
         tables = self._current(runner)
-        for backbone, table in zip(self._backbones, tables, strict=True):
-            if table != backbone.keep_ratios:
-                backbone.set_keep_ratios(table)
+        self._set(tables)
         ratios = ratios_of(tables)
         runner.message_hub.update_scalar(self.SCALAR, sum(ratios) / len(ratios))
 
     def before_val(self, runner: Any) -> None:
-        self._restore()
+        self._set(self.targets)
 
     before_test = before_val
 
     def after_train(self, runner: Any) -> None:
-        self._restore()
+        self._set(self.targets)
         self._backbones = self.targets = ()
 
     @abstractmethod
@@ -124,9 +122,10 @@ class KeepRatioHook(Hook, ABC):
     def _extremes(self) -> Iterator[list[Table]]:
         """Ratios that a policy is most likely to refuse, for each backbone."""
 
-    def _restore(self) -> None:
-        for backbone, table in zip(self._backbones, self.targets, strict=True):
-            backbone.set_keep_ratios(table)
+    def _set(self, tables: Sequence[Table]) -> None:
+        for backbone, table in zip(self._backbones, tables, strict=True):
+            if table != backbone.keep_ratios:
+                backbone.set_keep_ratios(table)
 
 
 @HOOKS.register_module()
