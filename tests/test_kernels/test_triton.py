@@ -17,7 +17,8 @@ from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from idlevit_mm.kernels import Site, Triton, backend_at, use
+from idlevit_mm.kernels import Site, Triton, backend_at, kind_of, use
+from idlevit_mm.policies import MeanDistance
 
 INSIDE = os.environ.get('TRITON_INTERPRET') == '1'
 pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
@@ -223,6 +224,13 @@ def _pass_fake_tensors_of(family):
         x = torch.empty(SIZE, device='cuda', dtype=torch.bfloat16)
         assert backend_at(x).name == 'triton'
         assert [out.shape for out in model(x)] == want
+
+
+@outside
+def test_kinds_are_classes_of_this_package():
+    others = type('MeanDistance', (MeanDistance,), dict(__module__='somewhere'))
+    assert kind_of(MeanDistance(4)) == 'MeanDistance'
+    assert kind_of(others(4)) == kind_of(nn.Linear(1, 1)) == ''
 
 
 @outside
