@@ -170,6 +170,11 @@ def test_what_others_hold_is_not_written_to(family):
         again = blocks[1](out.clone(), (9, 6), 0.5)[0]
         assert torch.equal(blocks[1](out, (9, 6), 0.5, carried)[0], again)
         assert torch.equal(out, again)
+        blocks[1].norm1.register_forward_pre_hook(
+            lambda _, args: held.append((args[0], args[0].clone()))
+        )
+        model(image(SIZE))
+        assert held
         blocks[0].register_forward_hook(lambda _, __, out: held.append((out[0], out[0].clone())))
         model(image(SIZE))
     for one, copy in held:

@@ -167,8 +167,11 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     return attn.drop(core.proj_drop(core.proj(out)))
 
 
-def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor:
+def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     """The branch of spatial-reduction attention, whose keys come from the whole map."""
+    # What hangs on another norm may hold x, which the MLP half writes to.
+    if not _is_norm(block.norm1):
+        return None
     queries = normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
     if rows is not None:
         (queries,) = ops.take_norm(normed.contiguous(), rows.ids, None, None, None, 0.0)
