@@ -102,7 +102,8 @@ def attention_half(
     if branch is None:
         return None
     ids, norm = None if rows is None else rows.ids, block.norm2
-    now, normed = ops.take_norm(tokens.x, ids, branch, norm.weight, norm.bias, norm.eps)
+    weights = norm.weight, norm.bias, norm.eps
+    now, normed = ops.take_norm(tokens.x, ids, branch.contiguous(), *weights)
     return tokens.opened(now, rows, plan, normed), None
 
 
@@ -175,7 +176,7 @@ def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     queries = normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
     if rows is not None:
         (queries,) = ops.take_norm(normed.contiguous(), rows.ids, None, None, None, 0.0)
-    return block.attn(queries, normed, tokens.hw_shape).contiguous()
+    return block.attn(queries, normed, tokens.hw_shape)
 
 
 _BRANCHES = {'IdleSwinBlock': _windows, 'IdlePVTBlock': _reduction}
@@ -197,7 +198,9 @@ def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None
     hidden = F.linear(x, first.weight.flatten(1), first.bias)
     if convolutions:
         (conv,) = convolutions
-        if not (is_plain(act, nn.GELU) and act.approximate == 'none'):
+        if not (
+            is_plain(act, nn.GELU) and act.approximate == 'none' and conv.kernel_size == (3, 3)
+        ):
             return None
         ids, places = (None, None) if rows is None else (rows.ids, rows.places)
         hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)
