@@ -29,11 +29,7 @@ _TABLE = 'layers.{}.1.0.pos_embed'
 
 
 class IdlePVTBlock(IdleBlock):
-    """One PVT block on the active tokens of a map; all tokens serve as keys and values.
-
-    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
-    ``IdleBlock``.
-    """
+    """One PVT block on the active tokens of a map; all tokens serve as keys and values."""
 
     reads_map = True
 

@@ -30,11 +30,7 @@ LAYER_NORM = dict(type='LN')
 
 
 class IdleSwinBlock(IdleBlock):
-    """One Swin block on the active tokens of a map.
-
-    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
-    ``IdleBlock``.
-    """
+    """One Swin block on the active tokens of a map."""
 
     SCOPES = ('map', 'window_tokens', 'windows')
 

@@ -50,7 +50,7 @@ class MixLayers(Sequential):
         if depthwise and all_plain(self):
             # Channels of the convolution are independent: a large map is never there as a whole.
             pixels = x.shape[0] * hw_shape[0] * hw_shape[1]
-            parts = backend_at(x).channel_parts(first.out_channels, pixels, x, self.training)
+            parts = backend_at(x).channel_parts(first.out_channels, pixels, self.training)
         out = None
         for part in parts:
             inner = _pointwise(x, first, part, slice(None))

@@ -102,9 +102,6 @@ class WindowMSA(Projections, BaseModule):
         plain = is_plain(self.qkv, *LINEAR)
         return (self.qkv.weight, self.qkv.bias) if plain else None
 
-    def projected(self, x: Tensor) -> Tensor:
-        return self.qkv(x)
-
     def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
         weights = self.weights()

@@ -197,7 +197,7 @@ def test_choice_in_windows(window):
     hw_shape = 5, 34
     scores = torch.rand(2, 170)
     counts = 0, *(max(1, number // 2) for number in range(1, window**2 + 1))
-    starts = _starts(scores.device, hw_shape, window, 0, counts)
+    starts = _starts(hw_shape, window, 0, counts, scores.device)
     ids, offsets, _ = ops.select(scores, starts.total, hw_shape, window, 0, starts.places)
     units = window_units(*hw_shape, window, 0, False, scores.device)
     kept = tuple(counts[number] for number in units.valid)

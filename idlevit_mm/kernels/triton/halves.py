@@ -51,7 +51,7 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
     else:
         numbers = range(1, layout[0] ** 2 + 1)
         counts = 0, *(policy.count(number, keep_ratio) for number in numbers)
-        starts = _starts(x.device, hw_shape, *layout, counts)
+        starts = _starts(hw_shape, *layout, counts, x.device)
         chosen = ops.select(scores, starts.total, hw_shape, *layout, starts.places)
     ids, offsets, places = chosen
     return tokens, Rows(ids, None, False, offsets, places)
@@ -64,14 +64,8 @@ class _Starts(NamedTuple):
     total: int
 
 
-@torch.compiler.assume_constant_result
-def _starts(device: torch.device, *key: Any) -> _Starts:
-    return on_device(_start_numbers, key, device)
-
-
-def _start_numbers(
-    hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[int, ...]
-) -> _Starts:
+@on_device
+def _starts(hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[int, ...]) -> _Starts:
     """Of windows row by row, of which those of n tokens keep ``counts[n]``."""
     sides = []
     for side in hw_shape:
