@@ -245,14 +245,10 @@ def check_weights(
         )
 
     advice = 'Use the config that the checkpoint was trained with'
-    wrong = compare(wanted, given).mismatched
-    classes = {
-        name: (old, new)
-        for name, (old, new) in wrong.items()
-        if purpose == 'load_from' and 'head' in name.split('.')[0]
-        if len(old) == len(new) and old[1:] == new[1:]
-    }
-    wrong = {name: shapes for name, shapes in wrong.items() if name not in classes}
+    wrong, classes = compare(wanted, given).mismatched, {}
+    for name, (old, new) in list(wrong.items()) if purpose == 'load_from' else ():
+        if 'head' in name.split('.')[0] and len(old) == len(new) and old[1:] == new[1:]:
+            classes[name] = wrong.pop(name)
     if wrong:
         listed = shortened(with_shapes(wrong, 'but the model has'))
         raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')

@@ -104,7 +104,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and apply ``--cfg-options``: dotted names and values.
 
     Raises:
-        UsageError: If the file is missing or cannot be read, or an option does not apply.
+        UsageError: The file is missing or cannot be read, or an option does not apply.
     """
     if not os.path.isfile(path):
         raise UsageError(f'config {path} does not exist')
@@ -129,11 +129,7 @@ def library_of(cfg: Mapping[str, Any]) -> str:
 
 
 def task_of(cfg: Config) -> str:
-    """Tell ``'detection'`` from ``'segmentation'`` by the scope, else by the model's heads.
-
-    Raises:
-        UsageError: If neither tells.
-    """
+    """``'detection'`` or ``'segmentation'``, as ``library_of`` tells; a UsageError if it cannot."""
     if library := library_of(cfg):
         return _TASKS[library]
     scope = cfg.get('default_scope')
@@ -146,12 +142,10 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config: its own ``runner_type``, or :class:`ResumableRunner`.
 
     Raises:
-        UsageError: If a part rejects its arguments, with that part's message.
+        UsageError: A part rejects its arguments, with that part's message.
     """
     try:
-        if cfg.get('runner_type'):
-            return RUNNERS.build(cfg)
-        return ResumableRunner.from_cfg(cfg)
+        return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
             f'the config does not build: {one_line(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
@@ -167,13 +161,10 @@ def train_from_config(
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> Runner:
-    """Train a detector or a segmentor; the arguments are the options of ``tools/train.py``.
-
-    Returns:
-        The runner, after training.
+    """Train as ``tools/train.py`` with these options does, and return the runner.
 
     Raises:
-        UsageError: If anything is missing or does not fit.
+        UsageError: Anything is missing or does not fit.
     """
     cfg = _opened(config, 'trained', cfg_options, work_dir, launcher)
     set_precision(cfg, amp)
@@ -203,13 +194,10 @@ def evaluate_from_config(
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> dict[str, float]:
-    """Test a detector or a segmentor; the arguments are the options of ``tools/test.py``.
-
-    Returns:
-        Metrics by name.
+    """Test as ``tools/test.py`` with these options does, and return the metrics by name.
 
     Raises:
-        UsageError: If anything is missing or does not fit.
+        UsageError: Anything is missing or does not fit.
     """
     cfg = _opened(config, 'tested', cfg_options, work_dir, launcher)
     task = task_of(cfg)
@@ -284,8 +272,7 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
     """Decide what training starts from; sets ``cfg.resume`` and ``cfg.load_from``.
 
     Returns:
-        The checkpoint, for checking it against the model; None to start from scratch or from an
-        address.
+        The checkpoint; None to start from scratch or from an address.
     """
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
@@ -325,10 +312,10 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
 def _newest(work_dir: str) -> str | None:
     """The checkpoint that ``--resume`` without a path means; None to start at the beginning."""
     found, passed_over = find_resumable(work_dir)
-    if found is None and passed_over:
-        why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'
-        raise UsageError(f'--resume: {why}. Delete them to start anew')
     if found is None:
+        if passed_over:
+            why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'
+            raise UsageError(f'--resume: {why}. Delete them to start anew')
         say(f'Nothing to resume in {work_dir}; training starts at the beginning.')
     for reason in passed_over:
         say(f'Passed over: {reason}.')

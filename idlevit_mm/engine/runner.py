@@ -125,16 +125,11 @@ class ResumableRunner(Runner):
             return super().build_test_loop(loop)
 
     def _opened(self, phase: str, loop: BaseLoop | dict) -> contextlib.AbstractContextManager:
-        """Have the data loader of a phase built while its loop is."""
+        """Build the data loader of a phase, to stand in for its config while its loop is built."""
         name = f'_{phase}_dataloader'
         config = getattr(self, name)
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
             return contextlib.nullcontext()
-        # The loop takes the built loader; scale_lr and others still read the config.
-        return mock.patch.object(self, name, self._open(phase, config))
-
-    def _open(self, phase: str, config: dict) -> DataLoader:
-        """Build a data loader; what is wrong with its data is said by name."""
         with naming_the_data(phase, config):
             loader = self.build_dataloader(
                 config,
@@ -146,7 +141,8 @@ class ResumableRunner(Runner):
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
-        return loader
+        # The loop takes the built loader; scale_lr and others still read the config.
+        return mock.patch.object(self, name, loader)
 
     def save_checkpoint(
         self,
