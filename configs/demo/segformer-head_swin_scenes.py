@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/segformer.py',
     '../_base_/datasets/digit_scenes_semantic.py',
-    '../_base_/schedules/schedule_digit_scenes_seg.py',
+    '../_base_/schedules/schedule_demo_seg.py',
     '../_base_/default_runtime_seg.py',
 ]
 
@@ -36,21 +36,3 @@ data_root = 'data/demo_scenes/ade/'
 train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
-
-max_epochs = 2
-# Tested afterwards.
-train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
-optim_wrapper = dict(optimizer=dict(fused=True))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
-default_hooks = dict(checkpoint=dict(save_best=None))
-auto_scale_lr = dict(base_batch_size=2)
