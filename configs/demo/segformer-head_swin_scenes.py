@@ -1,5 +1,6 @@
 _base_ = [
     '../_base_/models/segformer.py',
+    '../_base_/models/digit_scenes_head.py',
     '../_base_/datasets/digit_scenes_semantic.py',
     '../_base_/schedules/schedule_demo_seg.py',
     '../_base_/default_runtime_seg.py',
@@ -7,8 +8,7 @@ _base_ = [
 
 # A third of Swin-T's width under SegFormer's head, which leaves most of the work to the backbone.
 model = dict(
-    # Images of one size need no padding; class weights of mmseg cannot digest padded labels.
-    data_preprocessor=dict(size=None, size_divisor=1, test_cfg=dict(size_divisor=1)),
+    data_preprocessor={{_base_.unpadded}},
     backbone=dict(
         type='SwinTransformer',
         embed_dims=32,
@@ -17,18 +17,7 @@ model = dict(
         window_size=4,
         drop_path_rate=0.0,
     ),
-    decode_head=dict(
-        in_channels=[32, 64, 128, 256],
-        channels=64,
-        dropout_ratio=0.0,
-        num_classes=11,
-        norm_cfg=dict(type='BN'),
-        # Nine pixels in ten are background.
-        loss_decode=[
-            dict(type='CrossEntropyLoss', class_weight=[0.2] + [1.0] * 10),
-            dict(type='DiceLoss', loss_weight=3.0),
-        ],
-    ),
+    decode_head=dict(_base_.small_head, in_channels=[32, 64, 128, 256]),
 )
 
 # Written by: python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 ...

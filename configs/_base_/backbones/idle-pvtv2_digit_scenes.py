@@ -1,3 +1,4 @@
+# Sized for two cores; a config takes it by name, as mmengine refuses `model` in two bases.
 idle_pvtv2 = dict(
     type='IdlePyramidVisionTransformerV2',
     embed_dims=32,

@@ -1,3 +1,4 @@
+# Sized for two cores; a config takes it by name, as mmengine refuses `model` in two bases.
 idle_vit = dict(
     type='IdleVisionTransformer',
     img_size=128,
