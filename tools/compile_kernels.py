@@ -48,7 +48,8 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
         constants = dict(C=512, BLOCK=32, BLOCK_C=64, PACKED=packed, HAS_BIAS=True)
         yield rows.convolve_kernel, constants, 4
     for side, slots in ((7, 64), (12, 256)):
-        yield rows.select_in_windows_kernel, dict(WS=side, SHIFT=side // 2, SLOTS=slots), 1
+        sizes = dict(WS=side, SHIFT=side // 2, SLOTS=slots, BITS=32 + slots.bit_length())
+        yield rows.select_in_windows_kernel, sizes, 1
         for shift, is_padded in ((0, False), (side // 2, True)):
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
