@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import backend_at
@@ -85,6 +86,32 @@ class ActivationNorm(Scorer):
 
     def forward(self, seen: Seen) -> Tensor:
         return torch.linalg.vector_norm(seen.tokens, ord=1, dim=-1) / seen.tokens.shape[-1]
+
+
+@SCORERS.register_module('local_contrast')
+class LocalContrast(Scorer):
+    """Euclidean distance of a token from the mean of the tokens around it: edges are kept.
+
+    Unlike the distance from the mean of the map it does not favour large areas that stand out as a
+    whole, and prefers the rims of things, where boxes end.
+
+    Args:
+        embed_dims: Channels of the tokens it will rank.
+        window: Side of the square around a token in tokens, odd and at least 3; what lies outside
+            the map does not count.
+    """
+
+    def __init__(self, embed_dims: int, window: int = 5) -> None:
+        super().__init__(embed_dims)
+        if not isinstance(window, int) or window < 3 or window % 2 == 0:
+            raise ValueError(f'policy.scorer.window={window!r} must be odd and at least 3')
+        self.window = window
+
+    def forward(self, seen: Seen) -> Tensor:
+        grid = seen.tokens.unflatten(1, seen.hw_shape).permute(0, 3, 1, 2)
+        pad = self.window // 2
+        around = F.avg_pool2d(grid, self.window, 1, pad, count_include_pad=False)
+        return torch.linalg.vector_norm(grid - around, dim=1).flatten(1)
 
 
 @SCORERS.register_module('mean_query')

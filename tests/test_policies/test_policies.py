@@ -161,6 +161,7 @@ def tokens_for(case, block, hw, batch=2, dtype=torch.float32):
 
 SCORERS = (
     None, 'mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid', 'learned',
+    'local_contrast',
 )  # fmt: skip
 PRECISIONS = [
     *(('swin-idlevit-map', scorer, torch.bfloat16) for scorer in SCORERS),

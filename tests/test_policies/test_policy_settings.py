@@ -149,7 +149,7 @@ def test_registries_hold_what_the_documentation_names():
     }
     assert shipped == {
         'IdleViT', 'EViT', 'EvoViT', 'SparseViT', 'mean_distance', 'activation_norm', 'mean_query',
-        'random', 'uniform_grid', 'learned', 'class_query', 'class_attention',
+        'random', 'uniform_grid', 'learned', 'class_query', 'class_attention', 'local_contrast',
     }  # fmt: skip
 
 

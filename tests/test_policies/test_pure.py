@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from itertools import product
 from typing import Any, get_type_hints
 
 import pytest
@@ -23,7 +24,7 @@ from idlevit_mm.policies import (
 )
 from idlevit_mm.policies.policy import positive
 from idlevit_mm.policies.select import num_active
-from idlevit_mm.registry import POLICIES, SCORERS
+from idlevit_mm.registry import POLICIES, SCORERS, build_from
 
 CPU = torch.device('cpu')
 SCOPES = ('map', 'window_tokens', 'windows')
@@ -523,6 +524,24 @@ def test_scorers(name, more, want):
     torch.testing.assert_close(scores, torch.tensor([want]))
 
 
+@pytest.mark.parametrize('hw', [(7, 10), (1, 6), (5, 1), (2, 2)])
+@pytest.mark.parametrize('window', [3, 5])
+def test_local_contrast_is_the_distance_from_the_mean_around(hw, window):
+    x, reach = torch.randn(3, *hw, 4, dtype=torch.float64), window // 2
+    want = torch.empty(3, *hw, dtype=torch.float64)
+    for r, c in product(*map(range, hw)):
+        rows, cols = (slice(max(0, i - reach), i + reach + 1) for i in (r, c))
+        want[:, r, c] = (x[:, r, c] - x[:, rows, cols].mean((1, 2))).norm(dim=-1)
+    scorer = build_from(SCORERS, 'scorer', dict(type='local_contrast', window=window), embed_dims=4)
+    torch.testing.assert_close(scorer(Seen(x.flatten(1, 2), hw)), want.flatten(1))
+
+
+@pytest.mark.parametrize('window', [1, 4, 2.5, '5'])
+def test_a_window_without_a_centre_is_refused(window):
+    with pytest.raises(ValueError, match=f'window={window!r} must be odd and at least 3'):
+        build_from(SCORERS, 'scorer', dict(type='local_contrast', window=window), embed_dims=4)
+
+
 def test_what_scorers_need():
     needs = {
         name: (cls.NEEDS, cls.learns)
@@ -531,6 +550,7 @@ def test_what_scorers_need():
     }
     assert needs == {
         'mean_distance': ('tokens', False),
+        'local_contrast': ('tokens', False),
         'activation_norm': ('tokens', False),
         'mean_query': ('mean_query', False),
         'random': ('tokens', False),
