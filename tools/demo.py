@@ -29,15 +29,17 @@ SCENES = (
     '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-KEEP = '0.5'
+# The first stage sees the picture for the first time, the last one has few tokens.
+KEEP = '1.0 0.5 0.5 1.0'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
 
 class Story(NamedTuple):
-    """A dense config and its epochs, those of going on, data, key and name of the metric."""
+    """A dense config, how it idles, its epochs, those of going on, data, and the metric."""
 
     config: str
+    policy: str
     epochs: int
     more: int
     data: str
@@ -45,10 +47,12 @@ class Story(NamedTuple):
     metric: str
 
 
+EVO = '--policy EvoViT --scorer local_contrast'
+COCO = 'coco/bbox_mAP'
 STORIES = {
-    'detector': Story('demo/retinanet_swin_scenes', 2, 1, SCENES, 'coco/bbox_mAP', 'box AP'),
-    'segmentor': Story('demo/segformer-head_swin_scenes', 2, 1, SCENES, 'mIoU', 'mIoU'),
-    'trees': Story('trees/retinanet_swin_trees', 20, 8, TREES, 'coco/bbox_mAP_50', 'box AP50'),
+    'detector': Story('demo/retinanet_pvt_scenes', EVO, 2, 1, SCENES, COCO, 'box AP'),
+    'segmentor': Story('demo/segformer-head_swin_scenes', '', 2, 1, SCENES, 'mIoU', 'mIoU'),
+    'trees': Story('trees/retinanet_pvt_trees', EVO, 20, 8, TREES, f'{COCO}_50', 'box AP50'),
 }
 
 
@@ -97,7 +101,7 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
         out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
         return f'python tools/analysis_tools/benchmark.py {what} {how} {out}'
 
-    swap = f'{config} --keep {keep} --load-from {dense} --distill --out {idle}.py'
+    swap = f'{config} --keep {keep} {story.policy} --load-from {dense} --distill --out {idle}.py'
     draw = f'{idle}.py {idle}/{last} --dense {config} {work}/continued/{last} --count 4'
     draw = f'python tools/analysis_tools/draw_active_tokens.py {draw} --out-dir {idle}/pictures'
     return [

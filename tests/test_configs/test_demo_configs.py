@@ -7,9 +7,9 @@ from mmengine.config import Config
 from idlevit_mm.engine.swap import Settings, write_idle_config
 
 NAMES = [
-    'demo/retinanet_swin_scenes',
+    'demo/retinanet_pvt_scenes',
     'demo/segformer-head_swin_scenes',
-    'trees/retinanet_swin_trees',
+    'trees/retinanet_pvt_trees',
 ]
 
 

@@ -1,4 +1,4 @@
-_base_ = '../demo/retinanet_swin_scenes.py'
+_base_ = '../demo/retinanet_pvt_scenes.py'
 
 # Written by: python tools/dataset_converters/trees.py WHEEL data/trees
 data_root = 'data/trees/'

@@ -5,14 +5,14 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 
-# A third of Swin-T's width under a light head, so that the backbone has most of the work to do.
+# Half of PVT's width under a light head, so that the backbone has most of the work to do.
 model = dict(
     backbone=dict(
-        type='SwinTransformer',
+        type='PyramidVisionTransformer',
         embed_dims=32,
-        depths=[2, 2, 2, 2],
-        num_heads=[2, 4, 8, 16],
-        window_size=4,
+        num_layers=[1, 3, 3, 1],
+        num_heads=[1, 2, 4, 8],
+        pretrain_img_size=256,
         out_indices=(1, 2, 3),
         drop_path_rate=0.0,
     ),
