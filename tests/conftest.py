@@ -64,6 +64,19 @@ def scene_config(scenes):
     return read
 
 
+@pytest.fixture(scope='session')
+def quick_python(tmp_path_factory):
+    """Path of a Python that has imported the libraries when it starts; Linux only."""
+    from importlib import import_module
+
+    from quick_python import quick_python
+
+    for library in ('mmdet.models', 'mmseg.models', 'idlevit_mm'):
+        import_module(library)
+    with quick_python(tmp_path_factory.mktemp('bin')) as program:
+        yield program
+
+
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """Folder whose files are at ``http://127.0.0.1:PORT/``: the folder and that address."""

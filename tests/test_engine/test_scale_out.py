@@ -100,12 +100,13 @@ def free_port():
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """Folder with a config, what it imports, and an srun."""
+def place(tmp_path_factory, quick_python):
+    """Folder with a config, what it imports, a Python and an srun."""
     folder = tmp_path_factory.mktemp('scale')
     (folder / 'toy_parts.py').write_text(PARTS)
     (folder / 'toy_config.py').write_text(CONFIG)
     (folder / 'bin').mkdir()
+    (folder / 'bin' / 'python').symlink_to(quick_python)
     srun = folder / 'bin' / 'srun'
     srun.write_text(f'#!{sys.executable}\n{SRUN}')
     srun.chmod(0o755)
@@ -117,7 +118,8 @@ def start(place, tool, *arguments, **environment):
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
-        'PYTHON': sys.executable,
+        'PYTHON': str(place / 'bin' / 'python'),
+        'PYTHON_EXEC': str(place / 'bin' / 'python'),  # what torchrun starts
         'PYTHONPATH': os.pathsep.join([str(place), str(Path(__file__).parent), str(ROOT)]),
         'PATH': os.pathsep.join([str(place / 'bin'), os.environ['PATH']]),
         'SRUN_LOG': str(place / 'srun.json'),
