@@ -30,7 +30,7 @@ SCENES = (
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
 # The first stage sees the picture for the first time, the last one has few tokens.
-KEEP = '1.0 0.5 0.5 1.0'
+KEEP = '1.0 0.4 0.4 1.0'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
@@ -97,7 +97,7 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
 
     def bench(part: str) -> str:
         what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 --as-configured'
-        how = f'--part {part} --device cpu --warmup 1 --max-seconds 6 --out {idle}/{part}.jsonl'
+        how = f'--part {part} --device cpu --warmup 1 --max-seconds 4 --out {idle}/{part}.jsonl'
         out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
         return f'python tools/analysis_tools/benchmark.py {what} {how} {out}'
 
