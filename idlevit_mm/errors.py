@@ -8,25 +8,14 @@ from typing import Any
 
 
 def shortened(items: Collection[Any], limit: int = 5, separator: str = ', ') -> str:
-    """The first of many things, and how many more there are.
-
-    Args:
-        items: Anything that ``str`` writes.
-        limit: Number of things that are written.
-        separator: What stands between two.
-    """
+    """The first ``limit`` of many things, and how many more there are."""
     listed = list(items)
     more = f' and {len(listed) - limit} more' if len(listed) > limit else ''
     return separator.join(map(str, listed[:limit])) + more
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """The message of an exception on one line; its type if it has none.
-
-    Args:
-        error: Any exception.
-        limit: Number of characters beyond which the rest is cut off, None for all.
-    """
+    """The message of an exception on one line, cut off at ``limit``; its type if it has none."""
     text = str(error)
     if isinstance(error, KeyError) and error.args:
         # KeyError quotes its message, which often is nothing but the key.

@@ -15,16 +15,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 # Files of `cpu/` that define names or macros which others define too.
-ALONE = (
-    *('active_rotated_filter', 'psamask', 'roi_align', 'roi_align_rotated'),
-    *('rotated_feature_align', 'sparse_indice', 'sparse_maxpool', 'sparse_reordering'),
-)
+ALONE = ['active_rotated_filter', 'psamask', 'roi_align', 'roi_align_rotated', 'sparse_indice']
+ALONE += ['rotated_feature_align', 'sparse_maxpool', 'sparse_reordering']
 PIP = (sys.executable, '-m', 'pip', '--disable-pip-version-check', '--no-input')
 INDEX = "the package index does not give it: check the network and 'pip config list'"
 REMEDIES = {
@@ -59,8 +56,7 @@ def choose_ops(choice: str) -> str:
     if choice not in ('', 'cpu', 'cuda'):
         sys.exit(f'IDLEVIT_MM_OPS is {choice!r}: cpu and cuda are allowed')
     if choice != 'cpu' and torch.cuda.is_available():
-        # Without a GPU this import warns.
-        from torch.utils.cpp_extension import CUDA_HOME
+        from torch.utils.cpp_extension import CUDA_HOME  # warns where there is no GPU
 
         if CUDA_HOME:
             return 'cu{}-sm{}{}'.format(torch.version.cuda, *torch.cuda.get_device_capability())
@@ -81,26 +77,22 @@ def compile_jobs() -> int:
 def unify(source: Path) -> None:
     """Includes most of mmcv's sources into two files, and hides them from its build."""
     top = source / 'mmcv' / 'ops' / 'csrc' / 'pytorch'
-    for folder, alone in ((top, ('pybind',)), (top / 'cpu', ALONE)):
+    for folder, alone in ((top, ['pybind']), (top / 'cpu', ALONE)):
         files = [path for path in sorted(folder.glob('*.cpp')) if path.stem not in alone]
         hidden = [path.rename(path.with_suffix('.inc')).name for path in files]
         (folder / 'unity.cpp').write_text(''.join(f'#include "{name}"\n' for name in hidden))
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str], what: str) -> None:
+def run(command: list[str], log: Path, env: dict[str, str], what: str) -> None:
     """Runs a command; its output goes to the log, ninja's count of files to the screen."""
-    started = shown = time.monotonic()
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    begin, pipe, joined = time.monotonic(), subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen(command, env=env, stdout=pipe, stderr=joined, text=True)
     with log.open('a') as sink, process:
         for line in process.stdout or ():
             sink.write(line)
-            count, now = re.match(r'\s*\[(\d+)/(\d+)\] ', line), time.monotonic()
-            if count and (now - shown > 3 or count[1] == count[2]):
-                text = f'{what}: {count[1]} of {count[2]} files, {now - started:.0f} s'
+            if count := re.match(r'\s*\[(\d+)/(\d+)\] ', line):
+                text = f'{what}: {count[1]} of {count[2]} files, {time.monotonic() - begin:.0f} s'
                 print(text, end='\r' if sys.stdout.isatty() else '\n', flush=True)
-                shown = now
     if process.returncode:
         text = log.read_text()
         for pattern, remedy in REMEDIES.items():
@@ -115,19 +107,17 @@ def build(package: str, version: str, ops: str, folder: Path, unity: bool) -> Pa
     log, what = folder / 'build.log', f'{package} {version}'
     log.unlink(missing_ok=True)
     env = {'MAX_JOBS': str(compile_jobs()), **os.environ, 'MMCV_WITH_OPS': '1'}
-    if ops == 'cpu':
-        # Where torch sees a GPU, mmcv's setup.py asks for nvcc.
+    if ops == 'cpu':  # where torch sees a GPU, mmcv's setup.py asks for nvcc
         env.update(CUDA_VISIBLE_DEVICES='', FORCE_CUDA='0')
-    if unity:
-        # Debug information takes half of the time. The last of contradicting flags counts.
+    if unity:  # debug information takes half of the time; the last of contradicting flags counts
         env['CFLAGS'] = f'{env.get("CFLAGS") or sysconfig.get_config_var("CFLAGS")} -O2 -g0'
     with tempfile.TemporaryDirectory(prefix='build-', dir=folder) as work:
         own = ['--no-deps', '--no-build-isolation', '--no-binary', package]
-        command = [*PIP, 'download', *own, '-d', work, f'{package}=={version}']
-        run(command, log, env, f'{what}, download')
+        fetch = [*PIP, 'download', *own, '-d', work, f'{package}=={version}']
+        run(fetch, log, env, f'{what}, download')
         (archive,) = Path(work).glob('*.tar.gz')
         shutil.unpack_archive(archive, work)
-        source = archive.with_name(archive.name[: -len('.tar.gz')])
+        source = archive.with_name(archive.name.removesuffix('.tar.gz'))
         if unity:
             unify(source)
         print(f'{what}: compiling its {ops} ops, {env["MAX_JOBS"]} at a time', flush=True)
@@ -162,9 +152,9 @@ def provide(package: str, version: str, ops: str) -> None:
     except RuntimeError as error:
         rest = "mmcv's own build, ten times as long" if ops == 'cpu' else 'ops for the CPU'
         print(f'Now {rest}: {error}', flush=True)
-    if ops == 'cpu':
-        return install(build(package, version, ops, folder, unity=False), ops)
-    return provide(package, version, 'cpu')
+    if ops != 'cpu':
+        return provide(package, version, 'cpu')
+    return install(build(package, version, ops, folder, unity=False), ops)
 
 
 if __name__ == '__main__':

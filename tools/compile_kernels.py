@@ -23,19 +23,10 @@ from triton.compiler import ASTSource
 from idlevit_mm.kernels.triton import rows, windows
 
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
-_HALF = '*bf16'
-# Arguments that are not of half precision.
-_TYPES = dict(
-    ids='*i64',
-    where='*i64',
-    offsets='*i32',
-    places='*i32',
-    starts='*i64',
-    scores='*fp32',
-    mean='*fp32',
-)
-_TYPES |= dict(eps='fp32', scale='fp32')
-_SIZES = ('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows')
+# Arguments that are neither sizes nor of half precision.
+_TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
+_TYPES |= dict(scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
+_TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows'), 'i32')
 _CHANNELS = (64, 96, 192, 320, 384, 512, 768)
 
 
@@ -67,19 +58,10 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, arch: int) -> Any:
     """Compile one kernel for one architecture."""
     names = kernel.arg_names
-    signature = {
-        name: 'constexpr'
-        if name in constants
-        else 'i32'
-        if name in _SIZES
-        else _TYPES.get(name, _HALF)
-        for name in names
-    }
-    aligned = {
-        (place,): [['tt.divisibility', 16]]
-        for place, name in enumerate(names)
-        if signature[name].startswith('*')
-    }
+    types = _TYPES | dict.fromkeys(constants, 'constexpr')
+    signature = {name: types.get(name, '*bf16') for name in names}
+    pointers = [place for place, name in enumerate(names) if signature[name].startswith('*')]
+    aligned = {(place,): [['tt.divisibility', 16]] for place in pointers}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=aligned)
     return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
@@ -112,11 +94,8 @@ def main(args: list[str] | None = None) -> int:
             registers, shared, spills = spent(compiled(kernel, constants, warps, arch))
             spilling += spills > 0
             shown = ' '.join(f'{name}={value}' for name, value in constants.items())
-            print(
-                f'sm_{arch} {kernel.__name__} {shown}: {registers} registers, '
-                f'{shared} bytes shared, {spills} spills',
-                flush=True,
-            )
+            used = f'{registers} registers, {shared} bytes shared, {spills} spills'
+            print(f'sm_{arch} {kernel.__name__} {shown}: {used}', flush=True)
     return spilling
 
 

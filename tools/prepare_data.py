@@ -14,24 +14,6 @@ from idlevit_mm.engine.doctor import print_report
 from idlevit_mm.engine.launch import run_tool
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add('dataset', choices=DATASETS, help='data set that the folder should be')
-    root_help = 'folder (default: where the configs look, data/coco or data/ade)'
-    add('--root', type=Path, help=root_help)
-    link_help = (
-        'make FOLDER (default: where the configs look) of links to what is in --root, then check it'
-    )
-    add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
-    deep_help = 'decode every image and mask, not 200 of each split'
-    add('--deep', action='store_true', help=deep_help)
-    return parser.parse_args()
-
-
 def prepare(dataset: str, root: Path | None, link: Path | bool | None, deep: bool) -> None:
     """Link if asked to, check, print the report, and leave with its exit code."""
     expected = Path(PLACES[dataset])
@@ -46,7 +28,18 @@ def prepare(dataset: str, root: Path | None, link: Path | bool | None, deep: boo
 
 def main() -> None:
     """Prepare the data set that the command line names."""
-    run_tool(prepare, **vars(parse_args()))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('dataset', choices=DATASETS, help='data set that the folder should be')
+    places = 'default: where the configs look'
+    add('--root', type=Path, help=f'folder ({places}, data/coco or data/ade)')
+    link_help = f'make FOLDER ({places}) of links to what is in --root, then check it'
+    add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
+    deep_help = 'decode every image and mask, not 200 of each split'
+    add('--deep', action='store_true', help=deep_help)
+    run_tool(prepare, **vars(parser.parse_args()))
 
 
 if __name__ == '__main__':

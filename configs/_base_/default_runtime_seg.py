@@ -1,17 +1,6 @@
+_base_ = './default_runtime_det.py'
+
 default_scope = 'mmseg'
-custom_imports = dict(imports=['idlevit_mm'], allow_failed_imports=False)
-
-env_cfg = dict(
-    cudnn_benchmark=True,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
-)
-
-vis_backends = [dict(type='LocalVisBackend')]
-visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
-
-log_level = 'INFO'
-load_from = None
-resume = False
-
+env_cfg = dict(cudnn_benchmark=True)
+visualizer = dict(type='SegLocalVisualizer')
 tta_model = dict(type='SegTTAModel')

@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/retinanet_fpn.py',
     '../_base_/datasets/digit_scenes_detection.py',
-    '../_base_/schedules/schedule_digit_scenes_det.py',
+    '../_base_/schedules/schedule_demo_det.py',
     '../_base_/default_runtime_det.py',
 ]
 
@@ -47,21 +47,3 @@ val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
-
-max_epochs = 2
-# Tested afterwards.
-train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
-optim_wrapper = dict(optimizer=dict(fused=True))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
-default_hooks = dict(checkpoint=dict(save_best=None))
-auto_scale_lr = dict(base_batch_size=2)

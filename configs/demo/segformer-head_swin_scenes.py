@@ -1,14 +1,14 @@
 _base_ = [
     '../_base_/models/segformer.py',
+    '../_base_/models/digit_scenes_head.py',
     '../_base_/datasets/digit_scenes_semantic.py',
-    '../_base_/schedules/schedule_digit_scenes_seg.py',
+    '../_base_/schedules/schedule_demo_seg.py',
     '../_base_/default_runtime_seg.py',
 ]
 
 # A third of Swin-T's width under SegFormer's head, which leaves most of the work to the backbone.
 model = dict(
-    # Images of one size need no padding; class weights of mmseg cannot digest padded labels.
-    data_preprocessor=dict(size=None, size_divisor=1, test_cfg=dict(size_divisor=1)),
+    data_preprocessor={{_base_.unpadded}},
     backbone=dict(
         type='SwinTransformer',
         embed_dims=32,
@@ -17,18 +17,7 @@ model = dict(
         window_size=4,
         drop_path_rate=0.0,
     ),
-    decode_head=dict(
-        in_channels=[32, 64, 128, 256],
-        channels=64,
-        dropout_ratio=0.0,
-        num_classes=11,
-        norm_cfg=dict(type='BN'),
-        # Nine pixels in ten are background.
-        loss_decode=[
-            dict(type='CrossEntropyLoss', class_weight=[0.2] + [1.0] * 10),
-            dict(type='DiceLoss', loss_weight=3.0),
-        ],
-    ),
+    decode_head=dict(_base_.small_head, in_channels=[32, 64, 128, 256]),
 )
 
 # Written by: python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 ...
@@ -36,21 +25,3 @@ data_root = 'data/demo_scenes/ade/'
 train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
-
-max_epochs = 2
-# Tested afterwards.
-train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
-optim_wrapper = dict(optimizer=dict(fused=True))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
-default_hooks = dict(checkpoint=dict(save_best=None))
-auto_scale_lr = dict(base_batch_size=2)

@@ -1,18 +1,6 @@
-_base_ = './retinanet_idle-swin_digits.py'
+_base_ = ['./retinanet_idle-swin_digits.py', '../_base_/schedules/finetune_digit_scenes.py']
 
 load_from = 'work_dirs/retinanet_idle-swin_dense_digits/epoch_6.pth'
-
-max_epochs = 2
-train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.0003))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = {{_base_.finetune.param_scheduler}}

@@ -1,19 +1,9 @@
 _base_ = [
+    '../_base_/backbones/idle-swin_digit_scenes.py',
     '../_base_/models/upernet_digit_scenes.py',
     '../_base_/datasets/digit_scenes_semantic.py',
     '../_base_/schedules/schedule_digit_scenes_seg.py',
     '../_base_/default_runtime_seg.py',
 ]
 
-model = dict(
-    backbone=dict(
-        type='IdleSwinTransformer',
-        embed_dims=32,
-        depths=[2, 2, 2, 2],
-        num_heads=[2, 4, 8, 16],
-        window_size=4,
-        drop_path_rate=0.0,
-        keep_ratios=0.7,
-        policy=dict(scorer='mean_distance', scope='map'),
-    )
-)
+model = dict(backbone={{_base_.idle_swin}})

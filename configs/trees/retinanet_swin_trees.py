@@ -38,15 +38,6 @@ test_evaluator = val_evaluator
 max_epochs = 20
 # Tested afterwards.
 train_cfg = dict(max_epochs=max_epochs, val_begin=max_epochs + 1)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
+warmup, cosine = _base_.param_scheduler
+param_scheduler = [warmup, dict(cosine, end=max_epochs)]
 default_hooks = dict(checkpoint=dict(interval=4))

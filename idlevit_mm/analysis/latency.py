@@ -1,9 +1,8 @@
 """How long several callables take, compared fairly in one process.
 
 Timings taken one after the other drift with temperature, clock speed and other users of the
-machine. Here all candidates take turns: each round times every one of them once, in an order
-that is turned round from round to round, and ratios are formed within a round before the median
-is taken, so that a slow spell hits both sides of a ratio.
+machine. Here all take turns: each round times every one of them once, in an order that changes, and
+ratios are formed within a round before the median is taken, so that a slow spell hits both sides.
 """
 
 from __future__ import annotations
@@ -64,22 +63,20 @@ def compare(
         raise ValueError('candidates={} must hold at least one callable')
     if rounds < 1 or warmup < 0:
         raise ValueError(f'rounds={rounds} must be at least 1 and warmup={warmup} at least 0')
-    timer = seconds_of if timer is None else timer
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     try:
         with torch.no_grad():
-            for name in names:
-                for _ in range(warmup):
-                    candidates[name]()
+            for name in [name for name in names for _ in range(warmup)]:
+                candidates[name]()
             gc.collect()
             gc.disable()
             for index in range(rounds):
                 # Each candidate starts in its turn, every second cycle goes backwards.
                 shift, way = index % len(names), (-1) ** (index // len(names))
                 for name in [*names[shift:], *names[:shift]][::way]:
-                    seconds[name].append(timer(candidates[name]))
+                    seconds[name].append((timer or seconds_of)(candidates[name]))
                 spent = sum(map(sum, seconds.values()))
                 if max_seconds is not None and index >= 2 and spent >= max_seconds:
                     break

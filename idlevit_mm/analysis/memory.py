@@ -26,13 +26,10 @@ def allocations(call: Callable[[], Any]) -> list[int]:
     with profile(use_device=None, profile_memory=True) as recorded:
         call()
     events = recorded.kineto_results.events()  # type: ignore[union-attr]
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in events
-        if event.name() == '[memory]' and event.device_type() == torch.autograd.DeviceType.CPU
-    ]
-    # Sorted by time alone: what happens in the same nanosecond keeps its order.
-    return [size for _, size in sorted(changes, key=lambda change: change[0])]
+    own = [e for e in events if e.name() == '[memory]']
+    own = [e for e in own if e.device_type() == torch.autograd.DeviceType.CPU]
+    # The sort is stable: what happens in the same nanosecond keeps its order.
+    return [event.nbytes() for event in sorted(own, key=lambda event: event.start_ns())]
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:

@@ -159,10 +159,10 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     return dense
 
 
-def with_host_backbone(model: nn.Module) -> nn.Module:
-    """A copy of a loaded model in which the dense class (``host_backbone``) is the backbone."""
+def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """A copy of a model with another backbone, the other weights shared."""
     clone = shared_copy(model)
-    clone.backbone = host_backbone(model.backbone, model.cfg.model.backbone)
+    clone.backbone = backbone
     return clone
 
 

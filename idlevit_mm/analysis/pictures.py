@@ -31,12 +31,8 @@ def draw_dataset(
 ) -> list[Path]:
     """Draw sheets for images of the test data set; returns the paths of the pictures.
 
-    Args:
-        models: title of each prediction and its model; active tokens are those of the last one.
-        out_dir: folder for the pictures.
-        indices: which images; evenly spread over the data set when None.
-        count: how many, when ``indices`` is None.
-        **options: of ``sheet_of``.
+    ``indices`` tells which images; when None, ``count`` are spread evenly over the data set.
+    ``options`` are those of ``sheet_of``.
 
     Raises:
         ValueError: an index lies outside the data set.
@@ -81,11 +77,8 @@ def sheet_of(
 ) -> Sheet:
     """Run the models on one item of a data set and collect what a sheet shows.
 
-    Args:
-        models: as for ``draw_dataset``.
-        data: what the pipeline returned; its ground truth is shown if it loads it.
-        score_threshold: boxes with a lower score are left out.
-        per: one panel of active tokens for each stage or for each block.
+    ``data`` is what the pipeline returned; its ground truth is shown if it loads it. Boxes with a
+    lower score are left out. There is a panel of active tokens for each stage or each block.
     """
     found = []
     for title, model in models.items():

@@ -252,16 +252,14 @@ class IdleBackbone(BaseModule, ABC):
 
     def _format_misfit(self, found: Format | None) -> str:
         """Why weights with these names are none of this backbone's; '' where they may be."""
-        name = type(self).__name__
         if found is None:
             return ''
+        name, keys = type(self).__name__, f'its keys are those of {found.title}'
         if found.family != self.family:
-            return f'has no weight of {name}: its keys are those of {found.title}'
+            return f'has no weight of {name}: {keys}'
         if found.is_foreign and not self.convert_weights:
-            return (
-                f'has no weight by the names of {name}: its keys are those of {found.title}; set '
-                'convert_weights=True to convert them'
-            )
+            what = f'has no weight by the names of {name}: {keys}'
+            return f'{what}; set convert_weights=True to convert them'
         return ''
 
     def _misfit(self, report: WeightsReport, path: str, state: StateDict) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..blocks import IdleBlock, Tokens, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
-from ..kernels import backend_at, of_kind
+from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, table_size
@@ -28,13 +28,8 @@ LAYER_NORM = dict(type='LN', eps=1e-6)
 _TABLE = 'layers.{}.1.0.pos_embed'
 
 
-@of_kind('reduction')
 class IdlePVTBlock(IdleBlock):
-    """One PVT block on the active tokens of a map; all tokens serve as keys and values.
-
-    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
-    ``IdleBlock``.
-    """
+    """One PVT block on the active tokens of a map; all tokens serve as keys and values."""
 
     reads_map = True
 

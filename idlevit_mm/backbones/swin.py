@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks, weighted_mean
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
-from ..kernels import backend_at, of_kind
+from ..kernels import backend_at
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
 from ..ops import Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
@@ -29,13 +29,8 @@ from .names import swin as names
 LAYER_NORM = dict(type='LN')
 
 
-@of_kind('windows')
 class IdleSwinBlock(IdleBlock):
-    """One Swin block on the active tokens of a map.
-
-    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
-    ``IdleBlock``.
-    """
+    """One Swin block on the active tokens of a map."""
 
     SCOPES = ('map', 'window_tokens', 'windows')
 

@@ -40,11 +40,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 class IdleViTBlock(IdleBlock):
-    """One block of a plain ViT on the active tokens of a map and the class token.
-
-    ``attention`` and ``feedforward`` hold further arguments of its two layers, ``kwargs`` those of
-    ``IdleBlock``.
-    """
+    """One block of a plain ViT on the active tokens of a map and the class token."""
 
     def __init__(
         self,
@@ -84,10 +80,10 @@ class IdleViTBlock(IdleBlock):
         return self.residual_scale * branch, None if row is None else row[:, :count]
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(self._transform, now, self.ln2, self.ffn)
+        def function(x: Tensor) -> Tensor:
+            return x + self.residual_scale * self.ffn(self.ln2(x))
 
-    def _transform(self, now: Tensor) -> Tensor:
-        return now + self.residual_scale * self.ffn(self.ln2(now))
+        return self.by_tokens(function, now, self.ln2, self.ffn)
 
     def mean_query(self, x: Tensor) -> Tensor:
         return self.attn.mean_query_attention(self.ln1(x))

@@ -33,6 +33,8 @@ class IdleBlock(BaseModule, ABC):
         policy: Config of the idling policy; None for the default.
         with_cp: Whether to recompute the block in the backward pass instead of storing it.
         num_class: P, class tokens behind the map.
+
+    In families ``attention`` and ``feedforward`` hold further arguments of the block's two layers.
     """
 
     SCOPES: tuple[str, ...] = ('map',)

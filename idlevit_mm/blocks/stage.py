@@ -38,11 +38,10 @@ class StageRecord(NamedTuple):
 
     def keep_mask(self, block: int) -> Tensor:
         """Tokens of the map that were active in a block: (B, H, W), bool."""
-        rows, (height, width) = self.plans[block].rows, self.hw_shape
+        rows, shape = self.plans[block].rows, (self.batch, *self.hw_shape)
         if rows is None:
-            shape = self.batch, height, width
             return torch.ones(shape, dtype=torch.bool, device=self.device)
-        return row_mask(rows, height * width).view(self.batch, height, width)
+        return row_mask(rows, shape[1] * shape[2]).view(shape)
 
 
 def run_blocks(

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from .unpickling import ForeignContentsError, Inert, Unpickler, size_of, text_of
+from .unpickling import ForeignContentsError, Unpickler, text_of
 
 # Bytes of the list of members; a large model has some thousand members of about 100 bytes.
 _LARGEST_LIST = 2**26
@@ -112,8 +112,11 @@ def _bytes(file: BinaryIO, begin: int, size: int) -> bytes:
 def _of_pickles(file: BinaryIO, size: int) -> Archive:
     sizes: dict[str, int] = {}
 
+    def note(key: str, _: str, size: int) -> None:
+        sizes[key] = size
+
     def one() -> Any:
-        return _Sizes(file, sizes).load()
+        return Unpickler(file, note).load()
 
     if one() != torch.serialization.MAGIC_NUMBER or one() != torch.serialization.PROTOCOL_VERSION:
         raise ValueError('torch.save did not write it')
@@ -129,16 +132,3 @@ def _of_pickles(file: BinaryIO, size: int) -> Archive:
         if file.seek(sizes[key], io.SEEK_CUR) > size:
             raise EOFError('the file ends within a tensor')
     return Archive(file, size, pickled, storages)
-
-
-class _Sizes(Unpickler):
-    """Takes note of how many bytes each storage has, and builds no tensor of them."""
-
-    def __init__(self, file: BinaryIO, sizes: dict[str, int]) -> None:
-        super().__init__(file, lambda *_: torch.UntypedStorage(0))
-        self._sizes = sizes
-
-    def persistent_load(self, pid: Any) -> Inert:
-        if isinstance(pid, tuple) and isinstance(pid[1], torch.dtype):
-            self._sizes[text_of(pid[2])] = pid[4] * size_of(pid[1])
-        return Inert()

@@ -88,7 +88,7 @@ def read(
                 whole = torch.UntypedStorage.from_file(str(path), False, archive.size)
             storages: dict[str, torch.UntypedStorage] = {}
 
-            def storage(key: str, location: str) -> torch.UntypedStorage:
+            def storage(key: str, location: str, _: int) -> torch.UntypedStorage:
                 if key not in storages:
                     storages[key] = placed(archive.storage(key, whole), location)
                 return storages[key]
@@ -99,7 +99,7 @@ def read(
             unpickler = Unpickler(io.BytesIO(archive.pickle), storage, budget, trusted)
             checkpoint = unpickler.load()
         if unpickler.foreign and not foreign_too:
-            raise UnsafeCheckpointError(_refusal(name, shortened(sorted(unpickler.foreign)), True))
+            raise _refusal(name, shortened(sorted(unpickler.foreign)), stripping_helps=True)
     except UsageError:
         raise
     except Exception as error:
@@ -116,14 +116,8 @@ def _file(path: str | os.PathLike) -> Path:
 
 
 def _trusted_by_the_user() -> dict[str, Any]:
-    """What somebody added to torch's list of safe classes, by full names."""
-    names: dict[str, Any] = {}
-    for entry in getattr(torch.serialization, 'get_safe_globals', tuple)():
-        if isinstance(entry, tuple):
-            names[entry[1]] = entry[0]
-        else:
-            names[f'{entry.__module__}.{entry.__qualname__}'] = entry
-    return names
+    """What somebody added to torch's list of safe classes, by full names; torch < 2.4 has none."""
+    return getattr(torch._weights_only_unpickler, '_get_user_allowed_globals', dict)()
 
 
 def safetensors_torch() -> Any:
@@ -139,10 +133,10 @@ def safetensors_torch() -> Any:
 def reading_error(source: Any, error: Exception) -> UsageError:
     """What the error of a reader (ours, torch's, that of safetensors) means: unsafe or damaged."""
     if isinstance(error, ForeignContentsError):
-        return UnsafeCheckpointError(_refusal(source, str(error), False))
+        return _refusal(source, str(error), stripping_helps=False)
     reason = without_advice(error)
     if reason.startswith('GLOBAL '):
-        return UnsafeCheckpointError(_refusal(source, reason, True))
+        return _refusal(source, reason, stripping_helps=True)
     return BrokenCheckpointError(
         f'checkpoint {source} cannot be read ({reason}): the file is incomplete, '
         'damaged, or no checkpoint'
@@ -159,14 +153,14 @@ def without_advice(error: Exception) -> str:
     return one_line(error, 200)
 
 
-def _refusal(source: Any, what: str, stripping_helps: bool) -> str:
+def _refusal(source: Any, what: str, stripping_helps: bool) -> UnsafeCheckpointError:
     remedy = (
         'To use the weights, drop everything else first: python '
         f'tools/model_converters/strip_checkpoint.py {source} stripped.pth'
         if stripping_helps
         else 'Ask for a file of the weights alone, as torch.save writes a state dict'
     )
-    return (
+    return UnsafeCheckpointError(
         f'checkpoint {source} is refused as unsafe: it holds {what}, and reading such things can '
         f'run code or fill the memory. Only tensors and the records of mmengine are read. {remedy}'
     )

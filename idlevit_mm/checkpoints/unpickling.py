@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,7 +33,7 @@ _NAMED = [
     *(getattr(owner, name) for owner, names in _STORED_METHODS.items() for name in names),
 ]
 # numpy 1 writes numpy.core, numpy 2 writes numpy._core; both must be readable under either.
-NUMPY_MODULES = ('numpy.core.multiarray', 'numpy._core.multiarray')
+_NUMPY_MODULES = ('numpy.core.multiarray', 'numpy._core.multiarray')
 _NATIVE = ('|', '=', '<' if sys.byteorder == 'little' else '>')
 
 
@@ -40,14 +41,14 @@ class ForeignContentsError(pickle.UnpicklingError):
     """There is something in a checkpoint that is not read; the message names it."""
 
 
-def stored_method(owner: Any, name: Any) -> Any:
+def _stored_method(owner: Any, name: Any) -> Any:
     """Stand in for ``getattr``; knows mmengine's own methods only."""
     if isinstance(owner, type) and isinstance(name, str) and name in _STORED_METHODS.get(owner, ()):
         return getattr(owner, name)
     raise ForeignContentsError(f'getattr({getattr(owner, "__name__", "an object")}, {shown(name)})')
 
 
-def plain_dtype(code: Any, *_: Any) -> np.dtype:
+def _plain_dtype(code: Any, *_: Any) -> np.dtype:
     """Stand in for ``numpy.dtype``: numbers and texts, no fields and no objects.
 
     An object in an array is an address, and one that a file chose is followed when it is read.
@@ -58,12 +59,12 @@ def plain_dtype(code: Any, *_: Any) -> np.dtype:
     raise ForeignContentsError(f'numpy.dtype({shown(code)})')
 
 
-def empty_array(*_: Any) -> np.ndarray:
+def _empty_array(*_: Any) -> np.ndarray:
     """Stand in for numpy's ``_reconstruct``; shape and numbers come later."""
     return np.empty(0, np.int8)
 
 
-def plain_scalar(dtype: Any, raw: Any = None) -> Any:
+def _plain_scalar(dtype: Any, raw: Any = None) -> Any:
     """Stand in for numpy's ``scalar``."""
     if isinstance(dtype, np.dtype) and isinstance(raw, bytes) and len(raw) == dtype.itemsize > 0:
         return np.frombuffer(raw, dtype)[0]
@@ -117,7 +118,19 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
 
 
+# What mmengine writes beside what torch's own safe reader knows.
+MMENGINE: dict[str, Any] = {
+    **{f'{cls.__module__}.{cls.__qualname__}': cls for cls in _STORED_METHODS},
+    'builtins.getattr': _stored_method,
+    'numpy.dtype': _plain_dtype,
+    'numpy.ndarray': _uncalled,
+    **{f'{module}._reconstruct': _empty_array for module in _NUMPY_MODULES},
+    **{f'{module}.scalar': _plain_scalar for module in _NUMPY_MODULES},
+}
 _KNOWN: dict[str, Any] = {
+    **MMENGINE,
+    'torch.Tensor': _uncalled,
+    'torch.nn.parameter.Parameter': _uncalled,
     'collections.OrderedDict': collections.OrderedDict,
     'collections.Counter': collections.Counter,
     'builtins.set': set,
@@ -126,8 +139,6 @@ _KNOWN: dict[str, Any] = {
     'torch.Size': torch.Size,
     'torch.device': torch.device,
     'torch.storage.UntypedStorage': torch.uint8,
-    **{f'{cls.__module__}.{cls.__qualname__}': cls for cls in _STORED_METHODS},
-    **{f'{module}._reconstruct': empty_array for module in NUMPY_MODULES},
     **{str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)},
     **{
         f'torch.{place}{name}': dtype
@@ -135,13 +146,6 @@ _KNOWN: dict[str, Any] = {
         for place in ('', 'cuda.')
         if not name.startswith('Q')
     },
-}
-# Refusals of these are noted.
-_GUARDED: dict[str, Callable[..., Any]] = {
-    'builtins.getattr': stored_method,
-    'numpy.dtype': plain_dtype,
-    **{f'{module}.scalar': plain_scalar for module in NUMPY_MODULES},
-    **dict.fromkeys(('numpy.ndarray', 'torch.Tensor', 'torch.nn.parameter.Parameter'), _uncalled),
 }
 # What is done with the state that a pickle has for an object, by the exact type of the object.
 _BUILD: dict[type, Callable[[Any, Any], None]] = {
@@ -159,7 +163,7 @@ class Unpickler(_Base):
 
     Args:
         file: Where the pickle is.
-        storage: Gives the bytes of a tensor's storage by key and location.
+        storage: Gives a tensor's storage by key, location and size in bytes; None for no tensor.
         budget: Bytes that all tensors may have, each counted as if it shared none.
         trusted: More classes and functions by their full names, which are called.
 
@@ -170,7 +174,7 @@ class Unpickler(_Base):
     def __init__(
         self,
         file: BinaryIO,
-        storage: Callable[[str, str], torch.UntypedStorage],
+        storage: Callable[[str, str, int], torch.UntypedStorage | None],
         budget: int = 0,
         trusted: dict[str, Any] | None = None,
     ) -> None:
@@ -181,8 +185,7 @@ class Unpickler(_Base):
         self._trusted = trusted or {}
         self._known = {
             **self._trusted,
-            **_KNOWN,
-            **{name: self._noting(function) for name, function in _GUARDED.items()},
+            **{name: self._noting(known) for name, known in _KNOWN.items()},
             **{f'torch._utils._rebuild_tensor{n}': self._tensor for n in ('', '_v2', '_v3')},
             'torch._utils._rebuild_parameter': self._parameter,
             'torch._utils._rebuild_parameter_with_state': self._parameter,
@@ -206,8 +209,11 @@ class Unpickler(_Base):
             return Inert()  # its name is noted
         if any(part) or type(count) is not int or count < 0:
             raise ForeignContentsError('a storage that is a part of another, or without a size')
-        data = self._storage(text_of(key), text_of(location))
-        if count * size_of(dtype) > data.nbytes():
+        size = count * size_of(dtype)
+        data = self._storage(text_of(key), text_of(location), size)
+        if data is None:
+            return Inert()
+        if size > data.nbytes():
             raise ForeignContentsError('a storage of which only a part is there')
         return _Storage(data, dtype)
 
@@ -238,8 +244,10 @@ class Unpickler(_Base):
     for code in (pickle.BYTEARRAY8, pickle.INST, pickle.OBJ):
         del dispatch[code[0]]
 
-    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a function that refuses something pass over it."""
+    def _noting(self, function: Any) -> Any:
+        """Let a function of ours that refuses something pass over it; anything else stays."""
+        if not isinstance(function, types.FunctionType):
+            return function
 
         def noting(*args: Any) -> Any:
             try:

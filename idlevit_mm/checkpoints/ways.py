@@ -17,14 +17,11 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
-from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from ..errors import UsageError
 from .safe_load import read
-from .unpickling import NUMPY_MODULES, empty_array, plain_dtype, plain_scalar, stored_method
+from .unpickling import MMENGINE
 
-_ARRAY = object()
 _NUMBERS = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
 _GPUS = re.compile(
     r'^gpu_ids\s*=\s*(?:range\((\d{1,6}),\s*(\d{1,6})\)|[\[(]([\d,\s]*)[\])])\s*$', re.MULTILINE
@@ -37,19 +34,13 @@ def mmengine_globals() -> list[Any]:
     For ``torch.load`` itself, which the package does not use. It has no say in what becomes of a
     dtype's state: numbers of another byte order than this machine's come out wrong.
     """
-    entries: list[Any] = [
-        HistoryBuffer,
-        OneCycleParamScheduler,
-        (stored_method, 'builtins.getattr'),
-        (_ARRAY, 'numpy.ndarray'),
-        (plain_dtype, 'numpy.dtype'),
-    ]
-    for module in NUMPY_MODULES:
-        entries += [(empty_array, f'{module}._reconstruct'), (plain_scalar, f'{module}.scalar')]
     # torch asks for these when it restores the state of an array or dtype. No file may name them:
     # a name in a pickle ends with its line.
     kinds: list[type] = [np.ndarray, *(type(np.dtype(code)) for code in _NUMBERS)]
-    return entries + [(kind, f'numpy\n{kind.__qualname__}') for kind in kinds]
+    return [
+        *((known, name) for name, known in MMENGINE.items()),
+        *((kind, f'numpy\n{kind.__qualname__}') for kind in kinds),
+    ]
 
 
 def allow_mmengine_globals() -> None:

@@ -40,12 +40,7 @@ def split_backbone(weights: StateDict) -> tuple[StateDict, StateDict]:
 
     Weights of which no name begins with ``backbone.`` are those of a backbone alone.
     """
-    if not any(name.startswith(BACKBONE) for name in weights):
+    others = {name: value for name, value in weights.items() if not name.startswith(BACKBONE)}
+    if len(others) == len(weights):
         return weights, {}
-    backbone, others = {}, {}
-    for name, value in weights.items():
-        if name.startswith(BACKBONE):
-            backbone[name.removeprefix(BACKBONE)] = value
-        else:
-            others[name] = value
-    return backbone, others
+    return {n.removeprefix(BACKBONE): v for n, v in weights.items() if n not in others}, others

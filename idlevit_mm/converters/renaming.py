@@ -19,7 +19,7 @@ from ..errors import SettingError, shortened
 _T = TypeVar('_T')
 Transform = Callable[[Tensor], Tensor]
 
-_FIELD = re.compile(r'\{(\w+)(?:\+(\d+))?\}')
+_FIELD = re.compile(r'\{(\w+(?:\+1)?)\}')
 _NOTHING = re.compile(r'(?!)')
 
 
@@ -144,24 +144,22 @@ def _translated(key: str, old: str, new: str) -> str | None:
     match = _compiled(old).fullmatch(key)
     if match is None:
         return None
-    offsets = {name: int(offset or 0) for name, offset in _FIELD.findall(old)}
-    values = match.groupdict()
-    numbers = {name: int(values[name]) - offsets[name] for name in values if name != 'leaf'}
-    if any(number < 0 for number in numbers.values()):
-        return None
-
-    def fill(field: re.Match) -> str:
-        name, offset = field.groups(default='0')
-        return values[name] if name == 'leaf' else str(numbers[name] + int(offset))
-
-    return _FIELD.sub(fill, new)
+    values: dict[str, object] = {}
+    for field, text in zip(_FIELD.findall(old), match.groups(), strict=True):
+        if field == 'leaf':
+            values[field] = text
+        else:
+            name = field.removesuffix('+1')
+            number = int(text) - (field != name)
+            values |= {name: number, f'{name}+1': number + 1}
+    return new.format_map(values)
 
 
 @cache
 def _compiled(pattern: str) -> re.Pattern:
-    texts_and_fields = _FIELD.split(pattern)
-    expression = re.escape(texts_and_fields[0])
-    for name, text in zip(texts_and_fields[1::3], texts_and_fields[3::3], strict=True):
-        values = '[a-z_]+' if name == 'leaf' else '[0-9]+'
-        expression += f'(?P<{name}>{values}){re.escape(text)}'
+    first, *rest = _FIELD.split(pattern)
+    expression = re.escape(first)
+    for field, text in zip(rest[::2], rest[1::2], strict=True):
+        number = '[1-9][0-9]*' if field.endswith('+1') else '[0-9]+'
+        expression += f'({"[a-z_]+" if field == "leaf" else number}){re.escape(text)}'
     return re.compile(expression)

@@ -1,16 +1,13 @@
 """Tiny stand-ins for COCO 2017 and ADE20K, in exactly their formats.
 
 They let everything that reads those data sets run where these are not at hand. The images are
-digit scenes (:mod:`idlevit_mm.datasets.digit_scenes`) under the names, in the folders and with the
+digit scenes (:mod:`idlevit_mm.datasets.scenes`) under the names, in the folders and with the
 annotations of the real ones, and with what surprises newcomers there: gaps between category ids, a
 crowd region, an image without annotations, a greyscale photograph, portrait and landscape formats.
-
-Shape legend: H image height, W image width (pixels).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from .digit_scenes import DigitScenesParams, Scene, encoded, integers, render_scene
+from .digit_scenes import compact_json, encoded
 from .formats import (
     ADE20K_CLASSES,
     ADE20K_FOLDER,
@@ -31,6 +28,7 @@ from .formats import (
     coco_ann_file,
     coco_file_name,
 )
+from .scenes import DigitScenesParams, Scene, integers, render_scene
 
 Folder = str | os.PathLike[str]
 Files = Iterator[tuple[str, bytes]]  # relative path and content
@@ -79,13 +77,10 @@ def run_lengths_of(mask: np.ndarray) -> list[int]:
 def coco_annotations(
     scene: Scene, image_id: int, first_id: int, crowd: bool
 ) -> list[dict[str, Any]]:
-    """Annotations of one image in COCO's spelling: polygons, and run lengths for a crowd.
+    """Annotations of one image in COCO's spelling, with ids from ``first_id`` on.
 
-    Args:
-        scene: The image.
-        image_id: Id of the image.
-        first_id: Id of the first annotation.
-        crowd: Join all digits but the first into one crowd region.
+    Segmentations are polygons; with ``crowd`` all digits but the first are joined into one region,
+    which has run lengths.
     """
     size = scene.owner.shape
     shown = 1 if crowd else len(scene.labels)
@@ -160,7 +155,6 @@ def write_ade20k_stand_in(
 
 
 def _coco_files(counts: Sequence[int], size: int, seed: int) -> Files:
-    """Relative path and content of every file of the COCO stand-in."""
     next_annotation = 1
     for split, count in zip(COCO_IMAGES, counts, strict=True):
         images: list[dict[str, Any]] = []
@@ -191,13 +185,12 @@ def _coco_files(counts: Sequence[int], size: int, seed: int) -> Files:
                 for c in COCO_CATEGORIES
             ],
         }
-        yield coco_ann_file(split), json.dumps(content, separators=(',', ':')).encode()
+        yield coco_ann_file(split), compact_json(content)
 
 
 def _ade20k_files(counts: Sequence[int], size: int, seed: int) -> Files:
-    """Relative path and content of every file of the ADE20K stand-in."""
     pixels = np.zeros(ADE20K_CLASSES + 1, dtype=np.int64)
-    shown = {split: np.zeros(ADE20K_CLASSES + 1, dtype=np.int64) for split in ADE20K_IMAGES}
+    shown = {split: np.zeros_like(pixels) for split in ADE20K_IMAGES}
     scenes = []
     for split, count in zip(ADE20K_IMAGES, counts, strict=True):
         for index in range(count):
@@ -206,7 +199,7 @@ def _ade20k_files(counts: Sequence[int], size: int, seed: int) -> Files:
             name = ade20k_name(split, index + 1)
             yield f'images/{split}/{name}.jpg', encoded('.jpg', scene.image)
             yield f'annotations/{split}/{name}.png', encoded('.png', mask)
-            number = np.bincount(mask.ravel(), minlength=ADE20K_CLASSES + 1)
+            number = np.bincount(mask.ravel(), minlength=len(pixels))
             pixels += number
             shown[split] += number > 0
             scenes.append(f'{name} misc\n')
@@ -218,9 +211,8 @@ def _object_info(pixels: np.ndarray, shown: Mapping[str, np.ndarray]) -> str:
     """Table of the classes: share of the pixels, images that show them, whether they are stuff."""
     from mmseg.datasets import ADE20KDataset
 
-    names = ADE20KDataset.METAINFO['classes']
     lines = ['Idx\tRatio\tTrain\tVal\tStuff\tName']
-    for number, name in enumerate(names, start=1):
+    for number, name in enumerate(ADE20KDataset.METAINFO['classes'], start=1):
         ratio = pixels[number] / pixels[1:].sum()
         stuff = int(pixels[number] > 0 and number not in _ADE20K_OF_DIGIT)
         images = [shown[split][number] for split in ADE20K_IMAGES]
@@ -237,10 +229,9 @@ def _write(
     seed: int,
 ) -> bool:
     """Write files into a folder that is empty, missing, or already holds exactly these."""
-    values = dict(num_train=(num_train, 1), num_val=(num_val, 1))
-    values |= dict(size=(size, MIN_SIZE), seed=(seed, 0))
-    for name, (value, low) in values.items():
-        integers(name, value, 0, low)
+    values = dict(num_train=(num_train, 1), num_val=(num_val, 1), size=(size, MIN_SIZE))
+    for name, (value, low) in dict(values, seed=(seed, 0)).items():
+        integers(name, value, low)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder')
     contents = dict(make((num_train, num_val), size, seed))

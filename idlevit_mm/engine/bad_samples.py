@@ -71,11 +71,11 @@ def _thin_mask(data: dict[str, Any]) -> str | None:
 
 
 class GuardedPipeline(Compose):
-    """A pipeline that knows what to do with an image that cannot be loaded.
+    """A pipeline that leaves unusable images out of training, and refuses them elsewhere.
 
     Args:
         transforms: The transforms of the pipeline that it replaces.
-        training: Leave unusable images out, with a warning each; else they are errors.
+        training: Whether they are left out, with a warning each.
         num_classes: Number of classes that label maps may number, None if unknown.
     """
 
@@ -93,11 +93,7 @@ class GuardedPipeline(Compose):
         self.told_of_size = False
 
     def __call__(self, data: dict) -> dict | None:
-        """Load and transform one image.
-
-        Returns:
-            What the transforms make of it; in training None if it cannot be used, so that the
-            data set takes another.
+        """Load and transform one image; None if it is left out, so that another one is taken.
 
         Raises:
             BadSampleError: It cannot be used in validation or testing, or too many cannot be.
@@ -178,13 +174,10 @@ def _classes(leaf: Any) -> list[str]:
 
 
 def guard(dataset: Any, training: bool) -> None:
-    """Guard the pipelines of a built data set, and of those inside it, against unusable images.
-
-    Those that are none of mmengine's pipelines stay as they are.
-    """
+    """Guard mmengine's pipelines, of a data set and of those inside it, against unusable images."""
     for leaf in leaves(dataset):
-        pipeline = getattr(leaf, 'pipeline', None)
-        if isinstance(pipeline, Compose) and type(pipeline) is Compose:
+        pipeline: Any = getattr(leaf, 'pipeline', None)
+        if type(pipeline) is Compose:
             number = len(_classes(leaf)) or None
             leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number)
 
@@ -198,7 +191,7 @@ def naming_the_data(phase: str, config: dict) -> Iterator[None]:
         config: Config of the data loader.
 
     Raises:
-        SettingError: For the exceptions that a malformed annotation file or a wrong setting cause.
+        SettingError: An annotation file is malformed, or a setting is wrong.
     """
     try:
         yield
@@ -222,9 +215,8 @@ def check_built(dataset: Any, model: torch.nn.Module, phase: str) -> None:
     """Check a built data set, by itself and against the model, before the first iteration.
 
     Raises:
-        SettingError: A head has fewer classes than the data, so that labels would be beyond its
-            last one; the annotation file lacks classes, so that labels would shift; or there is
-            no box to learn or to measure.
+        SettingError: A head has fewer classes than the data, the annotation file lacks classes so
+            that labels would shift, or there is no box to learn or to measure.
     """
     heads = class_counts(model)
     for leaf in leaves(dataset):
@@ -246,10 +238,9 @@ def class_counts(model: torch.nn.Module) -> dict[str, int]:
     modules = dict(model.named_modules())
     if any(name.rpartition('.')[2] in _READS_TEXT for name in modules):
         return {}
-    counts = {
-        n: m.num_classes for n, m in modules.items() if 'head' in n and hasattr(m, 'num_classes')
-    }
-    return {n: count for n, count in counts.items() if type(count) is int and not _OTHERS.search(n)}
+    heads = [name for name in modules if 'head' in name and not _OTHERS.search(name)]
+    counts = {name: getattr(modules[name], 'num_classes', None) for name in heads}
+    return {name: count for name, count in counts.items() if type(count) is int}
 
 
 def _check_heads(leaf: Any, heads: dict[str, int], where: str) -> None:

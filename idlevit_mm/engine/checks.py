@@ -23,9 +23,13 @@ from ..registry import AUXILIARY_LOSSES, arguments_of
 
 Keys = tuple[str | int, ...]
 
-_ADE = 'ADEChallengeData2016 from http://sceneparsing.csail.mit.edu'
+# Keys under which data sets hold others.
+_WRAPPED = ('dataset', 'datasets')
+
 _COCO = 'COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org'
-_SOURCES = ((('adechallenge', 'ade20k'), _ADE, 'ade20k'), (('coco',), _COCO, 'coco'))
+_ADE = 'ADEChallengeData2016 from http://sceneparsing.csail.mit.edu'
+# What stands in a path, which data set that is, and where it comes from.
+_SOURCES = {'coco': ('coco', _COCO), 'adechallenge': ('ade20k', _ADE), 'ade20k': ('ade20k', _ADE)}
 
 
 def parts_of(
@@ -51,16 +55,10 @@ def class_of(kind: Any, scope: str | None = None) -> tuple[str, str]:
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
     """Dotted name and config of every data set that reads files, inside of all wrappers."""
-    if isinstance(dataset, (list, tuple)):
-        for number, part in enumerate(dataset):
-            yield from leaf_datasets(part, f'{key}.{number}')
-    elif isinstance(dataset, dict):
-        if isinstance(dataset.get('dataset'), dict):
-            yield from leaf_datasets(dataset['dataset'], f'{key}.dataset')
-        elif isinstance(dataset.get('datasets'), (list, tuple)):
-            yield from leaf_datasets(dataset['datasets'], f'{key}.datasets')
-        else:
-            yield key, dataset
+    for path, part, _ in parts_of(dataset, (key,)):
+        wraps = any(isinstance(part.get(name), (dict, list, tuple)) for name in _WRAPPED)
+        if not wraps and all(isinstance(step, int) or step in _WRAPPED for step in path[1:]):
+            yield '.'.join(map(str, path)), part
 
 
 def evaluators_of(cfg: Any, phase: str) -> list[Any]:
@@ -73,8 +71,7 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
     """Check that the folders and files exist that the data loaders of some phases will read.
 
     Raises:
-        UsageError: Naming the first missing path, its key in the config, and where to get the
-            data.
+        UsageError: One is missing; with its key in the config, and where to get the data.
     """
     for phase in phases:
         loader = cfg.get(f'{phase}_dataloader')
@@ -96,13 +93,14 @@ def _check_dataset(dataset: dict, key: str) -> None:
     root = dataset.get('data_root') or ''
     if backend not in ('local', 'LocalBackend', 'disk') or not is_local(root):
         return
-    named = [('data_root', root)]
-    prefix = dataset.get('data_prefix')
-    entries = {f'data_prefix.{k}': v for k, v in prefix.items()} if isinstance(prefix, dict) else {}
-    for name, value in {'ann_file': dataset.get('ann_file'), **entries}.items():
+    inside = {'ann_file': dataset.get('ann_file')}
+    if isinstance(prefix := dataset.get('data_prefix'), dict):
+        inside |= {f'data_prefix.{name}': value for name, value in prefix.items()}
+    paths = {'data_root': root}
+    for name, value in inside.items():
         if isinstance(value, str) and value and is_local(value):
-            named.append((name, os.path.join(root, value)))
-    for name, path in named:
+            paths[name] = os.path.join(root, value)
+    for name, path in paths.items():
         if path and not os.path.exists(path):
             raise UsageError(f'{key}.{name} {path} does not exist. {_data_hint(path, root, key)}')
 
@@ -114,11 +112,11 @@ def _data_hint(path: str, root: str, key: str) -> str:
         folders = [str(f) for f in (Path(path), *Path(path).parents) if f.name == 'digit_scenes']
         writer = 'python tools/dataset_converters/digit_scenes.py'
         return f'Write the digit scenes with: {writer} {(folders or [place])[0]} --layout coco ade'
-    known = [(what, name) for words, what, name in _SOURCES if any(word in lower for word in words)]
     source = f'Put the data at {place}'
-    for what, name in known[:1]:
-        checker = f'python tools/prepare_data.py {name} checks it'
-        source = f'Download {what} and unpack or link it as {place} (docs/data.md; {checker})'
+    for word, (name, what) in _SOURCES.items():
+        if word in lower:
+            checker = f'python tools/prepare_data.py {name} checks it'
+            source = f'Download {what} and unpack or link it as {place} (docs/data.md; {checker})'
     return f'{source}, or name its place with --cfg-options {key}.data_root=PATH'
 
 
@@ -152,10 +150,12 @@ def check_teachers(cfg: Any) -> None:
     for keys, loss, _ in parts_of(cfg.get('custom_hooks'), ('custom_hooks',)):
         if len(keys) != 4 or keys[2] != 'losses':
             continue
-        name, teacher = '.'.join(map(str, keys)), loss.get('teacher')
-        if teacher is None and anew and _is_taught(loss.get('type')):
+        name, kind, teacher = '.'.join(map(str, keys)), loss.get('type'), loss.get('teacher')
+        cls = AUXILIARY_LOSSES.get(kind) if isinstance(kind, str) else kind
+        is_taught = cls is not None and 'teacher' in arguments_of(cls)
+        if teacher is None and anew and is_taught:
             raise UsageError(
-                f'{name} ({loss["type"]}) has no teacher, and there is no checkpoint that '
+                f'{name} ({kind}) has no teacher, and there is no checkpoint that '
                 'training starts from: --cfg-options load_from=dense.pth, or '
                 f'{name}.teacher.checkpoint=dense.pth'
             )
@@ -166,31 +166,23 @@ def check_teachers(cfg: Any) -> None:
                 load_checkpoint(path)
 
 
-def _is_taught(kind: Any) -> bool:
-    """Whether a loss compares the model with a teacher."""
-    cls = AUXILIARY_LOSSES.get(kind) if isinstance(kind, str) else kind
-    return cls is not None and 'teacher' in arguments_of(cls)
-
-
 def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
     """Find the newest whole checkpoint of a run.
 
     Looks at the one that ``last_checkpoint`` names, then at ``epoch_*.pth`` and ``iter_*.pth``
-    from the highest number down. The folder need not exist.
+    from the highest number down.
 
     Returns:
         Path of the checkpoint or None, and what was passed over on the way and why.
 
     Raises:
-        UnsafeCheckpointError: If the newest whole one holds more than mmengine writes.
+        UnsafeCheckpointError: The newest whole one holds more than mmengine writes.
     """
     folder = Path(work_dir)
-    numbers = {
-        path: int(path.stem.rpartition('_')[2])
-        for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-        if path.stem.rpartition('_')[2].isdigit()
-    }
-    candidates = sorted(numbers, key=lambda path: numbers[path], reverse=True)
+    saved = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    numbers = {path: path.stem.rpartition('_')[2] for path in saved}
+    numbered = [path for path in saved if numbers[path].isdigit()]
+    candidates = sorted(numbered, key=lambda path: int(numbers[path]), reverse=True)
     note = folder / 'last_checkpoint'
     if named := note.read_text().strip() if note.is_file() else '':
         # A work dir that was moved still holds its checkpoint under the same name.
@@ -223,15 +215,14 @@ def check_weights(
         checkpoint: As read from ``path``.
         path: For messages.
         purpose: ``'resume'`` and ``'test'`` want every parameter; ``'load_from'`` takes what
-            fits, as fine-tuning to other classes does.
+            fits, and a head may differ in the first dimension, which counts classes.
 
     Returns:
         Warnings, one text each; only ``'load_from'`` has any.
 
     Raises:
-        UsageError: If nothing of the backbone is in the checkpoint, if a parameter is missing
-            (resume, test), or if shapes differ. For ``'load_from'`` a head may differ in the
-            first dimension, which counts classes.
+        UsageError: Nothing of the backbone is in the checkpoint, a parameter is missing, or
+            shapes differ.
     """
     while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
         model = inner
@@ -254,14 +245,10 @@ def check_weights(
         )
 
     advice = 'Use the config that the checkpoint was trained with'
-    wrong = compare(wanted, given).mismatched
-    classes = {
-        name: (old, new)
-        for name, (old, new) in wrong.items()
-        if purpose == 'load_from' and 'head' in name.split('.')[0]
-        if len(old) == len(new) and old[1:] == new[1:]
-    }
-    wrong = {name: shapes for name, shapes in wrong.items() if name not in classes}
+    wrong, classes = compare(wanted, given).mismatched, {}
+    for name, (old, new) in list(wrong.items()) if purpose == 'load_from' else ():
+        if 'head' in name.split('.')[0] and len(old) == len(new) and old[1:] == new[1:]:
+            classes[name] = wrong.pop(name)
     if wrong:
         listed = shortened(with_shapes(wrong, 'but the model has'))
         raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')

@@ -106,13 +106,13 @@ def mask_problem(
     classes: int | None,
     shift: int,
 ) -> str | None:
-    """What is wrong with a label map, if anything.
+    """What is wrong with the label map of a file ``mask`` of an ``image``, if anything.
 
     Args:
         labels: (H, W), classes from 0 on; 255 is ignored, and what is below 0.
-        size: Height and width of ``image``.
-        mask: Name of the file that holds the labels.
-        image: Name of its image.
+        size: Height and width of the image.
+        mask: Name of the file.
+        image: Name of the image.
         classes: Number of classes, None if unknown.
         shift: What was subtracted from the values in the file.
     """
@@ -170,13 +170,13 @@ def _check_files(
 
 
 def _count(split: str, found: int, expected: int) -> Finding:
-    if found == expected:
-        return Finding(split, 'images', f'{found} images')
-    value, remedy = f'more than the {expected} of the original', 'it was added to'
-    if found < expected:
-        value = f'a subset of {expected}'
+    value, remedy = f'{found} images', 'it was added to'
+    if found > expected:
+        value += f', more than the {expected} of the original'
+    elif found < expected:
+        value += f', a subset of {expected}'
         remedy = 'scores on a subset cannot be compared with published ones'
-    return Finding(split, 'images', f'{found} images, {value}', NOTE, remedy)
+    return Finding(split, 'images', value, OK if found == expected else NOTE, remedy)
 
 
 def _listed(
@@ -311,12 +311,9 @@ def _check_ade20k_split(split: str, images: Path, masks: Path, deep: bool) -> Fi
 
 
 def check_data(dataset: str, root: Path, deep: bool = False) -> list[Finding]:
-    """Check a folder that should be ``'coco'`` or ``'ade20k'``.
+    """Check a folder that should be ``'coco'`` or ``'ade20k'``; ``deep`` decodes every file.
 
-    Args:
-        dataset: Name of the data set.
-        root: Folder; of ADE20K also the one above ``ADEChallengeData2016``.
-        deep: Decode every file instead of a sample.
+    ``root`` may also be the folder above ``ADEChallengeData2016``.
     """
     if not root.is_dir():
         what = 'is a file' if root.exists() else 'does not exist'

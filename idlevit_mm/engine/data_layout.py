@@ -71,14 +71,9 @@ def base_folder(root: Path) -> Path:
 
 
 def bring_into_place(dataset: str, root: Path, target: Path) -> Iterator[str]:
-    """Make the layout that the configs expect, of links to what lies somewhere else.
+    """Make the layout that the configs expect, in ``target``, of links to what lies in ``root``.
 
     Nothing that was there is ever deleted or overwritten.
-
-    Args:
-        dataset: ``'coco'`` or ``'ade20k'``.
-        root: Folder that holds the data in that layout.
-        target: Folder to make.
 
     Yields:
         One line for each thing done.

@@ -76,20 +76,12 @@ for name, code in json.loads(sys.argv[1]).items():
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        section: Heading that it stands under.
-        name: What was looked at.
-        value: What was found.
-        status: `ok`, `note` (works, but something is missing) or `wrong`.
-        remedy: What to do about it, empty where nothing has to be done.
-    """
+    """One line of the report: under which heading, what was looked at, and what was found."""
 
     section: str
     name: str
     value: str
-    status: str = OK
+    status: str = OK  # or NOTE (works, but something is missing), or WRONG
     remedy: str = ''
 
 
@@ -123,14 +115,15 @@ def check_stack(packages: Sequence[str], harm: bool) -> Iterator[Finding]:
     own = [package for package in packages if package not in forks]
     stacks = {"OpenMMLab's own packages": own, 'the forks onedl-*': forks}
     parts = [f'{title} ({", ".join(names)})' for title, names in stacks.items() if names]
-    mixed = f'mixed: {" and ".join(parts)} have the same import names'
     remedy = (
         f"'pip uninstall {' '.join(packages)}', then install one stack: 'make setup' and "
         "'make setup-onedl' do so, each in an environment of its own"
     )
-    if parts:
-        value, status = (parts[0], OK) if len(parts) == 1 else (mixed, WRONG if harm else NOTE)
-        yield Finding('Packages', 'stack', value, status, remedy)
+    if len(parts) == 1:
+        yield Finding('Packages', 'stack', parts[0])
+    elif parts:
+        mixed = f'mixed: {" and ".join(parts)} have the same import names'
+        yield Finding('Packages', 'stack', mixed, WRONG if harm else NOTE, remedy)
 
 
 def check_packages(
@@ -179,11 +172,7 @@ def check_packages(
 
 
 def check_system(collected: str) -> Iterator[Finding]:
-    """Tells about Python and the machine.
-
-    Args:
-        collected: What mmengine collected about torch and devices, as a dict's text.
-    """
+    """Tells about Python and the machine, of which mmengine has ``collected`` a dict's text."""
     yield Finding('System', 'platform', f'{platform.platform()}, {os.cpu_count()} cores')
     value = f'{platform.python_version()}, {sys.executable}'
     status = WRONG if sys.version_info < (3, 10) else NOTE if sys.version_info >= (3, 13) else OK

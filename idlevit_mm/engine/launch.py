@@ -8,35 +8,31 @@ line and exit code 2.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from ..checkpoints import allow_mmengine_globals, is_local, load_checkpoint, without_advice
+from ..checkpoints import is_local, load_checkpoint, without_advice
 from ..errors import UnsafeCheckpointError, UsageError, one_line
 from .checks import (
     check_datasets,
     check_pretrained,
     check_teachers,
     check_weights,
-    class_of,
-    evaluators_of,
     find_resumable,
-    leaf_datasets,
 )
+from .options import augment, paint, scale_lr, set_precision, write_predictions
 from .processes import (
     LAUNCHERS,
     end_now,
@@ -53,8 +49,6 @@ TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
 _WAIT_FOR_OTHERS = 10  # seconds
 # How mmengine's error begins when a run is resumed on more or fewer of them.
 _OTHER_GPUS = 'Number of GPUs used for current experiment'
-_PICKLES = ('.pkl', '.pickle')
-_FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
 _NEEDED = {
     'trained': ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
     'tested': ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'),
@@ -110,7 +104,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and apply ``--cfg-options``: dotted names and values.
 
     Raises:
-        UsageError: If the file is missing or cannot be read, or an option does not apply.
+        UsageError: The file is missing or cannot be read, or an option does not apply.
     """
     if not os.path.isfile(path):
         raise UsageError(f'config {path} does not exist')
@@ -124,19 +118,21 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     return cfg
 
 
-def task_of(cfg: Config) -> str:
-    """Tell ``'detection'`` from ``'segmentation'`` by the scope, else by the model's heads.
-
-    Raises:
-        UsageError: If neither tells.
-    """
+def library_of(cfg: Mapping[str, Any]) -> str:
+    """``'mmdet'`` or ``'mmseg'``, by the scope, else by the model's heads; '' if neither tells."""
     scope, model = cfg.get('default_scope'), cfg.get('model') or {}
     if scope in _TASKS:
-        return _TASKS[scope]
+        return scope
     if 'decode_head' in model:
-        return 'segmentation'
-    if any(key in model for key in _HEADS):
-        return 'detection'
+        return 'mmseg'
+    return 'mmdet' if any(head in model for head in _HEADS) else ''
+
+
+def task_of(cfg: Config) -> str:
+    """``'detection'`` or ``'segmentation'``, as ``library_of`` tells; a UsageError if it cannot."""
+    if library := library_of(cfg):
+        return _TASKS[library]
+    scope = cfg.get('default_scope')
     raise UsageError(
         f"default_scope is {scope!r}: set it to 'mmdet' for a detector or 'mmseg' for a segmentor"
     )
@@ -146,12 +142,10 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config: its own ``runner_type``, or :class:`ResumableRunner`.
 
     Raises:
-        UsageError: If a part rejects its arguments, with that part's message.
+        UsageError: A part rejects its arguments, with that part's message.
     """
     try:
-        if cfg.get('runner_type'):
-            return RUNNERS.build(cfg)
-        return ResumableRunner.from_cfg(cfg)
+        return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
             f'the config does not build: {one_line(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
@@ -167,18 +161,15 @@ def train_from_config(
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> Runner:
-    """Train a detector or a segmentor; the arguments are the options of ``tools/train.py``.
-
-    Returns:
-        The runner, after training.
+    """Train as ``tools/train.py`` with these options does, and return the runner.
 
     Raises:
-        UsageError: If anything is missing or does not fit.
+        UsageError: Anything is missing or does not fit.
     """
     cfg = _opened(config, 'trained', cfg_options, work_dir, launcher)
-    _set_precision(cfg, amp)
+    set_precision(cfg, amp)
     if auto_scale_lr:
-        _scale_lr(cfg)
+        scale_lr(cfg)
     checkpoint = _choose_start(cfg, config, resume)
     if checkpoint is None or not cfg.resume:
         check_pretrained(cfg)
@@ -203,24 +194,21 @@ def evaluate_from_config(
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> dict[str, float]:
-    """Test a detector or a segmentor; the arguments are the options of ``tools/test.py``.
-
-    Returns:
-        Metrics by name.
+    """Test as ``tools/test.py`` with these options does, and return the metrics by name.
 
     Raises:
-        UsageError: If anything is missing or does not fit.
+        UsageError: Anything is missing or does not fit.
     """
     cfg = _opened(config, 'tested', cfg_options, work_dir, launcher)
     task = task_of(cfg)
     weights = load_checkpoint(checkpoint) if is_local(checkpoint) else None
     cfg.resume, cfg.load_from = False, checkpoint
     if out is not None:
-        _write_predictions(cfg, task, out)
+        write_predictions(cfg, task, out)
     if show_dir is not None:
-        _paint(cfg, task, show_dir)
+        paint(cfg, task, show_dir)
     if tta:
-        _augment(cfg, task)
+        augment(cfg, task)
     runner = _ready(cfg, ('test',))
     # Hooks ask the runner for its iteration, and it would build the training data to answer.
     runner._train_loop = runner._val_loop = None
@@ -232,7 +220,6 @@ def evaluate_from_config(
 
 def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: str) -> Config:
     """Read the config of a run that is to be ``'trained'`` or ``'tested'``."""
-    allow_mmengine_globals()
     place_process(launcher)
     cfg = load_config(path, options)
     for key in _NEEDED[what]:
@@ -281,43 +268,11 @@ def _refusing(call: Callable[[], Any]) -> Any:
         ) from error
 
 
-# Training
-
-
-def _set_precision(cfg: Config, amp: bool) -> None:
-    """Do as ``--amp`` says, and refuse mixed precision where mmengine would fail with it later."""
-    kind = class_of(cfg.optim_wrapper.get('type', 'OptimWrapper'))[1]
-    if amp and 'Amp' in kind:
-        raise UsageError(f'--amp: the config trains in mixed precision already ({kind})')
-    if amp and kind != 'OptimWrapper':
-        raise UsageError(f'--amp replaces OptimWrapper, but optim_wrapper.type is {kind}')
-    if get_device() == 'cpu' and (amp or kind == 'AmpOptimWrapper'):
-        raise UsageError(
-            '--amp needs an accelerator; mixed precision does not train on the CPU'
-            if amp
-            else 'the config trains in mixed precision (optim_wrapper.type is AmpOptimWrapper), '
-            'which needs an accelerator; on the CPU: --cfg-options optim_wrapper.type=OptimWrapper'
-        )
-    if amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-
-
-def _scale_lr(cfg: Config) -> None:
-    if not isinstance((cfg.get('auto_scale_lr') or {}).get('base_batch_size'), int):
-        raise UsageError(
-            '--auto-scale-lr needs the batch size that the learning rate was chosen for: '
-            '--cfg-options auto_scale_lr.base_batch_size=16'
-        )
-    cfg.auto_scale_lr.enable = True
-
-
 def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any] | None:
     """Decide what training starts from; sets ``cfg.resume`` and ``cfg.load_from``.
 
     Returns:
-        The checkpoint, for checking it against the model; None to start from scratch or from an
-        address.
+        The checkpoint; None to start from scratch or from an address.
     """
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
@@ -357,102 +312,11 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
 def _newest(work_dir: str) -> str | None:
     """The checkpoint that ``--resume`` without a path means; None to start at the beginning."""
     found, passed_over = find_resumable(work_dir)
-    if found is None and passed_over:
-        why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'
-        raise UsageError(f'--resume: {why}. Delete them to start anew')
     if found is None:
+        if passed_over:
+            why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'
+            raise UsageError(f'--resume: {why}. Delete them to start anew')
         say(f'Nothing to resume in {work_dir}; training starts at the beginning.')
     for reason in passed_over:
         say(f'Passed over: {reason}.')
     return found
-
-
-# Testing
-
-
-def _write_predictions(cfg: Config, task: str, out: str) -> None:
-    """Make the evaluator write what ``--out`` asks for; see :func:`evaluate_from_config`."""
-    is_pickle, meant = out.endswith(_PICKLES), 'a file that ends in .pkl'
-    meant = meant if task == 'detection' else f'a folder for PNGs, or {meant}'
-    if not is_pickle and (task == 'detection' or out.lower().endswith(_FILE_SUFFIXES)):
-        raise UsageError(f'--out {out}: for {task} this is {meant}')
-    if os.path.isdir(out) if is_pickle else os.path.isfile(out):
-        kind = 'folder' if is_pickle else 'file'
-        raise UsageError(f'--out {out} exists already and is a {kind}')
-    evaluators = evaluators_of(cfg, 'test')
-    if is_pickle:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        kind = 'mmdet.DumpDetResults' if task == 'detection' else 'mmengine.DumpResults'
-        cfg.test_evaluator = [*evaluators, ConfigDict(type=kind, out_file_path=out)]
-        return
-    for evaluator in evaluators:
-        if class_of(evaluator.get('type'))[1] in ('IoUMetric', 'CityscapesMetric'):
-            evaluator['output_dir'] = out
-            return
-    raise UsageError(
-        f'--out {out}: no metric of test_evaluator writes label maps (IoUMetric does); use a .pkl'
-    )
-
-
-def _paint(cfg: Config, task: str, show_dir: str) -> None:
-    """Make the visualisation hook paint every test image into one folder."""
-    if os.path.isfile(show_dir):
-        raise UsageError(f'--show-dir {show_dir} is a file')
-    folder, prefix = os.path.abspath(show_dir), 'Det' if task == 'detection' else 'Seg'
-    hooks = cfg.setdefault('default_hooks', ConfigDict())
-    if hooks.get('visualization') is None:
-        hooks['visualization'] = ConfigDict(type=f'{prefix}VisualizationHook')
-    if cfg.get('visualizer') is None:
-        cfg.visualizer = ConfigDict(type=f'{prefix}LocalVisualizer', name='visualizer')
-    hooks.visualization.draw = True
-    if task == 'detection':
-        hooks.visualization.test_out_dir = folder
-    else:
-        # This hook has no folder of its own: it paints where the visualiser stores images, and
-        # only every interval-th batch.
-        hooks.visualization.interval = 1
-        cfg.visualizer.vis_backends = [ConfigDict(type='LocalVisBackend', img_save_dir=folder)]
-
-
-def _augment(cfg: Config, task: str) -> None:
-    """Wrap the model and the pipeline for test time augmentation."""
-    detection = task == 'detection'
-    metrics = [evaluator.get('metric') or () for evaluator in evaluators_of(cfg, 'test')]
-    if detection and any('segm' in metric for metric in metrics):
-        raise UsageError(
-            '--tta merges boxes only, but test_evaluator measures masks: add --cfg-options '
-            'test_evaluator.metric=bbox'
-        )
-    sets = [dataset for _, dataset in leaf_datasets(cfg.test_dataloader.dataset, 'test')]
-    if cfg.get('tta_model') is None:
-        nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
-        cfg.tta_model = (
-            dict(type='DetTTAModel', tta_cfg=nms) if detection else dict(type='SegTTAModel')
-        )
-        say('The config has no tta_model: using the default.')
-    if cfg.get('tta_pipeline') is None:
-        if not sets or not sets[0].get('pipeline'):
-            raise UsageError('--tta: test_dataloader.dataset has no pipeline to augment')
-        cfg.tta_pipeline = _flip_pipeline(copy.deepcopy(sets[0]['pipeline']), task)
-        say('The config has no tta_pipeline: averaging over horizontal flips.')
-    for dataset in sets:
-        dataset['pipeline'] = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-
-
-def _flip_pipeline(pipeline: list[dict], task: str) -> list[dict]:
-    """Turn a test pipeline into one that yields an image and its mirror image."""
-    pack = pipeline.pop()
-    # The unflipped image comes first: its annotations are the ones that are compared.
-    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
-    loads = [step for step in pipeline if step['type'] == 'LoadAnnotations']
-    if task == 'detection':
-        # Boxes are flipped back, so the flip has to be on record.
-        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-        keys = (*pack.get('meta_keys', keys), 'flip', 'flip_direction')
-        pack['meta_keys'] = tuple(dict.fromkeys(keys))
-        loads = []
-    # Segmentors load annotations after the flip, so that both copies hold the true ones.
-    pipeline = [step for step in pipeline if step not in loads]
-    stages = [flips, *([step] for step in loads), [pack]]
-    return [*pipeline, dict(type='TestTimeAug', transforms=stages)]

@@ -18,6 +18,7 @@ from mmengine.dist import get_world_size, is_distributed
 from ..errors import UsageError, one_line
 from .checks import parts_of
 
+_SYNCED = ('SyncBN', 'MMSyncBN')
 _LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
 _MPI = 'OMPI_COMM_WORLD_'
 # Where a launcher tells a process its rank, the number of processes and its rank on its machine,
@@ -88,8 +89,8 @@ def open_group(cfg: Config) -> None:
         wrapper.setdefault('broadcast_buffers', False)
         wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
         wrapper.device_ids = None
-    parts = (part for _, part, _ in parts_of(cfg.get('model')))
-    if layers := [part for part in parts if part.get('type') in ('SyncBN', 'MMSyncBN')]:
+    layers = [part for _, part, _ in parts_of(cfg.get('model')) if part.get('type') in _SYNCED]
+    if layers:
         say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
     for layer in layers:
         layer['type'] = 'BN'

@@ -7,8 +7,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
@@ -18,7 +19,6 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
-from ..checkpoints import allow_mmengine_globals
 from ..hooks import ExactResumeHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
@@ -50,18 +50,13 @@ class ResumableRunner(Runner):
     _val_dataloader: Any
     _test_dataloader: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        allow_mmengine_globals()
-        super().__init__(*args, **kwargs)
-
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register the default hooks, with atomic checkpoints instead of plain ones."""
-        hooks = dict(hooks or {})
-        checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+        checkpoint = (hooks or {}).get('checkpoint', dict(type='CheckpointHook', interval=1))
         kind = class_of(checkpoint.get('type')) if isinstance(checkpoint, dict) else None
         if kind in (('', 'CheckpointHook'), ('mmengine', 'CheckpointHook')):
-            hooks['checkpoint'] = dict(checkpoint, type='mmengine.AtomicCheckpointHook')
-        super().register_default_hooks(hooks)
+            checkpoint = dict(checkpoint, type='mmengine.AtomicCheckpointHook')
+        super().register_default_hooks({**(hooks or {}), 'checkpoint': checkpoint})
 
     def register_hooks(
         self, default_hooks: dict | None = None, custom_hooks: list | None = None
@@ -103,12 +98,9 @@ class ResumableRunner(Runner):
         return forgiving
 
     def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict | None = None) -> None:
-        """Scale the learning rate to the real batch size, accumulated gradients included.
-
-        mmengine counts processes times ``batch_size``; an update also averages over
-        ``accumulative_counts`` batches.
-        """
+        """Scale the learning rate to the real batch size, accumulated gradients included."""
         super().scale_lr(optim_wrapper, auto_scale_lr)
+        # mmengine counts images of one batch; an update averages over several.
         counts = getattr(optim_wrapper, '_accumulative_counts', 1)
         if auto_scale_lr is None or not auto_scale_lr.get('enable') or counts == 1:
             return
@@ -132,23 +124,12 @@ class ResumableRunner(Runner):
         with self._opened('test', loop):
             return super().build_test_loop(loop)
 
-    @contextlib.contextmanager
-    def _opened(self, phase: str, loop: BaseLoop | dict) -> Iterator[None]:
-        """Have the data loader of a phase built while its loop is."""
+    def _opened(self, phase: str, loop: BaseLoop | dict) -> contextlib.AbstractContextManager:
+        """Build the data loader of a phase, to stand in for its config while its loop is built."""
         name = f'_{phase}_dataloader'
         config = getattr(self, name)
         if isinstance(loop, BaseLoop) or not isinstance(config, dict):
-            yield
-            return
-        # The loop takes the built loader; scale_lr and others still read the config.
-        setattr(self, name, self._open(phase, config))
-        try:
-            yield
-        finally:
-            setattr(self, name, config)
-
-    def _open(self, phase: str, config: dict) -> DataLoader:
-        """Build a data loader; what is wrong with its data is said by name."""
+            return contextlib.nullcontext()
         with naming_the_data(phase, config):
             loader = self.build_dataloader(
                 config,
@@ -160,7 +141,8 @@ class ResumableRunner(Runner):
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
-        return loader
+        # The loop takes the built loader; scale_lr and others still read the config.
+        return mock.patch.object(self, name, loader)
 
     def save_checkpoint(
         self,
@@ -205,14 +187,13 @@ class ResumableRunner(Runner):
 def _complain_once(handler: logging.FileHandler) -> None:
     """Replace the traceback that a log file prints for each line on a full disk."""
     report = handler.handleError
-    said: list[OSError] = []
+    said = functools.cache(functools.partial(print, file=sys.stderr))
 
     def complain(record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             report(record)
-        elif not said:
-            said.append(error)
-            print(f'log file {handler.baseFilename} cannot be written: {error}', file=sys.stderr)
+        else:
+            said(f'log file {handler.baseFilename} cannot be written: {error}')
 
     handler.handleError = complain  # type: ignore[method-assign]

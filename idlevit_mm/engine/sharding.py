@@ -20,13 +20,11 @@ from mmengine.device import get_device
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 from ..backbones import IdleBackbone
 from ..errors import SettingError
-
-# What losses call on a block besides its forward; it needs the block's weights too.
-_OTHER_ENTRIES = ('kept_share',)
 
 
 @MODEL_WRAPPERS.register_module()
@@ -38,15 +36,11 @@ class FullyShardedModel(nn.Module):
     gathered as a whole in each iteration.
 
     Args:
-        module: The model.
+        module: The model, which :meth:`shard` shards in place.
         units: Names of further classes whose instances are gathered one at a time. Each process
             must run each instance equally often in each iteration.
         reshard_after_forward: Whether blocks let go of their weights between the forward and the
             backward pass; False needs more memory and less communication.
-
-    Attributes:
-        module: The model, sharded in place by :meth:`shard`.
-        is_sharded: Whether that has happened.
     """
 
     def __init__(
@@ -57,11 +51,10 @@ class FullyShardedModel(nn.Module):
         self.units = frozenset(units)
         self.reshard_after_forward = reshard_after_forward
         self.is_sharded = False
-        known = {type(part).__name__ for part in module.modules()}
-        if self.units - known:
+        if unknown := self.units - {type(part).__name__ for part in module.modules()}:
             raise ValueError(
                 f'FullyShardedModel: units={sorted(self.units)} names classes that are not in '
-                f'{type(module).__name__}: {sorted(self.units - known)}'
+                f'{type(module).__name__}: {sorted(unknown)}'
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +93,7 @@ class FullyShardedModel(nn.Module):
                 'with DDP by leaving model_wrapper_cfg out'
             ) from error
         before = dict(self.module.named_parameters())
-        scalars = [name for name, parameter in before.items() if parameter.dim() == 0]
-        if scalars:
+        if scalars := [name for name, parameter in before.items() if parameter.dim() == 0]:
             raise SettingError(
                 f'FullyShardedModel cannot shard parameters without dimension, such as '
                 f'{scalars[0]}; train with DDP by leaving model_wrapper_cfg out'
@@ -109,9 +101,8 @@ class FullyShardedModel(nn.Module):
         mesh = torch.distributed.init_device_mesh(get_device(), (get_world_size(),))
         for part in [*self._parts(), self.module]:
             fully_shard(part, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
-            for method in _OTHER_ENTRIES:
-                if hasattr(part, method):
-                    register_fsdp_forward_method(part, method)
+            if hasattr(part, 'kept_share'):  # losses call it, and it needs the block's weights too
+                register_fsdp_forward_method(part, 'kept_share')
         after = dict(self.module.named_parameters())
         shards = {before[name]: after[name] for name in before}
         for optimizer in optimizers:
@@ -122,16 +113,11 @@ class FullyShardedModel(nn.Module):
 
     def _parts(self) -> list[nn.Module]:
         """What is gathered on its own, the innermost first, as ``fully_shard`` wants it."""
+        inner = list(self.module.modules())[1:]
         backbones = [part for part in self.module.modules() if isinstance(part, IdleBackbone)]
         blocks = {block for one in backbones for stage in one.idle_blocks for block in stage}
-        parts = [
-            part
-            for part in self.module.modules()
-            if part is not self.module
-            and (part in blocks or type(part).__name__ in self.units)
-            and any(True for _ in part.parameters())
-        ]
-        return parts[::-1]
+        chosen = [part for part in inner if part in blocks or type(part).__name__ in self.units]
+        return [part for part in reversed(chosen) if next(part.parameters(), None) is not None]
 
 
 @HOOKS.register_module()
@@ -168,12 +154,9 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, shards: dict[Tensor, Any]
     for group in optimizer.param_groups:
         group['params'] = [shards.get(parameter, parameter) for parameter in group['params']]
     for parameter, shard in shards.items():
-        if parameter not in optimizer.state:
-            continue
-        optimizer.state[shard] = {
-            name: _like(value, parameter, shard)
-            for name, value in optimizer.state.pop(parameter).items()
-        }
+        if parameter in optimizer.state:
+            entries = optimizer.state.pop(parameter).items()
+            optimizer.state[shard] = {name: _like(old, parameter, shard) for name, old in entries}
 
 
 def _like(value: Any, parameter: Tensor, shard: Any) -> Any:
@@ -183,25 +166,22 @@ def _like(value: Any, parameter: Tensor, shard: Any) -> Any:
     return torch.distributed.tensor.distribute_tensor(value, shard.device_mesh, shard.placements)
 
 
-def _whole(value: Any) -> Any:
-    """Put a sharded tensor together, on the CPU of the main process; a collective call.
+def _gathered(state: Any) -> Any:
+    """Put the sharded tensors of a state together, on the CPU of the main process; collective."""
+    return apply_to(
+        state, lambda value: isinstance(value, torch.distributed.tensor.DTensor), _whole
+    )
 
-    The others get nothing to keep: a whole model may be more than their memory holds.
-    """
-    if not isinstance(value, torch.distributed.tensor.DTensor):
-        return value
-    whole = value.detach().full_tensor()
+
+def _whole(shard: Any) -> Tensor:
+    whole = shard.detach().full_tensor()
+    # The others keep nothing: a whole model may be more than their memory holds.
     return whole.cpu() if is_main_process() else whole.new_empty(0)
 
 
 def _gather_model(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in list(state):
-        state[name] = _whole(state[name])
+    state.update(_gathered(dict(state)))
 
 
 def _gather_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    gathered = {
-        key: {name: _whole(value) for name, value in entry.items()}
-        for key, entry in state['state'].items()
-    }
-    return {**state, 'state': gathered}
+    return _gathered(state)

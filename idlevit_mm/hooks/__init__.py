@@ -3,13 +3,3 @@ from .atomic_checkpoint import AtomicCheckpointHook
 from .auxiliary_loss import AuxiliaryLossHook, add_losses
 from .exact_resume import ExactResumeHook
 from .keep_ratio import KeepRatioWarmupHook, RandomKeepRatioHook
-
-__all__ = [
-    'ActiveTokensVisualizationHook',
-    'AtomicCheckpointHook',
-    'AuxiliaryLossHook',
-    'ExactResumeHook',
-    'KeepRatioWarmupHook',
-    'RandomKeepRatioHook',
-    'add_losses',
-]

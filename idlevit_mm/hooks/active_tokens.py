@@ -66,10 +66,11 @@ class ActiveTokensVisualizationHook(Hook):
         backend_args: dict[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
-        pictures = 1 if max_pictures is None else max_pictures
-        whole = dict(interval=interval, max_pictures=pictures, train_interval=train_interval)
-        for key, value in whole.items():
-            least = 0 if key == 'train_interval' else 1
+        for key, value, least in (
+            ('interval', interval, 1),
+            ('max_pictures', 1 if max_pictures is None else max_pictures, 1),
+            ('train_interval', train_interval, 0),
+        ):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f'{name}.{key}={value!r} must be a whole number')
             if value < least:
@@ -98,12 +99,10 @@ class ActiveTokensVisualizationHook(Hook):
             SettingError: There is none.
         """
         self._stop()
-        backbones = idle_backbones(runner.model, type(self).__name__) if self.draw else []
+        found = idle_backbones(runner.model, type(self).__name__) if self.draw else {}
         # One backbone needs no name; several are told apart by their places in the model.
         self._backbones = {
-            f'_{name.removeprefix("module.")}' if len(backbones) > 1 else '': module
-            for name, module in runner.model.named_modules()
-            if module in backbones
+            f'_{name}' if len(found) > 1 else '': backbone for name, backbone in found.items()
         }
 
     def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
@@ -115,17 +114,13 @@ class ActiveTokensVisualizationHook(Hook):
         if mode == 'train':
             due = self.train_interval and self.every_n_train_iters(runner, self.train_interval)
         else:
-            left = self.max_pictures is None or self._drawn < self.max_pictures
-            due = left and batch_idx % self.interval == 0
+            due = self._drawn != self.max_pictures and batch_idx % self.interval == 0
         if due and is_main_process():
             self._stop()
             self._calls = {suffix: [] for suffix in self._backbones}
-            self._handles = [
-                backbone.register_forward_hook(
-                    partial(_note, self._calls[suffix]), with_kwargs=True
-                )
-                for suffix, backbone in self._backbones.items()
-            ]
+            for suffix, backbone in self._backbones.items():
+                note = partial(_note, self._calls[suffix])
+                self._handles.append(backbone.register_forward_hook(note, with_kwargs=True))
 
     def _after_iter(
         self,
@@ -147,21 +142,21 @@ class ActiveTokensVisualizationHook(Hook):
             pixels = inputs[0].detach().cpu().numpy()[::-1].transpose(1, 2, 0)
             image = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
             size = image.shape[:2]
-            found = [('Ground truth', truth_of(data_batch['data_samples'][0], size))]
+            found = {'Ground truth': truth_of(data_batch['data_samples'][0], size)}
             # One name for the pictures of all iterations: backends then show them as one row.
             self._draw(runner, mode, '', image, size, found, 0, len(inputs))
             return
-        left = len(outputs) if self.max_pictures is None else self.max_pictures - self._drawn
-        for index, result in enumerate(outputs[:left]):
+        for index, result in enumerate(outputs):
+            if self._drawn == self.max_pictures:
+                return
             content = fileio.get(result.img_path, backend_args=self.backend_args)
             image = mmcv.imfrombytes(content, channel_order='rgb')
-            truth = truth_of(result, image.shape[:2])
-            found = [
-                ('Ground truth', truth),
-                ('Prediction', prediction_of(result, self.score_thr)),
-            ]
-            name, size = f'_{self._drawn:02d}_{Path(result.img_path).stem}', content_size(result)
-            self._draw(runner, mode, name, image, size, found, index, len(outputs))
+            found = {
+                'Ground truth': truth_of(result, image.shape[:2]),
+                'Prediction': prediction_of(result, self.score_thr),
+            }
+            name = f'_{self._drawn:02d}_{Path(result.img_path).stem}'
+            self._draw(runner, mode, name, image, content_size(result), found, index, len(outputs))
             self._drawn += 1
 
     def _stop(self) -> None:
@@ -175,21 +170,21 @@ class ActiveTokensVisualizationHook(Hook):
         name: str,
         image: np.ndarray,
         size: tuple[int, int],
-        found: list[tuple[str, Content | None]],
+        found: dict[str, Content | None],
         index: int,
         batch_size: int,
     ) -> None:
         """Draw one image of a batch, once for each backbone."""
         meta = getattr(runner.visualizer, 'dataset_meta', None) or {}
         classes, palette = meta.get('classes') or (), meta.get('palette')
-        shown = [(title, content) for title, content in found if content is not None]
+        shown = [(title, content) for title, content in found.items() if content is not None]
         for suffix, calls in self._calls.items():
             seen = [len(masks[0][0]) for _, masks in calls]
             if seen != [batch_size]:
                 parts = f'{batch_size} images in {sum(seen)} parts'
                 self._leave_out(runner, f'the backbone{suffix} saw {parts}')
                 continue
-            input_size, masks = calls[0]
+            ((input_size, masks),) = calls
             shares = active_shares(masks, index)
             picture = draw_sheet(Sheet(image, classes, input_size, size, shown, shares, palette))
             full_name = f'{mode}_active_tokens{suffix}{name}'

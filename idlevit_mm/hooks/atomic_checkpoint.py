@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class AtomicCheckpointHook(CheckpointHook):
     All arguments are those of ``CheckpointHook``. With a runner other than
     ``idlevit_mm.engine.ResumableRunner`` a failed or killed write may leave an incomplete file.
     """
+
+    keep_ckpt_ids: deque[int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,20 +84,16 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         if isinstance(runner, _WatchedRunner):
             runner = runner.wrapped  # the last checkpoint is not one of the best
-        hub = runner.message_hub
-        last, info = self.last_ckpt, dict(hub.runtime_info)
-        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
-
+        hub, last = runner.message_hub, self.last_ckpt
+        info = dict(hub.runtime_info)
         # A checkpoint names itself and those that are kept beside it.
-        outdated = None
-        if self.max_keep_ckpts > 0 and (not kept or kept[-1] != step):
-            if len(kept) == self.max_keep_ckpts:
-                outdated = self.keep_ckpt_ids.popleft()
-            self.keep_ckpt_ids.append(step)
-            hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         hub.update_info('last_ckpt', self.last_ckpt)
+        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+        if self.max_keep_ckpts > 0 and kept[-1:] != [step]:
+            self.keep_ckpt_ids.append(step)  # the first one goes where there are too many
+            hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
         def write() -> None:
             runner.save_checkpoint(
@@ -109,66 +108,61 @@ class AtomicCheckpointHook(CheckpointHook):
                 **self.args,
             )
             if is_main_process():
-                _write_note(runner.work_dir, str(self.last_ckpt))
+                note = Path(runner.work_dir, 'last_checkpoint')
+                part = note.with_name(provisional_name(note.name))
+                part.write_text(str(self.last_ckpt))
+                part.replace(note)
 
         if self._succeeds('last', filename, write, runner):
-            if outdated is not None:
-                self._delete(self.filename_tmpl.format(outdated), runner)
+            for outdated in kept:
+                if outdated not in self.keep_ckpt_ids:
+                    self._delete(self.filename_tmpl.format(outdated), runner)
             return
         self.last_ckpt = last
-        _put_back(hub, info, ('last_ckpt', 'keep_ckpt_ids'))
+        _put_back(hub, info, 'last_ckpt', 'keep_ckpt_ids')
         if self.max_keep_ckpts > 0:
-            self.keep_ckpt_ids.clear()
-            self.keep_ckpt_ids.extend(kept)
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if not self.save_best:
             return
-        before, info = self._best_paths(), dict(runner.message_hub.runtime_info)
+        hub = runner.message_hub
+        info = dict(hub.runtime_info)
         # mmengine deletes the best one so far before it writes a better one, if it knows of it.
-        self._set_best_paths(dict.fromkeys(before))
+        self._set_best_paths({})
         watched = _WatchedRunner(runner, self)
         with contextlib.suppress(_NotWritten):
             super()._save_best_checkpoint(watched, metrics)
-        after = self._best_paths()
-        for key, path in after.items():
-            old = before.get(key, before.get('auto'))
-            if path is None or os.path.basename(path) not in watched.written:
-                after[key] = old
-                suffix = f'_{key}' if len(after) > 1 else ''
-                names = (f'best_score{suffix}', f'best_ckpt{suffix}')
-                _put_back(runner.message_hub, info, names)
-            elif old is not None and old != path:
+        for name in [name for name in hub.runtime_info if name.startswith('best_ckpt')]:
+            old, new = info.get(name), hub.get_info(name)
+            if os.path.basename(new) not in watched.written:
+                _put_back(hub, info, name, name.replace('ckpt', 'score', 1))
+            elif old not in (None, new):
                 self._delete(os.path.basename(old), runner)
-        self._set_best_paths(after)
+        self._set_best_paths(hub.runtime_info)
 
-    def _best_paths(self) -> dict[str, str | None]:
-        """Best checkpoint so far by the name of its score."""
+    def _set_best_paths(self, info: dict[str, Any]) -> None:
+        """Let mmengine know of those best checkpoints that are in a message hub's records."""
         if len(self.key_indicators) == 1:
-            return {self.key_indicators[0]: self.best_ckpt_path}
-        return dict(self.best_ckpt_path_dict)
-
-    def _set_best_paths(self, paths: dict[str, str | None]) -> None:
-        if len(self.key_indicators) == 1:
-            (self.best_ckpt_path,) = paths.values()
+            self.best_ckpt_path = info.get('best_ckpt')
         else:
-            self.best_ckpt_path_dict = paths
+            names = self.key_indicators
+            self.best_ckpt_path_dict = {name: info.get(f'best_ckpt_{name}') for name in names}
 
     def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
         """Let the main process write a file; tell all processes whether it could."""
-        problem = None
+        problems: list[str | None] = [None]
         try:
             write()
         except OSError as error:
-            problem = f'{error.strerror or error} ({self.out_dir})'
-        shared = [problem]
-        broadcast_object_list(shared)
-        if shared[0] is None:
+            problems = [f'{error.strerror or error} ({self.out_dir})']
+        broadcast_object_list(problems)
+        if problems[0] is None:
             self._unwritten.pop(kind, None)
             return True
-        self._unwritten[kind] = shared[0]
+        self._unwritten[kind] = problems[0]
         runner.logger.error(
-            f'Checkpoint {name} could not be written: {shared[0]}. What was saved before is '
+            f'Checkpoint {name} could not be written: {problems[0]}. What was saved before is '
             'untouched; the training goes on and saves again when the next checkpoint is due.'
         )
         return False
@@ -208,14 +202,7 @@ class _WatchedRunner:
         return getattr(self.wrapped, name)
 
 
-def _write_note(work_dir: str, last: str) -> None:
-    """Replace the note that names the last checkpoint in one step."""
-    part = Path(work_dir, provisional_name('last_checkpoint'))
-    part.write_text(last)
-    part.replace(Path(work_dir, 'last_checkpoint'))
-
-
-def _put_back(hub: Any, info: dict[str, Any], names: Iterable[str]) -> None:
+def _put_back(hub: Any, info: dict[str, Any], *names: str) -> None:
     """Give entries of the message hub the values they had."""
     for name in names:
         if name in info:

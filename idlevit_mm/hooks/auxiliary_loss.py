@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -14,7 +15,6 @@ from torch import nn
 from ..backbones import IdleBackbone
 from ..errors import SettingError
 from ..losses import AuxiliaryLoss, Step, Teachers, build_losses, captured
-from ..losses.capture import restore_method
 
 _START = 'training_started_from'
 
@@ -38,7 +38,7 @@ class AuxiliaryLossHook(Hook):
 
     def __init__(self, losses: Sequence[dict[str, Any] | AuxiliaryLoss]) -> None:
         self.losses = build_losses(losses)
-        self._undo: Callable[[], None] | None = None
+        self._undo = ExitStack()  # takes the losses out of the model
 
     def before_train(self, runner: Any) -> None:
         """Build the teachers and put the losses into the model.
@@ -52,13 +52,11 @@ class AuxiliaryLossHook(Hook):
         model = runner.model
         while is_model_wrapper(model):
             model = model.module
-        self._undo = add_losses(model, self.losses, start_of(runner))
+        self._undo.callback(add_losses(model, self.losses, start_of(runner)))
 
     def after_train(self, runner: Any) -> None:
         """Give the model its own ``loss`` back."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        self._undo.close()
 
 
 def start_of(runner: Any) -> str | None:
@@ -103,7 +101,7 @@ def add_losses(
     for loss in losses:
         loss.prepare(model, backbones, teachers)
     teachers.load()
-    original, before = model.loss, model.__dict__.get('loss')
+    original = model.loss
     parts = {name for loss in losses for name in loss.modules()}
 
     def with_losses(inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -124,8 +122,9 @@ def add_losses(
                 total[loss.name] = loss(step)
         return total
 
-    model.loss = with_losses
-    return lambda: restore_method(model, 'loss', before)
+    undo = ExitStack()
+    undo.enter_context(mock.patch.object(model, 'loss', with_losses))
+    return undo.close
 
 
 @contextmanager

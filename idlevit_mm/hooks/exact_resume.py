@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 
-from .replay import (
-    MODEL_STREAM,
-    VALIDATION_STREAM,
-    ReplayDataLoader,
-    mixed_seed,
-    seed_generators,
-)
+from .replay import MODEL_STREAM, VALIDATION_STREAM, ReplayDataLoader, mixed_seed, seed_generators
 
 
 @HOOKS.register_module()
@@ -69,13 +63,13 @@ class ExactResumeHook(Hook):
 
     def _validation_due(self, runner: Any) -> bool:
         loop = runner.train_loop
-        if runner.val_loop is None:
-            return False
         if isinstance(loop, EpochBasedTrainLoop):
             now, last = loop.epoch, loop.max_epochs
         elif isinstance(loop, IterBasedTrainLoop):
             now, last = loop.iter, loop.max_iters
         else:
+            return False
+        if runner.val_loop is None:
             return False
         loop._decide_current_val_interval()
         if now < loop.val_begin or (now % loop.val_interval and now != last):
@@ -83,14 +77,12 @@ class ExactResumeHook(Hook):
         return runner.message_hub.runtime_info.get(self.RECORD) != loop.iter
 
     def _warn_of_accumulation(self, runner: Any) -> None:
-        wrapper, loop = runner.optim_wrapper, runner.train_loop
-        counts = getattr(wrapper, '_accumulative_counts', 1)
-        if counts == 1:
-            return
-        hooks = [h for h in runner.hooks if hasattr(h, 'save_last') and hasattr(h, 'by_epoch')]
-        for hook in hooks:
-            span = hook.interval * (len(loop.dataloader) if hook.by_epoch else 1)
-            if hook.interval > 0 and span % counts:
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        for hook in runner.hooks if counts > 1 else ():
+            if not isinstance(hook, CheckpointHook) or hook.interval <= 0:
+                continue
+            span = hook.interval * (len(runner.train_dataloader) if hook.by_epoch else 1)
+            if span % counts:
                 runner.logger.warning(
                     f'Checkpoints are written every {span} iterations, which is no multiple of '
                     f'accumulative_counts={counts}: a resumed run loses the gradients that were '

@@ -39,10 +39,7 @@ def half_cosine(step: int, begin: int, end: int) -> float:
 def annealed_ratio(target: float, start_ratio: float, share: float) -> float:
     """Ratio on the way down to its target (EViT, arXiv 2202.07800).
 
-    Args:
-        target: Configured ratio.
-        start_ratio: Ratio at the start; a larger target stays as it is all the time.
-        share: 1 at the start, 0 at the end.
+    A target above ``start_ratio`` stays as it is; ``share`` is 1 at the start, 0 at the end.
     """
     low, high = Fraction(target), Fraction(max(start_ratio, target))
     # Rounded once, because that keeps every order: policies that refuse a ratio above that of the
@@ -76,35 +73,46 @@ class KeepRatioHook(Hook, ABC):
             SettingError: The model has no idle backbone or refuses the ratios, there is another
                 hook of this kind, or the arguments do not fit the training loop.
         """
-        self._restore()  # an exception may have ended an earlier training
+        self._set(self.targets)  # an exception may have ended an earlier training
         names = [type(hook).__name__ for hook in runner.hooks if isinstance(hook, KeepRatioHook)]
         if len(names) > 1:
             raise SettingError(
                 f'custom_hooks has {", ".join(names)}: only one hook can set the keep ratios'
             )
-        self._backbones = idle_backbones(runner.model, type(self).__name__)
+        self._backbones = list(idle_backbones(runner.model, type(self).__name__).values())
         self.targets = [[list(stage) for stage in b.keep_ratios] for b in self._backbones]
         self._prepare(runner)
-        for tables in self._extremes():
-            self._try_out(tables)
+        try:
+            for tables in self._extremes():
+                for backbone, table in zip(self._backbones, tables, strict=True):
+                    backbone.set_keep_ratios(table)
+        except (TypeError, ValueError) as error:
+            raise SettingError(
+                f'{type(self).__name__} may set ratios that {type(backbone).__name__} refuses: '
+                f'{error}'
+            ) from error
+        finally:
+            self._set(self.targets)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Set and log the ratios of this iteration."""
         tables = self._current(runner)
-        for backbone, table in zip(self._backbones, tables, strict=True):
-            if table != backbone.keep_ratios:
-                backbone.set_keep_ratios(table)
+        self._set(tables)
         ratios = ratios_of(tables)
         runner.message_hub.update_scalar(self.SCALAR, sum(ratios) / len(ratios))
 
     def before_val(self, runner: Any) -> None:
-        self._restore()
+        self._set(self.targets)
 
     before_test = before_val
 
     def after_train(self, runner: Any) -> None:
-        self._restore()
+        self._set(self.targets)
         self._backbones = self.targets = ()
+
+    @abstractmethod
+    def _prepare(self, runner: Any) -> None:
+        """Fit the arguments to the targets and to the training loop."""
 
     @abstractmethod
     def _current(self, runner: Any) -> list[Table]:
@@ -114,24 +122,10 @@ class KeepRatioHook(Hook, ABC):
     def _extremes(self) -> Iterator[list[Table]]:
         """Ratios that a policy is most likely to refuse, for each backbone."""
 
-    def _prepare(self, runner: Any) -> None:
-        """Fit the arguments to the training loop."""
-
-    def _restore(self) -> None:
-        for backbone, table in zip(self._backbones, self.targets, strict=True):
-            backbone.set_keep_ratios(table)
-
-    def _try_out(self, tables: Sequence[Table]) -> None:
-        try:
-            for backbone, table in zip(self._backbones, tables, strict=True):
+    def _set(self, tables: Sequence[Table]) -> None:
+        for backbone, table in zip(self._backbones, tables, strict=True):
+            if table != backbone.keep_ratios:
                 backbone.set_keep_ratios(table)
-        except (TypeError, ValueError) as error:
-            raise SettingError(
-                f'{type(self).__name__} may set ratios that {type(backbone).__name__} refuses: '
-                f'{error}'
-            ) from error
-        finally:
-            self._restore()
 
 
 @HOOKS.register_module()
@@ -172,20 +166,18 @@ class KeepRatioWarmupHook(KeepRatioHook):
             )
         self.begin, self.end = begin, end
         self.start_ratio = checked_ratio(start_ratio, 'KeepRatioWarmupHook: start_ratio is')
-        self.by_epoch, self.convert_to_iter_based = by_epoch, convert_to_iter_based
+        self.convert_to_iter_based = convert_to_iter_based
         self._steps_are_epochs = by_epoch and not convert_to_iter_based
-        self._epoch_length = 1  # iterations; known when training begins
 
     def _prepare(self, runner: Any) -> None:
-        if self.convert_to_iter_based:
-            self._epoch_length = len(runner.train_dataloader)
-        elif self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+        if self._steps_are_epochs and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise SettingError(
                 'KeepRatioWarmupHook: by_epoch=True, but the training loop counts iterations; '
                 'set by_epoch=False, or convert_to_iter_based=True'
             )
-        length = runner.max_epochs if self._steps_are_epochs else runner.max_iters
-        if self.end * self._epoch_length > length:
+        each = len(runner.train_dataloader) if self.convert_to_iter_based else 1
+        self._span = self.begin * each, self.end * each
+        if self._span[1] > (runner.max_epochs if self._steps_are_epochs else runner.max_iters):
             runner.logger.warning(
                 f'KeepRatioWarmupHook.end={self.end} lies behind the end of the training: the '
                 'configured keep ratios, with which the model is evaluated, are never trained.'
@@ -198,8 +190,7 @@ class KeepRatioWarmupHook(KeepRatioHook):
 
     def _current(self, runner: Any) -> list[Table]:
         step = runner.epoch if self._steps_are_epochs else runner.iter
-        begin, end = (edge * self._epoch_length for edge in (self.begin, self.end))
-        return self._at(half_cosine(step, begin, end))
+        return self._at(half_cosine(step, *self._span))
 
     def _extremes(self) -> Iterator[list[Table]]:
         return map(self._at, (1.0, 0.5, 0.0))
@@ -264,6 +255,10 @@ class RandomKeepRatioHook(KeepRatioHook):
             self.low, self.high = self.choices[0], self.choices[-1]
 
     def _prepare(self, runner: Any) -> None:
+        counts = dict(
+            model=1, stage=sum(map(len, self.targets)), block=len(ratios_of(self.targets))
+        )
+        self._count = counts[self.per]  # of draws
         if self.keep_dense and min(ratios_of(self.targets)) == 1.0:
             runner.logger.warning(
                 'RandomKeepRatioHook changes nothing: all configured keep ratios are 1.0, and '
@@ -284,13 +279,6 @@ class RandomKeepRatioHook(KeepRatioHook):
         low, high = [self.low] * self._count, [self.high] * self._count
         return map(self.spread, (low, high, rising, rising[::-1]))
 
-    @property
-    def _count(self) -> int:
-        """Number of draws of an iteration."""
-        if self.per == 'stage':
-            return sum(map(len, self.targets))
-        return 1 if self.per == 'model' else len(ratios_of(self.targets))
-
     def spread(self, draws: Sequence[float]) -> list[Table]:
         """Give every block its ratio, of one for the model, for each stage, or for each block."""
         values = cycle(draws) if self.per == 'model' else iter(draws)
@@ -306,15 +294,15 @@ class RandomKeepRatioHook(KeepRatioHook):
         return [[of_stage(stage) for stage in table] for table in self.targets]
 
 
-def idle_backbones(model: nn.Module, user: str) -> list[IdleBackbone]:
-    """All idle backbones inside a model, which may be wrapped for distributed training.
+def idle_backbones(model: nn.Module, user: str) -> dict[str, IdleBackbone]:
+    """All idle backbones inside a model, by name; it may be wrapped for distributed training.
 
     Raises:
         SettingError: There is none for ``user``, who asks.
     """
     if is_model_wrapper(model):
         model = model.module
-    found = [module for module in model.modules() if isinstance(module, IdleBackbone)]
+    found = {name: part for name, part in model.named_modules() if isinstance(part, IdleBackbone)}
     if not found:
         raise SettingError(f'{user} found no IdleBackbone in {type(model).__name__}')
     return found

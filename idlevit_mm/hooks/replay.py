@@ -23,9 +23,9 @@ DATA_STREAM = 1
 VALIDATION_STREAM = 2
 KEEP_RATIO_STREAM = 3
 # Settings that a rebuilt data loader takes over.
-_SAME_SETTINGS = (
-    *('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn'),
-    *('multiprocessing_context', 'generator', 'persistent_workers'),
+_SETTINGS = (
+    *('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'),
+    *('multiprocessing_context', 'persistent_workers', 'prefetch_factor'),
 )
 
 
@@ -170,11 +170,10 @@ class ReplayDataLoader(DataLoader):
     @classmethod
     def from_loader(cls, loader: DataLoader, seed: int, rank: int) -> ReplayDataLoader:
         """Rebuild a loader in batch mode, not yet iterated over; seed and rank are the run's."""
-        same = [*_SAME_SETTINGS, *(['prefetch_factor'] if loader.num_workers else [])]
         return cls(
             SeededDataset(loader.dataset),
             batch_sampler=SeededBatchSampler(loader.batch_sampler, seed, rank),
-            **{name: getattr(loader, name) for name in same},
+            **{name: getattr(loader, name) for name in _SETTINGS},
         )
 
     def __iter__(self) -> Any:

@@ -2,7 +2,7 @@
 
 from .backends import BACKENDS, backend_at, backend_for, use, use_backend, why_not
 from .cpu import CPU
-from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain, of_kind
+from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
 from .site import Site, exact, full_precision, ranking_precision, site_of

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -35,13 +36,9 @@ def backend_at(x: Tensor) -> Reference:
 def why_not(site: Site) -> dict[str, str]:
     """In words why backends are not taken in some circumstances, by name."""
     taken = backend_for(site)
-    reasons = {}
-    for backend in BACKENDS:
-        if backend is taken:
-            break
-        other = f'use_backend({FORCED[-1]!r}) is in force' if FORCED else ''
-        reasons[backend.name] = backend.why_not(site) or other
-    return reasons
+    forced = f'use_backend({FORCED[-1]!r}) is in force' if FORCED else ''
+    passed = takewhile(lambda backend: backend is not taken, BACKENDS)
+    return {backend.name: backend.why_not(site) or forced for backend in passed}
 
 
 @contextmanager

@@ -4,8 +4,6 @@ A layer that somebody has replaced, hooked, pruned, parametrised, quantised or g
 its own does more than its weights say: it is called as a module.
 """
 
-from collections.abc import Callable
-
 from mmcv.cnn.bricks.drop import DropPath
 from mmcv.cnn.bricks.scale import LayerScale
 from mmcv.cnn.bricks.wrappers import Linear as WrappedLinear
@@ -27,7 +25,6 @@ _KNOWN: set[type] = {
     DropPath,
     LayerScale,
 }
-_KINDS: dict[type, str] = {}
 
 
 def is_plain(layer: nn.Module, *classes: type) -> bool:
@@ -69,19 +66,7 @@ def known_plain(cls: type) -> type:
     return cls
 
 
-def of_kind(kind: str) -> Callable[[type], type]:
-    """Class decorator: who has a faster way to a whole layer or block knows the class by a name.
-
-    The name is that of the class alone; a class that inherits from it may compute something else.
-    """
-
-    def named(cls: type) -> type:
-        _KINDS[cls] = kind
-        return cls
-
-    return named
-
-
 def kind_of(layer: object) -> str:
-    """Name that a class is known by; '' for others."""
-    return _KINDS.get(type(layer), '')
+    """Name of a class of this package; '' for others, which may compute something else."""
+    cls = type(layer)
+    return cls.__name__ if cls.__module__.startswith('idlevit_mm.') else ''

@@ -90,9 +90,7 @@ class Reference:
         """
         return function(x)
 
-    def channel_parts(
-        self, channels: int, pixels: int, x: Tensor, training: bool = False
-    ) -> list[slice]:
+    def channel_parts(self, channels: int, pixels: int, training: bool = False) -> list[slice]:
         """Cut so many independent hidden channels of all pixels of a batch into parts, in order."""
         return [slice(0, channels)]
 
@@ -187,12 +185,8 @@ class _CountTables(NamedTuple):
     places: Any
 
 
-@torch.compiler.assume_constant_result
-def _count_tables(counts: tuple[int, ...], device: torch.device) -> _CountTables:
-    return on_device(_count_numbers, counts, device)
-
-
-def _count_numbers(*counts: int) -> _CountTables:
+@on_device
+def _count_tables(counts: tuple[int, ...]) -> _CountTables:
     limits = np.array(counts)
     (places,) = np.nonzero((np.arange(limits.max()) < limits[:, None]).reshape(-1))
     return _CountTables(limits, places)

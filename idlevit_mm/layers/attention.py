@@ -17,16 +17,13 @@ class Projections:
 
     num_heads: int
     scale: float
+    qkv: nn.Module
 
     def weights(self) -> tuple[Tensor, Tensor | None] | None:
         """Those of queries, keys and values: (3 * C, C), and (3 * C,) or None.
 
-        None in place of both where the layer is to be called, by ``projected``.
+        None in place of both where ``qkv`` is to be called.
         """
-        raise NotImplementedError
-
-    def projected(self, x: Tensor) -> Tensor:
-        """Queries, keys and values by the layer itself: (B, T, 3 * C)."""
         raise NotImplementedError
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
@@ -34,7 +31,7 @@ class Projections:
         part = slice(first * x.shape[-1], last * x.shape[-1])
         weights = self.weights()
         if weights is None:
-            return self.projected(x)[..., part]
+            return self.qkv(x)[..., part]
         weight, bias = weights
         return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
 
@@ -149,15 +146,13 @@ class PackedAttention(Projections, MultiheadAttention):
     def _projections(
         self, x: Tensor, context: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if keys is not None:
-            query = self.project(x, 0, 1)
-            value = self.project(x if context is None else context, 2, 3)
-            return query, keys.to(query.dtype), value
-        if context is not None:
-            query = self.project(x, 0, 1)
-            key, value = self.project(context, 1, 3).chunk(2, dim=-1)
+        if keys is None and context is None:
+            query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
             return query, key, value
-        query, key, value = self.project(x, 0, 3).chunk(3, dim=-1)
+        query, context = self.project(x, 0, 1), x if context is None else context
+        if keys is not None:
+            return query, keys.to(query.dtype), self.project(context, 2, 3)
+        key, value = self.project(context, 1, 3).chunk(2, dim=-1)
         return query, key, value
 
     def _called(self, x: Tensor, context: Tensor, ask: int | None) -> tuple[Tensor, Tensor | None]:

@@ -11,14 +11,13 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
-from ..kernels import all_plain, backend_at, is_plain, known_plain, of_kind
+from ..kernels import all_plain, backend_at, is_plain, known_plain
 from ..ops import Rows, to_map, to_tokens
 
 # Side of the kernels of the depth-wise convolution.
 _SIDE = 3
 
 
-@of_kind('plain')
 @known_plain
 class FeedForward(FFN):
     """mmcv's two-layer feed-forward network, its products by the backend's way."""
@@ -51,7 +50,7 @@ class MixLayers(Sequential):
         if depthwise and all_plain(self):
             # Channels of the convolution are independent: a large map is never there as a whole.
             pixels = x.shape[0] * hw_shape[0] * hw_shape[1]
-            parts = backend_at(x).channel_parts(first.out_channels, pixels, x, self.training)
+            parts = backend_at(x).channel_parts(first.out_channels, pixels, self.training)
         out = None
         for part in parts:
             inner = _pointwise(x, first, part, slice(None))
@@ -62,7 +61,6 @@ class MixLayers(Sequential):
         return last_drop(out)
 
 
-@of_kind('mix')
 @known_plain
 class MixFFN(BaseModule):
     """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (2106.13797) and MiT.

@@ -12,15 +12,7 @@ from .share import kept_share
 class SelfAttention(PackedAttention):
     """Attention of a plain ViT among the computed rows; arguments are those of its base."""
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        keys: Tensor | None = None,
-        ask: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the branch; see ``PackedAttention.branch``."""
-        return self.branch(x, context, keys, ask)
+    forward = PackedAttention.branch
 
     def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
         """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens."""

@@ -35,16 +35,12 @@ def kept_share(
     if bias is None:
         # Fused kernels want values as wide as keys; a bias with a gradient rules them out anyway.
         value = F.pad(value, (0, max(key.shape[-1] - masks, 0)))
-    if query.dim() == 3:  # and they want a dimension of heads
-        share = F.scaled_dot_product_attention(
-            query[:, None],
-            key[:, None],
-            value[:, None],
-            attn_mask=None if bias is None else bias[:, None],
-            scale=scale,
-        ).squeeze(1)
-    else:
-        share = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    headless = query.dim() == 3
+    if headless:  # and they want a dimension of heads
+        query, key, value = query[:, None], key[:, None], value[:, None]
+        bias = None if bias is None else bias[:, None]
+    share = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    share = share.squeeze(1) if headless else share
     return share[..., 0] if single else share[..., :masks]
 
 

@@ -12,13 +12,12 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels import LINEAR, WindowCore, backend_at, hide, is_plain, of_kind, region_mask
+from ..kernels import LINEAR, WindowCore, backend_at, hide, is_plain, region_mask
 from ..ops import Rows, WindowLayout, window_layout
 from .attention import Projections
 from .share import kept_share
 
 
-@of_kind('window core')
 class WindowMSA(Projections, BaseModule):
     """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
 
@@ -103,9 +102,6 @@ class WindowMSA(Projections, BaseModule):
         plain = is_plain(self.qkv, *LINEAR)
         return (self.qkv.weight, self.qkv.bias) if plain else None
 
-    def projected(self, x: Tensor) -> Tensor:
-        return self.qkv(x)
-
     def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
         weights = self.weights()
@@ -125,7 +121,6 @@ class WindowMSA(Projections, BaseModule):
         return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
 
 
-@of_kind('windows')
 class ShiftWindowMSA(BaseModule):
     """Window attention of the active tokens of a map.
 

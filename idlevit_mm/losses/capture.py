@@ -1,9 +1,10 @@
 """How a loss looks into a model's forward pass without changing the model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 from torch import nn
 
@@ -41,14 +42,11 @@ def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
     method is wrapped on the instance and put back at the end. Calls have the names of ``modules``.
     """
     calls: dict[str, Call] = {}
-    before = {name: module.__dict__.get('forward') for name, module in modules.items()}
-    for name, module in modules.items():
-        module.forward = _noting(module.forward, name, calls)
-    try:
-        yield calls
-    finally:
+    with ExitStack() as stack:
         for name, module in modules.items():
-            restore_method(module, 'forward', before[name])
+            noting = _noting(module.forward, name, calls)
+            stack.enter_context(mock.patch.object(module, 'forward', noting))
+        yield calls
 
 
 def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
@@ -58,11 +56,3 @@ def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
         return output
 
     return noting
-
-
-def restore_method(module: nn.Module, method: str, before: Callable | None) -> None:
-    """Undo the replacement of a method on an instance, which itself held ``before``, or None."""
-    if before is None:
-        module.__dict__.pop(method, None)
-    else:
-        module.__dict__[method] = before

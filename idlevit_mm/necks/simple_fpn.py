@@ -101,7 +101,7 @@ def _check(factors: Sequence[float], in_channels: int, out_channels: int) -> Non
         raise ValueError(
             f'scale_factors={factors!r}; allowed: one or more of {SCALE_FACTORS}, decreasing'
         )
-    step = _divisor(factors[0])
+    step = max(1, int(factors[0]))  # each doubling of the size halves the channels
     if in_channels < 1 or in_channels % step:
         raise ValueError(
             f'in_channels={in_channels}; allowed: a multiple of {step}, because the largest of '
@@ -111,31 +111,21 @@ def _check(factors: Sequence[float], in_channels: int, out_channels: int) -> Non
         raise ValueError(f'out_channels={out_channels}; allowed: 1 or more')
 
 
-def _divisor(factor: float) -> int:
-    """Each doubling of the size halves the channels."""
-    return max(1, int(factor))
-
-
 def _level(
-    in_channels: int, out_channels: int, factor: float, norm_cfg: dict[str, Any] | None
+    channels: int, out_channels: int, factor: float, norm_cfg: dict[str, Any] | None
 ) -> nn.Sequential:
-    channels = in_channels // _divisor(factor)
+    """Layers that change the size by ``factor``, then the two convolutions."""
+    layers: list[nn.Module] = []
+    if factor < 1:
+        layers.append(nn.MaxPool2d(kernel_size=2, ceil_mode=True))
+    while factor > 1:
+        if layers:
+            norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, channels)[1]]
+            layers += [*norm, nn.GELU()]
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2))
+        channels, factor = channels // 2, factor / 2
     return nn.Sequential(
-        *_resize(in_channels, factor, norm_cfg),
+        *layers,
         ConvModule(channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None),
         ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=None),
     )
-
-
-def _resize(channels: int, factor: float, norm_cfg: dict[str, Any] | None) -> list[nn.Module]:
-    """Layers that change the size by ``factor``."""
-    if factor == 4:
-        norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, channels // 2)[1]]
-        return [_double(channels), *norm, nn.GELU(), _double(channels // 2)]
-    if factor == 2:
-        return [_double(channels)]
-    return [] if factor == 1 else [nn.MaxPool2d(kernel_size=2, ceil_mode=True)]
-
-
-def _double(channels: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)

@@ -7,9 +7,9 @@ A table holds ids of tokens, which are rows of the flat map; -1 is padding. Tabl
 sizes: the numbers are computed once for each size, and put on each device once.
 """
 
-from collections.abc import Callable, Hashable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 # A table of a 200 x 336 map takes about 1 MiB and a detector meets many image sizes.
 CACHED_TABLES = 128
+_Tables = TypeVar('_Tables')
 
 
 class WindowLayout(NamedTuple):
@@ -60,57 +61,38 @@ class Units(NamedTuple):
     padded: bool
 
 
-@torch.compiler.assume_constant_result
-def window_layout(
-    height: int, width: int, window_size: int, shift_size: int, device: torch.device
-) -> WindowLayout:
-    """Lay windows over a map, padded bottom and right and rolled up and left by ``shift_size``.
+def on_device(numbers: Callable[..., _Tables]) -> Callable[..., _Tables]:
+    """Decorator of a function of sizes: a device comes last, on which its arrays are tensors.
 
-    All sizes are in tokens. The tables are shared, so never write to them.
+    All calls share them, so never write to them. A table is made of numbers alone, whatever mode is
+    on: one that was first wanted in inference mode is usable in training, and fake ones stay with
+    the mode that asked for them.
     """
-    return on_device(window_numbers, (height, width, window_size, shift_size), device)
 
-
-@torch.compiler.assume_constant_result
-def map_units(height: int, width: int, device: torch.device) -> Units:
-    """Every token of the map is a unit and all compete in one group."""
-    return on_device(_map_units, (height, width), device)
-
-
-@torch.compiler.assume_constant_result
-def window_units(
-    height: int,
-    width: int,
-    window_size: int,
-    shift_size: int,
-    whole: bool,
-    device: torch.device,
-) -> Units:
-    """Units from windows: one group of whole windows, or a group for the tokens of each window."""
-    return on_device(_window_units, (height, width, window_size, shift_size, whole), device)
-
-
-def on_device(numbers: Callable[..., Any], key: tuple[Hashable, ...], device: torch.device) -> Any:
-    """The NamedTuple that a function makes of sizes, its arrays as tensors that all calls share.
-
-    A table is made of numbers alone, whatever mode is on: one that was first wanted in inference
-    mode is usable in training, and fake ones stay with the mode that asked for them.
-    """
-    fake = active_fake_mode() if torch._C._len_torch_dispatch_stack() else None
-    # What records a graph of fake tensors, as torch.export does, takes real ones as constants.
-    if fake is None or get_proxy_mode() is not None:
-        return _shared(numbers, key, device)
-    # They refer to the mode, and go with it.
-    tables, place = vars(fake).setdefault('_idlevit_mm_tables', {}), (numbers, key, device)
-    if place not in tables:
-        real = _tensors(numbers(*key), torch.device('cpu'))
-        tables[place] = type(real)(
-            *(
-                fake.from_tensor(x, static_shapes=True).to(device) if isinstance(x, Tensor) else x
-                for x in real
+    @torch.compiler.assume_constant_result
+    @wraps(numbers)
+    def tables(*sizes_and_device: Any) -> _Tables:
+        *sizes, device = sizes_and_device
+        key = tuple(sizes)
+        fake = active_fake_mode() if torch._C._len_torch_dispatch_stack() else None
+        # What records a graph of fake tensors, as torch.export does, takes real ones as constants.
+        if fake is None or get_proxy_mode() is not None:
+            return _shared(numbers, key, device)
+        # They refer to the mode, and go with it.
+        known, place = vars(fake).setdefault('_idlevit_mm_tables', {}), (numbers, key, device)
+        if place not in known:
+            real = _tensors(numbers(*key), torch.device('cpu'))
+            known[place] = type(real)(
+                *(
+                    fake.from_tensor(x, static_shapes=True).to(device)
+                    if isinstance(x, Tensor)
+                    else x
+                    for x in real
+                )
             )
-        )
-    return tables[place]
+        return known[place]
+
+    return tables
 
 
 @lru_cache(4 * CACHED_TABLES)
@@ -132,8 +114,17 @@ def _tensors(tables: Any, device: torch.device) -> Any:
 
 @lru_cache(CACHED_TABLES)
 def window_numbers(height: int, width: int, window_size: int, shift_size: int) -> WindowLayout:
-    """``window_layout`` in numpy."""
-    tokens, regions = _window_slots(height, width, window_size, shift_size)
+    """Lay windows over a map, padded bottom and right and rolled up and left by ``shift_size``.
+
+    All sizes are in tokens.
+    """
+    rows, row_region = _axis(height, window_size, shift_size)
+    cols, col_region = _axis(width, window_size, shift_size)
+    inside = (rows < height)[:, None] & (cols < width)[None, :]
+    tokens = np.where(inside, rows[:, None] * width + cols[None, :], -1)
+    regions = 3 * row_region[:, None] + col_region[None, :]
+    # Each (M, L), windows row by row.
+    tokens, regions = _partition(tokens, window_size), _partition(regions, window_size)
     bordering = (regions != regions[:, :1]).any(axis=1)
     if shift_size > 0:
         order = np.argsort(bordering, kind='stable')
@@ -146,30 +137,25 @@ def window_numbers(height: int, width: int, window_size: int, shift_size: int) -
     return WindowLayout(tokens, slot_ids, borders, flat.size != len(slot_ids))
 
 
-def _map_units(height: int, width: int) -> Units:
+window_layout = on_device(window_numbers)
+
+
+@on_device
+def map_units(height: int, width: int) -> Units:
+    """Every token of the map is a unit and all compete in one group."""
     num_tokens = height * width
     token_ids = np.arange(num_tokens).reshape(1, num_tokens, 1)
     return Units(token_ids, (num_tokens,), num_tokens, True, False)
 
 
-def _window_units(height: int, width: int, window_size: int, shift_size: int, whole: bool) -> Units:
+@on_device
+def window_units(height: int, width: int, window_size: int, shift_size: int, whole: bool) -> Units:
+    """Units from windows: one group of whole windows, or a group for the tokens of each window."""
     windows = window_numbers(height, width, window_size, shift_size)
     token_ids = windows.token_ids[None] if whole else windows.token_ids[:, :, None]
     valid = (token_ids >= 0).any(axis=2).sum(axis=1)
     padded = whole and windows.has_padding
     return Units(token_ids, tuple(valid.tolist()), height * width, False, padded)
-
-
-def _window_slots(
-    height: int, width: int, window_size: int, shift_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and region numbers of all slots, each (M, L), windows row by row."""
-    rows, row_region = _axis(height, window_size, shift_size)
-    cols, col_region = _axis(width, window_size, shift_size)
-    inside = (rows < height)[:, None] & (cols < width)[None, :]
-    tokens = np.where(inside, rows[:, None] * width + cols[None, :], -1)
-    regions = 3 * row_region[:, None] + col_region[None, :]
-    return _partition(tokens, window_size), _partition(regions, window_size)
 
 
 def _axis(length: int, window_size: int, shift_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels import of_kind
 from ..ops import Units
 from ..registry import POLICIES
 from .plan import EVERYTHING, Plan
@@ -14,7 +13,6 @@ from .select import select_units, unit_scores
 CONTEXTS = ('active', 'summary', 'all')
 
 
-@of_kind('idlevit')
 @POLICIES.register_module()
 class IdleViT(Policy):
     """Every block ranks all units anew; the best are active, the others pass through unchanged.

@@ -20,7 +20,6 @@ from .scorers import Scorer
 from .select import ROUNDINGS, num_active
 
 DEFAULT_POLICY = 'IdleViT'
-DEFAULT_SCORER = 'mean_distance'
 
 
 class Policy(nn.Module, ABC):
@@ -42,8 +41,9 @@ class Policy(nn.Module, ABC):
 
     # Scopes that the policy can rank in, the default first.
     SCOPES: ClassVar[tuple[str, ...]] = ('map',)
-    # Scorer with a class token; without one it is DEFAULT_SCORER.
-    CLASS_TOKEN_SCORER: ClassVar[str] = DEFAULT_SCORER
+    # Scorers by default, without and with a class token.
+    SCORER: ClassVar[str] = 'mean_distance'
+    CLASS_TOKEN_SCORER: ClassVar[str] = 'mean_distance'
     # Whether each block ranks by its own scores, so that every scorer learns.
     TRAINS_SCORER: ClassVar[bool] = False
     # Whether the policy can rank by the attention that its own block has just computed.
@@ -77,7 +77,7 @@ class Policy(nn.Module, ABC):
             )
         self.rounding = rounding
         if scorer is None:
-            scorer = self.CLASS_TOKEN_SCORER if class_token else DEFAULT_SCORER
+            scorer = self.CLASS_TOKEN_SCORER if class_token else self.SCORER
         self.scorer: Scorer = build_from(SCORERS, 'policy.scorer', scorer, embed_dims=embed_dims)
         if self.scorer.needs_class_token and not class_token:
             raise ValueError(
@@ -150,12 +150,8 @@ def build_policy(
 ) -> Policy:
     """Build the policy of one block from a config.
 
-    Args:
-        policy: None for the default, the name of a registered policy, or a dict with its arguments
-            and optionally its ``type``.
-        embed_dims: As for ``Policy``.
-        scopes: As for ``Policy``.
-        class_token: As for ``Policy``.
+    ``policy`` is None for the default, the name of a registered policy, or a dict with its
+    arguments and optionally its ``type``; the others are arguments of ``Policy``.
 
     Raises:
         TypeError: The policy or its scorer does not take an argument given to it.

@@ -76,11 +76,10 @@ def _stages(keep_ratios: Any, depths: Sequence[int]) -> list[Any]:
     stages = list(keep_ratios)
     if len(stages) == len(depths):
         return stages
-    if len(depths) == 1:
-        if len(stages) == depths[0]:
-            return [stages]
-        raise ValueError(f'has {len(stages)} entries for 1 stage of {depths[0]} blocks')
-    raise ValueError(f'has {len(stages)} entries for {len(depths)} stages')
+    if [len(stages)] == list(depths):
+        return [stages]
+    wanted = f'{len(depths)} stages' if len(depths) > 1 else f'1 stage of {depths[0]} blocks'
+    raise ValueError(f'has {len(stages)} entries for {wanted}')
 
 
 def _stage_ratios(stage: Any, index: int, depth: int) -> list[float]:

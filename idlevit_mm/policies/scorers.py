@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import backend_at, of_kind
+from ..kernels import backend_at
 from ..registry import SCORERS
 
 
@@ -66,7 +66,6 @@ class Scorer(nn.Module, ABC):
         """Rank tokens: (B, N), higher is kept first."""
 
 
-@of_kind('mean_distance')
 @SCORERS.register_module('mean_distance')
 class MeanDistance(Scorer):
     """Euclidean distance of a token from the mean token of its map: what stands out is kept."""
@@ -76,7 +75,6 @@ class MeanDistance(Scorer):
         return backend_at(seen.tokens).distance(seen.tokens, means)
 
 
-@of_kind('activation_norm')
 @SCORERS.register_module('activation_norm')
 class ActivationNorm(Scorer):
     """Mean absolute activation of a token over its channels.

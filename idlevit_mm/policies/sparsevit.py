@@ -1,7 +1,6 @@
 """SparseViT: the windows with the strongest activations are active (arXiv 2303.17605)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -19,20 +18,11 @@ class SparseViT(Policy):
     The score of a window is the L2 norm over its tokens of their scores, by default the mean
     absolute activation. Tokens are scored at the first idle block of a stage, once for the plain
     and the shifted windows of all its blocks; the keep ratio must not rise within a stage.
-
-    Args:
-        scorer: Name of a registered scorer, or a dict with its ``type`` and arguments; None for
-            ``activation_norm``.
-        **kwargs: Further arguments of ``Policy``.
+    Arguments are those of ``Policy``; the default scorer is ``activation_norm``.
     """
 
     SCOPES = ('windows',)
-
-    def __init__(
-        self, embed_dims: int, scorer: str | dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        scorer = 'activation_norm' if scorer is None else scorer
-        super().__init__(embed_dims, scorer=scorer, **kwargs)
+    SCORER = 'activation_norm'
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
         for stage, ratios in enumerate(keep_ratios):

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
-from PIL import Image
 
 from .sheets import Content, Objects
 
 
 def prediction_of(data_sample: Any, score_thr: float) -> Content | None:
-    """Prediction in the pixels of the original image.
+    """Prediction in the pixels of the original image: instances from a score on, or a class map.
 
-    Args:
-        data_sample: what a detector or a segmentor returned for one image.
-        score_thr: instances with a lower score are left out.
-
-    Returns:
-        Instances, or a class map (H, W); None if the sample has neither.
+    None if the sample, which a detector or a segmentor returned, has neither.
     """
     if 'pred_instances' in data_sample:
         instances = data_sample.pred_instances
@@ -29,14 +24,9 @@ def prediction_of(data_sample: Any, score_thr: float) -> Content | None:
 
 
 def truth_of(data_sample: Any, size: tuple[int, int]) -> Content | None:
-    """Ground truth that the pipeline loaded.
+    """Ground truth that the pipeline loaded: instances or a class map, None if there is neither.
 
-    Args:
-        data_sample: what the pipeline packed for one image.
-        size: height and width of the picture; maps and masks of another size are resized to it.
-
-    Returns:
-        Instances, or a class map (H, W); None if the sample has neither.
+    Maps and masks of another ``size`` (H, W) than that of the picture are resized to it.
     """
     # mmdet packs instances without boxes where the pipeline loads none.
     if 'bboxes' in data_sample.get('gt_instances', ()):
@@ -78,8 +68,5 @@ def _objects_of(instances: Any) -> Objects:
 
 def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (H, W) of labels at another size; labels are never mixed."""
-    if labels.shape == size:
-        return labels
-    picture = Image.fromarray(labels.astype(np.uint8))
-    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
-    return resized.astype(labels.dtype)
+    way = cv2.INTER_NEAREST_EXACT
+    return cv2.resize(labels.astype(np.uint8), size[::-1], interpolation=way).astype(labels.dtype)

@@ -54,25 +54,17 @@ Content = Objects | np.ndarray
 
 @dataclass
 class Sheet:
-    """What a sheet shows.
+    """What a sheet shows."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        classes: class names by number.
-        input_size: height and width of the network's input, padding included.
-        content_size: height and width of the image within that input.
-        found: title and content of the panels beside the image: ground truth, predictions.
-        active: name of a stage or block and the share (Ht, Wt) of it in which a token was active.
-        palette: colours of the data set, (R, G, B) per class; used where there are more classes
-            than ``COLOURS``.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8, RGB
     classes: Sequence[str]
-    input_size: tuple[int, int]
-    content_size: tuple[int, int]
+    input_size: tuple[int, int]  # of the network's input, padding included
+    content_size: tuple[int, int]  # of the image within that input
+    # Title and content of the panels beside the image: ground truth, predictions.
     found: Sequence[tuple[str, Content]] = ()
+    # Name of a stage or block, and the share (Ht, Wt) of it in which a token was active.
     active: Sequence[tuple[str, np.ndarray]] = ()
+    # (R, G, B) per class, used where there are more classes than ``COLOURS``.
     palette: Sequence[Sequence[int]] | None = None
 
     def class_name(self, label: int) -> str:
@@ -124,10 +116,7 @@ def active_shares(
 ) -> list[tuple[str, np.ndarray]]:
     """Name and share (Ht, Wt) of the blocks of a stage, or of one block, that computed a token.
 
-    Args:
-        keep_masks: a backbone's ``keep_masks``: stages, blocks, (B, Ht, Wt) bool.
-        index: which image of the batch.
-        per: one map for each stage or for each block.
+    ``keep_masks`` is a backbone's: stages, blocks, (B, Ht, Wt) bool; ``index`` tells the image.
     """
     shares = []
     for stage, blocks in enumerate(keep_masks, 1):
@@ -247,8 +236,8 @@ def sheet_panels(sheet: Sheet) -> list[list[Panel]]:
     plain = any(isinstance(found, Objects) and found.masks is None for _, found in sheet.found)
     for title, found in sheet.found:
         if isinstance(found, Objects):
-            found = found._replace(masks=None) if plain else found
-            first.append(objects_panel(title, sheet, found))
+            objects = found._replace(masks=None) if plain else found
+            first.append(objects_panel(title, sheet, objects))
         else:
             first.append(class_map_panel(title, sheet, found))
     panels = [active_panel(name, sheet, share) for name, share in sheet.active]

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from idlevit_mm.engine import ResumableRunner, UsageError, launch, processes
+from idlevit_mm.engine import ResumableRunner, UsageError, launch, options, processes
 from idlevit_mm.engine.launch import (
     build_runner,
     evaluate_from_config,
@@ -369,10 +369,10 @@ def test_slurm_places_a_process(monkeypatch):
 
 
 def test_amp_and_lr_scaling_are_switched_on(config, monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(options, 'get_device', lambda: 'cuda')
     cfg = load_config(config)
-    launch._set_precision(cfg, amp=True)
-    launch._scale_lr(cfg)
+    options.set_precision(cfg, amp=True)
+    options.scale_lr(cfg)
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
     assert cfg.auto_scale_lr.enable
@@ -449,22 +449,22 @@ def segmentor(**more):
 
 def test_out_for_segmentation(tmp_path):
     cfg = segmentor()
-    launch._write_predictions(cfg, 'segmentation', str(tmp_path / 'labels'))
+    options.write_predictions(cfg, 'segmentation', str(tmp_path / 'labels'))
     assert cfg.test_evaluator.output_dir == str(tmp_path / 'labels')
     cfg = segmentor()
-    launch._write_predictions(cfg, 'segmentation', str(tmp_path / 'a' / 'labels.pkl'))
+    options.write_predictions(cfg, 'segmentation', str(tmp_path / 'a' / 'labels.pkl'))
     assert [e.type for e in cfg.test_evaluator] == ['IoUMetric', 'mmengine.DumpResults']
     assert (tmp_path / 'a').is_dir()
     with pytest.raises(UsageError, match=r'labels\.png: for segmentation this is a folder'):
-        launch._write_predictions(cfg, 'segmentation', 'labels.png')
+        options.write_predictions(cfg, 'segmentation', 'labels.png')
     cfg.test_evaluator = dict(type='OtherMetric')
     with pytest.raises(UsageError, match='no metric of test_evaluator writes label maps'):
-        launch._write_predictions(cfg, 'segmentation', 'labels')
+        options.write_predictions(cfg, 'segmentation', 'labels')
 
 
 def test_tta_for_segmentation_flips_before_annotations_are_loaded():
     cfg = segmentor()
-    launch._augment(cfg, 'segmentation')
+    options.augment(cfg, 'segmentation')
     assert cfg.model.type == 'SegTTAModel'
     assert cfg.model.module.type == 'EncoderDecoder'
     load, augment = cfg.test_dataloader.dataset.pipeline
@@ -477,7 +477,7 @@ def test_tta_for_segmentation_flips_before_annotations_are_loaded():
 def test_tta_of_the_config_is_taken():
     pipeline = [dict(type='Mine')]
     cfg = segmentor(tta_model=dict(type='MyTTA'), tta_pipeline=pipeline)
-    launch._augment(cfg, 'segmentation')
+    options.augment(cfg, 'segmentation')
     assert cfg.model.type == 'MyTTA'
     assert cfg.test_dataloader.dataset.pipeline == pipeline
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from idlevit_mm.kernels import use_backend
 from idlevit_mm.kernels.cpu import packing
-from idlevit_mm.ops import geometry, map_units, on_device, window_layout, window_units
+from idlevit_mm.ops import geometry, map_units, window_layout, window_units
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 X = image((2, 3, 21, 30))
@@ -122,4 +122,4 @@ def test_tables_are_real_shared_and_of_no_mode():
         assert type(table) is torch.Tensor
         assert not table.is_inference()
     assert window_layout(*sizes, device) is layout
-    assert on_device(geometry.window_numbers, sizes, torch.device('meta')).token_ids.is_meta
+    assert window_layout(*sizes, torch.device('meta')).token_ids.is_meta

@@ -4,6 +4,7 @@ Triton reads from the environment whether it interprets when it is imported, so 
 process of their own, which this file starts.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,13 @@ from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from idlevit_mm.kernels import Site, Triton, backend_at, use
+from idlevit_mm.kernels import Site, Triton, backend_at, kind_of, use
+from idlevit_mm.ops import window_units
+from idlevit_mm.policies import MeanDistance, unit_scores
+
+if find_spec('triton') is not None:
+    from idlevit_mm.kernels.triton import ops
+    from idlevit_mm.kernels.triton.halves import _starts
 
 INSIDE = os.environ.get('TRITON_INTERPRET') == '1'
 pytestmark = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
@@ -145,6 +152,71 @@ def test_replaced_and_hooked_layers_are_called():
 
 
 @inside
+@pytest.mark.parametrize('policy', [dict(context='summary'), dict(type='EViT')], ids=str)
+def test_images_share_ids_of_rows(policy):
+    """Without padding in windows the rows that summaries are made of are one expanded tensor."""
+    assert_same(built(SWIN, keep_ratios=0.5, policy=policy), image((2, 3, 32, 32)))
+
+
+@inside
+def test_replaced_layers_of_known_classes():
+    class Transposed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).transpose(0, 1).contiguous().transpose(0, 1)
+
+    swin, mit = built(SWIN, keep_ratios=0.5), built(MIT, keep_ratios=0.5)
+    for block in swin.stages[0].blocks:
+        block.attn.w_msa.proj = Transposed(16, 16)
+    for block in mit.layers[0][1]:
+        block.ffn.layers[1] = nn.Conv2d(32, 32, 5, padding=2, groups=32)
+    for model in (swin, mit):
+        assert_same(randomize(model).eval(), image(SIZE))
+
+
+@inside
+@pytest.mark.parametrize(('window', 'shift'), [(4, 0), (4, 2), (8, 0)])
+@pytest.mark.parametrize('count', [1, 2, 20, 53, 54])
+def test_of_equal_scores_the_first_are_chosen(window, shift, count):
+    negative = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
+    assert math.isnan(negative)
+    for low, high, best in ((0.0, 1.0, negative), (1.0, math.inf, math.nan), (1.0, 1.0, 1.0)):
+        scores = torch.full((2, 54), low)
+        scores[0, 3::4] = scores[1, 5:50] = high
+        scores[:, 17] = best
+        ids, offsets, places = ops.select(scores, count, (9, 6), window, shift, None)
+        want = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        assert torch.equal(ids.sort(dim=1).values, want.sort(dim=1).values)
+        rows = torch.arange(2 * count, dtype=torch.int32).view(2, -1)
+        assert torch.equal(places.gather(1, ids), rows)
+        assert (places >= 0).sum() == offsets[-1] == 2 * count
+
+
+@inside
+@pytest.mark.parametrize('window', [4, 33])
+def test_choice_in_windows(window):
+    hw_shape = 5, 34
+    scores = torch.rand(2, 170)
+    counts = 0, *(max(1, number // 2) for number in range(1, window**2 + 1))
+    starts = _starts(hw_shape, window, 0, counts, scores.device)
+    ids, offsets, _ = ops.select(scores, starts.total, hw_shape, window, 0, starts.places)
+    units = window_units(*hw_shape, window, 0, False, scores.device)
+    kept = tuple(counts[number] for number in units.valid)
+    slots = backend_at(scores).best(unit_scores(scores, units), kept)
+    want = units.token_ids.flatten()[slots]
+    assert torch.equal(ids.sort(dim=1).values, want.sort(dim=1).values)
+    assert offsets[-1] == 2 * starts.total
+
+
+@inside
+def test_idle_rows_stay_bit_identical():
+    x, now = torch.full((1, 4, 16), -0.0), torch.ones(1, 2, 16)
+    places = torch.tensor([[0, -1, -1, 1]], dtype=torch.int32)
+    out = ops.merge_rows(x, places, now, now)
+    assert torch.equal(out[:, 1:3].view(torch.int32), x[:, 1:3].view(torch.int32))
+    assert (out[:, ::3] == 2).all()
+
+
+@inside
 def test_equal_scores_keep_so_many():
     model = built(SWIN, keep_ratios=0.5)
     with torch.no_grad(), use('triton'):
@@ -169,6 +241,11 @@ def test_what_others_hold_is_not_written_to(family):
         again = blocks[1](out.clone(), (9, 6), 0.5)[0]
         assert torch.equal(blocks[1](out, (9, 6), 0.5, carried)[0], again)
         assert torch.equal(out, again)
+        blocks[1].norm1.register_forward_pre_hook(
+            lambda _, args: held.append((args[0], args[0].clone()))
+        )
+        model(image(SIZE))
+        assert held
         blocks[0].register_forward_hook(lambda _, __, out: held.append((out[0], out[0].clone())))
         model(image(SIZE))
     for one, copy in held:
@@ -223,6 +300,13 @@ def _pass_fake_tensors_of(family):
         x = torch.empty(SIZE, device='cuda', dtype=torch.bfloat16)
         assert backend_at(x).name == 'triton'
         assert [out.shape for out in model(x)] == want
+
+
+@outside
+def test_kinds_are_classes_of_this_package():
+    others = type('MeanDistance', (MeanDistance,), dict(__module__='somewhere'))
+    assert kind_of(MeanDistance(4)) == 'MeanDistance'
+    assert kind_of(others(4)) == kind_of(nn.Linear(1, 1)) == ''
 
 
 @outside

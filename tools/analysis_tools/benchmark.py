@@ -27,26 +27,26 @@ from idlevit_mm.analysis import latency, models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.memory import peak_memory
 from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
+from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError, one_line
 
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Candidate(NamedTuple):
-    """A model to be timed.
+    """A model to be timed."""
 
-    Attributes:
-        name: What it is called in tables.
-        kind: 'host' (the class of mmdet or mmseg), 'timm', 'dense' (idle class, all tokens kept),
-            'idle', or 'config' (as a config file has it).
-        build: The model, in eval mode on the CPU, for images of (H, W) pixels.
-        keep: Keep ratio of all blocks; None where there is none, or not one.
-    """
+    name: str  # in tables
+    kind: (
+        str  # 'host' (of mmdet or mmseg), 'timm', 'dense' (idle class, all kept), 'idle', 'config'
+    )
+    build: Callable[[tuple[int, int]], nn.Module]  # in eval mode on the CPU, for (H, W) pixels
+    keep: float | None = None  # ratio of all blocks, where there is one
 
-    name: str
-    kind: str
-    build: Callable[[tuple[int, int]], nn.Module]
-    keep: float | None = None
+
+def always(model: nn.Module) -> Callable[[object], nn.Module]:
+    """The ``build`` of a candidate whose model fits every size."""
+    return lambda _: model
 
 
 def positive(text: str) -> int:
@@ -122,10 +122,6 @@ def read_config(spec: str, args: argparse.Namespace, checkpoint: Path | None) ->
     return cfg
 
 
-def _given(model: nn.Module, _: object) -> nn.Module:
-    return model
-
-
 def load_target(
     spec: str, args: argparse.Namespace, checkpoint: Path | None = None
 ) -> tuple[list[Candidate], list[str]]:
@@ -142,7 +138,7 @@ def load_target(
     except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
         raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
     model = model if whole else getattr(model, 'backbone', model)
-    configured = Candidate('as configured', 'config', lambda _: model)
+    configured = Candidate('as configured', 'config', always(model))
     if not hasattr(getattr(model, 'backbone', model), 'set_keep_ratios'):
         if args.keep_ratios:
             raise UsageError(f'{name} is not idle: it takes no --keep-ratios')
@@ -150,12 +146,10 @@ def load_target(
     found, notes = [], []
     backbone = cfg.model.get('backbone', cfg.model)
     try:
-        if whole:
-            dense = models.with_host_backbone(model)
-        else:
-            dense = models.host_backbone(model, backbone)
-        library = type(getattr(dense, 'backbone', dense)).__module__.split('.')[0]
-        found.append(Candidate(f"{library}'s dense", 'host', lambda _: dense))
+        own = models.host_backbone(getattr(model, 'backbone', model), backbone)
+        dense = models.with_backbone(model, own) if whole else own
+        library = type(own).__module__.split('.')[0]
+        found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
     except (ImportError, AssertionError, ValueError) as error:
         # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
         notes.append(f'no dense class of mmdet or mmseg here: {error}')
@@ -165,17 +159,13 @@ def load_target(
         twin, rate = TIMM.get(spec), backbone.get('drop_path_rate', 0.1)
         notes.append(f"timm's twin is {twin}" if twin else 'timm has no twin of it')
         if twin:
-
-            @functools.lru_cache(maxsize=1)
-            def timm(shape: tuple[int, int]) -> nn.Module:
-                return timm_twin(twin, shape, rate).eval()
-
-            found.append(Candidate("timm's dense", 'timm', timm))
+            built = functools.lru_cache(1)(lambda shape: timm_twin(twin, shape, rate).eval())
+            found.append(Candidate("timm's dense", 'timm', built))
     ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS else [])
     for ratio in dict.fromkeys([1.0, *ratios] if 1.0 in ratios or not found else ratios):
-        own = models.with_keep_ratios(model, ratio)
+        build = always(models.with_keep_ratios(model, ratio))
         kind = 'dense' if ratio == 1 else 'idle'
-        found.append(Candidate(f'keep {ratio:g}', kind, functools.partial(_given, own), ratio))
+        found.append(Candidate(f'keep {ratio:g}', kind, build, ratio))
     if found[0].kind != 'host':
         notes.append(f'the reference is {found[0].name}')
     if args.as_configured or not ratios:
@@ -307,9 +297,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         targets[name], own = load_target(spec, args, checkpoint)
         notes += own
     print(*(f'note: {note}' for note in notes), sep='\n')
-    about: dict[str, Any] = dict(
-        command=shlex.join(['tools/analysis_tools/benchmark.py', *command])
-    )
+    about: report.Line = dict(command=shlex.join(['tools/analysis_tools/benchmark.py', *command]))
     about |= dict(machine=latency.machine(), versions=latency.versions(), notes=notes)
     report.add(lines, about, args.out)
     for name, candidates in targets.items():
@@ -321,25 +309,22 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, or read what was measured, and print."""
+@exit_code
+def main(argv: Sequence[str] | None = None) -> bool:
+    """Measure, or read what was measured, and print; whether a candidate failed."""
     args = parse_args(argv)
-    try:
-        if args.sources:
-            lines = [line for path in args.sources for line in report.read(path)]
-            print(*(report.case_table(line) for line in lines if 'target' in line), sep='\n')
-        else:
-            lines = run(args, sys.argv[1:] if argv is None else argv)
-        print(report.summary(lines), *report.about(lines), sep='\n')
-        if args.markdown is not None:
-            args.markdown.parent.mkdir(parents=True, exist_ok=True)
-            args.markdown.write_text(report.document(lines), encoding='utf-8')
-        if args.plot is not None:
-            report.plot(lines, args.plot)
-    except (ValueError, TypeError, OSError, UsageError) as error:
-        print(f'error: {one_line(error)}', file=sys.stderr)
-        return 2
-    return int(any(c['error'] for line in lines for c in line.get('candidates', ())))
+    if args.sources:
+        lines = [line for path in args.sources for line in report.read(path)]
+        print(*(report.case_table(line) for line in lines if 'target' in line), sep='\n')
+    else:
+        lines = run(args, sys.argv[1:] if argv is None else argv)
+    print(report.summary(lines), *report.about(lines), sep='\n')
+    if args.markdown is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(report.document(lines), encoding='utf-8')
+    if args.plot is not None:
+        report.plot(lines, args.plot)
+    return any(c['error'] for line in lines for c in line.get('candidates', ()))
 
 
 if __name__ == '__main__':

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from idlevit_mm.analysis.results import Line, add_line, read_lines
 from idlevit_mm.errors import UsageError
 
-# A run (command, machine, versions and notes) or a case: its conditions and candidates.
-Line = dict[str, Any]
+# A line is a run (command, machine, versions, notes) or a case (its conditions, and candidates).
 
 CONDITIONS = ['target', 'part', 'shape', 'batch', 'dtype', 'mode', 'compile', 'device', 'threads']
 # Of a candidate in a case: milliseconds per image, and time divided by the reference's in the same
@@ -41,8 +41,7 @@ def read(path: Path) -> list[Line]:
         UsageError: There is no such file, or it is another one.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-        lines = list({key_of(line): line for line in lines}.values())
+        lines = read_lines(path, key_of)
         about(lines)
     except OSError as error:
         raise UsageError(f'{path} cannot be read: {error.strerror}') from error
@@ -55,9 +54,7 @@ def add(lines: list[Line], line: Line, path: Path | None) -> None:
     """Add a run or a case to what was measured and to its file."""
     lines[:] = [known for known in lines if key_of(known) != key_of(line)] + [line]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open('a', encoding='utf-8') as file:
-            print(json.dumps(line, ensure_ascii=False), file=file)
+        add_line(line, path)
 
 
 def key_of(line: Line) -> str:

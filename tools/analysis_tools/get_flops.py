@@ -15,7 +15,7 @@ from torch import nn
 from idlevit_mm.analysis import flops
 from idlevit_mm.analysis.batches import PHASES, data_batches
 from idlevit_mm.analysis.models import load_model, parse_shapes, share_kept, with_keep_ratios
-from idlevit_mm.errors import UsageError
+from idlevit_mm.analysis.results import exit_code
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,35 +76,32 @@ def count_data(
     }
 
 
-def main() -> int:
+@exit_code
+def main() -> None:
     """Count and print."""
     args = parse_args()
     record: dict[str, dict[str, Any]] = {}
     tables: dict[str, dict[str, dict[str, str]]] = {}
-    try:
-        shapes = parse_shapes(args.shape)
-        model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
-        variants = {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios or ()}
-        for name, variant in (variants or {'as configured': model}).items():
-            if args.data:
-                batches = data_batches(model.cfg, args.data, args.num_images)
-                found = count_data(variant, batches, args.data == 'train', args.backbone_only)
-                record[name] = found
-                means = {f'{part}, mean': mean for part, mean in found['parts'].items()}
-                means |= {'total, minimum': found['low'], 'total, maximum': found['high']}
-                column = {title: flops.pretty(count) for title, count in means.items()}
-                share = found['share_active']
-                column['active tokens'] = '–' if share is None else f'{share:.1%}'
-                title = f'Multiply-adds, {found["images"]} images of {args.data}'
-                tables.setdefault(title, {})[name] = column
-            for height, width in () if args.data else shapes:
-                counts = flops.model_multiply_adds(variant, (height, width), args.backbone_only)
-                record.setdefault(f'{height}x{width}', {})[name] = counts
-                column = {part: flops.pretty(count) for part, count in counts.items()}
-                tables.setdefault(f'Multiply-adds at {height}×{width}', {})[name] = column
-    except (ValueError, TypeError, FileNotFoundError, UsageError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    shapes = parse_shapes(args.shape)
+    model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
+    variants = {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios or ()}
+    for name, variant in (variants or {'as configured': model}).items():
+        if args.data:
+            batches = data_batches(model.cfg, args.data, args.num_images)
+            found = count_data(variant, batches, args.data == 'train', args.backbone_only)
+            record[name] = found
+            means = {f'{part}, mean': mean for part, mean in found['parts'].items()}
+            means |= {'total, minimum': found['low'], 'total, maximum': found['high']}
+            column = {title: flops.pretty(count) for title, count in means.items()}
+            share = found['share_active']
+            column['active tokens'] = '–' if share is None else f'{share:.1%}'
+            title = f'Multiply-adds, {found["images"]} images of {args.data}'
+            tables.setdefault(title, {})[name] = column
+        for height, width in () if args.data else shapes:
+            counts = flops.model_multiply_adds(variant, (height, width), args.backbone_only)
+            record.setdefault(f'{height}x{width}', {})[name] = counts
+            column = {part: flops.pretty(count) for part, count in counts.items()}
+            tables.setdefault(f'Multiply-adds at {height}×{width}', {})[name] = column
     for title, columns in tables.items():
         align = ['left', *['right'] * len(columns)]
         print(f'{title} ({args.config.stem})')
@@ -114,7 +111,6 @@ def main() -> int:
         print('keep ratios per stage and block:', [[float(f'{r:.4g}') for r in s] for s in ratios])
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=2) + '\n')
-    return 0
 
 
 if __name__ == '__main__':

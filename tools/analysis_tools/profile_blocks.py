@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm import kernels
 from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
+from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError
 from idlevit_mm.kernels import BACKENDS, convolution
 
@@ -66,25 +67,15 @@ def parse_args() -> argparse.Namespace:
 @contextmanager
 def labelled(backbone: Any) -> Iterator[None]:
     """Have the profiler see the parts of blocks, as long as it lasts."""
-    found: list[tuple[Any, str, str]] = [
-        (owner, name, f'|{part}') for owner, name, part in FUNCTIONS
-    ]
+    found: list[Any] = [(owner, name, f'|{part}') for owner, name, part in FUNCTIONS]
     found += [(backend, name, f'|{part}') for backend in BACKENDS for name, part in ENTRIES.items()]
     for stage, blocks in enumerate(backbone.idle_blocks):
         for block in blocks:
             found += [(block, name, f'{stage}|{part}') for name, part in METHODS.items()]
             found.append((block.policy, 'between', f'{stage}|selecting'))
-
-    def label(function: Callable[..., Any], text: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(text):
-                return function(*args, **kwargs)
-
-        return call
-
     with ExitStack() as stack:
         for owner, name, text in found:
-            own = label(getattr(owner, name), f'idle|{text}')
+            own = record_function(f'idle|{text}')(getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, own))
         yield
 
@@ -166,12 +157,10 @@ def table_of(found: dict[str, Any]) -> str:
     return shown.to_markdown(disable_numparse=True, colalign=align)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Profile and print.
-
-    Raises:
-        UsageError: There is no such config or backbone, or it is not idle.
-    """
+@exit_code
+def main() -> None:
+    """Profile and print."""
+    args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     is_file = Path(args.target).is_file()
@@ -182,8 +171,7 @@ def run(args: argparse.Namespace) -> None:
         )
     config = args.target if is_file else Config(dict(model=dict(type=args.target)))
     model = load_model(config, device=args.device, cfg_options=args.cfg_options)
-    if args.keep_ratios:
-        ratios = args.keep_ratios
+    if ratios := args.keep_ratios:
         idle_backbone(model).set_keep_ratios(ratios[0] if len(ratios) == 1 else ratios)
     threads = torch.get_num_threads()
     place = f'{threads} threads' if args.device == 'cpu' else args.device
@@ -202,16 +190,6 @@ def run(args: argparse.Namespace) -> None:
         about = dict(vars(args), out=None, keep_ratios=idle_backbone(model).keep_ratios)
         about |= dict(threads=threads, machine=machine(), versions=versions(), profiles=profiles)
         args.out.write_text(json.dumps(about, indent=2) + '\n')
-
-
-def main() -> int:
-    """Profile and print; the exit code."""
-    try:
-        run(parse_args())
-    except (ValueError, TypeError, UsageError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == '__main__':

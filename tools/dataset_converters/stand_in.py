@@ -1,7 +1,5 @@
 """Write a tiny stand-in for COCO 2017 or ADE20K, in exactly the format of the real one."""
 
-from __future__ import annotations
-
 import argparse
 
 from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
@@ -10,8 +8,8 @@ WRITERS = {'coco': write_coco_stand_in, 'ade20k': write_ade20k_stand_in}
 PLACES = {'coco': 'data/coco', 'ade20k': 'data/ade'}
 
 
-def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line; the parser comes along for reporting bad values."""
+def main() -> None:
+    """Write the data set that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('dataset', choices=WRITERS, help='data set to stand in for')
@@ -21,20 +19,15 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     size_help = 'longer side of an image (default: 160)'
     add('--size', type=int, default=160, metavar='PIXELS', help=size_help)
     add('--seed', type=int, default=0, help='seed (default: 0)')
-    return parser, parser.parse_args()
-
-
-def main() -> None:
-    """Write the data set that the command line asks for."""
-    parser, args = parse_args()
-    name, out = args.dataset, args.out or PLACES[args.dataset]
-    sizes = {key: getattr(args, key) for key in ('num_train', 'num_val', 'size', 'seed')}
+    args = parser.parse_args()
+    out = args.out or PLACES[args.dataset]
     try:
-        written = WRITERS[name](out, **sizes)
+        written = WRITERS[args.dataset](out, args.num_train, args.num_val, args.size, args.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     done = 'wrote' if written else 'already there:'
-    print(f'{done} stand-in for {name} of {args.num_train} + {args.num_val} images in {out}')
+    images = f'{args.num_train} + {args.num_val} images'
+    print(f'{done} stand-in for {args.dataset} of {images} in {out}')
 
 
 if __name__ == '__main__':

@@ -15,22 +15,14 @@ from idlevit_mm.engine.launch import load_config, run_tool
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', help='file, address, or timm:// and the name of a timm model')
-    parser.add_argument('target', help='.pth or .safetensors file to write; it must not exist')
-    parser.add_argument('--to', required=True, choices=TARGETS, help='whose names to give')
-    parser.add_argument(
-        '--window-size', type=int, help="resize Swin's relative position tables to this window"
-    )
-    parser.add_argument(
-        '--img-size',
-        type=int,
-        nargs='+',
-        metavar='PIXELS',
-        help='resize absolute position tables to images of this side, or height and width',
-    )
-    parser.add_argument(
-        '--config', help='also compare what is written with the model of this config file'
-    )
+    add = parser.add_argument
+    add('source', help='file, address, or timm:// and the name of a timm model')
+    add('target', help='.pth or .safetensors file to write; it must not exist')
+    add('--to', required=True, choices=TARGETS, help='whose names to give')
+    add('--window-size', type=int, help="resize Swin's relative position tables to this window")
+    size_help = 'resize absolute position tables to images of this side, or height and width'
+    add('--img-size', type=int, nargs='+', metavar='PIXELS', help=size_help)
+    add('--config', help='also compare what is written with the model of this config file')
     args = parser.parse_args()
     if args.config is not None and TARGETS[args.to] != OPENMMLAB:
         parser.error('--config goes with --to mmdet or --to mmseg')

@@ -1,7 +1,6 @@
 """Tables and the figure of a study, from the JSON lines of its runs."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,17 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from variants import METHODS, RANDOM_RATIOS, TASKS, operations
 
+from idlevit_mm.analysis.results import Line, read_lines
+
 KEYS = ['task', 'method', 'scope', 'level', 'keep_ratio']
 
 
-def lines_of(file: Path) -> list[dict[str, Any]]:
+def lines_of(file: Path) -> list[Line]:
     """The finished runs in a file; none if there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return read_lines(file) if file.is_file() else []
 
 
-def frame_of(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+def frame_of(lines: Iterable[Line]) -> pd.DataFrame:
     """One row per run: ``KEYS``, seed, score, policy and ratios."""
     rows = []
     for line in lines:
@@ -28,9 +29,8 @@ def frame_of(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
         policy = line['settings'].get('policy')
         if 'scorer' in row:  # the study of scorers, whose first results say no more
             row['method'] = row['scorer'] or 'dense'
-            policy = row['scorer'] and dict(
-                type='IdleViT', scorer=row['scorer'], scope=row['scope']
-            )
+            setting = dict(type='IdleViT', scorer=row['scorer'], scope=row['scope'])
+            policy = row['scorer'] and setting
         row['ratios'] = line['settings'].get('keep_ratios', row['keep_ratio'])
         score = line['score'] if 'score' in line else line['ap']
         rows.append(row | dict(policy=policy, seed=line['seed'], score=score))
@@ -47,11 +47,13 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
         score=('score', 'mean'),
         dense=('dense', 'mean'),
         seeds=('score', list),
-        policy=('policy', lambda policies: policies.iloc[0]),
-        ratios=('ratios', lambda ratios: ratios.iloc[0]),
+        policy=('policy', list),
+        ratios=('ratios', list),
     ).reset_index()
     table['gain'] = table.score - table.dense
-    table['share'] = [operations(row.task, row.policy, row.ratios) for row in table.itertuples()]
+    # All runs of a variant have the same policy and ratios.
+    table[['policy', 'ratios']] = table[['policy', 'ratios']].map(lambda values: values[0])
+    table['share'] = list(map(operations, table.task, table.policy, table.ratios))
     return table
 
 

@@ -12,49 +12,37 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import report
+import variants
 from mmengine.config import Config, DictAction
-from variants import (
-    CONFIGS,
-    LEVELS,
-    METHODS,
-    SCOPES,
-    SCORERS,
-    TASKS,
-    TEACHER,
-    Run,
-    policy_runs,
-    scorer_runs,
-)
+from variants import TASKS, Run, policy_runs, scorer_runs
 
 from idlevit_mm.analysis.models import load_config
+from idlevit_mm.analysis.results import Line, add_line
 from idlevit_mm.engine.launch import run_tool
 from idlevit_mm.errors import UsageError
 
-ROOT = CONFIGS.parents[1]
+ROOT = variants.CONFIGS.parents[1]
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    several: dict[str, Any] = dict(nargs='+', type=float)
-    number: dict[str, Any] = dict(type=int)
     add('study', choices=['scorers', 'policies'])
-    add('--scorers', nargs='+', choices=SCORERS, default=SCORERS)
-    add('--keep-ratios', **several, default=[0.7, 0.5])
+    add('--scorers', nargs='+', choices=variants.SCORERS, default=variants.SCORERS)
+    add('--keep-ratios', nargs='+', type=float, default=[0.7, 0.5])
     add('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
-    add('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-    add('--levels', **several, default=LEVELS, help='shares of multiply-adds to save')
+    add('--methods', nargs='+', choices=variants.METHODS, default=list(variants.METHODS))
+    add('--levels', nargs='+', type=float, default=variants.LEVELS, help='multiply-adds to save')
     add('--seeds', nargs='+', type=int, default=[0, 1])
-    add('--epochs', **number, default=1, help='fine-tuning epochs of every run')
-    add('--jobs', **number, default=2, help='runs at a time')
-    add('--threads', **number, default=1, help='computing threads per run')
+    add('--epochs', type=int, default=1, help='fine-tuning epochs of every run')
+    add('--jobs', type=int, default=2, help='runs at a time')
+    add('--threads', type=int, default=1, help='computing threads per run')
     add('--out-dir', type=Path, help='default: work_dirs/STUDY_study')
     dense_help = 'folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing'
     add('--dense-dir', type=Path, default=ROOT / 'work_dirs', help=dense_help)
@@ -76,13 +64,15 @@ def main(args: argparse.Namespace) -> None:
         lines = do_runs(scorer_runs(args.seeds, args.keep_ratios, args.scorers, ['map']), args)
         best = report.best_scorer(report.frame_of(lines))
         print(f'best scorer on the whole map: {best}')
-        lines += do_runs(scorer_runs(args.seeds, args.keep_ratios, [best], SCOPES[1:]), args)
+        lines += do_runs(
+            scorer_runs(args.seeds, args.keep_ratios, [best], variants.SCOPES[1:]), args
+        )
     tables = report.text(report.frame_of(lines))
     (args.out_dir / 'study.md').write_text(tables)
     print(f'\n{tables}\nwritten to {args.out_dir / "study.md"}')
 
 
-def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
+def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
     """Do the runs that ``runs.jsonl`` does not hold yet; returns its lines of all runs.
 
     Raises:
@@ -104,7 +94,7 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[dict[str, 
                 scores = job.result()
                 for line, score in zip(plan[run.name], scores, strict=True):
                     found[_key(line)] = line | dict(score=score)
-                replace_lines(file, found.values())
+                    add_line(found[_key(line)], file)
                 left = (time.monotonic() - begin) / done * (len(waiting) - done) / 60
                 text = f'{run.name}: {scores[0]:.4g}, about {left:.0f} min left'
                 print(f'[{done}/{len(waiting)}] {text}', flush=True)
@@ -147,25 +137,23 @@ def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
     cfg.model.backbone.keep_ratios = run.keep_ratios
     if run.policy is not None:
         cfg.model.backbone.policy = dict(run.policy)
-    hooks = json.loads(json.dumps(run.hooks).replace(TEACHER, str(checkpoint)))
+    hooks = json.loads(json.dumps(run.hooks).replace(variants.TEACHER, str(checkpoint)))
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
     return cfg
 
 
-def lines_of(run: Run, cfg: Config) -> list[dict[str, Any]]:
+def lines_of(run: Run, cfg: Config) -> list[Line]:
     """What the results of a run hold besides the score: all that it depends on."""
     data = json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()
     digests = [hashlib.sha256(d).hexdigest()[:12] for d in (data, Path(cfg.load_from).read_bytes())]
     settings = dict(zip(('config_sha256', 'checkpoint_sha256'), digests, strict=True))
     settings |= dict(epochs=cfg.train_cfg.max_epochs, policy=run.policy, custom_hooks=run.hooks)
-    return [
-        dict(
-            variant=dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio']),
-            seed=run.seed,
-            settings=dict(settings, keep_ratios=ratio or run.keep_ratios),
-        )
-        for ratio in run.served or (None,)
-    ]
+    lines = []
+    for ratio in run.served or (None,):
+        variant = dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio'])
+        own = dict(settings, keep_ratios=ratio or run.keep_ratios)
+        lines.append(dict(variant=variant, seed=run.seed, settings=own))
+    return lines
 
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
@@ -222,14 +210,6 @@ def last_score(folder: Path, metric: str) -> float:
     return scores[-1]
 
 
-def replace_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines in one step, so that a killed process leaves the old file or the new one."""
-    new = file.with_suffix('.new')
-    new.parent.mkdir(parents=True, exist_ok=True)
-    new.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
-    new.replace(file)
-
-
 def dumped(cfg: Config, path: Path) -> Path:
     """Write a config, and its folder; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +218,7 @@ def dumped(cfg: Config, path: Path) -> Path:
     return path
 
 
-def _key(line: Mapping[str, Any]) -> str:
+def _key(line: Line) -> str:
     return json.dumps([line['variant'], line['seed'], line['settings']], sort_keys=True)
 
 

@@ -4,6 +4,7 @@ import json
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,25 +90,15 @@ METHODS = {
 
 
 class Run(NamedTuple):
-    """One training.
+    """One training."""
 
-    Attributes:
-        variant: what its line of results says: method, level and so on.
-        seed: of the run.
-        task: name of the task.
-        policy: of the backbone; None for the config's own.
-        keep_ratios: of the backbone.
-        hooks: further ``custom_hooks``, with ``TEACHER`` in place of the dense checkpoint.
-        served: ratios at which the trained checkpoint is tested, a line for each.
-    """
-
-    variant: dict[str, Any]
+    variant: dict[str, Any]  # what its line of results says: method, level and so on
     seed: int
     task: str = 'swin-det'
-    policy: Mapping[str, Any] | None = None
+    policy: Mapping[str, Any] | None = None  # None: the config's own
     keep_ratios: Any = 1.0
-    hooks: list[dict[str, Any]] = []
-    served: tuple[float, ...] = ()
+    hooks: list[dict[str, Any]] = []  # with TEACHER in place of the dense checkpoint
+    served: tuple[float, ...] = ()  # ratios at which the checkpoint is tested, a line for each
 
     @property
     def name(self) -> str:
@@ -127,12 +118,10 @@ def scorer_runs(
     for seed in seeds:
         if 'map' in scopes:
             yield Run(dict(keep_ratio=1.0, scorer=None, scope=None), seed)
-        for scope in scopes:
-            for scorer in scorers:
-                policy = dict(type='IdleViT', scorer=scorer, scope=scope)
-                for ratio in ratios:
-                    variant = dict(keep_ratio=ratio, scorer=scorer, scope=scope)
-                    yield Run(variant, seed, policy=policy, keep_ratios=ratio)
+        for scope, scorer, ratio in product(scopes, scorers, ratios):
+            variant = dict(keep_ratio=ratio, scorer=scorer, scope=scope)
+            policy = dict(type='IdleViT', scorer=scorer, scope=scope)
+            yield Run(variant, seed, policy=policy, keep_ratios=ratio)
 
 
 def policy_runs(
@@ -148,15 +137,12 @@ def policy_runs(
     for seed in seeds:
         for task in tasks:
             yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed, task)
-        for level in levels:
-            for task in tasks:
-                for name in methods:
-                    policy, _, losses, fits = METHODS[name]
-                    if task in fits:
-                        variant = dict(task=task, method=name, level=level, keep_ratio=None)
-                        hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))]
-                        ratios = level_ratios(task, name, level)
-                        yield Run(variant, seed, task, policy, ratios, hooks if losses else [])
+        for level, task, name in product(levels, tasks, methods):
+            policy, _, losses, fits = METHODS[name]
+            if task in fits:
+                variant = dict(task=task, method=name, level=level, keep_ratio=None)
+                hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))] if losses else []
+                yield Run(variant, seed, task, policy, level_ratios(task, name, level), hooks)
         if seed == seeds[0] and 'swin-det' in tasks and 'idlevit' in methods:
             variant = dict(task='swin-det', method='idlevit', level=None)
             for ratio in SERVED_RATIOS[1:]:  # the dense run is the one for 1.0

@@ -1,20 +1,9 @@
 _base_ = './digit_scenes_instance.py'
 
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    # Keeps the size; the heads ask for the scale factor that it notes down.
-    dict(type='Resize', scale_factor=1.0),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
+# The steps that load masks too load boxes alone.
+load_boxes = dict(type='LoadAnnotations', with_bbox=True)
+train_pipeline = [load_boxes if 'with_mask' in step else step for step in _base_.train_pipeline]
+test_pipeline = [load_boxes if 'with_mask' in step else step for step in _base_.test_pipeline]
 
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -1,20 +1,7 @@
-# Written by: python tools/dataset_converters/digit_scenes.py data/digit_scenes
+_base_ = './digit_scenes.py'
+
 data_root = 'data/digit_scenes/coco/'
-metainfo = dict(
-    classes=('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine'),
-    palette=[
-        (228, 26, 28),
-        (55, 126, 184),
-        (77, 175, 74),
-        (152, 78, 163),
-        (255, 127, 0),
-        (255, 255, 51),
-        (166, 86, 40),
-        (247, 129, 191),
-        (0, 206, 209),
-        (153, 255, 51),
-    ],
-)
+metainfo = dict(classes=_base_.digit_classes, palette=_base_.digit_palette)
 
 # No flips: a mirrored digit is another sign. The writer has varied colours, crops and sizes.
 train_pipeline = [
@@ -34,10 +21,6 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='CocoDataset',
         data_root=data_root,
@@ -46,13 +29,9 @@ train_dataloader = dict(
         data_prefix=dict(img='train/'),
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
-    ),
+    )
 )
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='CocoDataset',
         data_root=data_root,
@@ -61,7 +40,7 @@ val_dataloader = dict(
         data_prefix=dict(img='val/'),
         test_mode=True,
         pipeline=test_pipeline,
-    ),
+    )
 )
 test_dataloader = val_dataloader
 

@@ -1,32 +1,9 @@
-# Written by: python tools/dataset_converters/digit_scenes.py data/digit_scenes
+_base_ = './digit_scenes.py'
+
 data_root = 'data/digit_scenes/ade/'
 metainfo = dict(
-    classes=(
-        'background',
-        'zero',
-        'one',
-        'two',
-        'three',
-        'four',
-        'five',
-        'six',
-        'seven',
-        'eight',
-        'nine',
-    ),
-    palette=[
-        [0, 0, 0],
-        [228, 26, 28],
-        [55, 126, 184],
-        [77, 175, 74],
-        [152, 78, 163],
-        [255, 127, 0],
-        [255, 255, 51],
-        [166, 86, 40],
-        [247, 129, 191],
-        [0, 206, 209],
-        [153, 255, 51],
-    ],
+    classes=('background', *_base_.digit_classes),
+    palette=[[0, 0, 0], *map(list, _base_.digit_palette)],
 )
 
 # No flips: a mirrored digit is another sign. The writer has varied colours, crops and sizes.
@@ -38,37 +15,26 @@ pipeline = [
 # The name by which mmseg.apis finds it.
 test_pipeline = pipeline
 
+dataset = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    metainfo=metainfo,
+    reduce_zero_label=True,
+    img_suffix='.jpg',
+    seg_map_suffix='.png',
+    pipeline=pipeline,
+)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='BaseSegDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        reduce_zero_label=True,
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
+        dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=pipeline,
-    ),
+    )
 )
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='BaseSegDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        reduce_zero_label=True,
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
+        dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=pipeline,
-    ),
+    )
 )
 test_dataloader = val_dataloader
 

@@ -1,18 +1,19 @@
 # Mask2Former of ADE20K's size; the config names the backbone and its channels.
+_base_ = './segmentor.py'
+
 num_classes = 150
+attention = dict(
+    embed_dims=256,
+    num_heads=8,
+    attn_drop=0.0,
+    proj_drop=0.0,
+    dropout_layer=None,
+    batch_first=True,
+)
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-        test_cfg=dict(size_divisor=32),
-    ),
+    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),
     decode_head=dict(
+        _delete_=True,
         type='Mask2FormerHead',
         strides=[4, 8, 16, 32],
         feat_channels=256,
@@ -59,22 +60,8 @@ model = dict(
             return_intermediate=True,
             num_layers=9,
             layer_cfg=dict(
-                self_attn_cfg=dict(
-                    embed_dims=256,
-                    num_heads=8,
-                    attn_drop=0.0,
-                    proj_drop=0.0,
-                    dropout_layer=None,
-                    batch_first=True,
-                ),
-                cross_attn_cfg=dict(
-                    embed_dims=256,
-                    num_heads=8,
-                    attn_drop=0.0,
-                    proj_drop=0.0,
-                    dropout_layer=None,
-                    batch_first=True,
-                ),
+                self_attn_cfg=attention,
+                cross_attn_cfg=attention,
                 ffn_cfg=dict(
                     embed_dims=256,
                     feedforward_channels=2048,
@@ -121,6 +108,4 @@ model = dict(
             sampler=dict(type='mmdet.MaskPseudoSampler'),
         ),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )

@@ -1,17 +1,11 @@
 # Three tenths of the dense 40k.
-_base_ = './finetune.py'
+_base_ = './finetune_160k.py'
 
 finetune_iters = 12000
 finetune = dict(
     train_cfg=dict(max_iters=finetune_iters, val_interval=4000),
     param_scheduler=[
-        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
-        dict(
-            type='CosineAnnealingLR',
-            by_epoch=False,
-            begin=0,
-            end=finetune_iters,
-            eta_min_ratio=0.01,
-        ),
+        _base_.finetune.param_scheduler[0],
+        dict(_base_.finetune.param_scheduler[1], end=finetune_iters),
     ],
 )

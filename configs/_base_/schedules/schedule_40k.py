@@ -1,15 +1,6 @@
+_base_ = './schedule_160k.py'
+
 max_iters = 40000
 interval = 4000
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=interval)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
-)
-log_processor = dict(by_epoch=False)
+train_cfg = dict(max_iters=max_iters, val_interval=interval)
+default_hooks = dict(checkpoint=dict(interval=interval))

@@ -1,4 +1,5 @@
 _base_ = [
+    '../../_base_/backbones/idle-swin-t.py',
     '../../_base_/models/mask2former.py',
     '../../_base_/datasets/ade20k.py',
     '../../_base_/schedules/schedule_160k.py',
@@ -9,26 +10,12 @@ _base_ = [
 custom_imports = dict(imports=['idlevit_mm', 'mmdet.models'], allow_failed_imports=False)
 
 checkpoint = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/swin/swin_tiny_patch4_window7_224_20220317-1cdeb081.pth'
-depths = [2, 2, 6, 2]
 model = dict(
     backbone=dict(
-        type='IdleSwinTransformer',
-        embed_dims=96,
-        depths=depths,
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        mlp_ratio=4,
-        qkv_bias=True,
-        qk_scale=None,
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
+        _base_.idle_swin_t,
         drop_path_rate=0.3,
-        patch_norm=True,
-        out_indices=(0, 1, 2, 3),
         with_cp=False,
         frozen_stages=-1,
-        keep_ratios=1.0,
-        policy=dict(scorer='mean_distance', scope='map'),
         # This checkpoint has OpenMMLab's names already.
         convert_weights=False,
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
@@ -56,6 +43,7 @@ train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 # A name's own settings are those of the longest key that it contains.
 embedding = dict(lr_mult=1.0, decay_mult=0.0)
 backbone_free = dict(lr_mult=0.1, decay_mult=0.0)
+depths = _base_.idle_swin_t.depths
 norms = [
     'patch_embed.norm',
     'norm',

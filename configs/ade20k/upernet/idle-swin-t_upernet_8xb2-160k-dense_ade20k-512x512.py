@@ -1,4 +1,5 @@
 _base_ = [
+    '../../_base_/backbones/idle-swin-t.py',
     '../../_base_/models/upernet.py',
     '../../_base_/datasets/ade20k.py',
     '../../_base_/schedules/schedule_160k_adamw.py',
@@ -8,27 +9,14 @@ _base_ = [
 checkpoint = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/swin/swin_tiny_patch4_window7_224_20220317-1cdeb081.pth'
 model = dict(
     backbone=dict(
-        type='IdleSwinTransformer',
+        _base_.idle_swin_t,
         pretrain_img_size=224,
-        embed_dims=96,
         patch_size=4,
-        window_size=7,
-        mlp_ratio=4,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
         strides=(4, 2, 2, 2),
-        out_indices=(0, 1, 2, 3),
-        qkv_bias=True,
-        qk_scale=None,
-        patch_norm=True,
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
         drop_path_rate=0.3,
         use_abs_pos_embed=False,
         act_cfg=dict(type='GELU'),
         norm_cfg=dict(type='LN', requires_grad=True),
-        keep_ratios=1.0,
-        policy=dict(scorer='mean_distance', scope='map'),
         # This checkpoint has OpenMMLab's names already.
         convert_weights=False,
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint),

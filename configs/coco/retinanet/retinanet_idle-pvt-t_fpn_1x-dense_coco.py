@@ -1,19 +1,9 @@
 _base_ = [
+    '../../_base_/backbones/idle-pvt-t.py',
     '../../_base_/models/retinanet_fpn.py',
     '../../_base_/datasets/coco_detection.py',
     '../../_base_/schedules/schedule_1x.py',
     '../../_base_/default_runtime_det.py',
 ]
 
-checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'
-model = dict(
-    backbone=dict(
-        type='IdlePyramidVisionTransformer',
-        num_layers=[2, 2, 2, 2],
-        keep_ratios=1.0,
-        policy=dict(scorer='mean_distance', scope='map'),
-        convert_weights=True,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
-)
+model = dict(backbone={{_base_.idle_pvt_t}}, neck=dict(in_channels=[64, 128, 320, 512]))

@@ -1,20 +1,9 @@
 _base_ = [
+    '../../_base_/backbones/idle-pvtv2-b0.py',
     '../../_base_/models/retinanet_fpn.py',
     '../../_base_/datasets/coco_detection.py',
     '../../_base_/schedules/schedule_1x.py',
     '../../_base_/default_runtime_det.py',
 ]
 
-checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b0.pth'
-model = dict(
-    backbone=dict(
-        type='IdlePyramidVisionTransformerV2',
-        embed_dims=32,
-        num_layers=[2, 2, 2, 2],
-        keep_ratios=1.0,
-        policy=dict(scorer='mean_distance', scope='map'),
-        convert_weights=True,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[32, 64, 160, 256]),
-)
+model = dict(backbone={{_base_.idle_pvtv2_b0}}, neck=dict(in_channels=[32, 64, 160, 256]))

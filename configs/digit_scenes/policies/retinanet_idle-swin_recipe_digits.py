@@ -1,4 +1,4 @@
-_base_ = '../retinanet_idle-swin_finetune_digits.py'
+_base_ = './retinanet_idle-swin_distill_digits.py'
 
 # About a third of the backbone's multiply-adds saved: the first block dense, a summary of idle
 # tokens as context, and features taught by the dense model.
@@ -8,15 +8,3 @@ model = dict(
         policy=dict(context='summary'),
     )
 )
-custom_hooks = [
-    dict(
-        type='AuxiliaryLossHook',
-        losses=[
-            dict(
-                type='FeatureDistillation',
-                teacher=dict(checkpoint={{_base_.load_from}}),
-                loss_weight=5.0,
-            )
-        ],
-    )
-]

@@ -13,7 +13,7 @@ from ..rows import take_rows
 from ..site import Site, autocasts
 from ..slots import WindowCore
 from . import attention, linear, pieces
-from .packing import WindowPacking, pack_whole_windows, pack_windows
+from .packing import pack_whole_windows, pack_windows
 from .windows import attend_squeezed
 
 # Slots of all heads for which launching the operations of a bucket of windows pays.
@@ -59,9 +59,7 @@ class CPU(Reference):
         whole = training or torch.is_grad_enabled()
         return function(x) if whole else pieces.in_pieces(function, x, width)
 
-    def channel_parts(
-        self, channels: int, pixels: int, x: Tensor, training: bool = False
-    ) -> list[slice]:
+    def channel_parts(self, channels: int, pixels: int, training: bool = False) -> list[slice]:
         whole = training or torch.is_grad_enabled()
         return [slice(0, channels)] if whole else pieces.channel_parts(channels, pixels)
 
@@ -84,18 +82,12 @@ class CPU(Reference):
         # In half precision the fused operation on all slots is faster.
         if not exact or core.dropout or core.drop is not None:
             return super().attend_windows(qkv, core, hw_shape, shift_size, rows)
-        return attend_squeezed(qkv, core, _packing(qkv, core, hw_shape, shift_size, rows))
-
-
-def _packing(
-    qkv: Tensor, core: WindowCore, hw_shape: tuple[int, int], shift_size: int, rows: Rows | None
-) -> WindowPacking:
-    windows = hw_shape, core.window_size, shift_size
-    if rows is None:
-        return pack_windows(None, len(qkv), *windows)
-    if rows.windows is not None:
-        return pack_whole_windows(rows.windows, *windows)
-    summarised = qkv.shape[1] > rows.ids.shape[1]
-    return pack_windows(
-        rows.ids, len(qkv), *windows, summarised, min_places=_MIN_PLACES // core.num_heads
-    )
+        windows = hw_shape, core.window_size, shift_size
+        if rows is None:
+            packing = pack_windows(None, len(qkv), *windows)
+        elif rows.windows is not None:
+            packing = pack_whole_windows(rows.windows, *windows)
+        else:
+            summarised, least = qkv.shape[1] > rows.ids.shape[1], _MIN_PLACES // core.num_heads
+            packing = pack_windows(rows.ids, len(qkv), *windows, summarised, least)
+        return attend_squeezed(qkv, core, packing)

@@ -27,30 +27,31 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
     if (
         keep_ratio == 1.0
         or kind not in _BRANCHES
-        or kind_of(policy) != 'idlevit'
+        or kind_of(policy) != 'IdleViT'
         or policy.context != 'active'
         or policy.scope == 'windows'
-        or scorer not in ('mean_distance', 'activation_norm')
+        or scorer not in ('MeanDistance', 'ActivationNorm')
         or not all(is_plain(part, type(part)) for part in (policy, policy.scorer))
         or tokens.pack is not None
     ):
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
     x, norm = tokens.x, block.norm1
-    mean = x.mean(dim=1, dtype=torch.float32) if scorer == 'mean_distance' else None
+    mean = x.mean(dim=1, dtype=torch.float32) if scorer == 'MeanDistance' else None
     # Spatial reduction wants the norm of all tokens.
-    whole = kind == 'reduction' and _is_norm(norm)
+    whole = kind == 'IdlePVTBlock' and _is_norm(norm)
     weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
     scores, *normed = ops.score_norm(x, mean, *weights)
     tokens = tokens._replace(normed=normed[0] if normed else None)
-    layout = (block.attn.window_size, block.attn.shift_size) if kind == 'windows' else (_TILE, 0)
+    windowed = kind == 'IdleSwinBlock'
+    layout = (block.attn.window_size, block.attn.shift_size) if windowed else (_TILE, 0)
     if policy.scope == 'map':
         count = policy.count(hw_shape[0] * hw_shape[1], keep_ratio)
         chosen = ops.select(scores, count, hw_shape, *layout, None)
     else:
         numbers = range(1, layout[0] ** 2 + 1)
         counts = 0, *(policy.count(number, keep_ratio) for number in numbers)
-        starts = _starts(x.device, hw_shape, *layout, counts)
+        starts = _starts(hw_shape, *layout, counts, x.device)
         chosen = ops.select(scores, starts.total, hw_shape, *layout, starts.places)
     ids, offsets, places = chosen
     return tokens, Rows(ids, None, False, offsets, places)
@@ -63,14 +64,8 @@ class _Starts(NamedTuple):
     total: int
 
 
-@torch.compiler.assume_constant_result
-def _starts(device: torch.device, *key: Any) -> _Starts:
-    return on_device(_start_numbers, key, device)
-
-
-def _start_numbers(
-    hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[int, ...]
-) -> _Starts:
+@on_device
+def _starts(hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[int, ...]) -> _Starts:
     """Of windows row by row, of which those of n tokens keep ``counts[n]``."""
     sides = []
     for side in hw_shape:
@@ -86,14 +81,13 @@ def attention_half(
 ) -> tuple[Any, None] | None:
     """Gather, norm, attention, residual, and the norm of the MLP."""
     kind, rows = kind_of(block), plan.rows
-    norm: Any = block.norm2 if kind else None
     if (
         kind not in _BRANCHES
-        or not _is_norm(norm)
+        or not _is_norm(block.norm2)
         or tokens.pack is not None
         or not _is_simple(plan)
         or plan.ask
-        or (kind == 'windows' and plan.keys == 'all' and rows is not None)
+        or (kind == 'IdleSwinBlock' and plan.keys == 'all' and rows is not None)
         or (rows is not None and rows.padded)
     ):
         return None
@@ -101,8 +95,9 @@ def attention_half(
     branch = _BRANCHES[kind](block, tokens, rows)
     if branch is None:
         return None
-    ids = None if rows is None else rows.ids
-    now, normed = ops.take_norm(tokens.x, ids, branch, norm.weight, norm.bias, norm.eps)
+    ids, norm = None if rows is None else rows.ids, block.norm2
+    weights = norm.weight, norm.bias, norm.eps
+    now, normed = ops.take_norm(tokens.x, ids, branch.contiguous(), *weights)
     return tokens.opened(now, rows, plan, normed), None
 
 
@@ -139,7 +134,7 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     """The branch of attention in windows."""
     attn, norm = block.attn, block.norm1
     core: Any = getattr(attn, 'w_msa', None)
-    if kind_of(attn) != 'windows' or kind_of(core) != 'window core':
+    if kind_of(attn) != 'ShiftWindowMSA' or kind_of(core) != 'WindowMSA':
         return None
     if not (is_plain(attn, type(attn)) and is_plain(core, type(core)) and _is_norm(norm)):
         return None
@@ -167,35 +162,39 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     return attn.drop(core.proj_drop(core.proj(out)))
 
 
-def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor:
+def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
     """The branch of spatial-reduction attention, whose keys come from the whole map."""
+    # What hangs on another norm may hold x, which the MLP half writes to.
+    if not _is_norm(block.norm1):
+        return None
     queries = normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
     if rows is not None:
         (queries,) = ops.take_norm(normed.contiguous(), rows.ids, None, None, None, 0.0)
-    return block.attn(queries, normed, tokens.hw_shape).contiguous()
+    return block.attn(queries, normed, tokens.hw_shape)
 
 
-# By the kind of the block.
-_BRANCHES = {'windows': _windows, 'reduction': _reduction}
+_BRANCHES = {'IdleSwinBlock': _windows, 'IdlePVTBlock': _reduction}
 
 
 def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor | None:
     """The branch of a feed-forward network on normalised rows (B, K, C)."""
     if not all_plain(ffn):
         return None
-    if kind_of(ffn) == 'plain':
+    if kind_of(ffn) == 'FeedForward':
         if not ffn.add_identity:
             return None
         (first, act, drop), second, last_drop = ffn.layers
         out = last_drop(second(drop(act(first(x)))))
         return ffn.dropout_layer(ffn.gamma2(out))
-    if kind_of(ffn) != 'mix':
+    if kind_of(ffn) != 'MixFFN':
         return None
     first, *convolutions, act, drop, second, last_drop = ffn.layers
     hidden = F.linear(x, first.weight.flatten(1), first.bias)
     if convolutions:
         (conv,) = convolutions
-        if not (is_plain(act, nn.GELU) and act.approximate == 'none'):
+        if not (
+            is_plain(act, nn.GELU) and act.approximate == 'none' and conv.kernel_size == (3, 3)
+        ):
             return None
         ids, places = (None, None) if rows is None else (rows.ids, rows.places)
         hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)

@@ -142,7 +142,8 @@ def select(
     with _on(scores):
         if starts is not None:
             kernel = rows.select_in_windows_kernel[(number, batch)]
-            kernel(scores, starts, *sizes, **layout, SLOTS=side, num_warps=1)
+            bits = 32 + side.bit_length()
+            kernel(scores, starts, *sizes, **layout, SLOTS=side, BITS=bits, num_warps=1)
         else:
             warps = max(block // 256, 1)
             rows.select_kernel[(batch,)](scores, *sizes, **layout, BLOCK=block, num_warps=warps)
@@ -174,6 +175,8 @@ def take_norm(
     out, (_, tokens, channels), tiles = _taken(x, ids, branch, weight), x.shape, _tiles(x.shape[2])
     total = out[0].numel() // channels
     keep = weight is None or branch is not None
+    # All images may share the ids of one.
+    ids = None if ids is None else ids.contiguous()
     with _on(x):
         rows.rows_kernel[(triton.cdiv(total, tiles['BLOCK']),)](
             *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out[0], out[-1]),

@@ -48,8 +48,9 @@ def look_kernel(
 
 @triton.jit
 def _order(score):
-    """Float32 as an integer of the same order, from 0 to 2 ** 32 - 1."""
-    bits = score.to(tl.int32, bitcast=True)
+    """Float32 as an integer of the same order, from 0 to 2 ** 32 - 1; NaN is above all."""
+    # Whatever its sign and payload are.
+    bits = tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
@@ -81,18 +82,26 @@ def select_kernel(
         reached = tl.cumsum(counts, axis=0, reverse=True)
         best = tl.sum((reached >= left).to(tl.int32), axis=0) - 1
         left -= tl.sum(tl.where(bins > best, counts, 0), axis=0)
+        equal = tl.sum(tl.where(bins == best, counts, 0), axis=0)
         prefix = (prefix << 8) + best.to(tl.uint32)
+    # The last token that is kept of those with the K-th score, if not all of them are.
+    more = tl.sum((equal > left).to(tl.int32), axis=0)
+    last = tl.zeros([1], tl.int32) + N * (1 - more)
+    ties = tl.zeros([1], tl.int32)
+    for first in range(0, N * more, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        same = (_order(tl.load(base + i, mask=i < N, other=0.0)) == prefix) & (i < N)
+        rank = tl.cumsum(same.to(tl.int32), axis=0) + ties
+        last += tl.sum(tl.where(same & (rank == left), i, 0), axis=0)
+        ties += tl.sum(same.to(tl.int32), axis=0)
     windows = (HP // WS) * (WP // WS)
     taken = tl.zeros([1], tl.int32)
-    ties = tl.zeros([1], tl.int32)
     for first in range(0, HP * WP, BLOCK):
         i = first + tl.arange(0, BLOCK)
         token = token_at(i // (WS * WS), i % (WS * WS), W, HP, WP, WS, SHIFT)
         valid = (i < HP * WP) & is_token(i // (WS * WS), i % (WS * WS), H, W, HP, WP, WS, SHIFT)
         key = _order(tl.load(base + token, mask=valid, other=0.0))
-        same = valid & (key == prefix)
-        rank = tl.cumsum(same.to(tl.int32), axis=0) + ties
-        chosen = valid & ((key > prefix) | (same & (rank <= left)))
+        chosen = valid & ((key > prefix) | ((key == prefix) & (token <= last)))
         up_to = tl.cumsum(chosen.to(tl.int32), axis=0) + taken
         place = image * K + up_to - 1
         tl.store(ids + place, token.to(tl.int64), mask=chosen)
@@ -101,7 +110,6 @@ def select_kernel(
         before = image * K + up_to - chosen.to(tl.int32)
         tl.store(offsets + image * windows + i // (WS * WS), before, mask=starts)
         taken += tl.sum(chosen.to(tl.int32), axis=0)
-        ties += tl.sum(same.to(tl.int32), axis=0)
     if image == tl.num_programs(0) - 1:
         tl.store(offsets + (image + 1) * windows, (image + 1) * K)
 
@@ -109,9 +117,12 @@ def select_kernel(
 @triton.jit
 def select_in_windows_kernel(
     scores, starts, ids, offsets, places, N, K, H, W, HP, WP,
-    WS: tl.constexpr, SHIFT: tl.constexpr, SLOTS: tl.constexpr,
+    WS: tl.constexpr, SHIFT: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The best tokens of each window, so many as lie between its ``starts``; one program each."""
+    """The best tokens of each window, so many as lie between its ``starts``; one program each.
+
+    BITS are those of 2 ** 32 * SLOTS, above which there is no key.
+    """
     window, image = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts + window).to(tl.int32)
     count = tl.load(starts + window + 1).to(tl.int32) - start
@@ -123,8 +134,8 @@ def select_in_windows_kernel(
     key = tl.where(valid, _order(score).to(tl.int64) * SLOTS + (SLOTS - slot), 0)
     least = tl.zeros([1], tl.int64)
     one = tl.full([1], 1, tl.int64)
-    for step in tl.static_range(42):
-        more = least + (one << (41 - step))
+    for step in tl.static_range(BITS):
+        more = least + (one << (BITS - 1 - step))
         enough = tl.sum((key >= more).to(tl.int32), axis=0) >= count
         least = tl.where(enough, more, least)
     chosen = valid & (key >= least)
@@ -188,8 +199,9 @@ def put_kernel(
     v = tl.load(now + packed, mask=written, other=0.0).to(tl.float32)
     v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
     if COPY:
+        # Not a sum: it would make 0.0 of -0.0.
         idle = inside & ((place < 0) & (r < R))[:, None]
-        v += tl.load(x + at, mask=idle, other=0.0).to(tl.float32)
+        v = tl.where(idle, tl.load(x + at, mask=idle, other=0.0).to(tl.float32), v)
         written = written | idle
     tl.store(out + at, v.to(out.dtype.element_ty), mask=written)
 
