@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 
 from torch import Tensor
 
@@ -35,10 +34,14 @@ def backend_at(x: Tensor) -> Reference:
 
 def why_not(site: Site) -> dict[str, str]:
     """In words why backends are not taken in some circumstances, by name."""
-    taken = backend_for(site)
+    taken, reasons = backend_for(site), {}
     forced = f'use_backend({FORCED[-1]!r}) is in force' if FORCED else ''
-    passed = takewhile(lambda backend: backend is not taken, BACKENDS)
-    return {backend.name: backend.why_not(site) or forced for backend in passed}
+    # Compilers read this loop, and no itertools.
+    for backend in BACKENDS:
+        if backend is taken:
+            break
+        reasons[backend.name] = backend.why_not(site) or forced
+    return reasons
 
 
 @contextmanager
