@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,12 @@ def study(tmp_path, monkeypatch, shares):
     checkpoint = tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_6.pth'
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b'weights')
-    calls = []
+    calls, parsing = [], threading.Lock()
 
     def call(folder, threads, tool, config, *arguments):
         calls.append([tool, Path(config).name, *map(str, arguments)])
-        cfg = Config.fromfile(config).model.backbone
+        with parsing:  # the real one does it in a process of its own
+            cfg = Config.fromfile(config).model.backbone
         score = {'random': 0.5}.get(cfg.policy.get('scorer'), 0.6)
         score = score if cfg.keep_ratios != 1.0 else 0.65
         logs = folder / '2026' / 'vis_data'
