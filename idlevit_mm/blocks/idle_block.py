@@ -14,7 +14,15 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import all_plain, backend_at, full_precision, ranking_precision, site_of
+from ..kernels import (
+    all_plain,
+    backend_at,
+    full_precision,
+    is_plain,
+    kind_of,
+    ranking_precision,
+    site_of,
+)
 from ..ops import Rows, Units, map_units, row_mask
 from ..policies import Plan, Regroup, Seen, build_policy
 from .tokens import Carried, Pack, Tokens
@@ -75,8 +83,7 @@ class IdleBlock(BaseModule, ABC):
             The tokens (B, S, C), idle rows bit-identical unless the policy says otherwise, and what
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
-        # Who hooks a block may hold what goes in or comes out.
-        alone = not (self._forward_hooks or self._forward_pre_hooks)
+        alone = self._is_alone()
         tokens = Tokens(x, _numbers(hw_shape), carried.pack, owned=carried.owned and alone)
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
@@ -163,7 +170,7 @@ class IdleBlock(BaseModule, ABC):
         learns = scorer.learns and self.training
         if not learns and not self.policy.wants_scores(keep_ratio, state):
             return tokens, None, None
-        tokens = Tokens(self.settled(tokens), tokens.hw_shape)
+        tokens = tokens.settled(self.settled(tokens))
         # Both depend on autocast, and so are asked for before it is switched off. Under it keys
         # are not computed in the precision of scores.
         x = ranking_precision(tokens.x, scorer.uses_weights)
@@ -228,7 +235,7 @@ class IdleBlock(BaseModule, ABC):
         pack = tokens.pack
         if pack is not None and pack.holds(plan):
             whole = self.reads_map or plan.keys == 'all'
-            return Tokens(self.settled(tokens) if whole else tokens.x, tokens.hw_shape, pack)
+            return tokens._replace(x=self.settled(tokens) if whole else tokens.x)
         x = self.settled(tokens)
         if plan.rows is None:
             return Tokens(x, tokens.hw_shape, Pack(x, x, None, plan))
@@ -237,7 +244,8 @@ class IdleBlock(BaseModule, ABC):
         if plan.summary is not None:
             summaries = self.summarize(x, plan.summary, tokens.hw_shape)
             now = torch.cat([now, summaries], dim=1)
-        return Tokens(x, tokens.hw_shape, Pack(now, now, rows, plan))
+        pack = Pack(now, now, rows, plan)
+        return Tokens(x, tokens.hw_shape, pack, owned=tokens.owned)
 
     def closed(self, tokens: Tokens, plan: Plan) -> Tokens:
         """Tokens with what was computed in its place, unless the plan holds it."""
@@ -245,7 +253,9 @@ class IdleBlock(BaseModule, ABC):
             tokens = tokens.become(gated(tokens.pack.before, tokens.now, plan.gate))
         if plan.hold and plan.rows is not None:
             return tokens
-        return Tokens(self.settled(tokens), tokens.hw_shape)
+        x = self.settled(tokens)
+        # Rows that were put back lie in a copy; what layers have made, their hooks may hold.
+        return Tokens(x, tokens.hw_shape) if plan.rows is None else tokens.made(x)
 
     def settled(self, tokens: Tokens) -> Tensor:
         """All tokens, up to date: (B, S, C); idle ones have what their plan gives them."""
@@ -255,7 +265,8 @@ class IdleBlock(BaseModule, ABC):
         if pack.rows is None:
             return pack.now
         count = pack.rows.ids.shape[1]
-        out = backend_at(tokens.x).put(tokens.x, pack.rows, pack.now[:, :count])
+        now = pack.now[:, :count]
+        out = backend_at(tokens.x).put(tokens.x, pack.rows, now, tokens.owned)
         if not pack.plan.spread:
             return out
         added = self.spread(pack.now[:, count:] - pack.before[:, count:], tokens.hw_shape)
@@ -286,6 +297,12 @@ class IdleBlock(BaseModule, ABC):
         if not self.num_class:
             return rows
         return Rows(_with(rows.ids, hw_shape[0] * hw_shape[1], self.num_class))
+
+    def _is_alone(self) -> bool:
+        """Whether nobody but the walk can hold what goes in or comes out, or goes to a layer."""
+        scorer = self.policy.scorer
+        seen = (self, *self.children(), *scorer.modules())
+        return kind_of(scorer) != '' and all(is_plain(part, type(part)) for part in seen)
 
     def by_tokens(self, function: Callable[[Tensor], Tensor], x: Tensor, *of: nn.Module) -> Tensor:
         """Apply a function of single tokens that consists of some layers, in parts if it pays."""

@@ -76,6 +76,10 @@ class Tokens(NamedTuple):
         """The same with computed rows, whose norm is known."""
         return Tokens(self.x, self.hw_shape, Pack(now, now, rows, plan), normed, self.owned)
 
+    def settled(self, x: Tensor) -> Tokens:
+        """The same without a pack, whose rows are put back in x."""
+        return Tokens(x, self.hw_shape, owned=self.owned)
+
     def made(self, x: Tensor) -> Tokens:
         """All tokens (B, S, C), made by this block."""
         return Tokens(x, self.hw_shape, owned=True)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ...ops import Rows
 from ..plain import LINEAR, is_plain
 from ..reference import Reference, distance
-from ..rows import take_rows
+from ..rows import flat_ids, take_rows
 from ..site import Site, autocasts
 from ..slots import WindowCore
-from . import attention, linear, pieces
+from . import attention, linear, native, pieces
 from .packing import pack_whole_windows, pack_windows
 from .windows import attend_squeezed
 
@@ -33,12 +33,25 @@ class CPU(Reference):
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         return take_rows(x, rows)
 
+    def put(self, x: Tensor, rows: Rows, values: Tensor, owned: bool = False) -> Tensor:
+        if not owned or torch.is_grad_enabled() or rows.padded or not x.is_contiguous():
+            return super().put(x, rows, values)
+        flat, ids = x.view(-1, x.shape[2]), flat_ids(rows, x.shape[1])
+        return flat.index_copy_(0, ids, values.flatten(0, 1).to(x.dtype)).view(x.shape)
+
+    def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
+        if len(counts) > 1 or not native.usable(scores):
+            return super().best(scores, counts)
+        return native.best(scores, counts[0])
+
     def ascending(self, places: Tensor, num_places: int) -> Tensor:
         marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
         found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
         return found if found.numel() == found.shape[-1] else found % num_places
 
     def distance(self, x: Tensor, other: Tensor) -> Tensor:
+        if native.usable(x):
+            return native.distance(x, other)
         parts = [
             self.by_tokens(partial(distance, other=one), image, x.shape[-1])
             for image, one in zip(x.split(1), other.split(1), strict=True)
@@ -63,6 +76,19 @@ class CPU(Reference):
         whole = training or torch.is_grad_enabled()
         return [slice(0, channels)] if whole else pieces.channel_parts(channels, pixels)
 
+    def convolve(
+        self,
+        x: Tensor,
+        blank: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        hw_shape: tuple[int, int],
+        rows: Rows | None,
+    ) -> Tensor:
+        if rows is None or not native.usable(x):
+            return super().convolve(x, blank, weight, bias, hw_shape, rows)
+        return native.convolve(x, blank, weight, bias, hw_shape, rows)
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0
     ) -> Tensor:
@@ -79,6 +105,10 @@ class CPU(Reference):
         rows: Rows | None,
     ) -> Tensor:
         exact = qkv.dtype in (torch.float32, torch.float64) and not autocasts('cpu')
+        if not core.dropout and core.drop is None and native.usable(qkv):
+            out = native.attend_windows(qkv, core, hw_shape, shift_size, rows)
+            if out is not None:
+                return out
         # In half precision the fused operation on all slots is faster.
         if not exact or core.dropout or core.drop is not None:
             return super().attend_windows(qkv, core, hw_shape, shift_size, rows)

@@ -1,0 +1,356 @@
+// Kernels of the CPU on packed rows, for inference in float32. `native.py` compiles and calls them.
+//
+// Letters: B images, N tokens of a map (H * W), T active tokens of an image, M windows of a map,
+// R summaries of an image (M, or none), C channels, A heads, D channels of a head (a multiple of
+// 16), L slots of a window.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef float vec __attribute__((vector_size(64)));
+typedef float loose __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(64)));
+
+enum { LANES = 16, ROWS = 4 };
+static const float HIDDEN = -1e30f;
+
+static inline vec load(const float *x) { return *(const loose *)x; }
+static inline void store(float *x, vec value) { *(loose *)x = value; }
+static inline int round_up(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+static inline vec choose(ints mask, vec one, vec other) {
+    return (vec)((mask & (ints)one) | (~mask & (ints)other));
+}
+
+// e ** x for x <= 0, to 2 units of the last place; NaN stays NaN.
+static inline vec exponential(vec x) {
+    const float magic = 12582912.0f;
+    x = choose(x < -87.0f, (vec){} - 87.0f, x);
+    vec power = (x * 1.44269504f + magic) - magic;
+    vec r = x - power * 0.693359375f + power * 2.12194440e-4f;
+    vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    ints bits = (__builtin_convertvector(power, ints) + 127) << 23;
+    return y * (vec)bits;
+}
+
+static inline float sum_of(vec x) {
+    float total = 0.0f;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+// How windows lie on the map, padded bottom and right and rolled up and left by `shift`.
+typedef struct {
+    int height, width, side, shift, rows, cols;
+} Layout;
+
+typedef struct {
+    int window, slot, region;
+} Place;
+
+static inline int region_of(int shifted, int padded, const Layout *l) {
+    return l->shift ? (shifted >= padded - l->side) + (shifted >= padded - l->shift) : 0;
+}
+
+// Whether a window may hold several regions, which do not see one another.
+static inline int is_border(int window, const Layout *l) {
+    return l->shift && (window / l->cols == l->rows - 1 || window % l->cols == l->cols - 1);
+}
+
+static Place place_of(int y, int x, const Layout *l) {
+    int high = l->rows * l->side, wide = l->cols * l->side;
+    y = (y - l->shift + high) % high;
+    x = (x - l->shift + wide) % wide;
+    int window = y / l->side * l->cols + x / l->side;
+    int slot = y % l->side * l->side + x % l->side;
+    return (Place){window, slot, 3 * region_of(y, high, l) + region_of(x, wide, l)};
+}
+
+// One window: the rows of qkv that are its keys, the first `queries` of which attend.
+typedef struct {
+    int keys, queries;
+    const float **row;
+    float **out;
+    int *slot, *region;  // slot L for a summary, which has no bias and sees all regions
+    float *transposed, *weights;
+} Window;
+
+static void softmax(float *row, int keys, int padded) {
+    for (int j = keys; j < padded; j++) row[j] = HIDDEN;
+    vec most = load(row);
+    for (int j = LANES; j < padded; j += LANES) {
+        vec x = load(row + j);
+        most = choose(x > most, x, most);
+    }
+    float top = most[0];
+    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    vec total = {};
+    for (int j = 0; j < padded; j += LANES) {
+        vec x = exponential(load(row + j) - top);
+        store(row + j, x);
+        total += x;
+    }
+    vec factor = (vec){} + 1.0f / sum_of(total);
+    for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * factor);
+}
+
+// Logits of up to ROWS queries of one head, then their softmax.
+static void weigh(const Window *w, int first, int head, int depth, const float *bias, int slots,
+                  int bordering, float scale) {
+    int padded = round_up(w->keys);
+    const float *query[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        int own = first + i < w->queries ? first + i : w->queries - 1;
+        query[i] = w->row[own] + head * depth;
+    }
+    for (int j = 0; j < padded; j += LANES) {
+        vec sums[ROWS] = {};
+        for (int d = 0; d < depth; d++) {
+            vec key = load(w->transposed + d * padded + j);
+            for (int i = 0; i < ROWS; i++) sums[i] += key * query[i][d];
+        }
+        for (int i = 0; i < ROWS; i++) store(w->weights + i * padded + j, sums[i] * scale);
+    }
+    for (int i = 0; i < ROWS && first + i < w->queries; i++) {
+        float *row = w->weights + i * padded;
+        const float *own = bias + w->slot[first + i] * (slots + 1);
+        for (int j = 0; j < w->keys; j++) row[j] += own[w->slot[j]];
+        if (bordering && w->region[first + i] >= 0)
+            for (int j = 0; j < w->keys; j++)
+                if (w->region[j] >= 0 && w->region[j] != w->region[first + i]) row[j] = HIDDEN;
+        softmax(row, w->keys, padded);
+    }
+}
+
+static void attend_window(const Window *w, int channels, int heads, const float *bias, int slots,
+                          int bordering, float scale) {
+    int depth = channels / heads, padded = round_up(w->keys);
+    for (int head = 0; head < heads; head++) {
+        const int key = channels + head * depth, value = 2 * channels + head * depth;
+        for (int j = 0; j < w->keys; j++)
+            for (int d = 0; d < depth; d++) w->transposed[d * padded + j] = w->row[j][key + d];
+        for (int first = 0; first < w->queries; first += ROWS) {
+            weigh(w, first, head, depth, bias + head * (slots + 1) * (slots + 1), slots, bordering,
+                  scale);
+            for (int d = 0; d < depth; d += LANES) {
+                vec sums[ROWS] = {};
+                for (int j = 0; j < w->keys; j++) {
+                    vec x = load(w->row[j] + value + d);
+                    for (int i = 0; i < ROWS; i++) sums[i] += x * w->weights[i * padded + j];
+                }
+                for (int i = 0; i < ROWS && first + i < w->queries; i++)
+                    store(w->out[first + i] + head * depth + d, sums[i]);
+            }
+        }
+    }
+}
+
+// Active tokens of all windows, in their order: where those of each begin (B * M + 1), which row.
+static void sort_rows(const int64_t *ids, int batch, int count, int windows, const Layout *l,
+                      int *starts, int *order, Place *places) {
+    memset(starts, 0, sizeof(int) * (batch * windows + 1));
+    for (int b = 0; b < batch; b++)
+        for (int t = 0; t < count; t++) {
+            int row = b * count + t, id = ids ? (int)ids[row] : t;
+            places[row] = place_of(id / l->width, id % l->width, l);
+            starts[b * windows + places[row].window + 1]++;
+        }
+    for (int i = 0; i < batch * windows; i++) starts[i + 1] += starts[i];
+    for (int b = 0; b < batch; b++)
+        for (int t = 0; t < count; t++) {
+            int row = b * count + t;
+            order[starts[b * windows + places[row].window]++] = row;
+        }
+    for (int i = batch * windows; i > 0; i--) starts[i] = starts[i - 1];
+    starts[0] = 0;
+}
+
+static void add_key(Window *w, const float *row, Place place) {
+    w->row[w->keys] = row;
+    w->slot[w->keys] = place.slot;
+    w->region[w->keys++] = place.region;
+}
+
+// Slots of a window that lie outside of the map.
+static int padding_of(int window, const Layout *l, Place *found) {
+    int high = l->rows * l->side, wide = l->cols * l->side, number = 0;
+    int top = window / l->cols * l->side, left = window % l->cols * l->side;
+    if (high == l->height && wide == l->width) return 0;
+    for (int slot = 0; slot < l->side * l->side; slot++) {
+        int y = (top + slot / l->side + l->shift) % high;
+        int x = (left + slot % l->side + l->shift) % wide;
+        if (y >= l->height || x >= l->width) found[number++] = place_of(y, x, l);
+    }
+    return number;
+}
+
+// Attention in windows of packed rows (B, T + R, 3 * C): (B, T + R, C). Ids (B, T) of the tokens,
+// NULL where all are there; blank (3 * C); bias (A, L + 1, L + 1), 0 for summaries.
+int attend(const float *qkv, const float *blank, const float *bias, float *out, const int64_t *ids,
+           int batch, int count, int total, int height, int width, int side, int shift, int heads,
+           int channels, float scale) {
+    Layout l = {height, width, side, shift, (height + side - 1) / side, (width + side - 1) / side};
+    int windows = l.rows * l.cols, slots = side * side, summarised = total > count;
+    int failed = 0;
+    int *starts = malloc(sizeof(int) * (batch * windows + 1));
+    int *order = malloc(sizeof(int) * batch * count);
+    int *numbers = malloc(sizeof(int) * windows);
+    Place *places = malloc(sizeof(Place) * batch * count);
+    if (!starts || !order || !numbers || !places) goto end;
+    sort_rows(ids, batch, count, windows, &l, starts, order, places);
+    // Summaries of windows at the border of a shifted map come last.
+    int next = 0;
+    for (int last = 0; last < 2; last++)
+        for (int i = 0; i < windows; i++) {
+            if (is_border(i, &l) == last) numbers[i] = next++;
+        }
+#pragma omp parallel
+    {
+        int most = slots + 1, padded = round_up(most), depth = channels / heads;
+        Window w = {
+            .row = malloc(sizeof(float *) * most),
+            .out = malloc(sizeof(float *) * most),
+            .slot = malloc(sizeof(int) * most),
+            .region = malloc(sizeof(int) * most),
+            .transposed = calloc(depth * padded, sizeof(float)),
+            .weights = calloc(ROWS * padded, sizeof(float)),
+        };
+        Place *spare = malloc(sizeof(Place) * most);
+        int ready = w.row && w.out && w.slot && w.region && w.transposed && w.weights && spare;
+#pragma omp for schedule(dynamic, 4)
+        for (int i = 0; i < batch * windows; i++) {
+            int image = i / windows, window = i % windows, slots_left = slots;
+            if (!ready) failed = 1;
+            if (!ready || (starts[i] == starts[i + 1] && !summarised)) continue;
+            w.keys = 0;
+            for (int j = starts[i]; j < starts[i + 1]; j++, slots_left--) {
+                int64_t row = order[j] + (int64_t)image * (total - count);
+                w.out[w.keys] = out + row * channels;
+                add_key(&w, qkv + row * 3 * channels, places[order[j]]);
+            }
+            int padding = padding_of(window, &l, spare);
+            if (summarised && slots_left > padding) {
+                int64_t row = (int64_t)image * total + count + numbers[window];
+                w.out[w.keys] = out + row * channels;
+                add_key(&w, qkv + row * 3 * channels, (Place){window, slots, -1});
+            }
+            w.queries = w.keys;
+            for (int j = 0; j < padding; j++) add_key(&w, blank, spare[j]);
+            attend_window(&w, channels, heads, bias, slots, is_border(window, &l), scale);
+        }
+        free(w.row), free(w.out), free(w.slot), free(w.region), free(w.transposed), free(w.weights);
+        free(spare);
+    }
+end:
+    failed |= !starts || !order || !numbers || !places;
+    free(starts), free(order), free(numbers), free(places);
+    return failed;
+}
+
+// Depth-wise convolution of packed rows (B, T, C), by ids (B, T), by weight (side * side, C):
+// (B, T, C). In the places of idle tokens stands blank (B, C), or zeros where it is NULL.
+int convolve(const float *x, const float *blank, const float *weight, const float *bias, float *out,
+             const int64_t *ids, int batch, int count, int height, int width, int side,
+             int channels) {
+    enum { PART = 4 * LANES };
+    int half = side / 2, tokens = height * width, taps = side * side;
+    int *places = malloc(sizeof(int) * batch * tokens);
+    if (!places) return 1;
+    memset(places, -1, sizeof(int) * batch * tokens);
+    for (int row = 0; row < batch * count; row++) places[row / count * tokens + ids[row]] = row;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < (int64_t)batch * count; row++) {
+        int image = (int)(row / count), id = (int)ids[row], y = id / width, left = id % width;
+        const float *from[taps], *by[taps];
+        int found = 0;
+        for (int tap = 0; tap < taps; tap++) {
+            int sy = y + tap / side - half, sx = left + tap % side - half;
+            if (sy < 0 || sy >= height || sx < 0 || sx >= width) continue;
+            int place = places[image * tokens + sy * width + sx];
+            if (place < 0 && !blank) continue;
+            by[found] = weight + tap * channels;
+            from[found++] = place < 0 ? blank + image * channels : x + (int64_t)place * channels;
+        }
+        float *to = out + row * channels;
+        int c = 0;
+        for (; c + PART <= channels; c += PART) {
+            vec sums[4];
+            for (int i = 0; i < 4; i++) sums[i] = bias ? load(bias + c + i * LANES) : (vec){};
+            for (int k = 0; k < found; k++)
+                for (int i = 0; i < 4; i++)
+                    sums[i] += load(from[k] + c + i * LANES) * load(by[k] + c + i * LANES);
+            for (int i = 0; i < 4; i++) store(to + c + i * LANES, sums[i]);
+        }
+        for (; c < channels; c++) {
+            float sum = bias ? bias[c] : 0.0f;
+            for (int k = 0; k < found; k++) sum += from[k][c] * by[k][c];
+            to[c] = sum;
+        }
+    }
+    free(places);
+    return 0;
+}
+
+// Euclidean distance of tokens (B, N, C) from one of their map (B, C): (B, N).
+int distance(const float *x, const float *other, float *out, int batch, int count, int channels) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < (int64_t)batch * count; row++) {
+        const float *from = x + row * channels, *to = other + row / count * channels;
+        vec sums = {};
+        int c = 0;
+        for (; c + LANES <= channels; c += LANES) {
+            vec gap = load(from + c) - load(to + c);
+            sums += gap * gap;
+        }
+        float total = sum_of(sums);
+        for (; c < channels; c++) total += (from[c] - to[c]) * (from[c] - to[c]);
+        out[row] = sqrtf(total);
+    }
+    return 0;
+}
+
+// Bits of a number in the order of numbers, NaN first of all and both zeros alike.
+static inline uint32_t key_of(float x) {
+    uint32_t bits;
+    if (x != x) return UINT32_MAX;
+    x += 0.0f;
+    memcpy(&bits, &x, sizeof bits);
+    return bits ^ (bits >> 31 ? UINT32_MAX : 1u << 31);
+}
+
+// The `count` best of each row of scores (B, U), the first of equal ones, ascending: (B, count).
+int best(const float *scores, int64_t *out, int batch, int units, int count) {
+    enum { BITS = 11, BINS = 1 << BITS };
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < batch; b++) {
+        const float *own = scores + (int64_t)b * units;
+        // Digit by digit: the key of the last one that is taken, and how many of equals are.
+        uint32_t prefix = 0, known = 0;
+        int left = count, numbers[BINS];
+        for (int shift = 32 - BITS; known != UINT32_MAX; shift = shift > BITS ? shift - BITS : 0) {
+            uint32_t digits = (uint32_t)(BINS - 1) << shift & ~known;
+            memset(numbers, 0, sizeof numbers);
+            for (int u = 0; u < units; u++) {
+                uint32_t key = key_of(own[u]);
+                if ((key & known) == prefix) numbers[(key & digits) >> shift]++;
+            }
+            int bin = BINS - 1;
+            while (bin > 0 && numbers[bin] < left) left -= numbers[bin--];
+            prefix |= (uint32_t)bin << shift;
+            known |= digits;
+        }
+        int64_t *to = out + (int64_t)b * count;
+        for (int u = 0, found = 0; u < units && found < count; u++) {
+            uint32_t key = key_of(own[u]);
+            if (key > prefix || (key == prefix && left-- > 0)) to[found++] = u;
+        }
+    }
+    return 0;
+}
