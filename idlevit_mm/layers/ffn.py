@@ -49,8 +49,8 @@ class MixLayers(Sequential):
         parts = [slice(None)]
         if depthwise and all_plain(self):
             # Channels of the convolution are independent: a large map is never there as a whole.
-            pixels = x.shape[0] * hw_shape[0] * hw_shape[1]
-            parts = backend_at(x).channel_parts(first.out_channels, pixels, self.training)
+            rows_of_all = x.shape[0] * x.shape[1]
+            parts = backend_at(x).channel_parts(first.out_channels, rows_of_all, self.training)
         out = None
         for part in parts:
             inner = _pointwise(x, first, part, slice(None))

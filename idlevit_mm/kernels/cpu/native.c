@@ -259,42 +259,53 @@ end:
 int convolve(const float *x, const float *blank, const float *weight, const float *bias, float *out,
              const int64_t *ids, int batch, int count, int height, int width, int side,
              int channels) {
-    enum { PART = 4 * LANES };
-    int half = side / 2, tokens = height * width, taps = side * side;
-    int *places = malloc(sizeof(int) * batch * tokens);
-    if (!places) return 1;
-    memset(places, -1, sizeof(int) * batch * tokens);
-    for (int row = 0; row < batch * count; row++) places[row / count * tokens + ids[row]] = row;
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < (int64_t)batch * count; row++) {
-        int image = (int)(row / count), id = (int)ids[row], y = id / width, left = id % width;
-        const float *from[taps], *by[taps];
-        int found = 0;
-        for (int tap = 0; tap < taps; tap++) {
-            int sy = y + tap / side - half, sx = left + tap % side - half;
-            if (sy < 0 || sy >= height || sx < 0 || sx >= width) continue;
-            int place = places[image * tokens + sy * width + sx];
-            if (place < 0 && !blank) continue;
-            by[found] = weight + tap * channels;
-            from[found++] = place < 0 ? blank + image * channels : x + (int64_t)place * channels;
-        }
-        float *to = out + row * channels;
-        int c = 0;
-        for (; c + PART <= channels; c += PART) {
-            vec sums[4];
-            for (int i = 0; i < 4; i++) sums[i] = bias ? load(bias + c + i * LANES) : (vec){};
-            for (int k = 0; k < found; k++)
-                for (int i = 0; i < 4; i++)
-                    sums[i] += load(from[k] + c + i * LANES) * load(by[k] + c + i * LANES);
-            for (int i = 0; i < 4; i++) store(to + c + i * LANES, sums[i]);
-        }
-        for (; c < channels; c++) {
-            float sum = bias ? bias[c] : 0.0f;
-            for (int k = 0; k < found; k++) sum += from[k][c] * by[k][c];
-            to[c] = sum;
-        }
+    enum { BLOCK = 64 };
+    int half = side / 2, taps = side * side, wide = width + 2 * half;
+    int64_t area = (int64_t)(height + 2 * half) * wide;
+    // The features in each place of the map and of a rim of zeros around it.
+    const float **map = malloc(sizeof(float *) * batch * area);
+    float *zeros = calloc(channels, sizeof(float));
+    if (!map || !zeros) return free(map), free(zeros), 1;
+    for (int64_t place = 0; place < batch * area; place++) map[place] = zeros;
+    for (int y = 0; blank && y < batch * height; y++) {
+        int64_t start = y / height * area + (int64_t)(y % height + half) * wide + half;
+        for (int i = 0; i < width; i++) map[start + i] = blank + y / height * channels;
     }
-    free(places);
+    int64_t *places = malloc(sizeof(int64_t) * batch * count);
+    if (!places) return free(map), free(zeros), 1;
+    for (int row = 0; row < batch * count; row++) {
+        int id = (int)ids[row], y = id / width;
+        places[row] = row / count * area + (int64_t)y * wide + id - y * width;
+        map[places[row] + half * wide + half] = x + (int64_t)row * channels;
+    }
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < batch * count; first += BLOCK) {
+        int rows = batch * count - first < BLOCK ? batch * count - first : BLOCK;
+        const float *from[BLOCK * taps];
+        for (int i = 0; i < rows; i++)
+            for (int y = 0; y < side; y++)
+                memcpy(from + i * taps + y * side, map + places[first + i] + y * wide,
+                       sizeof(float *) * side);
+        int c = 0;
+        // Weights stay in registers for all rows of a block.
+        for (; side == 3 && c + LANES <= channels; c += LANES) {
+            vec by[9], start = bias ? load(bias + c) : (vec){};
+            for (int tap = 0; tap < 9; tap++) by[tap] = load(weight + tap * channels + c);
+            for (int i = 0; i < rows; i++) {
+                vec sum = start;
+                for (int tap = 0; tap < 9; tap++) sum += load(from[i * 9 + tap] + c) * by[tap];
+                store(out + (int64_t)(first + i) * channels + c, sum);
+            }
+        }
+        for (int i = 0; i < rows; i++)
+            for (int rest = c; rest < channels; rest++) {
+                float sum = bias ? bias[rest] : 0.0f;
+                for (int tap = 0; tap < taps; tap++)
+                    sum += from[i * taps + tap][rest] * weight[tap * channels + rest];
+                out[(int64_t)(first + i) * channels + rest] = sum;
+            }
+    }
+    free(map), free(zeros), free(places);
     return 0;
 }
 

@@ -174,4 +174,6 @@ def _processor() -> bytes:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
         return platform.processor().encode()
-    return '\n'.join(sorted({line for line in lines if line.startswith(('flags', 'Features'))})).encode()
+    return '\n'.join(
+        sorted({line for line in lines if line.startswith(('flags', 'Features'))})
+    ).encode()
