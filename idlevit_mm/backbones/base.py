@@ -7,13 +7,14 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, StageRecord
+from ..blocks import IDLE_WHERE, IdleBlock, Payer, StageRecord
 from ..checkpoints import (
     TIMM,
     StateDict,
@@ -62,6 +63,9 @@ class IdleBackbone(BaseModule, ABC):
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         keep_ratios: Share of active tokens; see ``set_keep_ratios``. 1.0 is the dense backbone.
         policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='mean_distance')``.
+        idle_where: Whether blocks idle ``'always'``, or only where it ``'pays'``: where they are
+            predicted to be faster than dense ones for the size of an image and the device of the
+            first pass, whose pace is saved with the weights (``blocks.cost``).
 
     Raises:
         TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
@@ -116,9 +120,21 @@ class IdleBackbone(BaseModule, ABC):
             for stage in self._stages()
         ]
 
-    def built(self, keep_ratios: KeepRatios) -> None:
-        """To be called at the end of a family's constructor, when all parts are there."""
+    def built(self, keep_ratios: KeepRatios, idle_where: str = 'always') -> None:
+        """To be called at the end of a family's constructor, when all parts are there.
+
+        Raises:
+            ValueError: A keep ratio or ``idle_where`` is not allowed.
+        """
+        if idle_where not in IDLE_WHERE:
+            allowed = ', '.join(IDLE_WHERE)
+            raise ValueError(f'idle_where={idle_where!r} is unknown; allowed: {allowed}')
         self.set_keep_ratios(keep_ratios)
+        if idle_where == 'pays':
+            self.payer = Payer()
+            for block in chain(*self.idle_blocks):
+                # Not as a part of the block: it is the backbone's.
+                block.__dict__['payer'] = self.payer
         self._freeze()
 
     def set_keep_ratios(self, keep_ratios: KeepRatios) -> None:

@@ -15,7 +15,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, Tokens, run_blocks
+from ..blocks import IdleBlock, Tokens, Work, layers, moves, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
@@ -74,6 +74,20 @@ class IdlePVTBlock(IdleBlock):
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.norm1(x), hw_shape, mask)
 
+    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+        width, hidden, ratio = self.embed_dims, self.ffn.feedforward_channels, self.attn.sr_ratio
+        cells = math.prod(max(side // ratio, 1) for side in hw_shape)
+        linear = layers(rows, (width, width), (width, width), (width, hidden), (hidden, width))
+        linear += layers(batch * cells, (width, 2 * width))
+        if ratio > 1:
+            linear += layers(batch * cells, (ratio**2 * width, width))
+        taps = 9 if self.ffn.use_conv else 0
+        pairs = rows * (2 * width * cells + taps * hidden)
+        # The norm before the reduction is that of the whole map.
+        numbers = rows * (9 * width + (5 if taps else 2) * hidden)
+        numbers += 2 * batch * math.prod(hw_shape) * width
+        return linear + Work(pairs=pairs) + moves(numbers, 10)
+
 
 @MODELS.register_module()
 class IdlePyramidVisionTransformer(IdleBackbone):
@@ -130,6 +144,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
+        idle_where: str = 'always',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -190,7 +205,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             # A plain list of parts gives the parameter names of mmdet: layers.<stage>.<part>.
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
             in_channels = channels
-        self.built(keep_ratios)
+        self.built(keep_ratios, idle_where)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""

@@ -16,7 +16,16 @@ from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_norma
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, StageRecord, Tokens, run_blocks, weighted_mean
+from ..blocks import (
+    IdleBlock,
+    StageRecord,
+    Tokens,
+    Work,
+    layers,
+    moves,
+    run_blocks,
+    weighted_mean,
+)
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
@@ -82,6 +91,15 @@ class IdleSwinBlock(IdleBlock):
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         layout = self._windows(hw_shape, summaries.device)
         return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
+
+    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+        width, hidden = self.embed_dims, self.ffn.feedforward_channels
+        # Keys of a query: what is active of its window.
+        keys = self.attn.window_size**2 * rows / (batch * math.prod(hw_shape))
+        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
+        return (
+            linear + Work(pairs=2 * width * rows * keys) + moves(rows * (9 * width + 2 * hidden), 8)
+        )
 
     def _windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
         return window_layout(*hw_shape, self.attn.window_size, self.attn.shift_size, device)
@@ -151,6 +169,7 @@ class IdleSwinTransformer(IdleBackbone):
         frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
+        idle_where: str = 'always',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
@@ -206,7 +225,7 @@ class IdleSwinTransformer(IdleBackbone):
         for index in out_indices:
             norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
             self.add_module(f'norm{index}', norm)
-        self.built(keep_ratios)
+        self.built(keep_ratios, idle_where)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""

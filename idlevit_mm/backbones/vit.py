@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, run_blocks
+from ..blocks import IdleBlock, Tokens, Work, layers, moves, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
@@ -96,6 +96,12 @@ class IdleViTBlock(IdleBlock):
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.ln1(x), mask)
 
+    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+        width, hidden = self.embed_dims, self.ffn.feedforward_channels
+        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
+        pairs = 2 * width * rows * rows / batch
+        return linear + Work(pairs=pairs) + moves(rows * (9 * width + 2 * hidden), 8)
+
 
 @MODELS.register_module()
 class IdleVisionTransformer(IdleBackbone):
@@ -160,6 +166,7 @@ class IdleVisionTransformer(IdleBackbone):
         frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
+        idle_where: str = 'always',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         shape = _shape(
@@ -214,7 +221,7 @@ class IdleVisionTransformer(IdleBackbone):
         self.final_norm = final_norm
         if final_norm:
             self.ln1 = build_norm_layer(norm_cfg, channels)[1]
-        self.built(keep_ratios)
+        self.built(keep_ratios, idle_where)
 
     def forward(self, x: Tensor) -> list[Any]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.

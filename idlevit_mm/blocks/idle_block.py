@@ -25,6 +25,7 @@ from ..kernels import (
 )
 from ..ops import Rows, Units, map_units, row_mask
 from ..policies import Plan, Regroup, Seen, build_policy
+from .cost import Payer, Work, moves
 from .tokens import Carried, Pack, Tokens
 
 START = Carried()
@@ -50,6 +51,8 @@ class IdleBlock(BaseModule, ABC):
     uses_summaries: bool = True
     # Whether the attention looks at the whole map, whatever is computed.
     reads_map: bool = False
+    # Says where idling pays; None where it always idles.
+    payer: Payer | None = None
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class IdleBlock(BaseModule, ABC):
         num_class: int = 0,
     ) -> None:
         super().__init__()
+        self.embed_dims = embed_dims
         self.with_cp = with_cp
         self.num_class = num_class
         self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0)
@@ -144,7 +148,23 @@ class IdleBlock(BaseModule, ABC):
         """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
         return summaries
 
+    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+        """What the two halves cost for a batch of maps of which so many rows are computed."""
+        raise NotImplementedError(f'{type(self).__name__} does not say what it costs')
+
     # The walk
+
+    def work(self, batch: int, hw_shape: tuple[int, int], keep_ratio: float) -> Work:
+        """What the block costs at a keep ratio: choosing, moving and computing rows."""
+        tokens, width = batch * hw_shape[0] * hw_shape[1], self.embed_dims
+        rows = tokens
+        if keep_ratio < 1.0:
+            rows = batch * self.policy.count(tokens // batch, keep_ratio)
+        work = self.computing(batch, hw_shape, rows + batch * self.num_class)
+        if rows == tokens:
+            return work
+        # Read twice to be scored, then ranked; rows are taken and put back.
+        return work + moves((2 * width + 8) * tokens + 4 * width * rows, 0) + Work(choices=1)
 
     def chosen(
         self, tokens: Tokens, keep_ratio: float, carried: Carried

@@ -74,6 +74,8 @@ def run_blocks(
         if record_inputs:
             before = block.settled(Tokens(x, hw_shape, carried.pack))
             x, carried = before, Carried(None, carried.plan, carried.state)
+        if block.payer is not None:
+            keep_ratio = block.payer.keep_ratio(block, x, hw_shape, keep_ratio)
         x, carried = block(x, hw_shape, keep_ratio, carried)
         # Gates and weights of summaries may hold the graph of the pass.
         plans.append(carried.plan.but(summary=None, gate=None))

@@ -10,13 +10,13 @@ from .weights import StateDict
 
 Shape = tuple[int, ...]
 
-# Scorers that learn belong to idling: no dense network has their weights.
-POLICY = 'policy'
+# Scorers that learn, and the pace of a device, belong to idling: no dense network has them.
+IDLING = {'policy', 'payer'}
 
 
 def of_policy(key: str) -> bool:
     """Whether a weight belongs to an idling policy."""
-    return POLICY in key.split('.')
+    return not IDLING.isdisjoint(key.split('.'))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Time the parts of idle blocks: what scoring, selecting, gathering and scattering cost.
 
-All of it is in relation to the time of the blocks of each stage, and of all blocks.
+All of it is in relation to the time of the blocks of each stage, and of all blocks; beside it the
+time that is predicted, and with --predict the speed-up on devices that are not at hand.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm import kernels
+from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.blocks import PACES, pace_of
 from idlevit_mm.errors import UsageError
 from idlevit_mm.kernels import BACKENDS, convolution
 
@@ -59,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     add('--warmup', type=int, default=3)
     add('--threads', type=int, help='computing threads')
     add('--device', default='cpu')
+    add('--predict', nargs='+', choices=sorted(PACES), help='speed-ups in bf16 on these devices')
     add('--out', type=Path, help='write the figures to this JSON file')
     add('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
@@ -135,8 +139,13 @@ def profile_blocks(
     numbers = range(len(backbone.idle_blocks))
     stages = [{part: medians.get((stage, part), 0.0) for part in PARTS} for stage in numbers]
     table = pd.DataFrame(stages)
+    try:
+        predicted = stage_seconds(backbone, pace_of(inputs.device), inputs.dtype)
+    except NotImplementedError:  # a family of one's own may not say what it costs
+        predicted = [float('nan')] * len(stages)
     return {
         'seconds_of_stages': stages,
+        'predicted_seconds_of_stages': predicted,
         'seconds_outside_blocks': medians.get((-1, OUTSIDE), 0.0),
         'seconds_backward': medians.get((-1, BACKWARD)) if training else None,
         'idling_share_of_stages': (table[IDLING].sum(axis=1) / table.sum(axis=1)).tolist(),
@@ -151,6 +160,8 @@ def table_of(found: dict[str, Any]) -> str:
     shares = (table / table.sum()).map('({:5.1%})'.format)
     shown = (1000 * table).map('{:.2f} '.format) + shares
     shown.loc['sum'] = (1000 * table.sum()).map('{:.2f}'.format)
+    guess = found['predicted_seconds_of_stages']
+    shown.loc['predicted, inference'] = [f'{1000 * time:.2f}' for time in (*guess, sum(guess))]
     idling = [*found['idling_share_of_stages'], found['idling_share']]
     shown.loc[', '.join(IDLING)] = [f'{share:.1%}' for share in idling]
     align = ['left', *['right'] * len(shown.columns)]
@@ -185,6 +196,11 @@ def main() -> None:
         for key, name in (('outside_blocks', OUTSIDE), ('backward', BACKWARD)):
             if found[f'seconds_{key}'] is not None:
                 print(f'{name}: {1000 * found[f"seconds_{key}"]:.2f} ms')
+    if args.predict:
+        # Of the last size.
+        backbone, ratios = idle_backbone(model), (0.9, 0.7, 0.5)
+        table = predicted_speedups(backbone, args.predict, ratios, torch.bfloat16)
+        print(f'Predicted speed-up of all blocks in bf16, not measured:\n{table.to_markdown()}')
     print(f'{machine()}; {versions()}')
     if args.out is not None:
         about = dict(vars(args), out=None, keep_ratios=idle_backbone(model).keep_ratios)

@@ -1,0 +1,54 @@
+"""Predicted times of blocks, on the device at hand and on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from ..backbones import IdleBackbone
+from ..blocks import PACES, Pace
+
+
+def stage_seconds(
+    backbone: IdleBackbone, pace: Pace, dtype: torch.dtype, keep_ratio: float | None = None
+) -> list[float]:
+    """Predicted time of the blocks of each stage, for the images of the last forward pass.
+
+    As they ran, or at one keep ratio for all blocks.
+
+    Raises:
+        NotImplementedError: A block does not say what it costs.
+    """
+    times = []
+    stages = zip(backbone.idle_blocks, backbone.keep_ratios, backbone.records, strict=True)
+    for blocks, ratios, record in stages:
+        ran = zip(blocks, ratios, record.plans, strict=True)
+        shares = [
+            (block, keep_ratio or (1.0 if plan.rows is None else ratio))
+            for block, ratio, plan in ran
+        ]
+        works = [block.work(record.batch, record.hw_shape, share) for block, share in shares]
+        times.append(sum(pace.seconds(work, dtype) for work in works))
+    return times
+
+
+def predicted_speedups(
+    backbone: IdleBackbone, names: Sequence[str], ratios: Sequence[float], dtype: torch.dtype
+) -> pd.DataFrame:
+    """Speed-up of all blocks over keep ratio 1.0: a row for each of ``PACES``, a column a ratio.
+
+    For the images of the last forward pass; what lies between the stages is not counted.
+
+    Raises:
+        NotImplementedError: A block does not say what it costs.
+    """
+
+    def seconds(name: str, ratio: float) -> float:
+        return sum(stage_seconds(backbone, PACES[name], dtype, ratio))
+
+    return pd.DataFrame(
+        {f'keep {r:g}': [seconds(name, 1.0) / seconds(name, r) for name in names] for r in ratios},
+        index=list(names),
+    )

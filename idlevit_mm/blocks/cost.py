@@ -1,0 +1,173 @@
+"""What a block costs, and where idling pays.
+
+A block is predicted from what it does: multiply-adds, numbers moved, operations launched, each at
+the pace of a device. Decisions follow from sizes and that pace alone: they are the same on all
+ranks, and a checkpoint, which holds the pace, repeats them on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..kernels import Site, site_of
+
+IDLE_WHERE = ('always', 'pays')
+# Products of fewer rows take as long: weights must be read and laid out.
+_FEW = 64
+# What idling must save to be sure of it: predictions are off by as much.
+_SURE = 0.95
+_LOGGED = 32
+
+
+class Work(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+        products: Multiply-adds of linear layers.
+        pairs: Multiply-adds of attention and of depth-wise convolutions.
+        moved: Numbers read or written.
+        launches: Operations called one by one.
+        choices: How often tokens are ranked, taken and put back.
+    """
+
+    products: float = 0.0
+    pairs: float = 0.0
+    moved: float = 0.0
+    launches: float = 0.0
+    choices: float = 0.0
+
+    def __add__(self, other: tuple[float, ...]) -> Work:  # type: ignore[override]
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def layers(rows: float, *widths: tuple[int, int]) -> Work:
+    """Linear layers of some widths in and out, each on so many rows; weights are read, too."""
+    weights = sum(math.prod(pair) for pair in widths)
+    moved = weights + rows * sum(map(sum, widths))
+    return Work(max(rows, _FEW) * weights, 0.0, moved, len(widths))
+
+
+def moves(numbers: float, launches: float) -> Work:
+    """Numbers read and written by element-wise operations."""
+    return Work(0.0, 0.0, numbers, launches)
+
+
+class Pace(NamedTuple):
+    """How fast a device works.
+
+    Attributes:
+        single: Multiply-adds of linear layers a second in float32, TF32 off.
+        half: The same in half precision.
+        pairs: Multiply-adds of attention and of depth-wise convolutions a second.
+        moved: Bytes a second.
+        launch: Nanoseconds for each operation.
+        choice: The same for the many small ones of a choice of tokens.
+    """
+
+    single: int
+    half: int
+    pairs: int
+    moved: int
+    launch: int
+    choice: int
+
+    def seconds(self, work: Work, dtype: torch.dtype) -> float:
+        """Predicted time of some work: one thing after another."""
+        is_half = dtype.itemsize == 2
+        return (
+            work.products / (self.half if is_half else self.single)
+            + work.pairs / self.pairs
+            + work.moved * dtype.itemsize / self.moved
+            + (work.launches * self.launch + work.choices * self.choice) * 1e-9
+        )
+
+
+# The CPU's is for each thread, of an AMD EPYC with AVX-512, fitted to measured blocks. Those
+# of GPUs are peaks of their data sheets times the share that cuBLAS and copies reach, in a captured
+# graph; not measured.
+PACES = {
+    'cpu': Pace(45 * 10**9, 75 * 10**9, 32 * 10**9, 10**10, 63_000, 756_000),
+    'H100': Pace(23 * 10**12, 25 * 10**13, 60 * 10**12, 26 * 10**11, 2_500, 15_000),
+    'A100': Pace(7 * 10**12, 9 * 10**13, 30 * 10**12, 14 * 10**11, 3_000, 18_000),
+}
+# Copies use no more threads than this.
+_COPIERS = 8
+
+
+@torch.compiler.assume_constant_result
+def pace_of(device: torch.device) -> Pace:
+    """The pace of a device: of the CPU by its threads, of GPUs that are not listed an A100's."""
+    if device.type == 'cpu':
+        threads, one = torch.get_num_threads(), PACES['cpu']
+        rates = threads * one.single, threads * one.half, threads * one.pairs
+        return Pace(*rates, min(threads, _COPIERS) * one.moved, *one[4:])
+    known = device.type == 'cuda' and torch.cuda.is_available()
+    name = torch.cuda.get_device_name(device) if known else ''
+    return PACES['H100' if any(part in name for part in ('H100', 'H200', 'B200')) else 'A100']
+
+
+class Payer(nn.Module):
+    """Says which blocks of a backbone idle: those that it makes faster.
+
+    It knows the pace of the device of the first pass, and is saved with the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Whole numbers: who casts a model to half precision leaves them alone.
+        self.register_buffer('rates', torch.zeros(len(Pace._fields), dtype=torch.int64))
+        self._pace: Pace | None = None
+        self._decided: dict[Any, bool] = {}
+
+    def keep_ratio(
+        self, block: Any, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float
+    ) -> float:
+        """The keep ratio, or 1.0 where the dense block is predicted to be as fast.
+
+        Of an idle block whose input is x (B, S, C).
+        """
+        if keep_ratio == 1.0:
+            return keep_ratio
+        site = site_of(x)
+        pace, dtype = self._pace or self._paced(x.device, site), x.dtype
+        if site.autocast:
+            dtype = torch.get_autocast_dtype(site.device)
+        # An exported graph is for any number of images.
+        batch = x.shape[0] if isinstance(x.shape[0], int) else 1
+        times = [pace.seconds(block.work(batch, hw_shape, r), dtype) for r in (1.0, keep_ratio)]
+        pays = times[1] < _SURE * times[0]
+        if site.eager and not pays:
+            self._log(block, (batch, *hw_shape), keep_ratio, times)
+        return keep_ratio if pays else 1.0
+
+    def _paced(self, device: torch.device, site: Site) -> Pace:
+        if not site.eager:
+            return pace_of(device)
+        if not self.rates.any():
+            self.rates.copy_(torch.tensor(pace_of(device)))
+        self._pace = Pace(*self.rates.tolist())
+        return self._pace
+
+    def _log(self, block: Any, shape: tuple[int, ...], ratio: float, times: list[float]) -> None:
+        key = shape, block.embed_dims, ratio
+        if key in self._decided or len(self._decided) >= _LOGGED:
+            return
+        self._decided[key] = True
+        dense, idle = (f'{1000 * time:.3g}' for time in times)
+        print_log(
+            f"idle_where='pays': blocks of {block.embed_dims} channels on {shape[1]}x{shape[2]} "
+            f'tokens (batch {shape[0]}) run dense: {dense} ms predicted, {idle} at keep ratio '
+            f'{ratio:g}',
+            'current',
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Checkpoints of dense models have none.
+        state_dict.setdefault(f'{prefix}rates', self.rates)
+        self._pace = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
