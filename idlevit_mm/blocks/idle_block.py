@@ -88,7 +88,7 @@ class IdleBlock(BaseModule, ABC):
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
         alone = self._is_alone()
-        tokens = Tokens(x, _numbers(hw_shape), carried.pack, owned=carried.owned and alone)
+        tokens = Tokens(x, numbers(hw_shape), carried.pack, owned=carried.owned and alone)
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
             tokens = self.recomputed(self.both_halves, tokens, plan, keys)
@@ -379,6 +379,7 @@ def _with(ids: Tensor, first: int, count: int) -> Tensor:
     return torch.cat([ids, more], dim=1)
 
 
-def _numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:
+def numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:
+    """Height and width as plain numbers."""
     # torch.compile traces a second image size with symbolic sides; index tables need numbers.
     return len(range(hw_shape[0])), len(range(hw_shape[1]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import row_mask
 from ..policies import Plan
-from .idle_block import IdleBlock
+from .idle_block import IdleBlock, numbers
 from .tokens import Carried, Tokens
 
 
@@ -75,7 +75,7 @@ def run_blocks(
             before = block.settled(Tokens(x, hw_shape, carried.pack))
             x, carried = before, Carried(None, carried.plan, carried.state)
         if block.payer is not None:
-            keep_ratio = block.payer.keep_ratio(block, x, hw_shape, keep_ratio)
+            keep_ratio = block.payer.keep_ratio(block, x, numbers(hw_shape), keep_ratio)
         x, carried = block(x, hw_shape, keep_ratio, carried)
         # Gates and weights of summaries may hold the graph of the pass.
         plans.append(carried.plan.but(summary=None, gate=None))

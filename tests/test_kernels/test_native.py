@@ -1,0 +1,242 @@
+"""The kernels in C compute what PyTorch does, where they may and only there."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from backbone_zoo import BY_NAME, image, randomize
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from window_cases import Problem, full_and_idle_windows, problem, problems
+
+from idlevit_mm.kernels import CPU, Reference, WindowCore, use_backend
+from idlevit_mm.kernels.cpu import native
+from idlevit_mm.ops import Rows
+from idlevit_mm.policies import MeanDistance
+
+HEADS, CHANNELS = 2, 32
+quick = settings(deadline=None, max_examples=40, derandomize=True)
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f'no kernels: {native.why_not()}')
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the kernels that are called."""
+    names, call = [], native._call
+    monkeypatch.setattr(
+        native, '_call', lambda name, *args: (names.append(name), call(name, *args))
+    )
+    return names
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_windows_equal(case, dtype=torch.float32, tol=1e-5):
+    total = case.rows
+    qkv = normal(case.batch, total, 3 * CHANNELS).to(dtype)
+    bias = normal(1, HEADS, case.slots, case.slots, seed=1)
+    core = WindowCore(bias, normal(3 * CHANNELS, seed=2), case.window, HEADS, 0.3)
+    args = core, case.hw_shape, case.shift, Rows(case.active)
+    with torch.no_grad():
+        got, want = CPU().attend_windows(qkv, *args), Reference().attend_windows(qkv.float(), *args)
+    # What summaries of nothing become, nobody uses.
+    used = torch.ones(case.batch, total, dtype=torch.bool)
+    used[:, case.active.shape[1] :] = want[:, case.active.shape[1] :].abs().sum(-1) > 0
+    if case.summarised:
+        full = {key for key, slots in case.occupied().items() if case.slots not in slots}
+        for number in range(len(case.layout.token_ids)):
+            for index in range(case.batch):
+                used[index, case.active.shape[1] + number] &= (index, number) not in full
+    assert got.dtype == dtype
+    torch.testing.assert_close(got[used].float(), want[used], rtol=tol, atol=tol)
+
+
+@given(problems(most=11, windows=(1, 4)))
+@example(problem(1, 13, 7, 3, count=5, batch=2))
+@example(problem(13, 11, 7, 3, count=90, batch=2))
+@example(problem(13, 11, 7, 3, count=30, batch=2, summarised=True))
+@example(problem(5, 9, 4, 2, batch=3, summarised=True))
+@example(full_and_idle_windows(7))
+@quick
+def test_attention_in_windows(case: Problem):
+    assert_windows_equal(case)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_halves_are_computed_in_single_precision(dtype, calls):
+    assert_windows_equal(problem(13, 11, 7, 3, count=90, batch=2), dtype, 2e-2)
+    assert calls == ['attend']
+
+
+def test_numbers_that_are_none_stay_so():
+    case = problem(8, 8, 4, 0, count=64)
+    qkv = normal(1, 64, 3 * CHANNELS)
+    qkv[0, 0, 0] = float('nan')
+    core = WindowCore(torch.zeros(1, HEADS, 16, 16), torch.zeros(3 * CHANNELS), 4, HEADS, 0.3)
+    with torch.no_grad():
+        got, want = (
+            one.attend_windows(qkv, core, (8, 8), 0, Rows(case.active)).isnan()
+            for one in (CPU(), Reference())
+        )
+    assert want.any()
+    assert torch.equal(got, want)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from((1, 5, 16, 37, 64)),
+    st.floats(0.1, 1.0),
+    st.booleans(),
+    st.sampled_from((1, 3, 5)),
+)
+@example(2, 1, 9, 37, 0.5, True, 3)
+@quick
+def test_convolution_of_rows(batch, height, width, channels, share, filled, side):
+    tokens = height * width
+    count = max(1, int(share * tokens))
+    ids = torch.stack([torch.randperm(tokens)[:count].sort().values for _ in range(batch)])
+    weight, bias = normal(channels, 1, side, side), normal(channels, seed=1)
+    x, blank = normal(batch, count, channels, seed=2), normal(batch, 1, channels, seed=3)
+    args = x, blank if filled else None, weight, bias, (height, width), Rows(ids)
+    with torch.no_grad():
+        got, want = CPU().convolve(*args), Reference().convolve(*args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(
+        st.sampled_from((0.0, -0.0, 1.5, -2.0, float('inf'), float('-inf'), float('nan'), 1e-40)),
+        min_size=1,
+        max_size=60,
+    ),
+    st.floats(0, 1),
+)
+@quick
+def test_the_best_are_the_first_of_equal_ones(batch, values, share):
+    scores = torch.tensor(values).expand(batch, 1, -1)
+    count = max(1, round(share * len(values)))
+    with torch.no_grad():
+        got = CPU().best(scores, (count,))
+    order = torch.sort(scores[:, 0], dim=1, descending=True, stable=True).indices
+    assert torch.equal(got, order[:, :count].sort(dim=1).values)
+
+
+def test_the_best_of_many():
+    scores = normal(2, 1, 5000)
+    with torch.no_grad():
+        got = CPU().best(scores, (1800,))
+    assert torch.equal(got, scores[:, 0].topk(1800).indices.sort(dim=1).values)
+
+
+@pytest.mark.parametrize('channels', [1, 16, 37])
+def test_distance(channels):
+    x, other = normal(3, 11, channels), normal(3, 1, channels, seed=1)
+    with torch.no_grad():
+        got = CPU().distance(x, other)
+    torch.testing.assert_close(got, (x - other).norm(dim=-1))
+
+
+@pytest.mark.parametrize('size', [(1, 3, 97, 131), (3, 3, 40, 17), (1, 3, 1, 70)])
+@pytest.mark.parametrize('policy', ['IdleViT', 'EvoViT'])
+@pytest.mark.parametrize('name', ['swin-w7', 'pvt', 'pvtv2', 'mit', 'vit'])
+def test_families(name, policy, size, calls):
+    wide = dict(embed_dims=32) if name == 'swin-w7' else {}
+    # Two tokens are equally far from their mean: another scorer than the default.
+    config = dict(keep_ratios=0.5, policy=dict(type=policy, scorer='activation_norm'))
+    model = randomize(BY_NAME[name].build(**config, **wide)).eval()
+    pixels = image(size)
+    with torch.no_grad():
+        outs, masks = model(pixels), model.keep_masks
+        assert calls
+        with use_backend('reference'):
+            wants = model(pixels)
+    for mask, want in zip(sum(masks, []), sum(model.keep_masks, []), strict=True):
+        assert torch.equal(mask, want)
+    for out, want in zip(outs, wants, strict=True):
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('how', ['gradients', 'double', 'switched off', 'counting'])
+def test_where_they_are_not_used(how, calls, monkeypatch):
+    model = randomize(BY_NAME['pvtv2'].build(keep_ratios=0.5)).eval()
+    pixels = image((1, 3, 64, 64))
+    if how == 'switched off':
+        monkeypatch.setenv('IDLEVIT_MM_NATIVE', '0')
+    if how == 'double':
+        model, pixels = model.double(), pixels.double()
+    with torch.set_grad_enabled(how == 'gradients'):
+        if how == 'counting':
+            with FlopCounterMode(display=False):
+                model(pixels)
+        else:
+            model(pixels)
+    # Choosing needs no gradient.
+    assert set(calls) <= ({'distance', 'best'} if how == 'gradients' else set())
+
+
+@pytest.mark.parametrize(
+    ('compiler', 'words'), [('none-such', 'no C compiler'), ('false', 'false')]
+)
+def test_without_a_compiler_pytorch_computes(compiler, words, monkeypatch, tmp_path):
+    monkeypatch.setenv('CC', compiler)
+    monkeypatch.setenv('IDLEVIT_MM_CACHE', str(tmp_path))
+    native._library.cache_clear()
+    try:
+        assert words in native.why_not()
+        x = normal(1, 4, 3)
+        with torch.no_grad():
+            torch.testing.assert_close(CPU().distance(x, x[:, :1]), (x - x[:, :1]).norm(dim=-1))
+    finally:
+        native._library.cache_clear()
+
+
+class Collecting(MeanDistance):
+    """Keeps what it has seen."""
+
+    held: ClassVar[list] = []
+
+    def forward(self, seen):
+        self.held.append((seen.tokens, seen.tokens.clone()))
+        return super().forward(seen)
+
+
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'vit'])
+@pytest.mark.parametrize('holder', ['block', 'block before', 'norm', 'scorer', 'own scorer', ''])
+def test_nobody_sees_the_map_change(name, holder):
+    """Rows are put back in place only where nobody can hold the map."""
+    model = randomize(BY_NAME[name].build(keep_ratios=0.5)).eval()
+    blocks = model.idle_blocks[0]
+    held = []
+
+    def hold(module, args, *out):
+        for x in (*args[:1], *(part[0] if isinstance(part, tuple) else part for part in out)):
+            tokens = getattr(x, 'tokens', x)
+            held.append((tokens, tokens.clone()))
+
+    block, norm = blocks[1], next(m for m in blocks[1].children() if hasattr(m, 'eps'))
+    scorer = block.policy.scorer
+    if holder == 'block':
+        block.register_forward_pre_hook(hold)
+    elif holder == 'block before':
+        blocks[0].register_forward_hook(hold)
+    elif holder == 'norm':
+        norm.register_forward_hook(hold)
+    elif holder == 'scorer':
+        scorer.register_forward_pre_hook(hold)
+    elif holder == 'own scorer':
+        block.policy.scorer, held = Collecting(scorer.embed_dims), Collecting.held
+    with torch.no_grad():
+        outs = model(image((2, 3, 40, 64)))
+        with use_backend('reference'):
+            wants = model(image((2, 3, 40, 64)))
+    for got, want in zip(outs, wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert bool(held) == bool(holder)
+    for tokens, copy in held:
+        assert torch.equal(tokens, copy)
