@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import tell_why_not
 from ..ops import row_mask
 from ..policies import Plan
 from .idle_block import IdleBlock, numbers
@@ -66,6 +67,7 @@ def run_blocks(
     Returns:
         The outputs, in the order of the blocks, and the record.
     """
+    tell_why_not(x)
     blocks, carried, plans = list(blocks), Carried(), []
     taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []

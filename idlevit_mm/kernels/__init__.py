@@ -1,6 +1,14 @@
 """The one room for code that depends on the device, on precision, or on who runs it."""
 
-from .backends import BACKENDS, backend_at, backend_for, use, use_backend, why_not
+from .backends import (
+    BACKENDS,
+    backend_at,
+    backend_for,
+    tell_why_not,
+    use,
+    use_backend,
+    why_not,
+)
 from .cpu import CPU
 from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads

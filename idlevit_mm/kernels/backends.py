@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mmengine.logging import print_log
 from torch import Tensor
 
-from .cpu import CPU
+from .cpu import CPU, native
 from .reference import Reference
 from .site import FORCED, Site, site_of
 from .triton import Triton
@@ -15,6 +16,8 @@ _REFERENCE = Reference()
 BACKENDS: list[Reference] = [Triton(), CPU(), _REFERENCE]
 # What the reference is called besides.
 _ALIASES = {'torch': 'reference'}
+# Reasons that have been logged.
+_TOLD: set[str] = set()
 
 
 def backend_for(site: Site) -> Reference:
@@ -42,6 +45,18 @@ def why_not(site: Site) -> dict[str, str]:
             break
         reasons[backend.name] = backend.why_not(site) or forced
     return reasons
+
+
+def tell_why_not(x: Tensor) -> None:
+    """Log once why the kernels of a device are not used for inference on x."""
+    site = site_of(x)
+    if not site.eager or site.grad:
+        return
+    reasons = {'cuda': lambda: why_not(site).get('triton'), 'cpu': native.why_not}
+    reason = reasons.get(site.device, str)()
+    if reason and reason not in _TOLD:
+        _TOLD.add(reason)
+        print_log(f'The kernels for {site.device} are not used: {reason}', 'current')
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from window_cases import Problem, full_and_idle_windows, problem, problems
 
-from idlevit_mm.kernels import CPU, Reference, WindowCore, use_backend
+from idlevit_mm.kernels import CPU, Reference, WindowCore, backends, use_backend
 from idlevit_mm.kernels.cpu import native
 from idlevit_mm.ops import Rows
 from idlevit_mm.policies import MeanDistance
@@ -187,8 +187,14 @@ def test_without_a_compiler_pytorch_computes(compiler, words, monkeypatch, tmp_p
     monkeypatch.setenv('CC', compiler)
     monkeypatch.setenv('IDLEVIT_MM_CACHE', str(tmp_path))
     native._library.cache_clear()
+    lines = []
+    monkeypatch.setattr(backends, 'print_log', lambda line, *_: lines.append(line))
     try:
         assert words in native.why_not()
+        model = BY_NAME['pvt'].build(keep_ratios=0.5).eval()
+        with torch.no_grad():
+            model(image((1, 3, 32, 32)))
+        assert lines == [f'The kernels for cpu are not used: {native.why_not()}']
         x = normal(1, 4, 3)
         with torch.no_grad():
             torch.testing.assert_close(CPU().distance(x, x[:, :1]), (x - x[:, :1]).norm(dim=-1))
