@@ -128,6 +128,9 @@ def test_candidates_of_a_preset(benchmark):
         host, dense, _, idle = (c.build((33, 47))(image) for c in candidates)
     assert torch.allclose(host[1], dense[1], atol=1e-4)
     assert not torch.allclose(host[1], idle[1], atol=1e-3)
+    _, names, notes = _target(benchmark, 'tiny-swin', '--against-own')
+    assert names == ['keep 1', 'keep 0.7', 'keep 0.5']
+    assert 'tiny-swin: the reference is keep 1' in notes
 
 
 def test_references_without_mmdet(benchmark, monkeypatch):

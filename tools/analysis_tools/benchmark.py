@@ -63,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}')
     add('--keep-ratios', nargs='+', type=float, help='each (default: presets 1.0 0.7 0.5)')
     add('--as-configured', action='store_true', help="a config's own keep ratios beside them")
+    add('--against-own', action='store_true', help='the reference is keep 1, not the dense class')
     add('--timm', action='store_true', help="timm's twins of presets take part")
     add('--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)')
     add('--cfg-options', nargs='+', action=DictAction, help='overrides, model.… of presets')
@@ -145,14 +146,15 @@ def load_target(
         return [configured], []
     found, notes = [], []
     backbone = cfg.model.get('backbone', cfg.model)
-    try:
-        own = models.host_backbone(getattr(model, 'backbone', model), backbone)
-        dense = models.with_backbone(model, own) if whole else own
-        library = type(own).__module__.split('.')[0]
-        found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
-    except (ImportError, AssertionError, ValueError) as error:
-        # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
-        notes.append(f'no dense class of mmdet or mmseg here: {error}')
+    if not args.against_own:
+        try:
+            own = models.host_backbone(getattr(model, 'backbone', model), backbone)
+            dense = models.with_backbone(model, own) if whole else own
+            library = type(own).__module__.split('.')[0]
+            found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
+        except (ImportError, AssertionError, ValueError) as error:
+            # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
+            notes.append(f'no dense class of mmdet or mmseg here: {error}')
     if args.timm:
         if importlib.util.find_spec('timm') is None:
             raise UsageError('--timm: timm is not installed')
