@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
-from idlevit_mm.blocks import PACES, Pace, Work, cost, pace_of
-from idlevit_mm.kernels import use_backend
+from idlevit_mm.blocks import Work, cost, seconds
+from idlevit_mm.kernels import PACES, Pace, pace_of, use_backend
 
 FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls')
 # Where choosing is free idling always pays, where it takes a second never.
@@ -145,8 +145,8 @@ def test_work_falls_with_the_keep_ratio():
 
 def test_predictions_add_up():
     pace, work = Pace(2, 4, 8, 16, 10**9, 3 * 10**9), Work(4, 8, 8, 2, 1)
-    assert pace.seconds(work, torch.float32) == 2 + 1 + 2 + 2 + 3
-    assert pace.seconds(work, torch.bfloat16) == 1 + 1 + 1 + 2 + 3
+    assert seconds(work, pace, torch.float32) == 2 + 1 + 2 + 2 + 3
+    assert seconds(work, pace, torch.bfloat16) == 1 + 1 + 1 + 2 + 3
     model = build('swin', DEAR)
     run(model)
     ran = stage_seconds(model, FREE, torch.float32)

@@ -84,7 +84,7 @@ GUARDS: tuple[Guard, ...] = (
     Guard('swin', 1.0, 'training additions by index', 0, 0),
     Guard('swin', 1.0, 'training MiB allocated', 133.87, 140.6),
     Guard('swin', 1.0, 'training peak MiB', 30.14, 31.7),
-    Guard('swin', 0.5, 'launches per block', 126.67, 140),
+    Guard('swin', 0.5, 'launches per block', 118.67, 131),
     Guard('swin', 0.5, 'map copies per block', 3, 3.0),
     Guard('swin', 0.5, 'largest product', 0, 8388608),
     Guard('swin', 0.5, 'MiB allocated', 194.15, 203.9),
@@ -122,8 +122,8 @@ GUARDS: tuple[Guard, ...] = (
     Guard('pvtv2', 1.0, 'training additions by index', 0, 0),
     Guard('pvtv2', 1.0, 'training MiB allocated', 116.54, 122.4),
     Guard('pvtv2', 1.0, 'training peak MiB', 37.53, 39.5),
-    Guard('pvtv2', 0.5, 'launches per block', 51.4, 57),
-    Guard('pvtv2', 0.5, 'map copies per block', 6.6, 6.6),
+    Guard('pvtv2', 0.5, 'launches per block', 44.8, 50),
+    Guard('pvtv2', 0.5, 'map copies per block', 5.4, 5.4),
     Guard('pvtv2', 0.5, 'largest product', 5046272, 8388608),
     Guard('pvtv2', 0.5, 'MiB allocated', 261.48, 274.6),
     Guard('pvtv2', 0.5, 'peak MiB', 39.08, 41.1),
@@ -134,6 +134,12 @@ GUARDS: tuple[Guard, ...] = (
     Guard('pvtv2', 0.5, 'training peak of mmdet', 0.76, 0.8),
 )
 BOUNDS = {guard[:3]: guard for guard in GUARDS}
+
+
+@pytest.fixture(autouse=True)
+def without_kernels_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not there while operations are counted, nor where there is no compiler."""
+    monkeypatch.setenv('IDLEVIT_MM_NATIVE', '0')
 
 
 def build(family: str, keep: float) -> nn.Module:
@@ -294,7 +300,8 @@ def add_by_index(patch: pytest.MonkeyPatch) -> None:
 
 def copy_the_map_once_more(patch: pytest.MonkeyPatch) -> None:
     put = Reference.put
-    patch.setattr(Reference, 'put', lambda self, x, *args: put(self, x.clone(), *args))
+    for backend, name in ((Reference, 'put'), (CPU, 'overwrite')):
+        patch.setattr(backend, name, lambda self, x, *args: put(self, x.clone(), *args))
 
 
 def compute_all_tokens(patch: pytest.MonkeyPatch) -> None:

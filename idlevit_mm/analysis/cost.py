@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 
 from ..backbones import IdleBackbone
-from ..blocks import PACES, Pace
+from ..blocks import seconds
+from ..kernels import PACES, Pace
 
 
 def stage_seconds(
@@ -30,7 +31,7 @@ def stage_seconds(
             for block, ratio, plan in ran
         ]
         works = [block.work(record.batch, record.hw_shape, share) for block, share in shares]
-        times.append(sum(pace.seconds(work, dtype) for work in works))
+        times.append(sum(seconds(work, pace, dtype) for work in works))
     return times
 
 
@@ -45,10 +46,10 @@ def predicted_speedups(
         NotImplementedError: A block does not say what it costs.
     """
 
-    def seconds(name: str, ratio: float) -> float:
+    def total(name: str, ratio: float) -> float:
         return sum(stage_seconds(backbone, PACES[name], dtype, ratio))
 
     return pd.DataFrame(
-        {f'keep {r:g}': [seconds(name, 1.0) / seconds(name, r) for name in names] for r in ratios},
+        {f'keep {r:g}': [total(name, 1.0) / total(name, r) for name in names] for r in ratios},
         index=list(names),
     )

@@ -1,6 +1,6 @@
 """What every block with idle tokens does, once."""
 
-from .cost import IDLE_WHERE, PACES, Pace, Payer, Work, layers, moves, pace_of
+from .cost import IDLE_WHERE, Payer, Work, layers, moves, seconds
 from .idle_block import IdleBlock, weighted_mean
 from .stage import StageRecord, run_blocks
 from .tokens import Carried, Pack, Tokens

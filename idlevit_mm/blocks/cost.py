@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..kernels import Site, site_of
+from ..kernels import Pace, Site, pace_of, site_of
 
 IDLE_WHERE = ('always', 'pays')
 # Products of fewer rows take as long: weights must be read and laid out.
@@ -57,58 +57,15 @@ def moves(numbers: float, launches: float) -> Work:
     return Work(0.0, 0.0, numbers, launches)
 
 
-class Pace(NamedTuple):
-    """How fast a device works.
-
-    Attributes:
-        single: Multiply-adds of linear layers a second in float32, TF32 off.
-        half: The same in half precision.
-        pairs: Multiply-adds of attention and of depth-wise convolutions a second.
-        moved: Bytes a second.
-        launch: Nanoseconds for each operation.
-        choice: The same for the many small ones of a choice of tokens.
-    """
-
-    single: int
-    half: int
-    pairs: int
-    moved: int
-    launch: int
-    choice: int
-
-    def seconds(self, work: Work, dtype: torch.dtype) -> float:
-        """Predicted time of some work: one thing after another."""
-        is_half = dtype.itemsize == 2
-        return (
-            work.products / (self.half if is_half else self.single)
-            + work.pairs / self.pairs
-            + work.moved * dtype.itemsize / self.moved
-            + (work.launches * self.launch + work.choices * self.choice) * 1e-9
-        )
-
-
-# The CPU's is for each thread, of an AMD EPYC with AVX-512, fitted to measured blocks. Those
-# of GPUs are peaks of their data sheets times the share that cuBLAS and copies reach, in a captured
-# graph; not measured.
-PACES = {
-    'cpu': Pace(45 * 10**9, 75 * 10**9, 32 * 10**9, 10**10, 63_000, 756_000),
-    'H100': Pace(23 * 10**12, 25 * 10**13, 60 * 10**12, 26 * 10**11, 2_500, 15_000),
-    'A100': Pace(7 * 10**12, 9 * 10**13, 30 * 10**12, 14 * 10**11, 3_000, 18_000),
-}
-# Copies use no more threads than this.
-_COPIERS = 8
-
-
-@torch.compiler.assume_constant_result
-def pace_of(device: torch.device) -> Pace:
-    """The pace of a device: of the CPU by its threads, of GPUs that are not listed an A100's."""
-    if device.type == 'cpu':
-        threads, one = torch.get_num_threads(), PACES['cpu']
-        rates = threads * one.single, threads * one.half, threads * one.pairs
-        return Pace(*rates, min(threads, _COPIERS) * one.moved, *one[4:])
-    known = device.type == 'cuda' and torch.cuda.is_available()
-    name = torch.cuda.get_device_name(device) if known else ''
-    return PACES['H100' if any(part in name for part in ('H100', 'H200', 'B200')) else 'A100']
+def seconds(work: Work, pace: Pace, dtype: torch.dtype) -> float:
+    """Predicted time of some work in a precision: one thing after another."""
+    is_half = dtype.itemsize == 2
+    return (
+        work.products / (pace.half if is_half else pace.single)
+        + work.pairs / pace.pairs
+        + work.moved * dtype.itemsize / pace.moved
+        + (work.launches * pace.launch + work.choices * pace.choice) * 1e-9
+    )
 
 
 class Payer(nn.Module):
@@ -139,7 +96,7 @@ class Payer(nn.Module):
             dtype = torch.get_autocast_dtype(site.device)
         # An exported graph is for any number of images.
         batch = x.shape[0] if isinstance(x.shape[0], int) else 1
-        times = [pace.seconds(block.work(batch, hw_shape, r), dtype) for r in (1.0, keep_ratio)]
+        times = [seconds(block.work(batch, hw_shape, r), pace, dtype) for r in (1.0, keep_ratio)]
         pays = times[1] < _SURE * times[0]
         if site.eager and not pays:
             self._log(block, (batch, *hw_shape), keep_ratio, times)

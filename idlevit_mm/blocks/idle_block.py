@@ -285,8 +285,9 @@ class IdleBlock(BaseModule, ABC):
         if pack.rows is None:
             return pack.now
         count = pack.rows.ids.shape[1]
-        now = pack.now[:, :count]
-        out = backend_at(tokens.x).put(tokens.x, pack.rows, now, tokens.owned)
+        backend = backend_at(tokens.x)
+        put = backend.overwrite if tokens.owned else backend.put
+        out = put(tokens.x, pack.rows, pack.now[:, :count])
         if not pack.plan.spread:
             return out
         added = self.spread(pack.now[:, count:] - pack.before[:, count:], tokens.hw_shape)

@@ -10,6 +10,7 @@ from .backends import (
     why_not,
 )
 from .cpu import CPU
+from .pace import PACES, Pace, pace_of
 from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows

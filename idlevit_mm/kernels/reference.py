@@ -41,12 +41,13 @@ class Reference:
         """Gather rows of x (B, S, C): (B, T, C); those of padding are any, and not to be used."""
         return take_rows(x, rows, site_of(x).traced)
 
-    def put(self, x: Tensor, rows: Rows, values: Tensor, owned: bool = False) -> Tensor:
-        """Replace rows of x (B, S, C) by values (B, T, C), in a copy; padding is dropped.
-
-        Or in x itself where it is ``owned``, which nobody else holds.
-        """
+    def put(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        """A copy of x (B, S, C) with rows replaced by values (B, T, C); padding is dropped."""
         return put_rows(x, rows, values)
+
+    def overwrite(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        """What ``put`` returns, which may be x itself: nobody else holds it."""
+        return self.put(x, rows, values)
 
     def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Numbers g * U + u of the best ``counts[g]`` units by scores (B, G, U), ascending in g."""

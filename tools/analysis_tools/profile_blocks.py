@@ -29,9 +29,8 @@ from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
-from idlevit_mm.blocks import PACES, pace_of
 from idlevit_mm.errors import UsageError
-from idlevit_mm.kernels import BACKENDS, convolution
+from idlevit_mm.kernels import BACKENDS, PACES, convolution, pace_of
 
 # Parts of a block that a dense one does not have, and all parts.
 IDLING = ['scoring', 'selecting', 'gathering', 'scattering']

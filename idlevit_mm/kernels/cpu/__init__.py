@@ -33,9 +33,9 @@ class CPU(Reference):
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         return take_rows(x, rows)
 
-    def put(self, x: Tensor, rows: Rows, values: Tensor, owned: bool = False) -> Tensor:
-        if not owned or torch.is_grad_enabled() or rows.padded or not x.is_contiguous():
-            return super().put(x, rows, values)
+    def overwrite(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or rows.padded or not x.is_contiguous():
+            return self.put(x, rows, values)
         flat, ids = x.view(-1, x.shape[2]), flat_ids(rows, x.shape[1])
         return flat.index_copy_(0, ids, values.flatten(0, 1).to(x.dtype)).view(x.shape)
 
