@@ -18,6 +18,7 @@ from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from idlevit_mm.analysis.flops import MultiplyAddCounter
 from idlevit_mm.kernels import Site, Triton, backend_at, kind_of, use
 from idlevit_mm.ops import window_units
 from idlevit_mm.policies import MeanDistance, unit_scores
@@ -136,6 +137,23 @@ def test_windows(config):
     config.setdefault('depths', (2,))
     for size in ((1, 3, 36, 52), (2, 3, 4, 40)):
         assert_same(built(SWIN, keep_ratios=0.5, **config), image(size))
+
+
+@inside
+@pytest.mark.parametrize('family', FAMILIES)
+def test_multiply_adds_are_counted(family):
+    """At 1.0 those of the reference; below it no slots of idle tokens."""
+    counted = {}
+    for keep in (1.0, 0.5):
+        model = built(FAMILIES[family], keep_ratios=keep)
+        for backend in ('triton', 'reference'):
+            counter = MultiplyAddCounter()
+            with torch.no_grad(), use(backend), counter:
+                model(image((1, 3, 32, 32)))
+            counted[keep, backend] = counter.multiply_adds
+    assert counted[1.0, 'triton'] == pytest.approx(counted[1.0, 'reference'], rel=0.01)
+    assert counted[0.5, 'triton'] < 0.75 * counted[1.0, 'triton']
+    assert counted[0.5, 'triton'] <= 1.01 * counted[0.5, 'reference']
 
 
 @inside

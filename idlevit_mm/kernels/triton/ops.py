@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from ..site import site_of
 from . import TRAFFIC, rows, windows
@@ -47,8 +48,9 @@ def _operator(
     fake: Callable[..., Any],
     traffic: Callable[..., tuple[int, int]] | None = None,
     mutates: tuple[str, ...] = (),
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function, what shapes it returns, and what it moves."""
+    """Decorator: register a function, what it returns, moves, and computes (for counters)."""
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f'idlevit_mm::{function.__name__}'
@@ -56,6 +58,9 @@ def _operator(
         operator.register_fake(fake)
         if traffic is not None:
             TRAFFIC[name] = traffic
+        if flops is not None:
+            packet = getattr(torch.ops.idlevit_mm, function.__name__)
+            register_flop_formula(packet, get_raw=True)(flops)
 
         def call(x: Tensor, *args: Any) -> Any:
             # Only who records or counts needs the dispatcher, which takes longer than a launch.
@@ -212,7 +217,27 @@ def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor
 # Layers
 
 
-@_operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
+def _attention_flops(
+    qkv: Tensor,
+    ids: _Maybe,
+    offsets: _Maybe,
+    table: Tensor,
+    blank: Tensor,
+    hw_shape: list[int],
+    window: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    number = qkv.shape[0] * _layout(hw_shape, window)[2]
+    pairs = number * window**4
+    if offsets is not None and type(offsets) is Tensor:
+        pairs = int(offsets.diff().long().square().sum())
+    elif offsets is not None:  # without values, as if windows were alike
+        pairs = qkv.shape[:2].numel() ** 2 // number
+    return 4 * pairs * (qkv.shape[2] // 3)
+
+
+@_operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
 def window_attention(
     qkv: Tensor,
     ids: _Maybe,
@@ -240,7 +265,7 @@ def window_attention(
     return out
 
 
-@_operator(lambda x, *_: torch.empty_like(x))
+@_operator(lambda x, *_: torch.empty_like(x), flops=lambda x, *_, **__: 18 * x.numel())
 def convolve_gelu(
     x: Tensor, ids: _Maybe, places: _Maybe, weight: Tensor, bias: _Maybe, hw_shape: list[int]
 ) -> Tensor:
