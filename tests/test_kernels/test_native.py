@@ -142,6 +142,23 @@ def test_distance(channels):
     torch.testing.assert_close(got, (x - other).norm(dim=-1))
 
 
+@pytest.mark.parametrize('padded', [False, True])
+def test_rows_are_put_back(padded, calls):
+    x, values = normal(3, 11, 5), normal(3, 4, 5, seed=1)
+    ids = torch.tensor([[0, 3, 4, 10], [1, 2, 9, 10], [5, 6, 7, -1 if padded else 8]])
+    rows = Rows(ids, padded=padded)
+    with torch.no_grad():
+        want = Reference().put(x, rows, values)
+        got = CPU().put(x, rows, values)
+        assert torch.equal(got, want)
+        assert not torch.equal(got, x)
+        # An expanded map is copied first.
+        assert torch.equal(CPU().overwrite(x[:1].expand(3, -1, -1), rows, values)[0], want[0])
+        assert torch.equal(CPU().overwrite(x, rows, values), want)
+    assert torch.equal(x, want)
+    assert set(calls) == {'put'}
+
+
 @pytest.mark.parametrize('size', [(1, 3, 97, 131), (3, 3, 40, 17), (1, 3, 1, 70)])
 @pytest.mark.parametrize('policy', ['IdleViT', 'EvoViT'])
 @pytest.mark.parametrize('name', ['swin-w7', 'pvt', 'pvtv2', 'mit', 'vit'])

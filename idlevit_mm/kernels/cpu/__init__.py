@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...ops import Rows
 from ..plain import LINEAR, is_plain
 from ..reference import Reference, distance
-from ..rows import flat_ids, take_rows
+from ..rows import take_rows
 from ..site import Site, autocasts
 from ..slots import WindowCore
 from . import attention, linear, native, pieces
@@ -33,11 +33,14 @@ class CPU(Reference):
     def take(self, x: Tensor, rows: Rows) -> Tensor:
         return take_rows(x, rows)
 
+    def put(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and native.usable(x):
+            return native.put(x.clone(memory_format=torch.contiguous_format), rows, values)
+        return super().put(x, rows, values)
+
     def overwrite(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or rows.padded or not x.is_contiguous():
-            return self.put(x, rows, values)
-        flat, ids = x.view(-1, x.shape[2]), flat_ids(rows, x.shape[1])
-        return flat.index_copy_(0, ids, values.flatten(0, 1).to(x.dtype)).view(x.shape)
+        in_place = x.dtype == torch.float32 and x.is_contiguous() and native.usable(x)
+        return native.put(x, rows, values) if in_place else self.put(x, rows, values)
 
     def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
         if len(counts) > 1 or not native.usable(scores):

@@ -365,3 +365,14 @@ int best(const float *scores, int64_t *out, int batch, int units, int count) {
     }
     return 0;
 }
+
+// Write rows (B, T, C) to their places (B, T) in x (B, S, C); those of padding, -1, are dropped.
+int put(float *x, const int64_t *ids, const float *rows, int batch, int count, int total,
+        int channels) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < (int64_t)batch * count; row++)
+        if (ids[row] >= 0)
+            memcpy(x + (row / count * total + ids[row]) * channels, rows + row * channels,
+                   sizeof(float) * channels);
+    return 0;
+}

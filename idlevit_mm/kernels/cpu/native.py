@@ -90,6 +90,13 @@ def best(scores: Tensor, count: int) -> Tensor:
     return out
 
 
+def put(x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    """Put rows back into x itself, which is float32 and contiguous."""
+    ids = rows.ids.expand(len(x), -1).contiguous()
+    _call('put', x, ids, _single(values), len(x), ids.shape[1], *x.shape[1:])
+    return x
+
+
 def why_not() -> str:
     """In words why there are no kernels; '' if there are."""
     if os.environ.get(_SWITCH) == '0':
