@@ -159,8 +159,11 @@ def table_of(found: dict[str, Any]) -> str:
     shares = (table / table.sum()).map('({:5.1%})'.format)
     shown = (1000 * table).map('{:.2f} '.format) + shares
     shown.loc['sum'] = (1000 * table.sum()).map('{:.2f}'.format)
-    guess = found['predicted_seconds_of_stages']
-    shown.loc['predicted, inference'] = [f'{1000 * time:.2f}' for time in (*guess, sum(guess))]
+    if found['seconds_backward'] is None:
+        guess = pd.Series([*found['predicted_seconds_of_stages'], 0.0], index=table.columns)
+        guess.iloc[-1] = guess.sum()
+        off = guess / table.sum() - 1
+        shown.loc['predicted'] = (1000 * guess).map('{:.2f} '.format) + off.map('({:+.1%})'.format)
     idling = [*found['idling_share_of_stages'], found['idling_share']]
     shown.loc[', '.join(IDLING)] = [f'{share:.1%}' for share in idling]
     align = ['left', *['right'] * len(shown.columns)]
