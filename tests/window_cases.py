@@ -1,4 +1,4 @@
-"""Windows with random active tokens: what the tests of packing and of its attention share."""
+"""Windows with random active tokens, for the tests of attention in windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from idlevit_mm.kernels.cpu.packing import WindowPacking, pack_windows
 from idlevit_mm.ops import WindowLayout, window_layout
 
 CPU = torch.device('cpu')
@@ -49,10 +48,6 @@ class Problem:
     def rows(self) -> int:
         """Packed rows of an image."""
         return self.active.shape[1] + self.summarised * len(self.layout.token_ids)
-
-    def pack(self, min_places: int = 1) -> WindowPacking:
-        windows = self.hw_shape, self.window, self.shift
-        return pack_windows(self.active, self.batch, *windows, self.summarised, min_places)
 
     def occupied(self) -> dict[tuple[int, int], list[int]]:
         """Slots that have a place, ascending, of each (image, window) that has any; L: summary."""

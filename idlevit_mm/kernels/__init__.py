@@ -10,10 +10,11 @@ from .backends import (
     why_not,
 )
 from .cpu import CPU
+from .operators import TRAFFIC
 from .pace import PACES, Pace, pace_of
 from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
 from .site import Site, exact, full_precision, ranking_precision, site_of
 from .slots import WindowCore, hide, region_mask
-from .triton import TRAFFIC, Triton
+from .triton import Triton

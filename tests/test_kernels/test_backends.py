@@ -38,7 +38,7 @@ from idlevit_mm.kernels import (
     use_backend,
     why_not,
 )
-from idlevit_mm.kernels.cpu import pieces, windows
+from idlevit_mm.kernels.cpu import native, pieces
 from idlevit_mm.layers import FeedForward, MergePatches, ShiftWindowMSA
 from idlevit_mm.ops import Rows, window_layout
 
@@ -85,7 +85,7 @@ def paths(monkeypatch):
 
 
 def watch_windows(patch):
-    return Calls().watch(patch, (cpu, 'attend_squeezed'), (slots, '_attend'))
+    return Calls().watch(patch, (native, 'attend_windows'), (slots, '_attend'))
 
 
 def assert_backends_equal(model, x):
@@ -110,21 +110,6 @@ def assert_backends_equal(model, x):
         for number, (a, b) in enumerate(zip(inferred, want_inferred, strict=True)):
             assert_close(a, b, tol, f'output {number} by {name} without gradients')
         assert_same_gradients(grads, want_grads, tol)
-
-
-def assert_windows_equal(model, x):
-    """The same for a Swin, of which each backend takes its way of windows."""
-    with pytest.MonkeyPatch.context() as patch:
-        calls = watch_windows(patch)
-        assert_backends_equal(model, x)
-        assert set(calls) == {'attend_squeezed', '_attend'}
-        calls.take()
-        with torch.no_grad():
-            model(x)
-            assert set(calls.take()) == {'attend_squeezed'}
-            with use_backend('reference'):
-                model(x)
-            assert set(calls.take()) == {'_attend'}
 
 
 def build(variant, keep, dtype=torch.float64, **kwargs):
@@ -162,7 +147,7 @@ def test_windows(size, keep, window, context, scope):
         out_indices=(0,),
         policy=dict(scope=scope, context=context, scorer='activation_norm'),
     )
-    assert_windows_equal(model, image(size, dtype=torch.float64))
+    assert_backends_equal(model, image(size, dtype=torch.float64))
 
 
 @given(
@@ -181,20 +166,18 @@ def test_families(size, keep, name, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, '_PIECE', piece)
         patch.setattr(pieces, '_MIN_ROWS', 5)
-        patch.setattr(windows, '_CHUNK', piece)
         assert_backends_equal(model, image(size, dtype=torch.float64))
 
 
 @each(POLICIES)
 def test_every_policy(case):
-    check = assert_windows_equal if case.variant.is_swin else assert_backends_equal
-    check(case.build().double(), image((2, 3, 29, 46), dtype=torch.float64))
+    assert_backends_equal(case.build().double(), image((2, 3, 29, 46), dtype=torch.float64))
 
 
 @pytest.mark.parametrize('keep', [1.0, 0.5])
 def test_single_precision(keep):
     for variant in SWIN:
-        assert_windows_equal(build(variant, keep, torch.float32), image((2, 3, 45, 58)))
+        assert_backends_equal(build(variant, keep, torch.float32), image((2, 3, 45, 58)))
 
 
 @pytest.mark.parametrize('context', ['active', 'summary', 'all'])
@@ -204,7 +187,7 @@ def test_recomputed_blocks(context):
     plain = build(BY_NAME['swin-w7'], 0.5, **options).train()
     saving = build(BY_NAME['swin-w7'], 0.5, with_cp=True, **options).train()
     x = image((2, 3, 45, 58), dtype=torch.float64)
-    assert_windows_equal(saving, x)
+    assert_backends_equal(saving, x)
     (outs, grads), (want, want_grads) = gradients(saving, x), gradients(plain, x)
     for a, b in zip(outs, want, strict=True):
         assert_close(a, b, 1e-10)
@@ -255,32 +238,40 @@ def test_summaries_beside_a_full_window(window):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize(
     ('name', 'static'),
-    [('plain', 0), ('dropout', 1), ('bfloat16', 1), ('autocast', 1), ('trace', 1), ('meta', 1)],
+    [
+        ('plain', 0),
+        ('bfloat16', 0),
+        ('autocast', 0),
+        ('double', 1),
+        ('dropout', 1),
+        ('trace', 1),
+        ('meta', 1),
+    ],
 )
 def test_which_way_windows_go(name, static, paths):
     rate = 0.5 if name == 'dropout' else 0.0
     device = 'meta' if name == 'meta' else 'cpu'
-    dtype = torch.bfloat16 if name == 'bfloat16' else torch.float32
-    attention = ShiftWindowMSA(8, 2, 4, attn_drop_rate=rate).to(device, dtype)
+    dtype = {'bfloat16': torch.bfloat16, 'double': torch.float64}.get(name, torch.float32)
+    attention = ShiftWindowMSA(32, 2, 4, attn_drop_rate=rate).to(device, dtype)
     attention.requires_grad_(False).train()
-    x = torch.randn(1, 35, 8, device=device, dtype=dtype)
+    x = torch.randn(1, 35, 32, device=device, dtype=dtype)
     with torch.autocast('cpu', torch.bfloat16, enabled=name == 'autocast'), torch.no_grad():
         if name == 'trace':
             torch.jit.trace(lambda x: attention(x, (5, 7), None), x, check_trace=False)
         else:
             attention(x, (5, 7), None)
-    assert (paths['attend_squeezed'], paths['_attend']) == (1 - static, static)
+    assert (paths['attend_windows'], paths['_attend']) == (1 - static, static)
 
 
 def test_dropout_of_weights_acts_in_training_alone(paths):
-    attention = randomize(ShiftWindowMSA(8, 2, 4, attn_drop_rate=0.5))
-    x = torch.randn(1, 35, 8)
+    attention = randomize(ShiftWindowMSA(32, 2, 4, attn_drop_rate=0.5))
+    x = torch.randn(1, 35, 32)
     attention.train()
     assert not torch.equal(attention(x, (5, 7), None), attention(x, (5, 7), None))
     assert paths.take()['_attend'] == 2
     attention.eval()
     assert torch.equal(attention(x, (5, 7), None), attention(x, (5, 7), None))
-    assert paths.take()['attend_squeezed'] == 2
+    assert paths.take()['attend_windows'] == 2
 
 
 @parametrize((*FAMILIES, BY_NAME['pvt-conv-norm']))
@@ -294,7 +285,6 @@ def test_pieces_equal_the_whole(variant, monkeypatch):
         monkeypatch,
         (FeedForward, 'forward'),
         (MergePatches, '_reduce'),
-        (windows, '_weights'),
         (Reference, 'convolve'),
         (pieces, 'in_pieces'),
     )
@@ -306,10 +296,9 @@ def test_pieces_equal_the_whole(variant, monkeypatch):
     calls.take()
     monkeypatch.setattr(pieces, '_PIECE', 1)
     monkeypatch.setattr(pieces, '_MIN_ROWS', 50)
-    monkeypatch.setattr(windows, '_CHUNK', 500)
     with torch.no_grad():
         got, cut = model(x), calls.take()
-    for name in ('forward', '_reduce', '_weights'):
+    for name in ('forward', '_reduce'):
         assert not whole[name] or cut[name] > whole[name], f'{name} was not cut'
     if variant.name == 'pvtv2':
         assert cut['convolve'] >= 3 * whole['convolve'] > 0

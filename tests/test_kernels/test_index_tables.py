@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from idlevit_mm.kernels import use_backend
-from idlevit_mm.kernels.cpu import packing
 from idlevit_mm.ops import geometry, map_units, window_layout, window_units
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -23,12 +22,7 @@ MODELS = {
 
 
 def forget():
-    for cached in (
-        geometry._shared,
-        geometry.window_numbers,
-        packing._cell_tables,
-        packing._pack_all,
-    ):
+    for cached in (geometry._shared, geometry.window_numbers):
         cached.cache_clear()
 
 

@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
-from idlevit_mm import kernels
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
@@ -43,7 +42,6 @@ METHODS |= dict(transform='feed-forward')
 ENTRIES = dict(take='gathering', put='scattering')
 ENTRIES |= dict.fromkeys(('attend', 'attend_windows'), 'attention core')
 FUNCTIONS = [
-    *((kernels.cpu, name, 'gathering') for name in ('pack_windows', 'pack_whole_windows')),
     *((convolution, 'take_rows', 'gathering'), (convolution, 'fill_map', 'scattering')),
 ]
 

@@ -10,18 +10,13 @@ from ...ops import Rows
 from ..plain import LINEAR, is_plain
 from ..reference import Reference, distance
 from ..rows import take_rows
-from ..site import Site, autocasts
+from ..site import Site
 from ..slots import WindowCore
 from . import attention, linear, native, pieces
-from .packing import pack_whole_windows, pack_windows
-from .windows import attend_squeezed
-
-# Slots of all heads for which launching the operations of a bucket of windows pays.
-_MIN_PLACES = 2**11
 
 
 class CPU(Reference):
-    """Eager CPU: oneDNN's products, windows squeezed to active tokens, pieces in the cache."""
+    """Eager CPU: oneDNN's products, kernels in C on packed rows, pieces in the cache."""
 
     name = 'cpu'
 
@@ -107,20 +102,6 @@ class CPU(Reference):
         shift_size: int,
         rows: Rows | None,
     ) -> Tensor:
-        exact = qkv.dtype in (torch.float32, torch.float64) and not autocasts('cpu')
-        if not core.dropout and core.drop is None and native.usable(qkv):
-            out = native.attend_windows(qkv, core, hw_shape, shift_size, rows)
-            if out is not None:
-                return out
-        # In half precision the fused operation on all slots is faster.
-        if not exact or core.dropout or core.drop is not None:
+        if not native.attends(qkv, core):
             return super().attend_windows(qkv, core, hw_shape, shift_size, rows)
-        windows = hw_shape, core.window_size, shift_size
-        if rows is None:
-            packing = pack_windows(None, len(qkv), *windows)
-        elif rows.windows is not None:
-            packing = pack_whole_windows(rows.windows, *windows)
-        else:
-            summarised, least = qkv.shape[1] > rows.ids.shape[1], _MIN_PLACES // core.num_heads
-            packing = pack_windows(rows.ids, len(qkv), *windows, summarised, least)
-        return attend_squeezed(qkv, core, packing)
+        return native.attend_windows(qkv, core, hw_shape, shift_size, rows)

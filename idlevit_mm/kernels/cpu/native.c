@@ -1,10 +1,11 @@
-// Kernels of the CPU on packed rows, for inference in float32. `native.py` compiles and calls them.
+// Kernels of the CPU on packed rows, in float32. `native.py` compiles and calls them.
 //
 // Letters: B images, N tokens of a map (H * W), T active tokens of an image, M windows of a map,
 // R summaries of an image (M, or none), C channels, A heads, D channels of a head (a multiple of
 // 16), L slots of a window.
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,14 +74,60 @@ static Place place_of(int y, int x, const Layout *l) {
     return (Place){window, slot, 3 * region_of(y, high, l) + region_of(x, wide, l)};
 }
 
-// One window: the rows of qkv that are its keys, the first `queries` of which attend.
+// One window: rows of qkv that are its keys, the first `queries` of which attend.
 typedef struct {
     int keys, queries;
     const float **row;
-    float **out;
+    float **out;         // of the queries; in the backward pass `grad` of the keys, too
+    float **grad;
     int *slot, *region;  // slot L for a summary, which has no bias and sees all regions
-    float *transposed, *weights;
+    float *transposed, *weights, *grads;
 } Window;
+
+// weights (n, padded) = the columns from `first` on of rows (n) times `transposed` (depth, padded).
+static void multiply(float *weights, float *const *rows, int n, int first, const float *transposed,
+                     int depth, int padded, float scale) {
+    for (int start = 0; start < n; start += ROWS) {
+        const float *row[ROWS];
+        for (int i = 0; i < ROWS; i++) row[i] = rows[start + i < n ? start + i : n - 1] + first;
+        for (int j = 0; j < padded; j += LANES) {
+            vec sums[ROWS] = {};
+            for (int d = 0; d < depth; d++) {
+                vec x = load(transposed + d * padded + j);
+                for (int i = 0; i < ROWS; i++) sums[i] += x * row[i][d];
+            }
+            for (int i = 0; i < ROWS && start + i < n; i++)
+                store(weights + (start + i) * padded + j, sums[i] * scale);
+        }
+    }
+}
+
+// out[i] += sum over j of weights[i * down + j * along] * rows[j], each `depth` columns from `to`
+// and from `first` on.
+static void combine(float *const *out, int n, int to, const float *weights, int down, int along,
+                    float *const *rows, int count, int first, int depth, float scale) {
+    for (int start = 0; start < n; start += ROWS) {
+        const float *own[ROWS];
+        for (int i = 0; i < ROWS; i++)
+            own[i] = weights + (start + i < n ? start + i : n - 1) * down;
+        for (int d = 0; d < depth; d += LANES) {
+            vec sums[ROWS] = {};
+            for (int j = 0; j < count; j++) {
+                vec x = load(rows[j] + first + d);
+                for (int i = 0; i < ROWS; i++) sums[i] += x * own[i][j * along];
+            }
+            for (int i = 0; i < ROWS && start + i < n; i++) {
+                float *target = out[start + i] + to + d;
+                store(target, load(target) + sums[i] * scale);
+            }
+        }
+    }
+}
+
+static void transpose(float *out, float *const *rows, int n, int padded, int first, int depth) {
+    for (int j = 0; j < n; j++)
+        for (int d = 0; d < depth; d++) out[d * padded + j] = rows[j][first + d];
+}
 
 static void softmax(float *row, int keys, int padded) {
     for (int j = keys; j < padded; j++) row[j] = HIDDEN;
@@ -101,54 +148,65 @@ static void softmax(float *row, int keys, int padded) {
     for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * factor);
 }
 
-// Logits of up to ROWS queries of one head, then their softmax.
-static void weigh(const Window *w, int first, int head, int depth, const float *bias, int slots,
-                  int bordering, float scale) {
-    int padded = round_up(w->keys);
-    const float *query[ROWS];
-    for (int i = 0; i < ROWS; i++) {
-        int own = first + i < w->queries ? first + i : w->queries - 1;
-        query[i] = w->row[own] + head * depth;
-    }
-    for (int j = 0; j < padded; j += LANES) {
-        vec sums[ROWS] = {};
-        for (int d = 0; d < depth; d++) {
-            vec key = load(w->transposed + d * padded + j);
-            for (int i = 0; i < ROWS; i++) sums[i] += key * query[i][d];
-        }
-        for (int i = 0; i < ROWS; i++) store(w->weights + i * padded + j, sums[i] * scale);
-    }
-    for (int i = 0; i < ROWS && first + i < w->queries; i++) {
+// What all windows share: sizes, and the bias (A, L + 1, L + 1).
+typedef struct {
+    int channels, heads, depth, slots;
+    const float *bias;
+    float scale;
+} Core;
+
+// Attention weights of a head: (queries, padded).
+static void weigh(const Window *w, const Core *c, int head, int bordering) {
+    int padded = round_up(w->keys), side = c->slots + 1;
+    const float *bias = c->bias + head * side * side;
+    float *const *rows = (float *const *)w->row;
+    transpose(w->transposed, rows, w->keys, padded, c->channels + head * c->depth, c->depth);
+    multiply(w->weights, rows, w->queries, head * c->depth, w->transposed, c->depth, padded,
+             c->scale);
+    for (int i = 0; i < w->queries; i++) {
         float *row = w->weights + i * padded;
-        const float *own = bias + w->slot[first + i] * (slots + 1);
+        const float *own = bias + w->slot[i] * side;
         for (int j = 0; j < w->keys; j++) row[j] += own[w->slot[j]];
-        if (bordering && w->region[first + i] >= 0)
+        if (bordering && w->region[i] >= 0)
             for (int j = 0; j < w->keys; j++)
-                if (w->region[j] >= 0 && w->region[j] != w->region[first + i]) row[j] = HIDDEN;
+                if (w->region[j] >= 0 && w->region[j] != w->region[i]) row[j] = HIDDEN;
         softmax(row, w->keys, padded);
     }
 }
 
-static void attend_window(const Window *w, int channels, int heads, const float *bias, int slots,
-                          int bordering, float scale) {
-    int depth = channels / heads, padded = round_up(w->keys);
-    for (int head = 0; head < heads; head++) {
-        const int key = channels + head * depth, value = 2 * channels + head * depth;
-        for (int j = 0; j < w->keys; j++)
-            for (int d = 0; d < depth; d++) w->transposed[d * padded + j] = w->row[j][key + d];
-        for (int first = 0; first < w->queries; first += ROWS) {
-            weigh(w, first, head, depth, bias + head * (slots + 1) * (slots + 1), slots, bordering,
-                  scale);
-            for (int d = 0; d < depth; d += LANES) {
-                vec sums[ROWS] = {};
-                for (int j = 0; j < w->keys; j++) {
-                    vec x = load(w->row[j] + value + d);
-                    for (int i = 0; i < ROWS; i++) sums[i] += x * w->weights[i * padded + j];
-                }
-                for (int i = 0; i < ROWS && first + i < w->queries; i++)
-                    store(w->out[first + i] + head * depth + d, sums[i]);
+static void attend_window(const Window *w, const Core *c, int bordering) {
+    int padded = round_up(w->keys);
+    for (int head = 0; head < c->heads; head++) {
+        weigh(w, c, head, bordering);
+        combine(w->out, w->queries, head * c->depth, w->weights, padded, 1,
+                (float *const *)w->row, w->keys, 2 * c->channels + head * c->depth, c->depth, 1.0f);
+    }
+}
+
+// Adds to the gradients of the window's rows, and of the bias.
+static void attend_window_back(const Window *w, const Core *c, int bordering, float *grad_bias) {
+    int padded = round_up(w->keys), side = c->slots + 1;
+    float *const *rows = (float *const *)w->row;
+    for (int head = 0; head < c->heads; head++) {
+        int query = head * c->depth, key = c->channels + query, value = c->channels + key;
+        weigh(w, c, head, bordering);
+        combine(w->grad, w->keys, value, w->weights, 1, padded, w->out, w->queries, query, c->depth,
+                1.0f);
+        transpose(w->transposed, rows, w->keys, padded, value, c->depth);
+        multiply(w->grads, w->out, w->queries, query, w->transposed, c->depth, padded, 1.0f);
+        for (int i = 0; i < w->queries; i++) {
+            float *grads = w->grads + i * padded, *own = w->weights + i * padded, total = 0.0f;
+            float *bias = grad_bias + (head * side + w->slot[i]) * side;
+            for (int j = 0; j < w->keys; j++) total += own[j] * grads[j];
+            for (int j = 0; j < w->keys; j++) {
+                grads[j] = own[j] * (grads[j] - total);
+                bias[w->slot[j]] += grads[j];
             }
         }
+        combine(w->grad, w->queries, query, w->grads, padded, 1, rows, w->keys, key, c->depth,
+                c->scale);
+        combine(w->grad, w->keys, key, w->grads, 1, padded, rows, w->queries, query, c->depth,
+                c->scale);
     }
 }
 
@@ -159,6 +217,8 @@ static void sort_rows(const int64_t *ids, int batch, int count, int windows, con
     for (int b = 0; b < batch; b++)
         for (int t = 0; t < count; t++) {
             int row = b * count + t, id = ids ? (int)ids[row] : t;
+            places[row].window = -1;
+            if (id < 0) continue;
             places[row] = place_of(id / l->width, id % l->width, l);
             starts[b * windows + places[row].window + 1]++;
         }
@@ -166,14 +226,16 @@ static void sort_rows(const int64_t *ids, int batch, int count, int windows, con
     for (int b = 0; b < batch; b++)
         for (int t = 0; t < count; t++) {
             int row = b * count + t;
+            if (places[row].window < 0) continue;
             order[starts[b * windows + places[row].window]++] = row;
         }
     for (int i = batch * windows; i > 0; i--) starts[i] = starts[i - 1];
     starts[0] = 0;
 }
 
-static void add_key(Window *w, const float *row, Place place) {
+static void add_key(Window *w, const float *row, float *grad, Place place) {
     w->row[w->keys] = row;
+    w->grad[w->keys] = grad;
     w->slot[w->keys] = place.slot;
     w->region[w->keys++] = place.region;
 }
@@ -191,66 +253,87 @@ static int padding_of(int window, const Layout *l, Place *found) {
     return number;
 }
 
-// Attention in windows of packed rows (B, T + R, 3 * C): (B, T + R, C). Ids (B, T) of the tokens,
-// NULL where all are there; blank (3 * C); bias (A, L + 1, L + 1), 0 for summaries.
-int attend(const float *qkv, const float *blank, const float *bias, float *out, const int64_t *ids,
-           int batch, int count, int total, int height, int width, int side, int shift, int heads,
-           int channels, float scale) {
+// Attention in windows of packed rows (B, T + R, 3 * C): adds to out (B, T + R, C). Ids (B, T) of the
+// tokens, -1 for padding, NULL where all are there; blank (3 * C); bias (A, L + 1, L + 1), 0 for
+// summaries. Where there is grad_qkv, out is the gradient of what was attended, and the gradients
+// (B, T + R, 3 * C), (3 * C,) and (A, L + 1, L + 1) are added to.
+int attend(const float *qkv, const float *blank, const float *bias, float *out, float *grad_qkv,
+           float *grad_blank, float *grad_bias, const int64_t *ids, int batch, int count, int total,
+           int height, int width, int side, int shift, int heads, int channels, float scale) {
     Layout l = {height, width, side, shift, (height + side - 1) / side, (width + side - 1) / side};
     int windows = l.rows * l.cols, slots = side * side, summarised = total > count;
-    int failed = 0;
+    Core core = {channels, heads, channels / heads, slots, bias, scale};
+    int failed = 0, threads = omp_get_max_threads(), most = slots + 1, padded = round_up(most);
+    int pairs = grad_qkv ? heads * most * most : 0, spread = pairs + (grad_qkv ? 3 * channels : 0);
     int *starts = malloc(sizeof(int) * (batch * windows + 1));
     int *order = malloc(sizeof(int) * batch * count);
     int *numbers = malloc(sizeof(int) * windows);
     Place *places = malloc(sizeof(Place) * batch * count);
-    if (!starts || !order || !numbers || !places) goto end;
+    // Of each thread: gradients of the bias and of padding.
+    float *shared = calloc((size_t)threads * spread + 1, sizeof(float));
+    if (!starts || !order || !numbers || !places || !shared) {
+        failed = 1;
+        goto end;
+    }
     sort_rows(ids, batch, count, windows, &l, starts, order, places);
     // Summaries of windows at the border of a shifted map come last.
     int next = 0;
     for (int last = 0; last < 2; last++)
-        for (int i = 0; i < windows; i++) {
+        for (int i = 0; i < windows; i++)
             if (is_border(i, &l) == last) numbers[i] = next++;
-        }
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        int most = slots + 1, padded = round_up(most), depth = channels / heads;
+        float *own_bias = shared + (size_t)omp_get_thread_num() * spread, *none = own_bias + pairs;
         Window w = {
             .row = malloc(sizeof(float *) * most),
             .out = malloc(sizeof(float *) * most),
+            .grad = malloc(sizeof(float *) * most),
             .slot = malloc(sizeof(int) * most),
             .region = malloc(sizeof(int) * most),
-            .transposed = calloc(depth * padded, sizeof(float)),
-            .weights = calloc(ROWS * padded, sizeof(float)),
+            .transposed = calloc(core.depth * padded, sizeof(float)),
+            .weights = malloc(sizeof(float) * most * padded),
+            .grads = malloc(sizeof(float) * (grad_qkv ? most * padded : 1)),
         };
         Place *spare = malloc(sizeof(Place) * most);
-        int ready = w.row && w.out && w.slot && w.region && w.transposed && w.weights && spare;
-#pragma omp for schedule(dynamic, 4)
+        int ready = w.row && w.out && w.grad && w.slot && w.region && w.transposed && w.weights &&
+                    w.grads && spare;
+        // Always the same windows for a thread: sums of gradients do not depend on who is first.
+#pragma omp for schedule(static, 8)
         for (int i = 0; i < batch * windows; i++) {
-            int image = i / windows, window = i % windows, slots_left = slots;
+            int image = i / windows, window = i % windows, left = slots;
             if (!ready) failed = 1;
             if (!ready || (starts[i] == starts[i + 1] && !summarised)) continue;
             w.keys = 0;
-            for (int j = starts[i]; j < starts[i + 1]; j++, slots_left--) {
+            for (int j = starts[i]; j < starts[i + 1]; j++, left--) {
                 int64_t row = order[j] + (int64_t)image * (total - count);
                 w.out[w.keys] = out + row * channels;
-                add_key(&w, qkv + row * 3 * channels, places[order[j]]);
+                add_key(&w, qkv + row * 3 * channels, grad_qkv + row * 3 * channels,
+                        places[order[j]]);
             }
             int padding = padding_of(window, &l, spare);
-            if (summarised && slots_left > padding) {
+            if (summarised && left > padding) {
                 int64_t row = (int64_t)image * total + count + numbers[window];
                 w.out[w.keys] = out + row * channels;
-                add_key(&w, qkv + row * 3 * channels, (Place){window, slots, -1});
+                add_key(&w, qkv + row * 3 * channels, grad_qkv + row * 3 * channels,
+                        (Place){window, slots, -1});
             }
             w.queries = w.keys;
-            for (int j = 0; j < padding; j++) add_key(&w, blank, spare[j]);
-            attend_window(&w, channels, heads, bias, slots, is_border(window, &l), scale);
+            for (int j = 0; j < padding; j++) add_key(&w, blank, none, spare[j]);
+            if (grad_qkv)
+                attend_window_back(&w, &core, is_border(window, &l), own_bias);
+            else
+                attend_window(&w, &core, is_border(window, &l));
         }
-        free(w.row), free(w.out), free(w.slot), free(w.region), free(w.transposed), free(w.weights);
-        free(spare);
+        free(w.row), free(w.out), free(w.grad), free(w.slot), free(w.region);
+        free(w.transposed), free(w.weights), free(w.grads), free(spare);
+    }
+    for (int t = 0; t < threads && grad_qkv; t++) {
+        const float *own = shared + (size_t)t * spread;
+        for (int i = 0; i < pairs; i++) grad_bias[i] += own[i];
+        for (int i = 0; i < 3 * channels; i++) grad_blank[i] += own[pairs + i];
     }
 end:
-    failed |= !starts || !order || !numbers || !places;
-    free(starts), free(order), free(numbers), free(places);
+    free(starts), free(order), free(numbers), free(places), free(shared);
     return failed;
 }
 

@@ -1,10 +1,11 @@
 """The kernels of ``native.c``: compiled once for a processor, called without PyTorch's dispatcher.
 
 Packed rows are read where they lie: attention in windows copies nothing to slots, and PVTv2's
-convolution computes active rows alone. Where there is no compiler, PyTorch computes the same.
+convolution computes active rows alone. All are for inference, attention for training as well. Where
+there is no compiler, PyTorch computes the same.
 
 Shape letters: B images, N tokens of the map (H * W), T active tokens, R summaries of idle tokens,
-C channels, A heads.
+C channels, A heads, L slots of a window.
 """
 
 import ctypes
@@ -14,14 +15,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ...ops import Rows
+from ...ops import Rows, window_numbers
+from ..operators import operator
 from ..site import site_of
 from ..slots import WindowCore
 
@@ -34,28 +40,29 @@ _LANES = 16
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels may compute with x: on the CPU, in inference, while nobody counts."""
+def usable(x: Tensor, grad: bool = False) -> bool:
+    """Whether the kernels may compute with x: in inference, or those with a gradient (``grad``)."""
     site = site_of(x)
-    counted = torch._C._len_torch_dispatch_stack()
-    return site.dtype in _DTYPES and site.eager and not (site.grad or counted or why_not())
+    without = site.grad and not grad
+    return site.dtype in _DTYPES and site.eager and not (without or why_not())
+
+
+def attends(qkv: Tensor, core: WindowCore) -> bool:
+    """Whether the kernel of attention in windows may compute with (B, T, 3 * C)."""
+    depth = qkv.shape[2] // 3 // core.num_heads
+    plain = not core.dropout and core.drop is None
+    return plain and depth % _LANES == 0 and usable(qkv, grad=True)
 
 
 def attend_windows(
     qkv: Tensor, core: WindowCore, hw_shape: tuple[int, int], shift_size: int, rows: Rows | None
-) -> Tensor | None:
-    """``Reference.attend_windows`` of tokens and summaries; None for what is not covered."""
-    batch, total, width = qkv.shape
-    channels = width // 3
-    if channels // core.num_heads % _LANES or (rows is not None and rows.windows is not None):
-        return None
+) -> Tensor:
+    """``Reference.attend_windows`` of tokens and summaries, without dropout; with gradients."""
+    # Summaries have no bias.
     tensors = qkv, core.blank, F.pad(core.bias[0], (0, 1, 0, 1))
-    ids = None if rows is None else rows.ids.expand(batch, -1).contiguous()
-    count = total if ids is None else ids.shape[1]
-    # Summaries of nothing have no place.
-    out = (torch.empty if count == total else torch.zeros)(batch, total, channels)
-    sizes = batch, count, total, *hw_shape, core.window_size, shift_size, core.num_heads, channels
-    _call('attend', *map(_single, tensors), out, ids, *sizes, core.scale)
+    ids = None if rows is None else rows.ids.expand(len(qkv), -1).contiguous()
+    sizes = [*hw_shape, core.window_size, shift_size, core.num_heads]
+    out = _Attend.apply(*(part.float() for part in tensors), ids, sizes, core.scale)
     return out.to(qkv.dtype)
 
 
@@ -68,11 +75,123 @@ def convolve(
     rows: Rows,
 ) -> Tensor:
     """``Reference.convolve`` of some rows."""
-    tensors = x, blank, weight.flatten(1).t(), bias
-    out, ids = torch.empty(x.shape), rows.ids.expand(len(x), -1).contiguous()
-    sizes = *x.shape[:2], *hw_shape, weight.shape[-1], x.shape[2]
-    _call('convolve', *map(_single, tensors), out, ids, *sizes)
-    return out.to(x.dtype)
+    tensors = x, blank, weight.flatten(1).t(), bias, rows.ids.expand(len(x), -1)
+    return convolve_rows(*map(_single, tensors), [*hw_shape, weight.shape[-1]]).to(x.dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """Attention that keeps queries, keys and values and computes the weights anew."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return attend_packed(*map(_single, inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.ids, ctx.sizes, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = map(_single, (*ctx.saved_tensors, grad))
+        return (*attend_packed_backward(*tensors, ctx.ids, ctx.sizes, ctx.scale), None, None, None)
+
+
+def _pairs(qkv: Tensor, ids: Tensor | None, sizes: list[int]) -> int:
+    """Pairs of a query and a key, of all windows of a batch."""
+    layout = window_numbers(*sizes[:4])
+    (windows, slots), batch = layout.token_ids.shape, len(qkv)
+    padding = (layout.token_ids < 0).sum(1)
+    active = np.broadcast_to(slots - padding, (batch, windows))
+    if ids is not None:
+        places = np.append(layout.slot_ids // slots, windows)[ids.numpy()]
+        active = np.stack([np.bincount(image, minlength=windows + 1)[:-1] for image in places])
+    summaries = np.zeros_like(active)
+    if ids is not None and qkv.shape[1] > ids.shape[1]:
+        summaries = (active + padding < slots).astype(int)
+    queries = active + summaries
+    return int((queries * (queries + padding)).sum())
+
+
+def _attention_flops(
+    qkv: Tensor, blank: Tensor, bias: Tensor, ids: Any, sizes: Any, *_: Any, **__: Any
+) -> int:
+    return 4 * _pairs(qkv, ids, sizes) * (qkv.shape[2] // 3)
+
+
+def _attention_backward_flops(
+    qkv: Tensor, blank: Tensor, bias: Tensor, grad: Tensor, *rest: Any, **__: Any
+) -> int:
+    return 2 * _attention_flops(qkv, blank, bias, *rest)
+
+
+def _attend(
+    qkv: Tensor,
+    blank: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    grads: Sequence[Tensor | None],
+    ids: Tensor | None,
+    sizes: list[int],
+    scale: float,
+) -> None:
+    batch, total, width = qkv.shape
+    count = total if ids is None else ids.shape[1]
+    _call(
+        'attend', qkv, blank, bias, out, *grads, ids, batch, count, total, *sizes, width // 3, scale
+    )
+
+
+@operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
+def attend_packed(
+    qkv: Tensor, blank: Tensor, bias: Tensor, ids: Tensor | None, sizes: list[int], scale: float
+) -> Tensor:
+    """Attention in windows of packed rows (B, T + R, 3 * C), of all without ids: (B, T + R, C).
+
+    Blank (3 * C,) is padding, bias (A, L + 1, L + 1) that of slots and of summaries; sizes are
+    height and width of the map, side and shift of windows, and the number of heads.
+    """
+    out = qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] // 3)
+    _attend(qkv, blank, bias, out, (None, None, None), ids, sizes, scale)
+    return out
+
+
+@operator(
+    lambda qkv, blank, bias, *_: [torch.empty_like(part) for part in (qkv, blank, bias)],
+    flops=_attention_backward_flops,
+)
+def attend_packed_backward(
+    qkv: Tensor,
+    blank: Tensor,
+    bias: Tensor,
+    grad: Tensor,
+    ids: Tensor | None,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of the first three arguments of ``attend_packed``."""
+    grads = [torch.zeros_like(part) for part in (qkv, blank, bias)]
+    _attend(qkv, blank, bias, grad, grads, ids, sizes, scale)
+    return grads
+
+
+@operator(
+    lambda x, *_: torch.empty_like(x),
+    flops=lambda x, blank, taps, *_, **__: 2 * x.numel() * len(taps),
+)
+def convolve_rows(
+    x: Tensor,
+    blank: Tensor | None,
+    taps: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    sizes: list[int],
+) -> Tensor:
+    """Depth-wise convolution of rows (B, T, C) by taps (side ** 2, C): (B, T, C)."""
+    out = torch.empty_like(x)
+    _call('convolve', x, blank, taps, bias, out, ids, *x.shape[:2], *sizes, x.shape[2])
+    return out
 
 
 def distance(x: Tensor, other: Tensor) -> Tensor:
@@ -105,8 +224,11 @@ def why_not() -> str:
     return found if isinstance(found, str) else ''
 
 
-def _single(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def _single(x: Any) -> Any:
+    """Tensors of numbers as the kernels read them; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.float() if x.is_floating_point() else x).contiguous()
 
 
 def _call(name: str, *args: Tensor | float | None) -> None:

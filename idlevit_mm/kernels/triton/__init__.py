@@ -1,6 +1,5 @@
 """The backend of GPUs: kernels in Triton on packed rows, static in shape, for inference."""
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,9 +11,6 @@ from ...ops import Rows
 from ..reference import Reference
 from ..site import FORCED, Site, site_of
 
-# What operators move that touch a part of an input, for whoever counts it: qualified name to a
-# function of the arguments that returns bytes read and bytes written.
-TRAFFIC: dict[str, Callable[..., tuple[int, int]]] = {}
 _HALF = torch.float16, torch.bfloat16
 _LEAST_CAPABILITY = 8, 0
 

@@ -4,18 +4,15 @@ Shape letters: B images, N tokens of the map (H * W), K active tokens of an imag
 heads, M windows.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
-from torch.library import custom_op
-from torch.utils.flop_counter import register_flop_formula
 
-from ..site import site_of
-from . import TRAFFIC, rows, windows
+from ..operators import operator
+from . import rows, windows
 
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
@@ -42,34 +39,6 @@ if INTERPRETED:
 def size(*tensors: Tensor | None) -> int:
     """Bytes of some tensors."""
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def _operator(
-    fake: Callable[..., Any],
-    traffic: Callable[..., tuple[int, int]] | None = None,
-    mutates: tuple[str, ...] = (),
-    flops: Callable[..., int] | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function, what it returns, moves, and computes (for counters)."""
-
-    def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = f'idlevit_mm::{function.__name__}'
-        operator = custom_op(name, function, mutates_args=mutates)
-        operator.register_fake(fake)
-        if traffic is not None:
-            TRAFFIC[name] = traffic
-        if flops is not None:
-            packet = getattr(torch.ops.idlevit_mm, function.__name__)
-            register_flop_formula(packet, get_raw=True)(flops)
-
-        def call(x: Tensor, *args: Any) -> Any:
-            # Only who records or counts needs the dispatcher, which takes longer than a launch.
-            direct = site_of(x).eager and not torch._C._len_torch_dispatch_stack()
-            return function(x, *args) if direct else operator(x, *args)
-
-        return call
-
-    return made
 
 
 def _on(x: Tensor) -> AbstractContextManager:
@@ -102,7 +71,7 @@ def _looked(x: Tensor, mean: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
     return [scores] if weight is None else [scores, torch.empty_like(x)]
 
 
-@_operator(_looked)
+@operator(_looked)
 def score_norm(x: Tensor, mean: _Maybe, weight: _Maybe, bias: _Maybe, eps: float) -> list[Tensor]:
     """Scores (B, N) of tokens (B, N, C), and with weights of a LayerNorm their norm (B, N, C).
 
@@ -128,7 +97,7 @@ def _chosen(
     )
 
 
-@_operator(_chosen)
+@operator(_chosen)
 def select(
     scores: Tensor, count: int, hw_shape: list[int], window: int, shift: int, starts: _Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +138,7 @@ def _take_traffic(x: Tensor, ids: _Maybe, branch: _Maybe, *norm: Any) -> tuple[i
     return size(out[0], ids, branch, *norm[:2]), size(*out)
 
 
-@_operator(_taken, _take_traffic)
+@operator(_taken, _take_traffic)
 def take_norm(
     x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, bias: _Maybe, eps: float
 ) -> list[Tensor]:
@@ -201,14 +170,14 @@ def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> 
     return out
 
 
-@_operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
+@operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
 def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
     """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
     _put(x, ids, now, branch, x)
 
 
 # Active rows come from the pack, the others from x.
-@_operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
+@operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
 def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
     """``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
     return _put(x, places, now, branch, torch.empty_like(x))
@@ -237,7 +206,7 @@ def _attention_flops(
     return 4 * pairs * (qkv.shape[2] // 3)
 
 
-@_operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
+@operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
 def window_attention(
     qkv: Tensor,
     ids: _Maybe,
@@ -265,7 +234,7 @@ def window_attention(
     return out
 
 
-@_operator(lambda x, *_: torch.empty_like(x), flops=lambda x, *_, **__: 18 * x.numel())
+@operator(lambda x, *_: torch.empty_like(x), flops=lambda x, *_, **__: 18 * x.numel())
 def convolve_gelu(
     x: Tensor, ids: _Maybe, places: _Maybe, weight: Tensor, bias: _Maybe, hw_shape: list[int]
 ) -> Tensor:
