@@ -13,10 +13,13 @@ from PIL import Image
 
 from idlevit_mm.analysis import latency
 from idlevit_mm.analysis.memory import allocations, peak_of
-from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'tools' / 'analysis_tools'))
+
+from presets import PRESETS, TIMM, timm_twin  # noqa: E402
+
 TIMINGS = ROOT / 'docs' / 'studies' / 'speed'
 
 

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import benchmark_report as report
 import torch
 from mmengine.config import Config, DictAction
+from presets import PRESETS, TIMM, timm_twin
 from torch import Tensor, nn
 
 from idlevit_mm.analysis import latency, models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.memory import peak_memory
-from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError, one_line
 
