@@ -3,8 +3,6 @@
 Everything that tells about a scene is derived from one map that says which digit owns each pixel.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
