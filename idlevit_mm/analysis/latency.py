@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +24,6 @@ _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
     *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'timm', 'numpy'),
 )
-
-
-class Spread(NamedTuple):
-    """Median, first and third quartile of some values."""
-
-    median: float
-    low: float
-    high: float
 
 
 class CandidateError(RuntimeError):
@@ -103,9 +95,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def spread(values: Sequence[float], others: Sequence[float] | float = 1.0) -> Spread:
-    """Median and quartiles of values, or of their quotients with others of the same rounds."""
-    return Spread(*np.quantile(np.divide(values, others), (0.5, 0.25, 0.75)).tolist())
+def spread(values: Sequence[float], others: Sequence[float] | float = 1.0) -> list[float]:
+    """Median and both quartiles of values, or of their quotients with others of the same rounds."""
+    return np.quantile(np.divide(values, others), (0.5, 0.25, 0.75)).tolist()
 
 
 def machine() -> str:

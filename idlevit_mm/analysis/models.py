@@ -21,9 +21,8 @@ from torch import nn
 from ..checkpoints import WeightsReport, compare, read_weights, split_backbone
 from ..engine import launch
 from ..errors import UsageError
+from ..policies import KeepRatios
 from ..registry import arguments_of
-
-KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
 _PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
 

@@ -11,14 +11,7 @@ import torch
 
 from ...checkpoints import StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
-from ...converters.renaming import (
-    Conversion,
-    KeyMap,
-    Rule,
-    Transform,
-    with_leaves,
-    with_qkv_biases,
-)
+from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
 from ...errors import SettingError
 
 _QUERY = re.compile(r'(.+\.attn\.)q\.(weight|bias)')
@@ -41,7 +34,7 @@ def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
         same_kind.append(('ffn.layers.1', conv))
     linear = (('ffn.layers.0', 'mlp.fc1'), ('ffn.layers.4' if conv else 'ffn.layers.3', 'mlp.fc2'))
     # Weights (out, in) of linear layers are those of 1x1 convolutions here.
-    shapes: tuple[Transform, Transform] = (lambda x: x[:, :, None, None], lambda x: x[:, :, 0, 0])
+    shapes = (lambda x: x[:, :, None, None], lambda x: x[:, :, 0, 0])
     return (
         *with_leaves(same_kind, ours, theirs),
         Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{theirs}attn.qkv.{{leaf}}'),
