@@ -4,8 +4,7 @@ import gc
 import re
 
 import pytest
-
-from idlevit_mm.analysis.latency import (
+from measures import (
     CandidateError,
     compare,
     machine,

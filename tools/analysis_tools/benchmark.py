@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_report as report
+import measures
 import torch
 from mmengine.config import Config, DictAction
 from presets import PRESETS, TIMM, timm_twin
 from torch import Tensor, nn
 
-from idlevit_mm.analysis import latency, models
+from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
-from idlevit_mm.analysis.memory import peak_memory
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError, one_line
 
@@ -206,8 +206,8 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
         warmup = max(args.warmup, 5) if graphs else args.warmup
         while reference in calls and not seconds:
             try:
-                seconds = latency.compare(calls, args.rounds, warmup, args.max_seconds)
-            except latency.CandidateError as failure:
+                seconds = measures.compare(calls, args.rounds, warmup, args.max_seconds)
+            except measures.CandidateError as failure:
                 figures[failure.name]['error'] = reason(failure.__cause__ or failure)
                 del calls[failure.name]
             # Not in the handler: there, the traceback still holds what the candidate had allocated.
@@ -216,13 +216,13 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
         for name in calls if not seconds else ():
             figures[name]['error'] = f'nothing to compare with: {reference} failed'
         for name, taken in seconds.items():
-            times = latency.spread(taken, case['batch'] / 1000)
-            ratios = latency.spread(taken, seconds[reference])
+            times = measures.spread(taken, case['batch'] / 1000)
+            ratios = measures.spread(taken, seconds[reference])
             figures[name] |= zip(report.TIMES, (*times, *ratios), strict=True)
             # CUDA graphs keep their memory.
             if not graphs and (args.memory or device.type == 'cuda'):
                 with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():
-                    figures[name]['memory'] = peak_memory(calls[name], device)
+                    figures[name]['memory'] = measures.peak_memory(calls[name], device)
     case |= dict(reference=reference, rounds=len(seconds.get(reference, ())))
     blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
     case['candidates'] = [
@@ -298,7 +298,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         notes += own
     print(*(f'note: {note}' for note in notes), sep='\n')
     about: report.Line = dict(command=shlex.join(['tools/analysis_tools/benchmark.py', *command]))
-    about |= dict(machine=latency.machine(), versions=latency.versions(), notes=notes)
+    about |= dict(machine=measures.machine(), versions=measures.versions(), notes=notes)
     report.add(lines, about, args.out)
     for name, candidates in targets.items():
         for case in cases_of(name, args):

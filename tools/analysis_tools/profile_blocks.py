@@ -16,6 +16,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
+from measures import machine, versions
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm import kernels
-from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError
