@@ -147,7 +147,9 @@ def load_target(
     backbone = cfg.model.get('backbone', cfg.model)
     try:
         own = models.host_backbone(getattr(model, 'backbone', model), backbone)
-        dense = models.with_backbone(model, own) if whole else own
+        dense = models.shared_copy(model) if whole else own
+        if whole:
+            dense.backbone = own
         library = type(own).__module__.split('.')[0]
         found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
     except (ImportError, AssertionError, ValueError) as error:

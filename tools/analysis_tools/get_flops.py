@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
 from idlevit_mm.analysis import flops
-from idlevit_mm.analysis.models import load_model, parse_shapes, share_kept, with_keep_ratios
+from idlevit_mm.analysis.models import load_model, parse_shapes, with_keep_ratios
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.engine.checks import check_datasets
 from idlevit_mm.errors import UsageError
@@ -93,7 +93,8 @@ def count_data(
             images.append(len(inputs))
             rows.append({part: count / len(inputs) for part, count in counts.items()})
             if hasattr(backbone, 'set_keep_ratios'):
-                shares.append(share_kept(backbone))
+                masks = chain(*backbone.keep_masks)
+                shares.append(np.mean([mask.float().mean().item() for mask in masks]))
     if not images:
         raise ValueError('batches hold no image to count')
     table = pd.DataFrame(rows).fillna(0.0)

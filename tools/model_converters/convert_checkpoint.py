@@ -7,9 +7,12 @@ necks and heads; the other formats take the backbone alone.
 
 import argparse
 
-from idlevit_mm.analysis.models import compare_with_config
+from mmengine.registry import MODELS
+
+from idlevit_mm.analysis.models import load_config
+from idlevit_mm.checkpoints import compare, split_backbone
 from idlevit_mm.converters import OPENMMLAB, TARGETS, convert_file
-from idlevit_mm.engine.launch import load_config, run_tool
+from idlevit_mm.engine.launch import run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,7 +44,8 @@ def convert(
 ) -> None:
     """Convert, and print what became of the weights."""
     if config is not None:
-        load_config(config)  # what is wrong with it shows before anything is written
+        # What is wrong with it shows before anything is written.
+        model = MODELS.build(load_config(config).model)
     size = None if img_size is None else (img_size[0], img_size[-1])
     converted = convert_file(source, target, to, window_size, size)
     print(f'{source}: {converted.source.title}')
@@ -49,7 +53,13 @@ def convert(
     print('\n'.join(converted.report.lines()))
     if config is not None:
         print(f'compared with the model of {config}:')
-        print('\n'.join(compare_with_config(converted.weights, config).lines()))
+        state, others = split_backbone(converted.weights)
+        if others:
+            report = compare(model.state_dict(), converted.weights)
+        else:  # of a backbone alone
+            backbone = getattr(model, 'backbone', model)
+            report = compare(backbone.state_dict(), state, policy_too=False)
+        print('\n'.join(report.lines()))
 
 
 if __name__ == '__main__':
