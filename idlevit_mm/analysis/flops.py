@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 from unittest import mock
@@ -132,14 +133,11 @@ def part_multiply_adds(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
         charge()
         running.pop()
 
-    def direct(part: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            enter(part)
-            result = method(*args, **kwargs)
-            leave()
-            return result
-
-        return call
+    def direct(part: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        enter(part)
+        result = method(*args, **kwargs)
+        leave()
+        return result
 
     with ExitStack() as stack, torch.no_grad(), MultiplyAddCounter() as counter:
         stack.callback(register_module_forward_pre_hook(enter).remove)
@@ -148,7 +146,8 @@ def part_multiply_adds(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
             for part in child if isinstance(child, nn.ModuleList) else [child]:
                 for name in _ENTRANCES:
                     if inspect.ismethod(method := getattr(part, name, None)):
-                        stack.enter_context(mock.patch.object(part, name, direct(part, method)))
+                        patched = partial(direct, part, method)
+                        stack.enter_context(mock.patch.object(part, name, patched))
         model(*args, **kwargs)
         charge()
     found = {name: count for name, count in counts.items() if count}

@@ -61,8 +61,7 @@ class Teacher:
     def calls(self, step: Step) -> Mapping[str, Call]:
         """Last call of each backbone and head, by name, for the images of a student's step."""
         if self._step is not step:
-            self._calls = self._run(step)
-            self._step = step
+            self._step, self._calls = step, self._run(step)
         return self._calls
 
     def forget(self) -> None:

@@ -37,9 +37,8 @@ class Candidate(NamedTuple):
     """A model to be timed."""
 
     name: str  # in tables
-    kind: (
-        str  # 'host' (of mmdet or mmseg), 'timm', 'dense' (idle class, all kept), 'idle', 'config'
-    )
+    # 'host' (of mmdet or mmseg), 'timm', 'dense' (idle class, all kept), 'idle' or 'config'
+    kind: str
     build: Callable[[tuple[int, int]], nn.Module]  # in eval mode on the CPU, for (H, W) pixels
     keep: float | None = None  # ratio of all blocks, where there is one
 
