@@ -6,8 +6,8 @@ from idlevit_mm.engine.launch import run_tool
 from idlevit_mm.engine.swap import Settings, parse_keep, write_idle_config
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+def write() -> None:
+    """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     shipped = 'config file, or one that ships with mmdet or mmseg: mmdet::swin/NAME.py'
@@ -25,11 +25,7 @@ def parse_args() -> argparse.Namespace:
     add('--distill', action='store_true', help=distill)
     draw = 'draw the keep ratio of each iteration anew; --keep is for validation'
     add('--random-ratios', nargs=2, type=float, metavar=('LOW', 'HIGH'), help=draw)
-    return parser.parse_args()
-
-
-def write(args: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    args = parser.parse_args()
     policy = {'type': args.policy, 'scorer': args.scorer, 'scope': args.scope}
     settings = Settings(
         keep=parse_keep(args.keep),
@@ -42,4 +38,4 @@ def write(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_tool(write, args=parse_args())
+    run_tool(write)
