@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent
 CHECKOUT_ONLY = (
     'setup.sh',
     'build_mmcv.py',
-    'compile_kernels.py',
     'doctor.py',
     'demo.py',
     'studies',

@@ -33,23 +33,13 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def build_from(
-    registry: Registry,
-    argument: str,
-    cfg: Any,
-    misfit: str = '{argument}={cfg!r} has an unknown key {key!r}; allowed: {keys}',
-    /,
-    **kwargs: Any,
-) -> Any:
+def build_from(registry: Registry, argument: str, cfg: Any, /, **kwargs: Any) -> Any:
     """Build from a name or dict; unlike ``Registry.build`` errors name the argument.
 
     Args:
         registry: Where the class is looked up.
         argument: Dotted name of the setting that ``cfg`` is the value of.
         cfg: Name of a class, or a dict with it as ``type`` and with arguments.
-        misfit: Message about an argument that the class does not take. Its fields are ``argument``,
-            ``cfg``, ``name`` of the class, ``key``, and what is allowed: ``arguments`` without and
-            ``keys`` with the type.
         **kwargs: Further arguments of the class, which a config cannot set.
 
     Raises:
@@ -68,8 +58,8 @@ def build_from(
     accepted = [key for key in arguments_of(cls) if key not in kwargs]
     for key in options:
         if key not in accepted:
-            texts = dict(arguments=', '.join(accepted), keys=', '.join(['type', *accepted]))
+            allowed = ', '.join(['type', *accepted])
             raise TypeError(
-                misfit.format(argument=argument, cfg=dict(cfg), name=name, key=key, **texts)
+                f'{argument}={dict(cfg)!r} has an unknown key {key!r}; allowed: {allowed}'
             )
     return cls(**kwargs, **options)

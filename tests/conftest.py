@@ -33,7 +33,7 @@ def each_window_path(request):
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory):
     """Folder of a handful of digit scenes of an odd size, 4 to train and 3 to validate."""
-    from idlevit_mm.datasets.digit_scenes import write_digit_scenes
+    from digit_scenes import write_digit_scenes
 
     folder = tmp_path_factory.mktemp('data') / 'digit_scenes'
     write_digit_scenes(

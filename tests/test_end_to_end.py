@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from digit_scenes import write_digit_scenes
 
-from idlevit_mm.datasets.digit_scenes import write_digit_scenes
 from idlevit_mm.engine import load_checkpoint
 
 pytest.importorskip('mmdet')

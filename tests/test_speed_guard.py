@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from backbone_zoo import BY_NAME, image, randomize, stage_blocks
+from measures import allocations, peak_of
 from operations import count
 from torch import Tensor, nn
 
-from idlevit_mm.analysis.memory import allocations, peak_of
 from idlevit_mm.kernels import CPU, Reference, rows
 from idlevit_mm.kernels.convolution import ConvolveRows
 from idlevit_mm.kernels.cpu import attention, linear, native, pieces

@@ -14,20 +14,8 @@ from idlevit_mm.engine.doctor import print_report
 from idlevit_mm.engine.launch import run_tool
 
 
-def prepare(dataset: str, root: Path | None, link: Path | bool | None, deep: bool) -> None:
+def prepare() -> None:
     """Link if asked to, check, print the report, and leave with its exit code."""
-    expected = Path(PLACES[dataset])
-    root = root or expected
-    if link and root.is_dir():
-        target = link if isinstance(link, Path) else expected
-        for line in bring_into_place(dataset, root, target):
-            print(line)
-        root = target
-    sys.exit(print_report(check_data(dataset, root, deep)))
-
-
-def main() -> None:
-    """Prepare the data set that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,8 +27,16 @@ def main() -> None:
     add('--link', type=Path, nargs='?', const=True, metavar='FOLDER', help=link_help)
     deep_help = 'decode every image and mask, not 200 of each split'
     add('--deep', action='store_true', help=deep_help)
-    run_tool(prepare, **vars(parser.parse_args()))
+    args = parser.parse_args()
+    expected = Path(PLACES[args.dataset])
+    root = args.root or expected
+    if args.link and root.is_dir():
+        target = expected if args.link is True else args.link
+        for line in bring_into_place(args.dataset, root, target):
+            print(line)
+        root = target
+    sys.exit(print_report(check_data(args.dataset, root, args.deep)))
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(prepare)

@@ -45,6 +45,6 @@ optim_wrapper = dict(
             'cls_token': dict(decay_mult=0.0),
             'norm': dict(decay_mult=0.0),
         }
-    ),
+    )
 )
 train_dataloader = dict(batch_size=2)

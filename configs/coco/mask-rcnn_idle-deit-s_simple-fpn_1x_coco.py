@@ -27,5 +27,5 @@ optim_wrapper = dict(
         _delete_=True,
         norm_decay_mult=0.0,
         custom_keys={'pos_embed': dict(decay_mult=0.0), 'cls_token': dict(decay_mult=0.0)},
-    ),
+    )
 )

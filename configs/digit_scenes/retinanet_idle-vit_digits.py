@@ -6,8 +6,5 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 
-model = dict(
-    backbone={{_base_.idle_vit}},
-    neck=dict(_base_.simple_pyramid, _delete_=True),
-)
+model = dict(backbone={{_base_.idle_vit}}, neck=dict(_base_.simple_pyramid, _delete_=True))
 optim_wrapper = dict(paramwise_cfg={{_base_.idle_vit_decay}})

@@ -1,5 +1,4 @@
 """What a built model costs, how fast it is, and what it keeps: functions behind the tools.
 
-The modules here are imported one by one (``from idlevit_mm.analysis import flops``), so that
-counting operations does not pull in matplotlib, nor drawing pictures a task library.
+The modules here are imported one by one (``from idlevit_mm.analysis import flops``).
 """

@@ -9,8 +9,7 @@ What it does not know or counts otherwise is in ``FORMULAS``:
   second time: here the count is that of the plain ("math") path, whichever kernel runs;
 - the backward pass of grouped convolutions, whose weight gradient it counts as if there were
   one group (for a depth-wise convolution of C channels C times too many);
-- whole attention modules that PyTorch runs as one operation in eval mode, and products with
-  vectors.
+- products with vectors.
 
 Compiled extensions outside PyTorch's dispatcher (mmcv's deformable convolution, for one) are not
 seen and count 0.
@@ -21,16 +20,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from .models import blank_data_samples, noise_image
@@ -58,24 +55,9 @@ def _convolution_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **_:
     return forward * sum(bool(asked) for asked in output_mask[:2])
 
 
-def _whole_attention(query: Shape, key: Shape, *rest: Any, **_: Any) -> int:
-    """``nn.MultiheadAttention`` in one operation, of which all inputs are the same tokens."""
-    _value, channels, _heads, qkv, _bias, projection = rest[:6]
-    projections = 2 * prod(query[:-1]) * (prod(qkv) + prod(projection))
-    return projections + 2 * prod(query[:-1]) * key[-2] * 2 * channels
-
-
-def _whole_layer(tokens: Shape, *rest: Any, **_: Any) -> int:
-    """``nn.TransformerEncoderLayer`` in one operation."""
-    hidden = 2 * prod(tokens[:-1]) * (prod(rest[13]) + prod(rest[15]))
-    return hidden + _whole_attention(tokens, tokens, tokens, *rest)
-
-
 # Formulas of operations per name in torch.ops.aten; a version of PyTorch need not have them all.
 FORMULAS: dict[str, Callable[..., int]] = {
     'convolution_backward': _convolution_backward,
-    '_native_multi_head_attention': _whole_attention,
-    '_transformer_encoder_layer_fwd': _whole_layer,
     '_addmm_activation': lambda _, a, b, **__: 2 * prod(a) * b[-1],
     'addbmm': lambda _, a, b, **__: 2 * prod(a) * b[-1],
     'mv': lambda matrix, _, **__: 2 * prod(matrix),
@@ -100,6 +82,16 @@ class MultiplyAddCounter(FlopCounterMode):
         aten = torch.ops.aten
         known = {getattr(aten, name): fn for name, fn in FORMULAS.items() if hasattr(aten, name)}
         super().__init__(display=False, custom_mapping=known)
+
+    def __enter__(self) -> Any:
+        # In eval mode PyTorch runs attention modules as one operation; its parts are known.
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+        return super().__exit__(*args)
 
     @property
     def multiply_adds(self) -> int:
@@ -141,14 +133,11 @@ def part_multiply_adds(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
         charge()
         running.pop()
 
-    def direct(part: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            enter(part)
-            result = method(*args, **kwargs)
-            leave()
-            return result
-
-        return call
+    def direct(part: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        enter(part)
+        result = method(*args, **kwargs)
+        leave()
+        return result
 
     with ExitStack() as stack, torch.no_grad(), MultiplyAddCounter() as counter:
         stack.callback(register_module_forward_pre_hook(enter).remove)
@@ -157,7 +146,8 @@ def part_multiply_adds(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str,
             for part in child if isinstance(child, nn.ModuleList) else [child]:
                 for name in _ENTRANCES:
                     if inspect.ismethod(method := getattr(part, name, None)):
-                        stack.enter_context(mock.patch.object(part, name, direct(part, method)))
+                        patched = partial(direct, part, method)
+                        stack.enter_context(mock.patch.object(part, name, patched))
         model(*args, **kwargs)
         charge()
     found = {name: count for name, count in counts.items() if count}

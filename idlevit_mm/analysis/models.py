@@ -18,12 +18,11 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from ..checkpoints import WeightsReport, compare, read_weights, split_backbone
+from ..checkpoints import compare, read_weights
 from ..engine import launch
 from ..errors import UsageError
+from ..policies import KeepRatios
 from ..registry import arguments_of
-
-KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
 _PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
 
@@ -81,21 +80,6 @@ def load_model(
             logger.setLevel(level)
     model.cfg = cfg
     return model.to(device).eval()
-
-
-def compare_with_config(
-    weights: dict[str, torch.Tensor], config: str | Path | Config
-) -> WeightsReport:
-    """Compare weights of a whole model, or of its backbone alone, with the model of a config.
-
-    Raises:
-        UsageError: the config cannot be read.
-    """
-    model = MODELS.build(load_config(config).model)
-    state, others = split_backbone(weights)
-    if others:
-        return compare(model.state_dict(), weights)
-    return compare(getattr(model, 'backbone', model).state_dict(), state, policy_too=False)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -157,19 +141,6 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
     return dense
-
-
-def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """A copy of a model with another backbone, the other weights shared."""
-    clone = shared_copy(model)
-    clone.backbone = backbone
-    return clone
-
-
-def share_kept(backbone: nn.Module) -> float:
-    """Share of tokens that were active in the last forward, each block counted alike."""
-    shares = [mask.float().mean().item() for stage in backbone.keep_masks for mask in stage]
-    return sum(shares) / len(shares)
 
 
 def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,1 +1,1 @@
-"""Data sets that the package can write."""
+"""What data sets look like on disk."""

@@ -21,10 +21,7 @@ _COCO_GROUPS: Mapping[str, tuple[int, str]] = {
         'surfboard, tennis racket',
     ),
     'kitchen': (44, 'bottle, , wine glass, cup, fork, knife, spoon, bowl'),
-    'food': (
-        52,
-        'banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake',
-    ),
+    'food': (52, 'banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake'),
     'furniture': (62, 'chair, couch, potted plant, bed, , dining table, , , toilet'),
     'electronic': (72, 'tv, laptop, mouse, remote, keyboard, cell phone'),
     'appliance': (78, 'microwave, oven, toaster, sink, refrigerator'),

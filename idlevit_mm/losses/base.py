@@ -70,19 +70,12 @@ def build_losses(losses: Sequence[dict[str, Any] | AuxiliaryLoss]) -> list[Auxil
             f'losses={losses!r} must name at least one of '
             f'{", ".join(sorted(AUXILIARY_LOSSES.module_dict))}'
         )
-    built = [_build(loss) for loss in losses]
+    built = [
+        loss if isinstance(loss, AuxiliaryLoss) else build_from(AUXILIARY_LOSSES, 'losses', loss)
+        for loss in losses
+    ]
     names = [loss.name for loss in built]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f'losses has name={name!r} twice; give one of them another name')
     return built
-
-
-def _build(cfg: Any) -> AuxiliaryLoss:
-    if isinstance(cfg, AuxiliaryLoss):
-        return cfg
-    if not isinstance(cfg, dict) or not isinstance(cfg.get('type'), str):
-        raise TypeError(f'losses holds {cfg!r}; it must be a dict with a type')
-    loss = {**cfg, 'type': cfg['type'].rpartition('.')[2]}
-    misfit = '{name} has no argument {key!r}; allowed: {arguments}'
-    return build_from(AUXILIARY_LOSSES, 'losses.type', loss, misfit)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,17 +43,14 @@ def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
     method is wrapped on the instance and put back at the end. Calls have the names of ``modules``.
     """
     calls: dict[str, Call] = {}
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            noting = _noting(module.forward, name, calls)
-            stack.enter_context(mock.patch.object(module, 'forward', noting))
-        yield calls
 
-
-def _noting(forward: Callable, name: str, calls: dict[str, Call]) -> Callable:
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def noting(name: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         calls[name] = Call(args, kwargs, output)
         return output
 
-    return noting
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            patched = partial(noting, name, module.forward)
+            stack.enter_context(mock.patch.object(module, 'forward', patched))
+        yield calls

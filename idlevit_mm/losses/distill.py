@@ -188,25 +188,21 @@ def divergence(own: list[Tensor], other: list[Tensor], temperature: float, sigmo
 
     Both are logits (B, anchors, K, H, W) of each level; with ``sigmoid`` classes are independent.
     """
-    sums = [_divergences(a, b, temperature, sigmoid) for a, b in zip(own, other, strict=True)]
+    sums, positives = [], []
+    for student, teacher in zip(own, other, strict=True):
+        found, goal = (exact(level) / temperature for level in (student, teacher))
+        if sigmoid:
+            positives.append(exact(teacher).sigmoid().flatten(1).sum(dim=1))
+            found, goal = (F.logsigmoid(torch.stack([x, -x], dim=1)) for x in (found, goal))
+        else:
+            found, goal = found.log_softmax(dim=2), goal.log_softmax(dim=2)
+        pointwise = F.kl_div(found, goal, reduction='none', log_target=True)
+        sums.append(temperature**2 * pointwise.flatten(1).sum(dim=1))
     if sigmoid:
-        positives = [exact(level).sigmoid().flatten(1).sum(dim=1) for level in other]
         count = torch.stack(positives).sum(dim=0).clamp(min=1.0)
     else:
         count = sum(level[0].numel() // level.shape[2] for level in other)
     return (torch.stack(sums).sum(dim=0) / count).mean()
-
-
-def _divergences(own: Tensor, other: Tensor, temperature: float, sigmoid: bool) -> Tensor:
-    """Sum of the divergences of one level in each image: (B,)."""
-    own, other = exact(own) / temperature, exact(other) / temperature
-    if sigmoid:
-        goal = F.logsigmoid(torch.stack([other, -other], dim=1))
-        own = F.logsigmoid(torch.stack([own, -own], dim=1))
-    else:
-        goal, own = other.log_softmax(dim=2), own.log_softmax(dim=2)
-    pointwise = F.kl_div(own, goal, reduction='none', log_target=True)
-    return temperature**2 * pointwise.flatten(1).sum(dim=1)
 
 
 def check_same_shapes(own: list[Tensor], other: list[Tensor], what: str) -> None:

@@ -14,7 +14,6 @@ from ..checkpoints import compare, is_local, of_policy, read_weights
 from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
-_KEYS = ('checkpoint', 'config')
 _FOLLOWING = '.relative_position_index'
 
 
@@ -62,8 +61,7 @@ class Teacher:
     def calls(self, step: Step) -> Mapping[str, Call]:
         """Last call of each backbone and head, by name, for the images of a student's step."""
         if self._step is not step:
-            self._calls = self._run(step)
-            self._step = step
+            self._step, self._calls = step, self._run(step)
         return self._calls
 
     def forget(self) -> None:
@@ -136,9 +134,10 @@ class Teachers:
             teacher.forget()
 
     def _build(self, checkpoint: str, config: str) -> nn.Module:
-        _check_file('teacher.checkpoint', checkpoint)
+        for key, path in dict(checkpoint=checkpoint, config=config).items():
+            if path and is_local(path) and not Path(path).is_file():
+                raise MissingFileError(f'teacher.{key}={path!r} does not exist')
         if config:
-            _check_file('teacher.config', config)
             cfg = Config.fromfile(config)
             return MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
         # A copy of the model is a copy of its config, and also works for models built in code.
@@ -171,17 +170,12 @@ def check_description(description: Any) -> tuple[str, str] | None:
     if description is None:
         return None
     allowed = "allowed: None, dict(checkpoint='...') or dict(config='...', checkpoint='...')"
-    if not isinstance(description, dict) or set(description) - set(_KEYS):
+    if not isinstance(description, dict) or set(description) - {'checkpoint', 'config'}:
         raise TypeError(f'teacher={description!r}; {allowed}')
     checkpoint, config = description.get('checkpoint'), description.get('config')
     if not checkpoint or not all(isinstance(v, (str, Path)) for v in description.values() if v):
         raise TypeError(f'teacher={description!r} must name a checkpoint; {allowed}')
     return str(checkpoint), str(config or '')
-
-
-def _check_file(argument: str, path: str) -> None:
-    if is_local(path) and not Path(path).is_file():
-        raise MissingFileError(f'{argument}={path!r} does not exist')
 
 
 def find_modules(model: nn.Module, names: tuple[str, ...], argument: str, whose: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 # A table of a 200 x 336 map takes about 1 MiB and a detector meets many image sizes.
 CACHED_TABLES = 128
@@ -82,13 +83,8 @@ def on_device(numbers: Callable[..., _Tables]) -> Callable[..., _Tables]:
         known, place = vars(fake).setdefault('_idlevit_mm_tables', {}), (numbers, key, device)
         if place not in known:
             real = _tensors(numbers(*key), torch.device('cpu'))
-            known[place] = type(real)(
-                *(
-                    fake.from_tensor(x, static_shapes=True).to(device)
-                    if isinstance(x, Tensor)
-                    else x
-                    for x in real
-                )
+            known[place] = tree_map_only(
+                Tensor, lambda x: fake.from_tensor(x, static_shapes=True).to(device), real
             )
         return known[place]
 
@@ -102,13 +98,10 @@ def _shared(numbers: Callable[..., Any], key: tuple[Any, ...], device: torch.dev
 
 def _tensors(tables: Any, device: torch.device) -> Any:
     with _disable_current_modes(), torch.inference_mode(False):
-        return type(tables)(
-            *(
-                torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)).to(device)
-                if isinstance(part, np.ndarray)
-                else part
-                for part in tables
-            )
+        return tree_map_only(
+            np.ndarray,
+            lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device),
+            tables,
         )
 
 

@@ -9,17 +9,6 @@ from .idlevit import IdleViT
 from .plan import EVERYTHING, Plan, Regroup
 from .policy import Policy, build_policy
 from .schedule import KeepRatios, checked_ratio, normalize_keep_ratios
-from .scorers import (
-    ActivationNorm,
-    ClassAttention,
-    ClassQuery,
-    Learned,
-    MeanDistance,
-    MeanQuery,
-    Random,
-    Scorer,
-    Seen,
-    UniformGrid,
-)
+from .scorers import ActivationNorm, ClassAttention, ClassQuery, Learned, MeanDistance, Scorer, Seen
 from .select import select_units, unit_scores
 from .sparsevit import SparseViT

@@ -65,12 +65,7 @@ class EvoViT(Policy):
         return self.scorer.NEEDS == 'class_attention'
 
     def plan(
-        self,
-        scores: Tensor | None,
-        units: Units,
-        keep_ratio: float,
-        last: Plan,
-        state: Tensor | None,
+        self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, Tensor | None]:
         attention = None
         if scores is not None:

@@ -96,14 +96,9 @@ def _schedule(config: Mapping[str, Any], blocks: int) -> list[float]:
     name = options.pop('type', None)
     if not isinstance(name, str) or name not in _SCHEDULES:
         raise ValueError(f'has type {name!r}, which is not one of {", ".join(_SCHEDULES)}')
-    schedule = _SCHEDULES[name]
-    accepted = list(inspect.signature(schedule).parameters)[1:]
-    for key in options:
-        if key not in accepted:
-            raise TypeError(f'has the key {key!r}, which is not one of type, {", ".join(accepted)}')
-    if 'keep_ratio' not in options:
-        raise TypeError('has no key keep_ratio')
-    return schedule(blocks, **options)
+    # Its TypeError names a key that is wrong or missing.
+    inspect.signature(_SCHEDULES[name]).bind(blocks, **options)
+    return _SCHEDULES[name](blocks, **options)
 
 
 def _powers(total: int, keep_ratio: Any, first_idle: Any = 0, groups: Any = 3) -> list[float]:

@@ -1,6 +1,7 @@
 """SparseViT: the windows with the strongest activations are active (arXiv 2303.17605)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -36,12 +37,7 @@ class SparseViT(Policy):
         return keep_ratio < 1.0 and state is None
 
     def plan(
-        self,
-        scores: Tensor | None,
-        units: Units,
-        keep_ratio: float,
-        last: Plan,
-        state: Tensor | None,
+        self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, Tensor | None]:
         state = scores if state is None else state
         if keep_ratio == 1.0 or state is None:

@@ -2,17 +2,13 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
-
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     """Imports a tool of tools/analysis_tools by its name."""
-    monkeypatch.syspath_prepend(TOOLS)
     return importlib.import_module
 
 

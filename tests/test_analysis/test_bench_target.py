@@ -4,8 +4,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from idlevit_mm.analysis.presets import PRESETS
-
 ROOT = Path(__file__).parents[2]
 TOOL = 'tools/analysis_tools/benchmark.py'
 
@@ -24,7 +22,7 @@ def test_it_ends_soon_and_compares_with_the_dense_class(tool):
     ]
     benchmark = tool('benchmark')
     arguments = benchmark.parse_args(shlex.split(line.split(TOOL)[1]))
-    assert set(arguments.targets) <= set(PRESETS)
+    assert set(arguments.targets) <= set(benchmark.PRESETS)
     assert len(list(benchmark.cases_of('x', arguments))) == 1
     assert arguments.max_seconds * len(arguments.targets) <= 40
     assert arguments.device == 'cpu'

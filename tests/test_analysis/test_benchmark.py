@@ -6,14 +6,14 @@ import shlex
 import sys
 from pathlib import Path
 
+import measures
 import pytest
 import torch
+from measures import allocations, peak_of
 from mmengine.registry import MODELS
 from PIL import Image
+from presets import PRESETS, TIMM, timm_twin
 
-from idlevit_mm.analysis import latency
-from idlevit_mm.analysis.memory import allocations, peak_of
-from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def timed(benchmark, monkeypatch):
             )
         spans = {'half': seconds}
         monkeypatch.setattr(
-            latency, 'seconds_of', lambda call: (call(), spans.get(running[-1], 4.0))[1]
+            measures, 'seconds_of', lambda call: (call(), spans.get(running[-1], 4.0))[1]
         )
         case = dict(target='tiny', part='backbone', shape=[33, 47], batch=1, dtype='float32')
         case |= dict(mode='inference', compile='none', device='cpu', threads=1) | conditions

@@ -9,9 +9,12 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from PIL import Image
 
-from idlevit_mm.analysis import pictures
-
 pytest.importorskip('mmdet')
+
+
+@pytest.fixture
+def pictures(tool):
+    return tool('draw_active_tokens')
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def models(scene_config):
         yield {'Dense': dense, 'Idle': idle}
 
 
-def test_predictions_beside_each_other(models, tmp_path):
+def test_predictions_beside_each_other(pictures, models, tmp_path):
     data = DATASETS.build(models['Idle'].cfg.test_dataloader.dataset)[1]
     sheet = pictures.sheet_of(models, data, score_threshold=0.0, per='block')
     assert [title for title, _ in sheet.found] == ['Ground truth', 'Dense', 'Idle']
@@ -39,24 +42,22 @@ def test_predictions_beside_each_other(models, tmp_path):
     assert len(sheet.active) == sum(models['Idle'].backbone.depths)
     assert all(0 < share.mean() < 1 for _, share in sheet.active)
 
-    (path,) = pictures.draw_dataset(models, tmp_path / 'new', [1])
-    assert path == tmp_path / 'new' / '000001.png'
-    with Image.open(path) as picture:
+    paths = pictures.draw(models, tmp_path / 'new', count=2)
+    assert paths == [tmp_path / 'new' / f'{name}.png' for name in ('000000', '000002')]
+    with Image.open(paths[0]) as picture:
         assert picture.width > 4 * 512
-    with pytest.raises(ValueError, match=r'image index 3 must lie in \[0, 3\)'):
-        pictures.draw_dataset(models, tmp_path, [0, 3])
 
 
-def test_image_files_have_no_ground_truth(models, tmp_path, monkeypatch):
+def test_image_files_have_no_ground_truth(pictures, models, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(pictures, 'draw_sheet', lambda sheet: sheets.append(sheet) or sheet.image)
     image = tmp_path / 'image.png'
     Image.fromarray(np.full((40, 60, 3), (250, 20, 90), np.uint8)).save(image)
-    (path,) = pictures.draw_files({'Found': models['Idle']}, [image], tmp_path / 'new')
+    (path,) = pictures.draw({'Found': models['Idle']}, tmp_path / 'new', [image])
     assert path.name == '000_image.png'
     with Image.open(path) as picture:
         assert np.array_equal(np.asarray(picture), np.asarray(Image.open(image)))
     assert [title for title, _ in sheets[0].found] == ['Found']
     assert sheets[0].content_size == (40, 60)
     with pytest.raises(FileNotFoundError, match=r"images=\['none.jpg'\] are not files"):
-        pictures.draw_files(models, ['none.jpg'], tmp_path)
+        pictures.draw(models, tmp_path, ['none.jpg'])

@@ -74,11 +74,11 @@ def cells(text):
 
 def test_plan_is_balanced_when_it_is_interrupted(shares):
     tasks, methods = ('swin-det', 'pvtv2-det'), ('idlevit', 'sparsevit')
-    plan = list(variants.policy_runs((0, 1), (0.33, 0.2, 0.45), tasks, methods))
+    plan = list(variants.planned_runs((0, 1), (0.33, 0.2, 0.45), (), tasks, methods))
     assert len({one.name for one in plan}) == len(plan)
     assert [one.seed for one in plan] == sorted(one.seed for one in plan)
     first = [one for one in plan if one.seed == 0]
-    assert [(one.task, one.variant['method']) for one in first[:2]] == [
+    assert [(one.variant['task'], one.variant['method']) for one in first[:2]] == [
         ('swin-det', 'dense'),
         ('pvtv2-det', 'dense'),
     ]
@@ -129,7 +129,7 @@ def test_the_config_of_a_run(tmp_path):
     method = variants.METHODS['idlevit+cut+distill']
     hooks = [dict(type='AuxiliaryLossHook', losses=list(method.losses))]
     ratios = [[1.0, 0.5]] * 4
-    one = variants.Run(dict(method='x'), 5, 'swin-det', dict(type='EvoViT'), ratios, hooks)
+    one = variants.Run(dict(method='x'), 5, dict(type='EvoViT'), ratios, hooks)
     base = run.load_config(variants.TASKS['swin-det'].config('finetune'))
     checkpoint = tmp_path / 'dense.pth'
     run.dumped(run.run_config(one, base, checkpoint, 3), tmp_path / 'new' / 'run.py')
@@ -147,36 +147,36 @@ def test_the_config_of_a_run(tmp_path):
         assert task.config('finetune').is_file()
 
 
-def test_study_of_scorers(study, tmp_path, capsys):
-    command = ['scorers', '--scorers', 'mean_distance', 'random', '--keep-ratios', '0.5']
-    text, calls = study(*command)
-    assert len(calls) == 2 * 3 + 2 * 2  # the best scorer in the other scopes
-    assert not any('random-window' in name for _, name in calls)
+SCORERS = [
+    *('--tasks', 'swin-det', '--methods', 'idlevit', 'random', 'windows'),
+    *('--levels', '--keep-ratios', '0.5'),
+]
+
+
+def test_study_at_equal_keep_ratios(study, tmp_path, capsys):
+    text, calls = study(*SCORERS)
+    assert len(calls) == 2 * 4
     assert 'about 0 min left' in capsys.readouterr().out
     rows = cells(text)
-    assert rows[1] == ['dense', '–', '1', '1.000', '0.650', '–', '0.650, 0.650']
-    assert rows[2] == ['mean_distance', 'map', '0.5', '0.500', '0.600', '-0.050', '0.600, 0.600']
-    assert [row[:2] for row in rows[3:]] == [
-        ['random', 'map'],
-        ['mean_distance', 'window_tokens'],
-        ['mean_distance', 'windows'],
-    ]
+    assert rows[1] == ['dense', '–', '1', '1.000', '65.00', '–', '65.00, 65.00']
+    assert rows[2] == ['idlevit', '–', '0.5', '0.500', '60.00', '-5.00', '60.00, 60.00']
+    assert [row[0] for row in rows[3:]] == ['windows', 'random']
     assert str(tmp_path) not in text  # no folder of this machine
-    assert study(*command) == (text, [])  # nothing is done again
+    assert study(*SCORERS) == (text, [])  # nothing is done again
 
     file = tmp_path / 'out' / 'runs.jsonl'
     file.write_text(''.join(file.read_text().splitlines(keepends=True)[:-1]))
-    again, calls = study(*command)
+    again, calls = study(*SCORERS)
     assert (again, len(calls)) == (text, 1)
-    assert len(report.lines_of(file)) == 10
+    assert len(report.lines_of(file)) == 8
     # Another checkpoint: other runs.
     (tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_6.pth').write_bytes(b'other')
-    assert len(study(*command)[1]) == 10
+    assert len(study(*SCORERS)[1]) == 8
 
 
 def test_study_of_policies(study):
     options = ['--tasks', 'swin-det', '--methods', 'idlevit', 'random', '--levels', '0.2']
-    text, calls = study('policies', *options, '--seeds', '3')
+    text, calls = study(*options, '--seeds', '3')
     assert [name for tool, name, *_ in calls if tool == 'tools/train.py'].count(
         'swin-det-random-ratios-seed3.py'
     ) == 1
@@ -199,14 +199,12 @@ def test_a_failure_keeps_what_was_done(study, monkeypatch, tmp_path):
         call(folder, threads, tool, config, *arguments)
 
     monkeypatch.setattr(run, 'call', broken)
-    command = ['scorers', '--scorers', 'mean_distance', 'random', '--keep-ratios', '0.5']
-    with pytest.raises(
-        UsageError, match='tools/train.py failed for keep_ratio0_5-random-map-seed0'
-    ):
-        study(*command, '--jobs', '1')
+    message = 'tools/train.py failed for swin-det-random-keep_ratio0_5-seed0'
+    with pytest.raises(UsageError, match=message):
+        study(*SCORERS, '--jobs', '1')
     assert len(report.lines_of(tmp_path / 'out' / 'runs.jsonl')) == 2
     monkeypatch.setattr(run, 'call', call)
-    assert len(study(*command)[1]) == 8
+    assert len(study(*SCORERS)[1]) == 6
 
 
 def test_a_tool_that_fails_is_named_with_its_last_line(tmp_path):
@@ -227,7 +225,7 @@ def test_a_tool_that_fails_is_named_with_its_last_line(tmp_path):
 )
 def test_wrong_arguments_before_anything_runs(study, options, capsys):
     with pytest.raises(SystemExit):
-        study('policies', *options)
+        study(*options)
     assert options[0] in capsys.readouterr().err
 
 
@@ -236,19 +234,14 @@ def test_committed_runs_give_the_committed_tables(name, shares, tmp_path):
     """All but multiply-adds, which are counted anew, and times, which are in the report alone."""
     folder = ROOT / 'docs' / 'studies'
     frame = report.frame_of(report.lines_of(folder / f'{name}.jsonl'))
-    scorers = name == 'scorers'
     found = cells(report.text(frame))
     wanted = cells((folder / f'{name}.md').read_text())
     for own, committed in zip(found, wanted, strict=True):
-        if scorers:
-            committed.insert(3, committed.pop())  # the multiply-adds stood last
         count = 1 if own[0] in ('keep', '1', '0.8', '0.6', '0.5', '0.4') else 3
         del own[count], committed[count]
         own[:] = [re.sub(r' \(.*\)', '', cell) for cell in own]
         committed[:] = [re.sub(r' \(.*\)', '', cell) for cell in committed[: len(own)]]
     assert sorted(found) == sorted(wanted)  # rows of equal means may stand in another order
-    if scorers:
-        assert report.best_scorer(frame) == 'mean_distance'
-    else:
+    if name == 'policies':
         report.draw(frame, tmp_path / 'new' / 'figure.png')
         assert (tmp_path / 'new' / 'figure.png').stat().st_size > 20_000

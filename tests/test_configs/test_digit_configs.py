@@ -17,17 +17,17 @@ from config_zoo import (
     load,
     read,
 )
-from mmengine.config import Config, DictAction
-from mmengine.dataset import pseudo_collate
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
-
-from idlevit_mm.datasets.digit_scenes import (
+from digit_scenes import (
     CLASSES,
     PALETTE,
     SEMANTIC_CLASSES,
     SEMANTIC_PALETTE,
 )
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
+
 from idlevit_mm.engine import ResumableRunner
 
 POLICIES = [name for name in DIGITS if '/policies/' in name]

@@ -18,8 +18,8 @@ import torch
 from config_zoo import CONFIGS, build, flat, load, read
 from mmengine.config import Config
 from mmengine.runner import Runner
+from stand_in import write_stand_in
 
-from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine.launch import train_from_config
 
 TRUE_SIZE = os.environ.get('IDLEVIT_MM_TRUE_SIZE', '0') not in ('', '0')
@@ -87,8 +87,8 @@ def capped(value: Any) -> Any:
 @pytest.fixture(scope='module')
 def stand_ins(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp('stand-ins')
-    write_coco_stand_in(folder / 'coco')
-    write_ade20k_stand_in(folder / 'ade')
+    write_stand_in('coco', folder / 'coco')
+    write_stand_in('ade20k', folder / 'ade')
     return {'mmdet': folder / 'coco', 'mmseg': folder / 'ade' / 'ADEChallengeData2016'}
 
 

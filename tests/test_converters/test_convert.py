@@ -340,7 +340,7 @@ def tool(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
         code = 0
         try:
-            module.run_tool(module.convert, **vars(module.parse_args()))
+            module.run_tool(module.convert)
         except SystemExit as exit_:
             code = exit_.code
         printed = capsys.readouterr()

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import cv2
+import digit_scenes
 import numpy as np
 import pytest
+import scenes
+from digit_scenes import CLASSES, MARKER, write_digit_scenes
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-
-from idlevit_mm.datasets import digit_scenes, scenes
-from idlevit_mm.datasets.digit_scenes import CLASSES, MARKER, write_digit_scenes
-from idlevit_mm.datasets.scenes import (
+from scenes import (
     MIN_VISIBLE,
     DigitScenesParams,
     Scene,

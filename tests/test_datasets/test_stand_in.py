@@ -2,24 +2,20 @@
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from stand_in import image_size, paint, write_stand_in
 
 from idlevit_mm.datasets.formats import COCO_CATEGORIES
-from idlevit_mm.datasets.stand_in import (
-    image_size,
-    paint,
-    write_ade20k_stand_in,
-    write_coco_stand_in,
-)
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / 'tools' / 'dataset_converters' / 'stand_in.py'
-WRITERS = {'coco': write_coco_stand_in, 'ade20k': write_ade20k_stand_in}
+WRITERS = {name: partial(write_stand_in, name) for name in ('coco', 'ade20k')}
 
 
 def contents(root):
@@ -165,7 +161,7 @@ def test_mmseg_reads_ade20k(written, split, short, count):
 def test_sizes(tmp_path):
     for size in (64, 65):
         folder = tmp_path / str(size)
-        write_coco_stand_in(folder, num_train=6, num_val=1, size=size, seed=3)
+        write_stand_in('coco', folder, num_train=6, num_val=1, size=size, seed=3)
         for path in folder.rglob('*.jpg'):
             height, width = cv2.imread(str(path)).shape[:2]
             assert size - 10 <= max(height, width) <= size

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from stand_in import write_stand_in
 
-from idlevit_mm.datasets.stand_in import write_ade20k_stand_in, write_coco_stand_in
 from idlevit_mm.engine import data_checks, doctor
 from idlevit_mm.engine.data_checks import check_data, decoded_size, sampled
 
@@ -28,8 +28,8 @@ ADE_MASK = 'annotations/validation/ADE_val_00000001.png'
 def originals(tmp_path_factory):
     pytest.importorskip('mmseg')
     folder = tmp_path_factory.mktemp('originals')
-    write_coco_stand_in(folder / 'coco', size=64)
-    write_ade20k_stand_in(folder / 'ade', size=64)
+    write_stand_in('coco', folder / 'coco', size=64)
+    write_stand_in('ade20k', folder / 'ade', size=64)
     return folder
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_report as report
+import measures
 import torch
 from mmengine.config import Config, DictAction
+from presets import PRESETS, TIMM, timm_twin
 from torch import Tensor, nn
 
-from idlevit_mm.analysis import latency, models
+from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
-from idlevit_mm.analysis.memory import peak_memory
-from idlevit_mm.analysis.presets import PRESETS, TIMM, timm_twin
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError, one_line
 
@@ -37,9 +37,8 @@ class Candidate(NamedTuple):
     """A model to be timed."""
 
     name: str  # in tables
-    kind: (
-        str  # 'host' (of mmdet or mmseg), 'timm', 'dense' (idle class, all kept), 'idle', 'config'
-    )
+    # 'host' (of mmdet or mmseg), 'timm', 'dense' (idle class, all kept), 'idle' or 'config'
+    kind: str
     build: Callable[[tuple[int, int]], nn.Module]  # in eval mode on the CPU, for (H, W) pixels
     keep: float | None = None  # ratio of all blocks, where there is one
 
@@ -149,7 +148,9 @@ def load_target(
     if not args.against_own:
         try:
             own = models.host_backbone(getattr(model, 'backbone', model), backbone)
-            dense = models.with_backbone(model, own) if whole else own
+            dense = models.shared_copy(model) if whole else own
+            if whole:
+                dense.backbone = own
             library = type(own).__module__.split('.')[0]
             found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
         except (ImportError, AssertionError, ValueError) as error:
@@ -208,8 +209,8 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
         warmup = max(args.warmup, 5) if graphs else args.warmup
         while reference in calls and not seconds:
             try:
-                seconds = latency.compare(calls, args.rounds, warmup, args.max_seconds)
-            except latency.CandidateError as failure:
+                seconds = measures.compare(calls, args.rounds, warmup, args.max_seconds)
+            except measures.CandidateError as failure:
                 figures[failure.name]['error'] = reason(failure.__cause__ or failure)
                 del calls[failure.name]
             # Not in the handler: there, the traceback still holds what the candidate had allocated.
@@ -218,13 +219,13 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
         for name in calls if not seconds else ():
             figures[name]['error'] = f'nothing to compare with: {reference} failed'
         for name, taken in seconds.items():
-            times = latency.spread(taken, case['batch'] / 1000)
-            ratios = latency.spread(taken, seconds[reference])
+            times = measures.spread(taken, case['batch'] / 1000)
+            ratios = measures.spread(taken, seconds[reference])
             figures[name] |= zip(report.TIMES, (*times, *ratios), strict=True)
             # CUDA graphs keep their memory.
             if not graphs and (args.memory or device.type == 'cuda'):
                 with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():
-                    figures[name]['memory'] = peak_memory(calls[name], device)
+                    figures[name]['memory'] = measures.peak_memory(calls[name], device)
     case |= dict(reference=reference, rounds=len(seconds.get(reference, ())))
     blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
     case['candidates'] = [
@@ -300,7 +301,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         notes += own
     print(*(f'note: {note}' for note in notes), sep='\n')
     about: report.Line = dict(command=shlex.join(['tools/analysis_tools/benchmark.py', *command]))
-    about |= dict(machine=latency.machine(), versions=latency.versions(), notes=notes)
+    about |= dict(machine=measures.machine(), versions=measures.versions(), notes=notes)
     report.add(lines, about, args.out)
     for name, candidates in targets.items():
         for case in cases_of(name, args):

@@ -3,19 +3,22 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
 from idlevit_mm.analysis import flops
-from idlevit_mm.analysis.batches import PHASES, data_batches
-from idlevit_mm.analysis.models import load_model, parse_shapes, share_kept, with_keep_ratios
+from idlevit_mm.analysis.models import load_model, parse_shapes, with_keep_ratios
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.engine.checks import check_datasets
+from idlevit_mm.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,7 +27,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add('config', type=Path)
     add('--shape', nargs='+', default=['800x1280'], metavar='HxW', help='input pixels, or several')
-    add('--data', nargs='?', const='val', choices=PHASES, help='average over images of this loader')
+    phases = ('val', 'test', 'train')
+    add('--data', nargs='?', const='val', choices=phases, help='average over images of this loader')
     add('--num-images', type=int, default=100, help='with --data: as many at least')
     add('--checkpoint', type=Path, help='weights (default: random)')
     add('--keep-ratios', nargs='+', type=float, help='each, the same in all blocks')
@@ -33,6 +37,33 @@ def parse_args() -> argparse.Namespace:
     add('--out', type=Path, help='write the counts to this JSON file')
     add('--cfg-options', nargs='+', action=DictAction, help='overrides')
     return parser.parse_args()
+
+
+def data_batches(cfg: Config, phase: str, num_images: int | None) -> Iterator[dict[str, Any]]:
+    """Batches of one of a config's data loaders, in this process, as the runner would get them.
+
+    What the loader of 'val', 'test' or 'train' yields, before the model's data preprocessor: of one
+    epoch, or of so many images at least as ``num_images`` says.
+
+    Raises:
+        UsageError: The config has no such loader, or its data are not there.
+        ValueError: ``num_images`` is below 1.
+    """
+    if num_images is not None and num_images < 1:
+        raise ValueError(f'num_images={num_images} must be at least 1')
+    key = f'{phase}_dataloader'
+    if not isinstance(cfg.get(key), dict):
+        raise UsageError(f'the config has no {key}')
+    # What the evaluator reads is not needed here.
+    check_datasets({key: cfg[key]}, (phase,))
+    settings = {**cfg[key], 'num_workers': 0, 'persistent_workers': False}
+    settings.pop('prefetch_factor', None)
+    set_random_seed(0)
+    loader = Runner.build_dataloader(settings, seed=0)
+    # Samplers of iteration based training never end.
+    length: int = len(loader.dataset)
+    wanted = length if num_images is None else min(num_images, length)
+    return islice(loader, -(-wanted // loader.batch_sampler.batch_size))
 
 
 def count_data(
@@ -62,7 +93,8 @@ def count_data(
             images.append(len(inputs))
             rows.append({part: count / len(inputs) for part, count in counts.items()})
             if hasattr(backbone, 'set_keep_ratios'):
-                shares.append(share_kept(backbone))
+                masks = chain(*backbone.keep_masks)
+                shares.append(np.mean([mask.float().mean().item() for mask in masks]))
     if not images:
         raise ValueError('batches hold no image to count')
     table = pd.DataFrame(rows).fillna(0.0)

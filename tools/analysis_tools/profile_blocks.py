@@ -17,6 +17,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
+from measures import machine, versions
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
-from idlevit_mm.analysis.latency import machine, versions
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError
@@ -39,11 +39,9 @@ OUTSIDE, BACKWARD = 'outside the blocks', 'backward pass'
 METHODS = dict(forward='rest', look='scoring', planned='selecting', opened='gathering')
 METHODS |= dict(settled='scattering', regrouped='scattering', attend='attention, rest')
 METHODS |= dict(transform='feed-forward')
-ENTRIES = dict(take='gathering', put='scattering')
+ENTRIES = dict(take='gathering', put='scattering', overwrite='scattering')
 ENTRIES |= dict.fromkeys(('attend', 'attend_windows'), 'attention core')
-FUNCTIONS = [
-    *((convolution, 'take_rows', 'gathering'), (convolution, 'fill_map', 'scattering')),
-]
+FUNCTIONS = [(convolution, 'take_rows', 'gathering'), (convolution, 'fill_map', 'scattering')]
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,13 +7,16 @@ necks and heads; the other formats take the backbone alone.
 
 import argparse
 
-from idlevit_mm.analysis.models import compare_with_config
+from mmengine.registry import MODELS
+
+from idlevit_mm.analysis.models import load_config
+from idlevit_mm.checkpoints import compare, split_backbone
 from idlevit_mm.converters import OPENMMLAB, TARGETS, convert_file
-from idlevit_mm.engine.launch import load_config, run_tool
+from idlevit_mm.engine.launch import run_tool
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+def convert() -> None:
+    """Do what the command line asks for, and print what became of the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('source', help='file, address, or timm:// and the name of a timm model')
@@ -28,29 +31,24 @@ def parse_args() -> argparse.Namespace:
         parser.error('--config goes with --to mmdet or --to mmseg')
     if args.img_size is not None and len(args.img_size) > 2:
         parser.error(f'--img-size takes one number or two, not {len(args.img_size)}')
-    return args
-
-
-def convert(
-    source: str,
-    target: str,
-    to: str,
-    window_size: int | None,
-    img_size: list[int] | None,
-    config: str | None,
-) -> None:
-    """Convert, and print what became of the weights."""
-    if config is not None:
-        load_config(config)  # what is wrong with it shows before anything is written
-    size = None if img_size is None else (img_size[0], img_size[-1])
-    converted = convert_file(source, target, to, window_size, size)
-    print(f'{source}: {converted.source.title}')
-    print(f'{target}: {converted.target.title}')
+    if args.config is not None:
+        # What is wrong with it shows before anything is written.
+        model = MODELS.build(load_config(args.config).model)
+    size = args.img_size and (args.img_size[0], args.img_size[-1])
+    converted = convert_file(args.source, args.target, args.to, args.window_size, size)
+    print(f'{args.source}: {converted.source.title}')
+    print(f'{args.target}: {converted.target.title}')
     print('\n'.join(converted.report.lines()))
-    if config is not None:
-        print(f'compared with the model of {config}:')
-        print('\n'.join(compare_with_config(converted.weights, config).lines()))
+    if args.config is not None:
+        print(f'compared with the model of {args.config}:')
+        state, others = split_backbone(converted.weights)
+        if others:
+            report = compare(model.state_dict(), converted.weights)
+        else:  # of a backbone alone
+            backbone = getattr(model, 'backbone', model)
+            report = compare(backbone.state_dict(), state, policy_too=False)
+        print('\n'.join(report.lines()))
 
 
 if __name__ == '__main__':
-    run_tool(convert, **vars(parse_args()))
+    run_tool(convert)

@@ -13,7 +13,7 @@ from variants import METHODS, RANDOM_RATIOS, TASKS, operations
 
 from idlevit_mm.analysis.results import Line, read_lines
 
-KEYS = ['task', 'method', 'scope', 'level', 'keep_ratio']
+KEYS = ['task', 'method', 'level', 'keep_ratio']
 
 
 def lines_of(file: Path) -> list[Line]:
@@ -25,15 +25,9 @@ def frame_of(lines: Iterable[Line]) -> pd.DataFrame:
     """One row per run: ``KEYS``, seed, score, policy and ratios."""
     rows = []
     for line in lines:
-        row = {'task': 'swin-det', 'scope': None, 'level': None, **line['variant']}
-        policy = line['settings'].get('policy')
-        if 'scorer' in row:  # the study of scorers, whose first results say no more
-            row['method'] = row['scorer'] or 'dense'
-            setting = dict(type='IdleViT', scorer=row['scorer'], scope=row['scope'])
-            policy = row['scorer'] and setting
-        row['ratios'] = line['settings'].get('keep_ratios', row['keep_ratio'])
-        score = line['score'] if 'score' in line else line['ap']
-        rows.append(row | dict(policy=policy, seed=line['seed'], score=score))
+        own, results = line['settings'], dict(seed=line['seed'], score=line['score'])
+        settings = dict(policy=own['policy'], ratios=own['keep_ratios'])
+        rows.append(line['variant'] | settings | results)
     # A method that was run again replaces its earlier result.
     return pd.DataFrame(rows).drop_duplicates([*KEYS, 'seed'], keep='last')
 
@@ -57,38 +51,31 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def best_scorer(frame: pd.DataFrame) -> str:
-    """The scorer with the highest score on the whole map, over keep ratios and seeds."""
-    return frame[frame.scope == 'map'].groupby('method').score.mean().idxmax()
-
-
 def variant_table(table: pd.DataFrame, task: str) -> str:
-    """The rows of a task in Markdown: dense, then by scope, level and ratio, the best first."""
-    scorers = table.scope.notna().any()
-    digits = 3 if scorers else 2  # the one counts AP in ones, the other in points
-    chosen = table if scorers else table[table.level.notna() | (table.method == 'dense')]
-    chosen = chosen.assign(other=chosen.scope.isin(['window_tokens', 'windows']))
-    chosen = chosen.fillna({'level': 0.0, 'keep_ratio': 0.0})
-    order = {'other': True, 'level': True, 'keep_ratio': False, 'score': False, 'method': True}
+    """The rows of a task in Markdown: dense, then by level and keep ratio, the best first."""
+    if (table.method == RANDOM_RATIOS).any():  # rows at equal ratios are in a table of their own
+        table = table[table.level.notna() | (table.method == 'dense')]
+    chosen = table.fillna({'level': 0.0, 'keep_ratio': 0.0})
+    # Dense has neither.
+    chosen['ratio'] = chosen.keep_ratio.where(chosen.method != 'dense', 2.0)
+    order = {'level': True, 'ratio': False, 'score': False, 'method': True}
     rows = []
     for row in chosen.sort_values([*order], ascending=[*order.values()]).itertuples():
         dense = row.method == 'dense'
         where = METHODS[row.method].where if row.method in METHODS else ''
         ratios = np.hstack(row.ratios if isinstance(row.ratios, list) else [row.ratios])
-        group = row.scope if scorers else f'-{100 * row.level:g} %'
         cells = [
             row.method,
-            '–' if dense else group,
+            f'-{100 * row.level:g} %' if row.level else '–',
             f'{ratios.min():g} {where}'.strip(),
             f'{row.share:.3f}',
-            f'{row.score:.{digits}f}',
-            '–' if dense else f'{row.gain:+.{digits}f}',
-            ', '.join(f'{score:.{digits}f}' for score in row.seeds),
+            f'{row.score:.2f}',
+            '–' if dense else f'{row.gain:+.2f}',
+            ', '.join(f'{score:.2f}' for score in row.seeds),
         ]
         rows.append(cells)
-    columns = ['scorer', 'scope'] if scorers else ['method', 'level']
-    columns += ['keep', 'multiply-adds', TASKS[task].unit, 'against dense', 'each seed']
-    return tabulate(rows, columns, 'pipe', disable_numparse=True)
+    columns = ['method', 'level', 'keep', 'multiply-adds', TASKS[task].unit, 'against dense']
+    return tabulate(rows, [*columns, 'each seed'], 'pipe', disable_numparse=True)
 
 
 def ratio_table(frame: pd.DataFrame, table: pd.DataFrame, task: str) -> str:

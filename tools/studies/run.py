@@ -1,4 +1,4 @@
-"""Compare scorers, or policies at equal multiply-adds, by fine-tuning one dense checkpoint.
+"""Compare policies and scorers by fine-tuning one dense checkpoint, at equal multiply-adds.
 
 Finished runs are kept: after an interruption, the same command goes on where it stopped.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import report
 import variants
 from mmengine.config import Config, DictAction
-from variants import TASKS, Run, policy_runs, scorer_runs
+from variants import TASKS, Run, planned_runs
 
 from idlevit_mm.analysis.models import load_config
 from idlevit_mm.analysis.results import Line, add_line
@@ -33,17 +33,15 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('study', choices=['scorers', 'policies'])
-    add('--scorers', nargs='+', choices=variants.SCORERS, default=variants.SCORERS)
-    add('--keep-ratios', nargs='+', type=float, default=[0.7, 0.5])
     add('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
-    add('--methods', nargs='+', choices=variants.METHODS, default=list(variants.METHODS))
-    add('--levels', nargs='+', type=float, default=variants.LEVELS, help='multiply-adds to save')
+    add('--methods', nargs='+', choices=variants.METHODS, default=variants.POLICIES)
+    add('--levels', nargs='*', type=float, default=variants.LEVELS, help='multiply-adds to save')
+    add('--keep-ratios', nargs='+', type=float, default=[], help='runs at equal ratios besides')
     add('--seeds', nargs='+', type=int, default=[0, 1])
     add('--epochs', type=int, default=1, help='fine-tuning epochs of every run')
     add('--jobs', type=int, default=2, help='runs at a time')
     add('--threads', type=int, default=1, help='computing threads per run')
-    add('--out-dir', type=Path, help='default: work_dirs/STUDY_study')
+    add('--out-dir', type=Path, default=ROOT / 'work_dirs' / 'policies_study')
     dense_help = 'folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing'
     add('--dense-dir', type=Path, default=ROOT / 'work_dirs', help=dense_help)
     add('--cfg-options', nargs='+', action=DictAction, help='further overrides for every run')
@@ -52,21 +50,14 @@ def parse_args() -> argparse.Namespace:
         parser.error('--keep-ratios and --levels must lie in (0, 1); a dense row is always there')
     if min(args.epochs, args.jobs, args.threads) < 1:
         parser.error('--epochs, --jobs and --threads must be at least 1')
-    args.out_dir = (args.out_dir or ROOT / 'work_dirs' / f'{args.study}_study').resolve()
+    args.out_dir = args.out_dir.resolve()
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Do the study, or what is left of it, and write its tables."""
-    if args.study == 'policies':
-        lines = do_runs(policy_runs(args.seeds, args.levels, args.tasks, args.methods), args)
-    else:
-        lines = do_runs(scorer_runs(args.seeds, args.keep_ratios, args.scorers, ['map']), args)
-        best = report.best_scorer(report.frame_of(lines))
-        print(f'best scorer on the whole map: {best}')
-        lines += do_runs(
-            scorer_runs(args.seeds, args.keep_ratios, [best], variants.SCOPES[1:]), args
-        )
+    planned = planned_runs(args.seeds, args.levels, args.keep_ratios, args.tasks, args.methods)
+    lines = do_runs(planned, args)
     tables = report.text(report.frame_of(lines))
     (args.out_dir / 'study.md').write_text(tables)
     print(f'\n{tables}\nwritten to {args.out_dir / "study.md"}')
@@ -79,8 +70,8 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
         UsageError: a run failed; no other is started.
     """
     runs = list(planned)
-    starts = {task: start_of(task, args) for task in dict.fromkeys(run.task for run in runs)}
-    configs = {run.name: run_config(run, *starts[run.task], args.epochs) for run in runs}
+    starts = {task: start_of(task, args) for task in {run.variant['task']: None for run in runs}}
+    configs = {run.name: run_config(run, *starts[run.variant['task']], args.epochs) for run in runs}
     plan = {run.name: lines_of(run, configs[run.name]) for run in runs}
     file = args.out_dir / 'runs.jsonl'
     found = {_key(line): line for line in report.lines_of(file)}
@@ -158,8 +149,7 @@ def lines_of(run: Run, cfg: Config) -> list[Line]:
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
     """Train, and test at each ratio to serve; returns the scores."""
-    _, _, metric, _, points = TASKS[run.task]
-    points = 1.0 if 'scorer' in run.variant else points  # that study counts in ones
+    _, _, metric, _, points = TASKS[run.variant['task']]
     folder = args.out_dir / 'runs' / run.name
     shutil.rmtree(folder, ignore_errors=True)  # an earlier score must not pass for its own
     config = dumped(cfg, folder.parent / f'{run.name}.py')

@@ -1,4 +1,4 @@
-"""What the studies compare: tasks, scorers and policies, at keep ratios of equal multiply-adds."""
+"""What a study compares: tasks, and methods at equal multiply-adds or at equal keep ratios."""
 
 import json
 from bisect import bisect
@@ -18,8 +18,6 @@ from idlevit_mm.errors import UsageError
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'digit_scenes'
 INPUT_SHAPE = (128, 128)
 LEVELS = (0.33, 0.2, 0.45)  # shares of the dense multiply-adds to save; the first one decides
-SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
-SCOPES = ('map', 'window_tokens', 'windows')
 # One checkpoint for many ratios, against one checkpoint for each.
 RANDOM_RATIOS, SERVED_RATIOS = 'random-ratios', (1.0, 0.8, 0.6, 0.5, 0.4)
 # A level counts as reached within this share of the dense multiply-adds. Whole windows go in
@@ -87,14 +85,23 @@ METHODS = {
     ),
     'random': Method(dict(_IDLEVIT, scorer='random')),
 }
+# Methods by default; the others are of the study of scorers and scopes.
+POLICIES = tuple(METHODS)
+METHODS |= {
+    name: Method(dict(_IDLEVIT, scorer=name))
+    for name in ('activation_norm', 'mean_query', 'uniform_grid')
+}
+METHODS |= {
+    name: Method(dict(_IDLEVIT, scope=name), tasks=('swin-det',))
+    for name in ('window_tokens', 'windows')
+}
 
 
 class Run(NamedTuple):
     """One training."""
 
-    variant: dict[str, Any]  # what its line of results says: method, level and so on
+    variant: dict[str, Any]  # what its line of results says: task, method, level, keep_ratio
     seed: int
-    task: str = 'swin-det'
     policy: Mapping[str, Any] | None = None  # None: the config's own
     keep_ratios: Any = 1.0
     hooks: list[dict[str, Any]] = []  # with TEACHER in place of the dense checkpoint
@@ -111,45 +118,42 @@ class Run(NamedTuple):
         return '-'.join([*parts, f'seed{self.seed}']).replace('.', '_')
 
 
-def scorer_runs(
-    seeds: Sequence[int], ratios: Sequence[float], scorers: Sequence[str], scopes: Sequence[str]
+def planned_runs(
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    ratios: Sequence[float],
+    tasks: Sequence[str],
+    methods: Sequence[str],
 ) -> Iterator[Run]:
-    """Runs of the study of scorers; the dense one belongs to the whole map."""
-    for seed in seeds:
-        if 'map' in scopes:
-            yield Run(dict(keep_ratio=1.0, scorer=None, scope=None), seed)
-        for scope, scorer, ratio in product(scopes, scorers, ratios):
-            variant = dict(keep_ratio=ratio, scorer=scorer, scope=scope)
-            policy = dict(type='IdleViT', scorer=scorer, scope=scope)
-            yield Run(variant, seed, policy=policy, keep_ratios=ratio)
+    """Runs of a study, in an order that leaves an interrupted one balanced.
 
-
-def policy_runs(
-    seeds: Sequence[int], levels: Sequence[float], tasks: Sequence[str], methods: Sequence[str]
-) -> Iterator[Run]:
-    """Runs of the study of policies, in an order that leaves an interrupted study balanced.
-
-    Seed by seed; within a seed all tasks at one level, then at the next. What serves many ratios
-    follows with the first seed, for Swin alone.
+    Seed by seed; within a seed all tasks at one level or keep ratio, then at the next. What serves
+    many ratios follows with the first seed, for Swin alone.
     """
     variant: dict[str, Any]
     hooks: list[dict[str, Any]]
+    own: Any
+    points = [*product(levels, [None]), *product([None], ratios)]
     for seed in seeds:
         for task in tasks:
-            yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed, task)
-        for level, task, name in product(levels, tasks, methods):
-            policy, _, losses, fits = METHODS[name]
+            yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed)
+        for (level, ratio), task, name in product(points, tasks, methods):
+            policy, where, losses, fits = METHODS[name]
             if task in fits:
-                variant = dict(task=task, method=name, level=level, keep_ratio=None)
+                variant = dict(task=task, method=name, level=level, keep_ratio=ratio)
                 hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))] if losses else []
-                yield Run(variant, seed, task, policy, level_ratios(task, name, level), hooks)
-        if seed == seeds[0] and 'swin-det' in tasks and 'idlevit' in methods:
+                if level:
+                    own = level_ratios(task, name, level)
+                elif ratio:
+                    own = spread(ratio, _backbone(task, 'null').depths, where)
+                yield Run(variant, seed, policy, own, hooks)
+        if seed == seeds[0] and levels and 'swin-det' in tasks and 'idlevit' in methods:
             variant = dict(task='swin-det', method='idlevit', level=None)
             for ratio in SERVED_RATIOS[1:]:  # the dense run is the one for 1.0
-                yield Run(dict(variant, keep_ratio=ratio), seed, 'swin-det', _IDLEVIT, ratio)
+                yield Run(dict(variant, keep_ratio=ratio), seed, _IDLEVIT, ratio)
             variant = dict(variant, method=RANDOM_RATIOS, keep_ratio=None)
             hooks = [dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model')]
-            yield Run(variant, seed, 'swin-det', _IDLEVIT, 1.0, hooks, SERVED_RATIOS)
+            yield Run(variant, seed, _IDLEVIT, 1.0, hooks, SERVED_RATIOS)
 
 
 def spread(ratio: float, depths: Sequence[int], where: str = '') -> list[list[float]]:

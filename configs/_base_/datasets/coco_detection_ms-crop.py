@@ -3,9 +3,8 @@ _base_ = './coco_detection.py'
 
 scales = [(size, 1333) for size in range(480, 801, 32)]
 train_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='RandomFlip', prob=0.5),
+    *_base_.train_pipeline[:2],  # what loads
+    _base_.train_pipeline[3],  # flips
     dict(
         type='RandomChoice',
         transforms=[

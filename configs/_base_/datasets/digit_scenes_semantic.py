@@ -26,8 +26,7 @@ dataset = dict(
 )
 train_dataloader = dict(
     dataset=dict(
-        dataset,
-        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        dataset, data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')
     )
 )
 val_dataloader = dict(

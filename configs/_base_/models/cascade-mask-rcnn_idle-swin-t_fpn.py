@@ -17,11 +17,7 @@ model = dict(
                 reg_class_agnostic=True,
                 loss_bbox=dict(type='SmoothL1Loss', beta=1.0, loss_weight=1.0),
             )
-            for stds in (
-                [0.1, 0.1, 0.2, 0.2],
-                [0.05, 0.05, 0.1, 0.1],
-                [0.033, 0.033, 0.067, 0.067],
-            )
+            for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
         ],
     ),
     train_cfg=dict(

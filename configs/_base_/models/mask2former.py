@@ -3,12 +3,7 @@ _base_ = './segmentor.py'
 
 num_classes = 150
 attention = dict(
-    embed_dims=256,
-    num_heads=8,
-    attn_drop=0.0,
-    proj_drop=0.0,
-    dropout_layer=None,
-    batch_first=True,
+    embed_dims=256, num_heads=8, attn_drop=0.0, proj_drop=0.0, dropout_layer=None, batch_first=True
 )
 model = dict(
     data_preprocessor=dict(test_cfg=dict(size_divisor=32)),

@@ -5,10 +5,6 @@ model = dict(
     data_preprocessor={{_base_.unpadded}},
     decode_head=dict(_base_.small_head, in_channels=[32, 64, 128, 256]),
     auxiliary_head=dict(
-        in_channels=128,
-        channels=64,
-        dropout_ratio=0.0,
-        num_classes=11,
-        norm_cfg=dict(type='BN'),
+        in_channels=128, channels=64, dropout_ratio=0.0, num_classes=11, norm_cfg=dict(type='BN')
     ),
 )

@@ -1,13 +1,8 @@
 # How an idle model is fine-tuned from a dense checkpoint, `load_from`, which also teaches it.
 custom_hooks = [
-    dict(
-        type='AuxiliaryLossHook',
-        losses=[dict(type='FeatureDistillation', loss_weight=5.0)],
-    ),
+    dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation', loss_weight=5.0)])
 ]
 
 # mmengine refuses the same key in two bases, so what a dense config sets too is kept under a name
 # of its own: a config has a dense one and this as bases, and takes from here what it changes.
-finetune = dict(
-    random_ratios=dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model'),
-)
+finetune = dict(random_ratios=dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model'))

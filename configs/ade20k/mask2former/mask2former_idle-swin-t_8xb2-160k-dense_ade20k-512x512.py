@@ -24,8 +24,7 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
+    *_base_.train_pipeline[:2],
     dict(
         type='RandomChoiceResize',
         # From half the size of a crop to twice that.
@@ -33,10 +32,7 @@ train_pipeline = [
         resize_type='ResizeShortestEdge',
         max_size=2048,
     ),
-    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    *_base_.train_pipeline[3:],
 ]
 train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 

@@ -38,6 +38,6 @@ optim_wrapper = dict(
             'norm': dict(decay_mult=0.0),
             'head': dict(lr_mult=10.0),
         }
-    ),
+    )
 )
 train_dataloader = dict(batch_size=2, num_workers=2)

@@ -1,11 +1,4 @@
-_base_ = [
-    './fpn_idle-pvt-s_8xb4-40k-dense_ade20k-512x512.py',
-    '../../_base_/schedules/finetune_40k.py',
-]
+_base_ = './fpn_idle-pvt-t_8xb4-40k-keep70_ade20k-512x512.py'
 
 load_from = 'work_dirs/fpn_idle-pvt-s_8xb4-40k-dense_ade20k-512x512/iter_40000.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.00006))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(num_layers=[3, 4, 6, 3]))

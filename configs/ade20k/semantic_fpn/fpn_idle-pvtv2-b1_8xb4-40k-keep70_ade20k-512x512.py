@@ -1,11 +1,4 @@
-_base_ = [
-    './fpn_idle-pvtv2-b1_8xb4-40k-dense_ade20k-512x512.py',
-    '../../_base_/schedules/finetune_40k.py',
-]
+_base_ = './fpn_idle-pvtv2-b0_8xb4-40k-keep70_ade20k-512x512.py'
 
 load_from = 'work_dirs/fpn_idle-pvtv2-b1_8xb4-40k-dense_ade20k-512x512/iter_40000.pth'
-model = dict(backbone=dict(keep_ratios=0.7, policy=dict(context='summary'), init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.00006))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(embed_dims=64), neck=dict(in_channels=[64, 128, 320, 512]))

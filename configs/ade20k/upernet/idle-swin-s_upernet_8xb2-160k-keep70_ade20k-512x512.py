@@ -1,11 +1,4 @@
-_base_ = [
-    './idle-swin-s_upernet_8xb2-160k-dense_ade20k-512x512.py',
-    '../../_base_/schedules/finetune_160k.py',
-]
+_base_ = './idle-swin-t_upernet_8xb2-160k-keep70_ade20k-512x512.py'
 
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/swin/upernet_swin_small_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K/upernet_swin_small_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K_20210526_192015-ee2fff1c.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.000018))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(depths=[2, 2, 18, 2]))

@@ -32,6 +32,6 @@ optim_wrapper = dict(
             'relative_position_bias_table': dict(decay_mult=0.0),
             'norm': dict(decay_mult=0.0),
         }
-    ),
+    )
 )
 train_dataloader = dict(batch_size=2)

@@ -1,11 +1,4 @@
-_base_ = [
-    './cascade-mask-rcnn_idle-swin-s_fpn_1x-dense_coco.py',
-    '../../_base_/schedules/finetune_1x.py',
-]
+_base_ = './cascade-mask-rcnn_idle-swin-t_fpn_1x-keep70_coco.py'
 
 load_from = 'work_dirs/cascade-mask-rcnn_idle-swin-s_fpn_1x-dense_coco/epoch_12.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.00003))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(depths=[2, 2, 18, 2]))

@@ -1,11 +1,4 @@
-_base_ = [
-    './mask-rcnn_idle-swin-s_fpn_amp-ms-crop-3x-dense_coco.py',
-    '../../_base_/schedules/finetune_3x.py',
-]
+_base_ = './mask-rcnn_idle-swin-t_fpn_amp-ms-crop-3x-keep70_coco.py'
 
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco/mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1.pth'
-model = dict(backbone=dict(keep_ratios=0.7, init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.00003))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(depths=[2, 2, 18, 2]))

@@ -1,8 +1,4 @@
-_base_ = ['./retinanet_idle-pvtv2-b1_fpn_1x-dense_coco.py', '../../_base_/schedules/finetune_1x.py']
+_base_ = './retinanet_idle-pvtv2-b0_fpn_1x-keep70_coco.py'
 
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/pvt/retinanet_pvtv2-b1_fpn_1x_coco/retinanet_pvtv2-b1_fpn_1x_coco_20210831_103318-7e169a7d.pth'
-model = dict(backbone=dict(keep_ratios=0.7, policy=dict(context='summary'), init_cfg=None))
-
-train_cfg = {{_base_.finetune.train_cfg}}
-optim_wrapper = dict(optimizer=dict(lr=0.00003))
-param_scheduler = {{_base_.finetune.param_scheduler}}
+model = dict(backbone=dict(embed_dims=64), neck=dict(in_channels=[64, 128, 320, 512]))

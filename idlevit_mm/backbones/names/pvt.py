@@ -8,7 +8,6 @@ import re
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ...checkpoints import StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
@@ -20,16 +19,6 @@ _QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)qkv\.(weight|bias)')
 # The position table of PVT that has a row for the class token, and its places then.
 _CLASS_TABLE = 'pos_embed4'
 _CLASS_PLACES = 50
-
-
-def _to_convolution(value: Tensor) -> Tensor:
-    """The weight of a linear layer (out, in) as that of a 1x1 convolution."""
-    return value[:, :, None, None]
-
-
-def _to_linear(value: Tensor) -> Tensor:
-    """The inverse of ``_to_convolution``."""
-    return value[:, :, 0, 0]
 
 
 def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
@@ -44,13 +33,12 @@ def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
     if conv:
         same_kind.append(('ffn.layers.1', conv))
     linear = (('ffn.layers.0', 'mlp.fc1'), ('ffn.layers.4' if conv else 'ffn.layers.3', 'mlp.fc2'))
+    # Weights (out, in) of linear layers are those of 1x1 convolutions here.
+    shapes = (lambda x: x[:, :, None, None], lambda x: x[:, :, 0, 0])
     return (
         *with_leaves(same_kind, ours, theirs),
         Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{theirs}attn.qkv.{{leaf}}'),
-        *(
-            Rule(f'{ours}{a}.weight', f'{theirs}{b}.weight', _to_convolution, _to_linear)
-            for a, b in linear
-        ),
+        *(Rule(f'{ours}{a}.weight', f'{theirs}{b}.weight', *shapes) for a, b in linear),
         *(Rule(f'{ours}{a}.bias', f'{theirs}{b}.bias') for a, b in linear),
     )
 

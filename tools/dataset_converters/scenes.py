@@ -3,11 +3,9 @@
 Everything that tells about a scene is derived from one map that says which digit owns each pixel.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import cv2
@@ -21,7 +19,7 @@ MIN_DIGIT_SCALE = 8
 # Random placement of squares jams near 0.56 of the area; below this share it always succeeds.
 MAX_COVER = 0.35
 MIN_VISIBLE = 0.85
-_PHOTOS = Path(datasets.__file__).parent / 'images'
+_PHOTOS = files(datasets) / 'images'
 _VAL_PHOTO_SHARE = 0.3
 _VAL_DIGIT_SHARE = 0.25
 
@@ -160,8 +158,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=1)
 def _photos() -> tuple[np.ndarray, ...]:
     # Not by scikit-learn's loader, which leaves the decoding to Pillow.
-    files = (_PHOTOS / name for name in ('china.jpg', 'flower.jpg'))
-    return tuple(np.asarray(cv2.imread(str(file))) for file in files)
+    names = ('china.jpg', 'flower.jpg')
+    return tuple(np.asarray(cv2.imread(str(_PHOTOS / name))) for name in names)
 
 
 def _background(

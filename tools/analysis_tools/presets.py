@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import backbones as _backbones  # noqa: F401  (registers them)
+import idlevit_mm  # noqa: F401  (registers the backbones)
 
 _RATE = dict(drop_path_rate=0.1)
 _SWIN = dict(_RATE, type='IdleSwinTransformer', embed_dims=96, num_heads=(3, 6, 12, 24))

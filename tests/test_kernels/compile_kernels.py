@@ -1,6 +1,6 @@
 """Compile the kernels of GPUs for devices that need not be there, and count what they use.
 
-    python tools/compile_kernels.py [--arch 80 90]
+    python tests/test_kernels/compile_kernels.py [--arch 80 90]
 
 A line for each kernel and configuration: registers, shared memory, and accesses of spilled ones, of
 which there must be none.

@@ -1,11 +1,12 @@
-"""How long several callables take, compared fairly in one process.
+"""How long several callables take, compared fairly in one process, and the memory of one call.
 
 Timings taken one after the other drift with temperature, clock speed and other users of the
 machine. Here all take turns: each round times every one of them once, in an order that changes, and
 ratios are formed within a round before the median is taken, so that a slow spell hits both sides.
-"""
 
-from __future__ import annotations
+Memory is what is allocated above the level at the start of a call. It is not the size of the
+process, which on a CPU depends on what the allocator has kept from before.
+"""
 
 import gc
 import importlib.metadata
@@ -13,25 +14,19 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.profiler import profile
 
 _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
     *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'timm', 'numpy'),
 )
-
-
-class Spread(NamedTuple):
-    """Median, first and third quartile of some values."""
-
-    median: float
-    low: float
-    high: float
 
 
 class CandidateError(RuntimeError):
@@ -103,9 +98,43 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def spread(values: Sequence[float], others: Sequence[float] | float = 1.0) -> Spread:
-    """Median and quartiles of values, or of their quotients with others of the same rounds."""
-    return Spread(*np.quantile(np.divide(values, others), (0.5, 0.25, 0.75)).tolist())
+def spread(values: Sequence[float], others: Sequence[float] | float = 1.0) -> list[float]:
+    """Median and both quartiles of values, or of their quotients with others of the same rounds."""
+    return np.quantile(np.divide(values, others), (0.5, 0.25, 0.75)).tolist()
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """Highest level above the start that bytes allocated (positive) and freed (negative) reach."""
+    return max(accumulate(changes, initial=0))
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes allocated and freed on the CPU by torch during a call, in order.
+
+    What a library allocates for itself (scratch of oneDNN's convolutions) is not seen.
+    """
+    with profile(use_device=None, profile_memory=True) as recorded:
+        call()
+    events = recorded.kineto_results.events()  # type: ignore[union-attr]
+    own = [e for e in events if e.name() == '[memory]']
+    own = [e for e in own if e.device_type() == torch.autograd.DeviceType.CPU]
+    # The sort is stable: what happens in the same nanosecond keeps its order.
+    return [event.nbytes() for event in sorted(own, key=lambda event: event.start_ns())]
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call allocates at most above the level at its start, on a CPU or with CUDA.
+
+    It has run before, so that tables and workspaces that stay are there already.
+    """
+    if device.type == 'cpu':
+        return peak_of(allocations(call))
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    level = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - level
 
 
 def machine() -> str:
