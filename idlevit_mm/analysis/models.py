@@ -23,6 +23,8 @@ from ..engine import launch
 from ..errors import UsageError
 from ..registry import arguments_of
 
+# Precisions by the names that options have for them.
+DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 KeepRatios = float | Sequence[float] | Sequence[Sequence[float]]
 
 _PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
@@ -145,7 +147,8 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     settings, state = backbone.dense_twin(backbone_cfg)
     try:
         dense_class = getattr(importlib.import_module(f'{library}.models'), twin)
-    except ImportError as error:
+    except (ImportError, AssertionError) as error:
+        # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
         raise ValueError(
             f'the dense class of {name} is in {_PROJECTS[library]}, which cannot be imported: '
             f'{error}'
