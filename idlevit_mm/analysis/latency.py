@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import reason
+from ..errors import UsageError, one_line, reason
 
 _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
@@ -168,6 +168,21 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def spread(values: Sequence[float], others: Sequence[float] | float = 1.0) -> Spread:
     """Median and quartiles of values, or of their quotients with others of the same rounds."""
     return Spread(*np.quantile(np.divide(values, others), (0.5, 0.25, 0.75)).tolist())
+
+
+def started(device: str) -> torch.device:
+    """A device that is in use from now on, by everything that names none.
+
+    Raises:
+        UsageError: there is no such device, or it cannot be used.
+    """
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f'--device {device}: {one_line(error)}') from error
+    if place.type == 'cuda':
+        torch.cuda.set_device(place)
+    return place
 
 
 def machine() -> str:

@@ -162,6 +162,25 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     return dense
 
 
+class Autocast(nn.Module):
+    """A model under autocast: mmdet's Swin cannot be in half precision as a whole.
+
+    Args:
+        model: With weights in that precision, so that they need not be cast.
+        dtype: The precision.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the model gives."""
+        # A cache would outlive a CUDA graph's memory.
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            return self.model(x)
+
+
 def with_backbone(model: nn.Module, backbone: nn.Module) -> nn.Module:
     """A copy of a model with another backbone, the other weights shared."""
     clone = shared_copy(model)

@@ -261,10 +261,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         if not args.resume:
             raise UsageError(f'--out {args.out} exists: add --resume, or move it away')
         lines = report.read(args.out)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'--device {args.device}: {one_line(error)}') from error
+    latency.started(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     targets: dict[str, list[Candidate]] = {}
