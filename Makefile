@@ -10,13 +10,17 @@ PYTEST_ARGS ?=
 PYTEST_PROCESSES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # More arguments for the benchmark, as in: make bench BENCH_ARGS='--out speed.json'
 BENCH_ARGS ?=
+# More arguments for the run on a GPU, as in: make gpu GPU_ARGS='--max-minutes 4'
+GPU_ARGS ?=
+# Interpreter of the run on a GPU, taken as it is; empty: that of .venv, which is set up first.
+GPU_PYTHON ?=
 
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench lint format \
-	doctor clean distclean
+.PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench gpu lint \
+	format doctor clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +51,9 @@ test-onedl: setup-onedl ## All tests with the forks onedl-*
 bench: setup ## Time three backbones against mmdet's on the CPU (less than a minute)
 	@$(VENV_PYTHON) tools/analysis_tools/benchmark.py swin-t pvt-s pvtv2-b2 --device cpu \
 		--shapes 224x224 --keep-ratios 1.0 0.5 --rounds 7 --warmup 1 --max-seconds 8 $(BENCH_ARGS)
+
+gpu: $(if $(GPU_PYTHON),,setup) ## Check, count and time the kernels on a GPU (8 minutes, can be resumed)
+	@PYTHONPATH='$(CURDIR)' $(or $(GPU_PYTHON),$(VENV_PYTHON)) tools/analysis_tools/gpu.py $(GPU_ARGS)
 
 lint: setup ## Lint, formatting and types only
 	@$(VENV_PYTHON) -m ruff check .

@@ -25,6 +25,11 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
     return text if limit is None or len(text) <= limit else text[: limit - 3] + '...'
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, in one short line."""
+    return f'{type(error).__name__}: {one_line(error, 150)}'
+
+
 class UsageError(RuntimeError):
     """Something outside the program is wrong: a path, a file, an option.
 

@@ -24,6 +24,9 @@ from ..errors import UsageError
 from ..policies import KeepRatios
 from ..registry import arguments_of
 
+# Precisions by the names that options have for them.
+DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
 _PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
 
 
@@ -129,7 +132,8 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     settings, state = backbone.dense_twin(backbone_cfg)
     try:
         dense_class = getattr(importlib.import_module(f'{library}.models'), twin)
-    except ImportError as error:
+    except (ImportError, AssertionError) as error:
+        # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
         raise ValueError(
             f'the dense class of {name} is in {_PROJECTS[library]}, which cannot be imported: '
             f'{error}'
@@ -141,6 +145,25 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
     return dense
+
+
+class Autocast(nn.Module):
+    """A model under autocast: mmdet's Swin cannot be in half precision as a whole.
+
+    Args:
+        model: With weights in that precision, so that they need not be cast.
+        dtype: The precision.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the model gives."""
+        # A cache would outlive a CUDA graph's memory.
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            return self.model(x)
 
 
 def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import pytest
+from presets import PRESETS
 
 
 @pytest.fixture
@@ -21,3 +22,13 @@ def run_tool(tool, monkeypatch):
         return tool(name).main()
 
     return run
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    """Presets of tiny backbones."""
+    swin = dict(embed_dims=8, depths=(1, 2), num_heads=(2, 4), strides=(4, 2), window_size=4)
+    pvt = dict(embed_dims=8, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 1, 1])
+    swin |= dict(type='IdleSwinTransformer', out_indices=(0, 1))
+    monkeypatch.setitem(PRESETS, 'tiny-swin', swin)
+    monkeypatch.setitem(PRESETS, 'tiny-pvt', dict(pvt, type='IdlePyramidVisionTransformerV2'))

@@ -16,6 +16,8 @@ from presets import PRESETS, TIMM, timm_twin
 
 from idlevit_mm.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures('tiny_presets')
+
 ROOT = Path(__file__).parents[2]
 TIMINGS = ROOT / 'docs' / 'studies' / 'speed'
 
@@ -28,16 +30,6 @@ def benchmark(tool):
 @pytest.fixture
 def report(tool):
     return tool('benchmark_report')
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    """Presets of tiny backbones, and a machine whose threads stay as they are."""
-    swin = dict(embed_dims=8, depths=(1, 2), num_heads=(2, 4), strides=(4, 2), window_size=4)
-    pvt = dict(embed_dims=8, num_layers=[1, 1, 1, 1], num_heads=[1, 1, 1, 1])
-    swin |= dict(type='IdleSwinTransformer', out_indices=(0, 1))
-    monkeypatch.setitem(PRESETS, 'tiny-swin', swin)
-    monkeypatch.setitem(PRESETS, 'tiny-pvt', dict(pvt, type='IdlePyramidVisionTransformerV2'))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import gc
 import importlib.util
 import itertools
 import shlex
@@ -28,9 +27,7 @@ from torch import Tensor, nn
 from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
-from idlevit_mm.errors import UsageError, one_line
-
-DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+from idlevit_mm.errors import UsageError, one_line, reason
 
 
 class Candidate(NamedTuple):
@@ -70,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--mode', nargs='+', default=['inference'], choices=('inference', 'train'))
     add('--shapes', nargs='+', default=['800x1280'], metavar='HxW')
     add('--batches', nargs='+', type=positive, default=[1])
-    add('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
+    add('--dtypes', nargs='+', default=['float32'], choices=models.DTYPES)
     add('--compile', nargs='+', default=['none'], choices=('none', 'default', 'reduce-overhead'))
     add('--threads', type=positive, help='computing threads')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -153,8 +150,7 @@ def load_target(
                 dense.backbone = own
             library = type(own).__module__.split('.')[0]
             found.append(Candidate(f"{library}'s dense", 'host', always(dense)))
-        except (ImportError, AssertionError, ValueError) as error:
-            # AssertionError: what mmdet and mmseg raise where they do not like mmcv's version.
+        except ValueError as error:
             notes.append(f'no dense class of mmdet or mmseg here: {error}')
     if args.timm:
         if importlib.util.find_spec('timm') is None:
@@ -195,8 +191,8 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
     graphs, reference = case['compile'] == 'reduce-overhead', candidates[0].name
     figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
     calls: dict[str, Callable[[], Any]] = {}
-    seconds: dict[str, list[float]] = {}
-    with compiler(case):
+    compiled = case['compile'] != 'none'
+    with measures.strictly_compiled() if compiled else contextlib.nullcontext():
         for candidate in candidates:
             own = figures[candidate.name]
             try:
@@ -207,17 +203,10 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
                 own['error'] = reason(error)
         # CUDA graphs are recorded in the second and third call.
         warmup = max(args.warmup, 5) if graphs else args.warmup
-        while reference in calls and not seconds:
-            try:
-                seconds = measures.compare(calls, args.rounds, warmup, args.max_seconds)
-            except measures.CandidateError as failure:
-                figures[failure.name]['error'] = reason(failure.__cause__ or failure)
-                del calls[failure.name]
-            # Not in the handler: there, the traceback still holds what the candidate had allocated.
-            gc.collect()
-            torch.cuda.empty_cache()
-        for name in calls if not seconds else ():
-            figures[name]['error'] = f'nothing to compare with: {reference} failed'
+        limits = args.rounds, warmup, args.max_seconds
+        seconds, failed = measures.compare_working(calls, reference, *limits)
+        for name, why in failed.items():
+            figures[name]['error'] = why
         for name, taken in seconds.items():
             times = measures.spread(taken, case['batch'] / 1000)
             ratios = measures.spread(taken, seconds[reference])
@@ -250,7 +239,9 @@ def call_of(model: nn.Module, images: Tensor, case: report.Line) -> Callable[[],
     def run() -> Any:
         if case['compile'] == 'reduce-overhead':
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(images.device.type, DTYPES[case['dtype']], case['dtype'] != 'float32'):
+        with torch.autocast(
+            images.device.type, models.DTYPES[case['dtype']], case['dtype'] != 'float32'
+        ):
             return model(images, samples, mode='predict') if whole else backbone(images)
 
     def step() -> None:
@@ -260,19 +251,6 @@ def call_of(model: nn.Module, images: Tensor, case: report.Line) -> Callable[[],
         model.zero_grad()
 
     return step if case['mode'] == 'train' else run
-
-
-def compiler(case: report.Line) -> Any:
-    """Forget what was compiled before, and never fall back to eager code without a word."""
-    if case['compile'] == 'none':
-        return contextlib.nullcontext()
-    torch.compiler.reset()
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in one short line."""
-    return f'{type(error).__name__}: {one_line(error, 150)}'
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
@@ -286,10 +264,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         if not args.resume:
             raise UsageError(f'--out {args.out} exists: add --resume, or move it away')
         lines = report.read(args.out)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'--device {args.device}: {one_line(error)}') from error
+    measures.started(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     targets: dict[str, list[Candidate]] = {}

@@ -13,8 +13,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.profiler import profile
+
+from idlevit_mm.errors import UsageError, one_line, reason
 
 _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
@@ -83,6 +88,63 @@ def compare(
     return seconds
 
 
+def compare_working(
+    candidates: dict[str, Callable[[], Any]], reference: str, *limits: Any
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """``compare``, by rounds and other limits, of those candidates that do not fail.
+
+    Returns:
+        Seconds by round of those that are left in ``candidates``, and why the others failed.
+        Nothing is timed where the reference fails.
+    """
+    seconds: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    while reference in candidates and not seconds:
+        try:
+            seconds = compare(candidates, *limits)
+        except CandidateError as failure:
+            failed[failure.name] = reason(failure.__cause__ or failure)
+            del candidates[failure.name]
+        # Not in the handler: there, the traceback still holds what the candidate had allocated.
+        gc.collect()
+        torch.cuda.empty_cache()
+    for name in candidates if not seconds else ():
+        failed[name] = f'nothing to compare with: {reference} failed'
+    return seconds, failed
+
+
+@contextmanager
+def strictly_compiled() -> Iterator[None]:
+    """Forget what was compiled before, and never fall back to eager code without a word."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def captured(call: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
+    """A call recorded as a CUDA graph: to replay it costs one launch, and returns the same tensors.
+
+    Raises:
+        RuntimeError: It waits for the device, or does something else that no graph can hold.
+    """
+    # Libraries choose and allocate in their first calls, which are not to be recorded.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
     """Seconds of one call, by CUDA events where CUDA is in use, otherwise by the clock."""
     if not torch.cuda.is_initialized():
@@ -137,6 +199,21 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - level
 
 
+def started(device: str) -> torch.device:
+    """A device that is in use from now on, by everything that names none.
+
+    Raises:
+        UsageError: there is no such device, or it cannot be used.
+    """
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f'--device {device}: {one_line(error)}') from error
+    if place.type == 'cuda':
+        torch.cuda.set_device(place)
+    return place
+
+
 def machine() -> str:
     """Processor and number of cores, for the record; and the GPU if one is in use."""
     info = Path('/proc/cpuinfo')
@@ -145,7 +222,16 @@ def machine() -> str:
     text = f'{[*found, platform.processor() or platform.machine()][0]}, {cores} cores'
     if not torch.cuda.is_initialized():
         return text
-    return f'{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), {text}'
+    cuda = f'CUDA {torch.version.cuda}, driver {_driver() or "unknown"}'
+    return f'{torch.cuda.get_device_name()} ({cuda}), {text}'
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver."""
+    tool = shutil.which('nvidia-smi')
+    command = [str(tool), '--query-gpu=driver_version', '--format=csv,noheader']
+    told = subprocess.run(command, capture_output=True, text=True).stdout.split() if tool else []
+    return next(iter(told), '')
 
 
 def versions() -> str:

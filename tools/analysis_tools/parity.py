@@ -1,0 +1,171 @@
+"""How far a run in half precision is from float32, apart from which tokens either would choose.
+
+A backbone that idles is not continuous: rounding decides between tokens of almost the same score,
+and the outputs of two correct runs differ by a third. So the tokens of one run are replayed in the
+other, and its own choice is compared block by block, from the same history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from measures import captured
+from torch import Tensor, nn
+from traffic import Traffic
+
+from idlevit_mm.analysis.models import shared_copy
+from idlevit_mm.kernels import backend_at, site_of, use, why_not
+
+# The largest error and the least share of tokens chosen as in float32. What PyTorch computes came
+# to 9e-4 and 0.998 in float16, to 7e-3 and 0.996 in bfloat16.
+LIMITS = {torch.float16: (3e-3, 0.99), torch.bfloat16: (2.5e-2, 0.975)}
+# What the rounding of a compiler, and the few tokens that it decides, make of outputs.
+_MAX_DIFFERENCE = 0.1
+
+
+class Replayed(nn.Module):
+    """In the place of a scorer: what was active in another run comes first.
+
+    Args:
+        scorer: The one that it replaces.
+        mask: Active tokens (B, H, W) of the other run, as many in each image.
+
+    Attributes:
+        shared: Share of the active tokens that the scorer would have chosen, of a whole map.
+    """
+
+    NEEDS, learns, uses_weights = 'tokens', False, False
+
+    def __init__(self, scorer: nn.Module, mask: Tensor) -> None:
+        super().__init__()
+        self.scorer, self.mask = scorer, mask.flatten(1)
+        self.shared = 1.0
+
+    def forward(self, seen: Any) -> Tensor:
+        """Scores (B, N): 1 for what was active, and 0."""
+        best = self.scorer(seen).topk(int(self.mask[0].sum())).indices
+        self.shared = self.mask.gather(1, best).double().mean().item()
+        return self.mask.to(seen.tokens.dtype)
+
+
+class Difference(NamedTuple):
+    """Of one run from another that replays it.
+
+    Attributes:
+        relative_error: ``relative_error`` of its maps; not a number where they hold what is none.
+        shared: Share of active tokens that both would choose, mean over the blocks that choose.
+    """
+
+    relative_error: float
+    shared: float
+
+    def wrong(self, dtype: torch.dtype) -> list[str]:
+        """In words what is beyond rounding to a precision."""
+        largest, least = LIMITS[dtype]
+        texts = []
+        # Turned around, so that what is not a number is wrong.
+        if not self.relative_error <= largest:
+            texts.append(f'relative error {self.relative_error:.1e} > {largest:g}')
+        if not self.shared >= least:
+            texts.append(f'{self.shared:.4f} < {least:g} of the tokens chosen as in float32')
+        return texts
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights of which all matter, always the same on a device.
+
+    At the start of a training branches add next to nothing, and biases and tables are zero.
+    """
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for weight in model.parameters():
+        spread = 0.1 if weight.ndim == 1 else weight[0].numel() ** -0.5
+        nn.init.normal_(weight, float(weight.ndim == 1), spread, generator)
+
+
+def relative_error(outs: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """Norm of the difference / norm of what is wanted, of the map where it is largest."""
+    pairs = zip(outs, wanted, strict=True)
+    errors = [(out.double() - want).norm() / want.double().norm() for out, want in pairs]
+    # Python's max() would pass over what is not a number.
+    return float(torch.stack(errors).max())
+
+
+@torch.no_grad()
+def difference(
+    outs: Sequence[Tensor], masks: Sequence[Sequence[Tensor]], model: nn.Module, images: Tensor
+) -> Difference:
+    """What a run on images (B, 3, H, W) came to, against the same tokens through another model.
+
+    Args:
+        outs: Maps of the run.
+        masks: Its ``keep_masks``.
+        model: An idle backbone of the same architecture and keep ratios, such as in float32, with
+            the scope 'map'.
+        images: Of the run, in the precision of the model.
+    """
+    model = shared_copy(model)
+    replays = []
+    for blocks, chosen in zip(model.idle_blocks, masks, strict=True):
+        for block, mask in zip(blocks, chosen, strict=True):
+            if not mask.all():
+                block.policy.scorer = Replayed(block.policy.scorer, mask)
+                replays.append(block.policy.scorer)
+    error = relative_error(outs, model(images))
+    shared = sum(replay.shared for replay in replays) / len(replays) if replays else 1.0
+    return Difference(error, shared)
+
+
+@torch.no_grad()
+def against_float32(
+    half: nn.Module, images: Tensor, backend: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare an idle backbone in half precision, which becomes float32, with what it is there.
+
+    Args:
+        half: The backbone, with the scope 'map'.
+        images: (B, 3, H, W) in the same precision.
+        backend: The one to be taken; None for the one that is taken by itself.
+
+    Returns:
+        The backend, why it is not Triton, how many operators of this package ran, and the
+        difference, with ``plain_`` that of the reference backend in the same precision; and in
+        words what is wrong.
+    """
+    with use(backend) if backend else nullcontext():
+        taken, reasons = backend_at(images).name, why_not(site_of(images))
+        run = half(images), half.keep_masks
+        with Traffic() as counted:
+            half(images)
+    with use('reference'):
+        plain_run = half(images), half.keep_masks
+    whole = half.float()
+    # A convolution in TF32 is no better than one in half precision.
+    with use('reference'), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        own = difference(*run, whole, images.float())
+        plain = difference(*plain_run, whole, images.float())
+    found = dict(backend=taken, why_not=reasons.get('triton'), kernels=counted.kernels)
+    found |= own._asdict() | {f'plain_{name}': value for name, value in plain._asdict().items()}
+    wrong = own.wrong(images.dtype)
+    if taken == 'triton' and not counted.kernels:
+        wrong.append('Triton is taken, but none of its kernels ran')
+    return found, wrong
+
+
+def checked_call(model: nn.Module, images: Tensor, mode: str) -> Callable[[], Any]:
+    """A forward pass ``eager``, ``compiled`` or ``captured``, which has given what eager code does.
+
+    Raises:
+        RuntimeError: It has not.
+    """
+    called = torch.compile(model, dynamic=False) if mode == 'compiled' else model
+    call: Callable[[], Any] = partial(called, images)
+    if mode == 'captured':
+        call = captured(call)
+    error = relative_error(call(), model(images))
+    if not error <= _MAX_DIFFERENCE:
+        raise RuntimeError(f'outputs {mode} differ by {error:.1e} from eager ones')
+    return call
