@@ -351,7 +351,7 @@ def test_the_documentation_names_every_option_and_its_commands_can_be_read(bench
     assert all(f'`{name}`' in page for name in PRESETS if not name.startswith('tiny'))
     blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', page, re.S)).replace('\\\n', ' ')
     commands = [line for line in blocks.splitlines() if line.startswith('python')]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         args = benchmark.parse_args(shlex.split(command, comments=True)[2:])
         assert args.sources or list(benchmark.cases_of('x', args))
