@@ -14,6 +14,7 @@ model = dict(
         # Four dense blocks, then three with 0.7, three with 0.7 ** 2, two with 0.7 ** 3 of the
         # tokens.
         keep_ratios=dict(type='powers', keep_ratio=0.7, first_idle=4),
+        idle_where='pays',
         policy=dict(type='IdleViT', scorer='class_query'),
         convert_weights=True,
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint),

@@ -1,4 +1,4 @@
 _base_ = './retinanet/retinanet_idle-pvtv2-b2_fpn_1x-dense_coco.py'
 
 # 70 % of the tokens from the beginning: not fine-tuned, but trained from the backbone's weights.
-model = dict(backbone=dict(keep_ratios=0.7))
+model = dict(backbone=dict(keep_ratios=0.7, idle_where='pays'))

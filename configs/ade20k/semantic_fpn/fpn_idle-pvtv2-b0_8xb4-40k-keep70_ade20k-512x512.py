@@ -4,7 +4,9 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/fpn_idle-pvtv2-b0_8xb4-40k-dense_ade20k-512x512/iter_40000.pth'
-model = dict(backbone=dict(keep_ratios=0.7, policy=dict(context='summary'), init_cfg=None))
+model = dict(
+    backbone=dict(keep_ratios=0.7, idle_where='pays', policy=dict(context='summary'), init_cfg=None)
+)
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00006))
