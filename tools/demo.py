@@ -101,7 +101,8 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
         out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
         return f'python tools/analysis_tools/benchmark.py {what} {how} {out}'
 
-    swap = f'{config} --keep {keep} {story.policy} --load-from {dense} --distill --out {idle}.py'
+    swap = f'{config} --keep {keep} --idle-where pays {story.policy} --load-from {dense}'
+    swap += f' --distill --out {idle}.py'
     draw = f'{idle}.py {idle}/{last} --dense {config} {work}/continued/{last} --count 4'
     draw = f'python tools/analysis_tools/draw_active_tokens.py {draw} --out-dir {idle}/pictures'
     return [

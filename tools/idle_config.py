@@ -2,6 +2,7 @@
 
 import argparse
 
+from idlevit_mm.blocks import IDLE_WHERE
 from idlevit_mm.engine.launch import run_tool
 from idlevit_mm.engine.swap import Settings, parse_keep, write_idle_config
 
@@ -19,6 +20,8 @@ def write() -> None:
     add('--policy', help='idling policy, such as IdleViT or SparseViT')
     add('--scorer', help='token scorer, such as mean_distance')
     add('--scope', help='map, window_tokens or windows')
+    where = 'pays: blocks that idling would not make faster run dense'
+    add('--idle-where', choices=IDLE_WHERE, default='always', help=where)
     start = 'trained dense model to start from; replaces the weights of init_cfg'
     add('--load-from', metavar='CHECKPOINT', help=start)
     distill = 'learn the features of the dense model of --load-from as well'
@@ -29,6 +32,7 @@ def write() -> None:
     policy = {'type': args.policy, 'scorer': args.scorer, 'scope': args.scope}
     settings = Settings(
         keep=parse_keep(args.keep),
+        idle_where=args.idle_where,
         policy={key: value for key, value in policy.items() if value is not None},
         load_from=args.load_from,
         distill=args.distill,

@@ -86,7 +86,9 @@ def find_backbones(cfg: Mapping[str, Any]) -> list[Backbone]:
     return found
 
 
-def make_idle(backbone: Backbone, keep_ratios: Any, policy: Mapping[str, Any]) -> Any:
+def make_idle(
+    backbone: Backbone, keep_ratios: Any, policy: Mapping[str, Any], idle_where: str = 'always'
+) -> Any:
     """Give a backbone its idle class, and arguments with which that computes the same.
 
     Returns:
@@ -124,6 +126,8 @@ def make_idle(backbone: Backbone, keep_ratios: Any, policy: Mapping[str, Any]) -
     config |= dict(type=twin, keep_ratios=keep_ratios)
     if policy:
         config['policy'] = dict(policy)
+    if idle_where != 'always':
+        config['idle_where'] = idle_where
     network = _built(f'{kind}: {twin}', idle_class, config)
     _check_weights(kind, _built(kind, dense_class, given), network)
     return network

@@ -36,6 +36,7 @@ class Settings:
     Attributes:
         keep: Keep ratios of all backbones; see ``normalize_keep_ratios``.
         policy: Arguments of ``policy`` of the backbones; empty for the default.
+        idle_where: Whether blocks idle always, or where it pays.
         load_from: Checkpoint of the dense model to start from, in place of ``init_cfg``.
         distill: Whether the model of ``load_from`` is the teacher of the features.
         random_ratios: Lowest and highest keep ratio of an iteration.
@@ -43,6 +44,7 @@ class Settings:
 
     keep: Any
     policy: Mapping[str, Any] = field(default_factory=dict)
+    idle_where: str = 'always'
     load_from: str | None = None
     distill: bool = False
     random_ratios: tuple[float, float] | None = None
@@ -172,7 +174,7 @@ def _made_idle(wanted: dict[str, Any], settings: Settings) -> dict[str, Any]:
             # Segmentors hand theirs to the backbone.
             for place, names in ((backbone.config, WEIGHTS), (segmentor, ('pretrained',))):
                 place.update({name: None for name in names if place.get(name) is not None})
-        network = make_idle(backbone, settings.keep, settings.policy)
+        network = make_idle(backbone, settings.keep, settings.policy, settings.idle_where)
         ratios = [ratio for stage in network.keep_ratios for ratio in stage]
         if settings.random_ratios and set(ratios) == {1.0}:
             raise UsageError(

@@ -217,6 +217,7 @@ def test_settings_of_the_user_are_extended_not_replaced(write):
     settings = Settings(
         keep=[1.0, 0.7, 0.7, 0.5],
         policy=dict(scorer='mean_query', scope='window_tokens'),
+        idle_where='pays',
         load_from='runs/epoch_12.pth',
         distill=True,
         random_ratios=(0.3, 1.0),
@@ -226,6 +227,7 @@ def test_settings_of_the_user_are_extended_not_replaced(write):
         'model.backbone.type': ('mmdet.SwinTransformer', 'IdleSwinTransformer'),
         'model.backbone.keep_ratios': ('(none)', [1.0, 0.7, 0.7, 0.5]),
         'model.backbone.policy': ('(none)', dict(scorer='mean_query', scope='window_tokens')),
+        'model.backbone.idle_where': ('(none)', 'pays'),
         'custom_imports.imports.2': ('(none)', 'idlevit_mm'),
         'custom_hooks.2': ('(none)', dict(type='RandomKeepRatioHook', low=0.3, high=1.0)),
         'custom_hooks.3': (
