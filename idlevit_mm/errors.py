@@ -57,6 +57,10 @@ class CheckpointError(UsageError):
     """A training has nothing to show for its end: a checkpoint could not be written."""
 
 
+class DivergenceError(UsageError):
+    """A training has diverged: its losses are not finite any more."""
+
+
 class BadSampleError(UsageError):
     """An image or its annotations cannot be used; the message names the file.
 

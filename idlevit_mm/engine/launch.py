@@ -66,6 +66,10 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     try:
         function(**arguments)
         leave_together()
+    except SystemExit as end:  # of a training that was told to stop
+        if is_distributed() and isinstance(end.code, int):
+            end_now(end.code)
+        raise
     except RuntimeError as error:
         usage = isinstance(error, UsageError)
         message = str(error) if usage else lost_process(error)

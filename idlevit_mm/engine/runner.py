@@ -15,11 +15,12 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
+from torch import nn
 from torch.utils.data import DataLoader
 
-from ..hooks import ExactResumeHook
+from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
@@ -63,8 +64,9 @@ class ResumableRunner(Runner):
     ) -> None:
         """Register the configured hooks, and the one that makes resuming exact."""
         super().register_hooks(default_hooks, custom_hooks)
-        if not any(isinstance(hook, ExactResumeHook) for hook in self.hooks):
-            self.register_hook(ExactResumeHook())
+        for kind in (ExactResumeHook, OrderlyEndHook):
+            if not any(isinstance(hook, kind) for hook in self.hooks):
+                self.register_hook(kind())
         if isinstance(self.model, FullyShardedModel):
             self.register_hook(ShardHook())
 
@@ -109,10 +111,22 @@ class ResumableRunner(Runner):
             for group in optimizer.param_groups:
                 group['lr'] *= counts
 
+    def train(self) -> nn.Module:
+        """Train; other trainings are kept out of the work dir meanwhile."""
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, OrderlyEndHook):
+                    hook.after_train()
+
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
         with self._opened('train', loop):
-            return super().build_train_loop(loop)
+            built = super().build_train_loop(loop)
+        if isinstance(built, EpochBasedTrainLoop):
+            built.run_iter = _unless_skipped(built.run_iter)  # type: ignore[method-assign]
+        return built
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the validation loop on data that were looked at."""
@@ -138,6 +152,8 @@ class ResumableRunner(Runner):
             )
         check_built(loader.dataset, self.model, phase)
         guard(loader.dataset, training=phase == 'train')
+        if isinstance(loader, DataLoader) and loader.num_workers > 0:
+            loader.worker_init_fn = functools.partial(_apart, loader.worker_init_fn)
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
@@ -182,6 +198,29 @@ class ResumableRunner(Runner):
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
+
+
+def _unless_skipped(run_iter: Callable[..., None]) -> Callable[..., None]:
+    """Let an epoch pass over the batches that a checkpoint within it had seen already."""
+
+    @functools.wraps(run_iter)
+    def run(idx: int, data_batch: Any) -> None:
+        if data_batch is not None:
+            run_iter(idx, data_batch)
+
+    return run
+
+
+def _apart(initialise: Callable[[int], None] | None, worker: int) -> None:
+    """Keep signals from a data loading worker that are meant for the process it works for.
+
+    A terminal, and whoever ends a group of processes, would end the workers before the training
+    can finish its iteration.
+    """
+    if hasattr(os, 'setpgrp'):
+        os.setpgrp()
+    if initialise is not None:
+        initialise(worker)
 
 
 def _complain_once(handler: logging.FileHandler) -> None:

@@ -8,13 +8,19 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from mmengine.dist import broadcast_object_list, is_main_process
+import torch
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from ..errors import CheckpointError
+from .exact_resume import BATCHES
+
+# Name in the message hub, of a checkpoint that was written before one was due.
+_INTERIM = 'interim_ckpt'
 
 
 def provisional_name(filename: str) -> str:
@@ -34,7 +40,7 @@ class AtomicCheckpointHook(CheckpointHook):
     - A checkpoint that cannot be written (full disk, quota, lost file system) does not end the
       training: the older ones stay, an error is logged, and the next one is due as usual. If the
       last one of the training could not be written, the training ends in an error, on all
-      processes.
+      processes. One whose weights are not finite counts as one that cannot be written.
     - After a resume the best score found by a repeated validation is stored in the last checkpoint
       as well.
 
@@ -47,11 +53,13 @@ class AtomicCheckpointHook(CheckpointHook):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unwritten: dict[str, str] = {}  # which newest checkpoints are not there, and why
+        self._saved_at: dict[str, int] = {}  # epoch and iteration of the last one
 
     def before_train(self, runner: Any) -> None:
         """Prepare the folders, and take up the last checkpoint of the run being resumed."""
         super().before_train(runner)
         self._unwritten.clear()
+        self._saved_at = {}
         last = runner.message_hub.runtime_info.get('last_ckpt')
         if runner.iter > 0 and last is not None and self.file_backend.isfile(last):
             self.last_ckpt = last
@@ -70,7 +78,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if 'last' in self._unwritten:
             raise CheckpointError(
                 'the training went on to its end, but its last checkpoint could not be written: '
-                f'{self._unwritten["last"]}. The newest one is: {self.last_ckpt}. Make room and '
+                f'{self._unwritten["last"]}. The newest one is: {self.last_ckpt}. Mend that and '
                 'start the same command again with --resume'
             )
         if 'best' in self._unwritten:
@@ -80,6 +88,24 @@ class AtomicCheckpointHook(CheckpointHook):
                 f'{self._unwritten["best"]}'
             )
         super().after_train(runner)
+
+    def save_now(self, runner: Any, meta: dict[str, int], batches: int = 0) -> None:
+        """Save before the next checkpoint is due; that one then takes the place of this one.
+
+        Args:
+            runner: The runner.
+            meta: Epochs and iterations that are done.
+            batches: How many of the batches of the next epoch are done too.
+        """
+        if meta == self._saved_at:
+            return
+        record = [batches, len(runner.train_dataloader)] if batches else None
+        runner.message_hub.update_info(BATCHES, record)
+        template = 'iter_{}.pth'
+        runner.message_hub.update_info(_INTERIM, template.format(meta['iter']))
+        # Of those that are kept it is none.
+        with mock.patch.multiple(self, by_epoch=False, filename_tmpl=template, max_keep_ckpts=-1):
+            self._save_checkpoint_with_step(runner, meta['iter'], meta)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         if isinstance(runner, _WatchedRunner):
@@ -94,6 +120,9 @@ class AtomicCheckpointHook(CheckpointHook):
         if self.max_keep_ckpts > 0 and kept[-1:] != [step]:
             self.keep_ckpt_ids.append(step)  # the first one goes where there are too many
             hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        interim = info.get(_INTERIM)
+        if interim != filename:
+            hub.pop_info(_INTERIM)
 
         def write() -> None:
             runner.save_checkpoint(
@@ -114,12 +143,15 @@ class AtomicCheckpointHook(CheckpointHook):
                 part.replace(note)
 
         if self._succeeds('last', filename, write, runner):
-            for outdated in kept:
-                if outdated not in self.keep_ckpt_ids:
-                    self._delete(self.filename_tmpl.format(outdated), runner)
+            self._saved_at = {name: meta[name] for name in ('epoch', 'iter')}
+            outdated = [n for n in kept if n not in self.keep_ckpt_ids]
+            for name in map(self.filename_tmpl.format, outdated):
+                self._delete(name, runner)
+            if interim not in (None, filename):
+                self._delete(interim, runner)
             return
         self.last_ckpt = last
-        _put_back(hub, info, 'last_ckpt', 'keep_ckpt_ids')
+        _put_back(hub, info, 'last_ckpt', 'keep_ckpt_ids', _INTERIM)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
 
@@ -151,9 +183,12 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
         """Let the main process write a file; tell all processes whether it could."""
-        problems: list[str | None] = [None]
+        # A shard may be all right where that of another process is not.
+        bad = next(filter(None, all_gather_object(_not_finite(runner.model))), None)
+        problems = [f'the weights are not finite ({bad})' if bad else None]
         try:
-            write()
+            if bad is None:
+                write()
         except OSError as error:
             problems = [f'{error.strerror or error} ({self.out_dir})']
         broadcast_object_list(problems)
@@ -177,6 +212,17 @@ class AtomicCheckpointHook(CheckpointHook):
                 self.file_backend.remove(path)
         except OSError as error:
             runner.logger.warning(f'The outdated checkpoint {path} cannot be deleted: {error}')
+
+
+def _not_finite(model: torch.nn.Module) -> str | None:
+    """Name of a weight that is not finite; infinite ones may be meant where nothing is learned."""
+    values = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in values.items():
+        part = value.to_local() if hasattr(value, 'to_local') else value
+        found = part.isfinite() if value.requires_grad else ~part.isnan()
+        if not found.all():
+            return name
+    return None
 
 
 class _NotWritten(Exception):
