@@ -92,6 +92,12 @@ def _build_attributes(instance: Any, state: Any) -> None:
         vars(instance).update(state)
 
 
+def _build_history(buffer: HistoryBuffer, state: Any) -> None:
+    _build_attributes(buffer, state)
+    # The class knows its own methods from the first buffer on that was made by calling it.
+    buffer._set_default_statistics()
+
+
 def _uncalled(*_: Any) -> None:
     """Stand in for the classes that are named as the kind of a tensor or array."""
     raise ForeignContentsError('a tensor or array made by its class')
@@ -150,7 +156,7 @@ _KNOWN: dict[str, Any] = {
 # What is done with the state that a pickle has for an object, by the exact type of the object.
 _BUILD: dict[type, Callable[[Any, Any], None]] = {
     collections.OrderedDict: _build_attributes,
-    HistoryBuffer: _build_attributes,
+    HistoryBuffer: _build_history,
     np.ndarray: _build_array,
 }
 # pickle.Unpickler itself is in C: it has no say in what is built, and gives a name that a file

@@ -20,12 +20,16 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..errors import SettingError, UsageError, one_line
 from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
-from .checks import class_of
+from .checks import class_of, find_resumable
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
+from .start import locked
+
+_LONGEST_WAIT = 600  # seconds, for a batch
 
 
 @RUNNERS.register_module()
@@ -50,6 +54,8 @@ class ResumableRunner(Runner):
     _train_dataloader: Any
     _val_dataloader: Any
     _test_dataloader: Any
+    _load_from: str | None
+    _resume: bool
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register the default hooks, with atomic checkpoints instead of plain ones."""
@@ -114,11 +120,45 @@ class ResumableRunner(Runner):
     def train(self) -> nn.Module:
         """Train; other trainings are kept out of the work dir meanwhile."""
         try:
-            return super().train()
+            with locked(self.work_dir) if is_main_process() else contextlib.nullcontext():
+                return super().train()
         finally:
             for hook in self.hooks:
                 if isinstance(hook, OrderlyEndHook):
                     hook.after_train()
+
+    def load_or_resume(self) -> None:
+        """Load or resume; ``resume`` without a checkpoint takes the newest whole one."""
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from, passed_over = find_resumable(self.work_dir)
+            self._resume = self._load_from is not None
+            for reason in passed_over:
+                self.logger.warning(f'Passed over: {reason}.')
+        super().load_or_resume()
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume from a checkpoint.
+
+        Raises:
+            SettingError: Its state does not fit this training.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+        except UsageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise SettingError(
+                f'{filename} cannot be resumed with this config: {one_line(error, 300)}. To start '
+                f'from its weights only: --cfg-options load_from={filename}'
+            ) from error
+        for optimizer in optimizers_of(self.optim_wrapper):
+            lacks = set(optimizer.defaults).difference(*optimizer.param_groups)
+            if lacks:
+                raise SettingError(
+                    f'{filename} was trained with another optimizer than '
+                    f'{type(optimizer).__name__}: its state has no {", ".join(sorted(lacks))}. To '
+                    f'start from its weights only: --cfg-options load_from={filename}'
+                )
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
@@ -153,6 +193,8 @@ class ResumableRunner(Runner):
         check_built(loader.dataset, self.model, phase)
         guard(loader.dataset, training=phase == 'train')
         if isinstance(loader, DataLoader) and loader.num_workers > 0:
+            # A worker that finds no shared memory says nothing, and its batch never comes.
+            loader.timeout = loader.timeout or _LONGEST_WAIT
             loader.worker_init_fn = functools.partial(_apart, loader.worker_init_fn)
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:

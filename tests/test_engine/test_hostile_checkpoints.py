@@ -308,7 +308,7 @@ def test_another_number_of_gpus_is_one_line(tmp_path):
         tmp_path, lambda checkpoint: checkpoint['meta'].update(config='gpu_ids = range(0, 8)')
     )
     with pytest.raises(UsageError, match=r'another number of GPUs \(gpu_ids\).*--auto-scale-lr'):
-        launch._refusing(runner.train)
+        launch.naming_the_remedy(runner.train)
 
 
 def test_inferencers_refuse_the_config_in_a_checkpoint(tmp_path):
