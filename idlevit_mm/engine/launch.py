@@ -46,6 +46,7 @@ from .processes import (
     say,
 )
 from .runner import ResumableRunner
+from .settings import check_settings, with_likely_word
 from .start import check_same_config, locked, other_settings
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
@@ -154,7 +155,8 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
-            f'the config does not build: {one_line(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
+            f'the config does not build: {with_likely_word(one_line(error))} '
+            f'({TRACEBACK_VARIABLE}=1 shows where)'
         ) from error
 
 
@@ -233,6 +235,7 @@ def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: 
     """Read the config of a run that is to be ``'trained'`` or ``'tested'``."""
     place_process(launcher)
     cfg = load_config(path, options)
+    check_settings(cfg)
     for key in _NEEDED[what]:
         if cfg.get(key) is None:
             raise UsageError(f'config {path} cannot be {what}: it has no {key}')
@@ -270,8 +273,6 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
     Returns:
         The checkpoint; None to start from scratch or from an address.
     """
-    if cfg.get('resume') not in (True, False, None):
-        raise UsageError(f'resume={cfg.resume!r} must be True or False; --resume takes a path')
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
     if resume == 'auto':

@@ -26,6 +26,7 @@ from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
 from .checks import class_of, find_resumable
+from .settings import build_first
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 from .start import locked
 
@@ -118,9 +119,15 @@ class ResumableRunner(Runner):
                 group['lr'] *= counts
 
     def train(self) -> nn.Module:
-        """Train; other trainings are kept out of the work dir meanwhile."""
+        """Train; other trainings are kept out of the work dir meanwhile.
+
+        Raises:
+            SettingError: A part does not build, which is found before any data are opened.
+        """
         try:
             with locked(self.work_dir) if is_main_process() else contextlib.nullcontext():
+                if self._train_loop is not None:
+                    build_first(self)
                 return super().train()
         finally:
             for hook in self.hooks:

@@ -16,7 +16,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingError
 from .exact_resume import BATCHES
 
 # Name in the message hub, of a checkpoint that was written before one was due.
@@ -52,6 +52,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.interval == 0:
+            raise ValueError('CheckpointHook.interval=0; allowed: from 1 on, or -1 for never')
         self._unwritten: dict[str, str] = {}  # which newest checkpoints are not there, and why
         self._saved_at: dict[str, int] = {}  # epoch and iteration of the last one
 
@@ -158,6 +160,11 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if not self.save_best:
             return
+        if unknown := [key for key in self.key_indicators if key not in ('auto', *metrics)]:
+            raise SettingError(
+                f'default_hooks.checkpoint.save_best={unknown[0]!r} is no score of this '
+                f'validation; allowed: auto, {", ".join(metrics)}. Go on with --resume'
+            )
         hub = runner.message_hub
         info = dict(hub.runtime_info)
         # mmengine deletes the best one so far before it writes a better one, if it knows of it.
