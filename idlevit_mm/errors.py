@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +24,16 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
         text = text if ' ' in text else f'no key {error.args[0]!r}'
     text = ' '.join(text.split()) or type(error).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 3] + '...'
+
+
+def shown(value: Any) -> str:
+    """What a file has as a name, for one line on a terminal.
+
+    A tuple may hold itself in parts so often that no memory takes the text of it.
+    """
+    if not isinstance(value, str):
+        return type(value).__name__
+    return value if re.fullmatch(r'[\w.]{1,99}', value) else repr(value[:99])
 
 
 class UsageError(RuntimeError):

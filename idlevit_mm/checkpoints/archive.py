@@ -29,6 +29,11 @@ _MEMBERS = re.compile(
 _PROGRAM = re.compile(r'constants\.pkl|code/.*|bytecode\.pkl')
 
 
+def budget_of(size: int) -> int:
+    """Bytes that the objects of a file may have; those that share some count as often as named."""
+    return 8 * size + 2**26
+
+
 class Archive(NamedTuple):
     """The parts of a file that ``torch.save`` wrote.
 
@@ -138,7 +143,7 @@ def _of_pickles(file: BinaryIO, size: int) -> Archive:
         sizes[key] = size
 
     def one() -> Any:
-        return Unpickler(file, note).load()
+        return Unpickler(file, note, budget_of(size)).load()
 
     if one() != torch.serialization.MAGIC_NUMBER or one() != torch.serialization.PROTOCOL_VERSION:
         raise ValueError('torch.save did not write it')

@@ -27,7 +27,7 @@ from ..errors import (
     one_line,
     shortened,
 )
-from .archive import open_archive
+from .archive import budget_of, open_archive
 from .unpickling import ForeignContentsError, Unpickler
 
 SAFETENSORS = '.safetensors'
@@ -102,10 +102,10 @@ def read(
                     storages[key] = placed(archive.storage(key, whole), location)
                 return storages[key]
 
-            # Weights that share a storage count as often as they are named.
-            budget = 8 * archive.size + 2**26
             trusted = {} if foreign_too else _trusted_by_the_user()
-            unpickler = Unpickler(io.BytesIO(archive.pickle), storage, budget, trusted)
+            unpickler = Unpickler(
+                io.BytesIO(archive.pickle), storage, budget_of(archive.size), trusted
+            )
             checkpoint = unpickler.load()
         if unpickler.foreign and not foreign_too:
             raise _refusal(name, shortened(sorted(unpickler.foreign)), stripping_helps=True)

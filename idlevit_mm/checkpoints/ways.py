@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
+from .names import MMENGINE
 from .safe_load import read
-from .unpickling import MMENGINE
 
 _NUMBERS = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
 # Letters of the longest config that is looked into, and GPUs of the longest range.

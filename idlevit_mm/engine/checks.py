@@ -252,15 +252,14 @@ def check_weights(
         model: Built model, possibly wrapped for test time augmentation or distribution.
         checkpoint: As read from ``path``.
         path: For messages.
-        purpose: ``'resume'`` and ``'test'`` want every parameter; ``'load_from'`` takes what
-            fits, and a head may differ in the first dimension, which counts classes.
+        purpose: ``'resume'`` and ``'test'`` want every parameter; ``'load_from'`` takes what fits.
 
     Returns:
         Warnings, one text each; only ``'load_from'`` has any.
 
     Raises:
-        UsageError: Nothing of the backbone is in the checkpoint, a parameter is missing, or
-            shapes differ.
+        UsageError: Nothing of the backbone fits, or a parameter that is wanted is missing or of
+            another shape.
     """
     while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
         model = inner
@@ -268,31 +267,32 @@ def check_weights(
     if not given:
         raise UsageError(f'checkpoint {path} holds no weights')
 
+    report = compare(wanted, given)
     backbone = sorted(name for name in wanted if name.startswith(BACKBONE))
-    if backbone and not given.keys() & set(backbone):
+    if backbone and not set(report.matched) & set(backbone):
         bare = given.keys() & {name.removeprefix(BACKBONE) for name in backbone}
-        advice = (
-            'It looks like a backbone on its own: load it with --cfg-options '
-            f'model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint={path}'
-            if bare
-            else 'It belongs to another model'
-        )
+        if bare:
+            advice = (
+                'It looks like a backbone on its own: load it with --cfg-options model.backbone.'
+                f'init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint={path}'
+            )
+        else:
+            advice = 'It belongs to another model'
+        shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
+        held = f'has other shapes than the model: {shapes}' if shapes else shortened(list(given))
         raise UsageError(
             f'checkpoint {path} shares no backbone weights with the model: it holds '
-            f'{shortened(list(given))}; the model has {shortened(backbone)}. {advice}'
+            f'{held}; the model has {shortened(backbone)}. {advice}'
         )
-
-    advice = 'Use the config that the checkpoint was trained with'
-    wrong, classes = compare(wanted, given).mismatched, {}
-    for name, (old, new) in list(wrong.items()) if purpose == 'load_from' else ():
-        if 'head' in name.split('.')[0] and len(old) == len(new) and old[1:] == new[1:]:
-            classes[name] = wrong.pop(name)
-    if wrong:
-        listed = shortened(with_shapes(wrong, 'but the model has'))
-        raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')
+    shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
+    if purpose == 'load_from':
+        return [f'{path} does not fit everywhere; initialised anew: {shapes}'] if shapes else []
     missing = [name for name, _ in model.named_parameters() if name not in given]
-    if missing and purpose != 'load_from':
-        lacks = f'lacks weights of the model: {shortened(missing)}'
-        raise UsageError(f'checkpoint {path} {lacks}. {advice}')
-    text = f'{path} was trained with another number of classes; these are initialised anew'
-    return [f'{text}: {shortened(with_shapes(classes, "to"))}'] if classes else []
+    if shapes or missing:
+        problem = f'has other shapes than the model: {shapes}'
+        if not shapes:
+            problem = f'lacks weights of the model: {shortened(missing)}'
+        raise UsageError(
+            f'checkpoint {path} {problem}. Use the config that the checkpoint was trained with'
+        )
+    return []

@@ -198,7 +198,7 @@ class ResumableRunner(Runner):
                 diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
             )
         check_built(loader.dataset, self.model, phase)
-        guard(loader.dataset, training=phase == 'train')
+        guard(loader.dataset, phase == 'train', self.model)
         if isinstance(loader, DataLoader) and loader.num_workers > 0:
             # A worker that finds no shared memory says nothing, and its batch never comes.
             loader.timeout = loader.timeout or _LONGEST_WAIT

@@ -10,7 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import BESIDE, LENIENT, TEXT, TOOLS, WEIGHTS, WHOLE, Call, fields, rewritten, write
+from hostile import (
+    BESIDE,
+    DEEP,
+    LENIENT,
+    TEXT,
+    TOOLS,
+    WEIGHTS,
+    WHOLE,
+    Call,
+    archive,
+    deep,
+    fields,
+    rewritten,
+    write,
+)
 from mmengine.config import Config
 from mmengine.infer import BaseInferencer
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
@@ -281,6 +295,13 @@ def test_a_config_does_not_run_on_resuming(tmp_path, runner, text):
     assert not made.exists()
     if text == TEXT.replace('{made}', str(made)):
         assert config_text(path) == text
+
+
+@pytest.mark.parametrize('order', DEEP)
+def test_a_key_that_would_be_hashed_for_ever_is_refused(tmp_path, order):
+    archive(tmp_path / 'a.pth', deep(order))
+    with pytest.raises(UnsafeCheckpointError, match='a key of very many parts'):
+        load_checkpoint(tmp_path / 'a.pth')
 
 
 def test_flexible_runners_too():
