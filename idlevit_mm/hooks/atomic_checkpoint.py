@@ -50,6 +50,8 @@ class AtomicCheckpointHook(CheckpointHook):
     """
 
     file_backend: Any
+    _interim: str | None = None
+    _is_interim = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +65,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().before_train(runner)
         self._unwritten.clear()
         self._saved_at = {}
+        self._interim = runner.message_hub.runtime_info.get(_INTERIM)
         last = runner.message_hub.runtime_info.get('last_ckpt')
         if runner.iter > 0 and last is not None and self.file_backend.isfile(last):
             self.last_ckpt = last
@@ -104,26 +107,28 @@ class AtomicCheckpointHook(CheckpointHook):
             return
         record = [batches, len(runner.train_dataloader)] if batches else None
         runner.message_hub.update_info(BATCHES, record)
-        template = 'iter_{}.pth'
-        runner.message_hub.update_info(_INTERIM, template.format(meta['iter']))
+        changes: dict[str, Any] = dict(
+            by_epoch=False, filename_tmpl='iter_{}.pth', _is_interim=True
+        )
         # Of those that are kept it is none.
-        with mock.patch.multiple(self, by_epoch=False, filename_tmpl=template, max_keep_ckpts=-1):
+        with mock.patch.multiple(self, max_keep_ckpts=-1, **changes):
             self._save_checkpoint_with_step(runner, meta['iter'], meta)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        hub, outdated = runner.message_hub, runner.message_hub.runtime_info.get(_INTERIM)
+        outdated, name = self._interim, self.filename_tmpl.format(step)
+        interim = name if self._is_interim else None
         at = {name: meta[name] for name in ('epoch', 'iter')}  # the runner adds to meta
 
         def write() -> None:
-            if outdated not in (None, self.filename_tmpl.format(step)):
-                hub.pop_info(_INTERIM)
+            runner.message_hub.update_info(_INTERIM, interim)
+            if outdated not in (None, name):
                 self.file_backend.remove(self.file_backend.join_path(self.out_dir, outdated))
             super(AtomicCheckpointHook, self)._save_checkpoint_with_step(
                 _TellsAll(runner), step, meta
             )
 
-        if self._succeeds('last', f'of epoch {at["epoch"]}, iteration {at["iter"]}', write, runner):
-            self._saved_at = at
+        if self._succeeds('last', name, write, runner):
+            self._saved_at, self._interim = at, interim
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if not self.save_best:
@@ -134,7 +139,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 f'validation; allowed: auto, {", ".join(metrics)}. Go on with --resume'
             )
         write = functools.partial(super()._save_best_checkpoint, _TellsAll(runner), metrics)
-        self._succeeds('best', 'with the best score', write, runner)
+        self._succeeds('best', 'of the best score', write, runner)
 
     def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
         """Write and then delete what is outdated, or put back what was known; on all processes."""
@@ -167,7 +172,7 @@ class AtomicCheckpointHook(CheckpointHook):
         hub._runtime_info.update(info)
         self._unwritten[kind] = problems[0]
         runner.logger.error(
-            f'The checkpoint {name} could not be written: {problems[0]}. What was saved before is '
+            f'Checkpoint {name} could not be written: {problems[0]}. What was saved before is '
             'untouched; the training goes on and saves again when the next checkpoint is due.'
         )
         return False

@@ -97,8 +97,17 @@ def test_what_goes_on_after_a_signal_equals_what_was_not_interrupted(
     files = [sorted(p.name for p in (tmp_path / d).glob('*.pth')) for d in ('whole', 'parts')]
     assert files[0] == files[1]
     info = states[1][0]['message_hub']['runtime_info']
-    assert 'interim_ckpt' not in info
+    assert not info.get('interim_ckpt')
     assert not info.get('batches_of_the_epoch')
+
+
+def test_a_training_that_is_stopped_again_and_again_has_one_checkpoint_more(tmp_path):
+    stopped(tmp_path, Signal(signal.SIGTERM, 4))
+    for iteration in (5, 8):
+        at = Signal(signal.SIGTERM, iteration)
+        stopped(tmp_path, at, resume=True, load_from=find_resumable(tmp_path)[0])
+    files = sorted(path.name for path in tmp_path.glob('*.pth'))
+    assert files == ['epoch_1.pth', 'epoch_2.pth', 'iter_8.pth']
 
 
 def second(rank, work_dir):
