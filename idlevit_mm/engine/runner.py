@@ -26,6 +26,7 @@ from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
 from .checks import class_of, find_resumable
+from .mends import mend_class_weights
 from .settings import build_first
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 from .start import locked
@@ -57,6 +58,12 @@ class ResumableRunner(Runner):
     _test_dataloader: Any
     _load_from: str | None
     _resume: bool
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """Build the model, with cross entropies that can be averaged over ignored pixels."""
+        built = super().build_model(model)
+        mend_class_weights(built)
+        return built
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register the default hooks, with atomic checkpoints instead of plain ones."""
