@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
 
 from idlevit_mm.engine import UsageError
@@ -285,3 +286,20 @@ def test_long_lists_are_capped():
     with pytest.raises(UsageError, match='and 45 more') as error:
         check_weights(Net(), given, 'x.pth', 'test')
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    'prefix', ['', 'backbone.', 'encoder.', 'model.', 'student.backbone.', 'model.backbone.']
+)
+def test_pre_trained_weights_fit_whatever_was_around_them(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    config = dict(embed_dims=16, depths=[1], num_heads=[1], strides=(4,), out_indices=(0,))
+    backbone = MODELS.build(dict(type='IdleSwinTransformer', **config))
+    given = {prefix + name: value for name, value in backbone.state_dict().items()}
+    given |= {f'{prefix}mask_token': torch.ones(1), 'decoder.0.weight': torch.ones(1)}
+    torch.save(dict(model={f'module.{name}': value for name, value in given.items()}), 'w.pth')
+    init = dict(type='Pretrained', checkpoint='w.pth')
+    other = MODELS.build(dict(type='IdleSwinTransformer', init_cfg=init, **config))
+    other.init_weights()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
