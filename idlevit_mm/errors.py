@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import re
 from collections.abc import Collection
@@ -24,6 +25,12 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
         text = text if ' ' in text else f'no key {error.args[0]!r}'
     text = ' '.join(text.split()) or type(error).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 3] + '...'
+
+
+def likely(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """``; did you mean ...?`` with the known word that resembles another; '' if none does."""
+    found = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f'; did you mean {found[0]}?' if found else ''
 
 
 def shown(value: Any) -> str:

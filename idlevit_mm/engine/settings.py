@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +13,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, MODELS, PARAM_SCHEDULERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
-from ..errors import SettingError, UsageError, one_line
+from ..errors import SettingError, UsageError, likely, one_line
 from ..registry import arguments_of
 from .sharding import optimizers_of
 
@@ -24,12 +23,6 @@ _KEYS = {
     *('efficient_conv_bn_eval', 'find_unused_parameters', 'tta_model', 'tta_pipeline'),
 }
 _LENGTHS = ('max_epochs', 'max_iters', 'val_interval')
-
-
-def likely(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
-    """``; did you mean ...?`` with the known word that resembles another; '' if none does."""
-    found = difflib.get_close_matches(word, list(known), 1, cutoff)
-    return f'; did you mean {found[0]}?' if found else ''
 
 
 def check_settings(cfg: Mapping[str, Any]) -> None:
@@ -89,7 +82,7 @@ def with_likely_word(message: str) -> str:
 def _naming(key: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, KeyError, AssertionError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         raise SettingError(f'{key} does not build: {one_line(error, 300)}') from error
 
 
@@ -128,9 +121,10 @@ def _try_scheduler(config: Any, optimizer: torch.optim.Optimizer) -> None:
     group = {k: v for k, v in optimizer.param_groups[0].items() if k != 'params'}
     dummy = torch.optim.Optimizer([torch.ones(1, requires_grad=True)], group)
     arguments = {key: value for key, value in config.items() if key != 'convert_to_iter_based'}
-    PARAM_SCHEDULERS.build(
-        {'end': 10**6, **arguments}, default_args=dict(optimizer=dummy, epoch_length=1)
-    )
+    with contextlib.suppress(AttributeError):  # somebody's may want a weight of the model
+        PARAM_SCHEDULERS.build(
+            {'end': 10**6, **arguments}, default_args=dict(optimizer=dummy, epoch_length=1)
+        )
 
 
 _OF_IOU = {
