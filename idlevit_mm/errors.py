@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -28,6 +30,22 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 def reason(error: BaseException) -> str:
     """Why something failed, in one short line."""
     return f'{type(error).__name__}: {one_line(error, 150)}'
+
+
+def likely(word: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """``; did you mean ...?`` with the known word that resembles another; '' if none does."""
+    found = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f'; did you mean {found[0]}?' if found else ''
+
+
+def shown(value: Any) -> str:
+    """What a file has as a name, for one line on a terminal.
+
+    A tuple may hold itself in parts so often that no memory takes the text of it.
+    """
+    if not isinstance(value, str):
+        return type(value).__name__
+    return value if re.fullmatch(r'[\w.]{1,99}', value) else repr(value[:99])
 
 
 class UsageError(RuntimeError):
@@ -60,6 +78,10 @@ class SettingError(UsageError, ValueError):
 
 class CheckpointError(UsageError):
     """A training has nothing to show for its end: a checkpoint could not be written."""
+
+
+class DivergenceError(UsageError):
+    """A training has diverged: its losses are not finite any more."""
 
 
 class BadSampleError(UsageError):

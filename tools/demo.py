@@ -30,7 +30,7 @@ SCENES = (
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
 # The first stage sees the picture for the first time, the last one has few tokens.
-KEEP = '1.0 0.4 0.4 1.0'
+KEEP = '1.0 0.5 0.5 1.0'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 

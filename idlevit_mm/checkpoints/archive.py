@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 import zipfile
+import zlib
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ _MEMBERS = re.compile(
     r'|\.data/serialization_id'
 )
 _PROGRAM = re.compile(r'constants\.pkl|code/.*|bytecode\.pkl')
+
+
+def budget_of(size: int) -> int:
+    """Bytes that the objects of a file may have; those that share some count as often as named."""
+    return 8 * size + 2**26
 
 
 class Archive(NamedTuple):
@@ -57,8 +63,12 @@ class Archive(NamedTuple):
         return data
 
 
-def open_archive(file: BinaryIO) -> Archive:
+def open_archive(file: BinaryIO, verify: bool = False) -> Archive:
     """Find the parts of a checkpoint in its file; of a damaged one, whatever reading it raises.
+
+    Args:
+        file: The file, open.
+        verify: Whether to hold its bytes against their checksums, which reads all of it.
 
     Raises:
         ForeignContentsError: It is an archive that ``torch.save`` did not write.
@@ -66,18 +76,21 @@ def open_archive(file: BinaryIO) -> Archive:
     size = file.seek(0, io.SEEK_END)
     mark = _bytes(file, 0, 4)
     file.seek(0)
-    return _of_zip(file, size) if mark == b'PK\x03\x04' else _of_pickles(file, size)
+    return _of_zip(file, size, verify) if mark == b'PK\x03\x04' else _of_pickles(file, size)
 
 
-def _of_zip(file: BinaryIO, size: int) -> Archive:
+def _of_zip(file: BinaryIO, size: int, verify: bool) -> Archive:
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if not end or end[zipfile._ECD_SIZE] > _LARGEST_LIST:  # type: ignore[attr-defined]
         raise zipfile.BadZipFile('the list of its members is missing or too large')
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+    begins = [_begin(file, member) for member in members]
+    for member, begin in zip(members, begins, strict=True) if verify else ():
+        _verify(file, member, begin)
     folder = members[0].filename.partition('/')[0]
     places: dict[str, tuple[int, int]] = {}
-    for member in members:
+    for member, begin in zip(members, begins, strict=True):
         name, shown = member.filename.removeprefix(f'{folder}/'), f'{member.filename[:99]!r}'
         if _PROGRAM.fullmatch(name):
             raise ForeignContentsError(f'a program, {shown}, as TorchScript archives do')
@@ -85,7 +98,7 @@ def _of_zip(file: BinaryIO, size: int) -> Archive:
             raise ForeignContentsError(f'{shown}, which torch.save does not write')
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise ForeignContentsError(f'{shown} compressed, which torch.save does not write')
-        places[name] = _begin(file, member), member.file_size
+        places[name] = begin, member.file_size
     if sum(there for _, there in places.values()) > size:
         raise ForeignContentsError('members that overlap')
     if any(begin + there > size for begin, there in places.values()):
@@ -104,6 +117,20 @@ def _begin(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + padding
 
 
+def _verify(file: BinaryIO, member: zipfile.ZipInfo, begin: int) -> None:
+    """Compare a member with its header and checksum; torch can be told to write none."""
+    name = member.orig_filename.encode('utf-8' if member.flag_bits & 0x800 else 'cp437')
+    if _bytes(file, member.header_offset + 30, len(name)) != name:
+        raise zipfile.BadZipFile('the list of its members differs from them')
+    found, left = 0, member.compress_size
+    file.seek(begin)
+    while left and (part := file.read(min(left, 2**24))):
+        found, left = zlib.crc32(part, found), left - len(part)
+    is_plain = member.compress_type == zipfile.ZIP_STORED
+    if left or (is_plain and member.CRC and found != member.CRC):
+        raise zipfile.BadZipFile(f'{member.filename[:99]!r} differs from its checksum')
+
+
 def _bytes(file: BinaryIO, begin: int, size: int) -> bytes:
     file.seek(begin)
     return file.read(size)
@@ -116,7 +143,7 @@ def _of_pickles(file: BinaryIO, size: int) -> Archive:
         sizes[key] = size
 
     def one() -> Any:
-        return Unpickler(file, note).load()
+        return Unpickler(file, note, budget_of(size)).load()
 
     if one() != torch.serialization.MAGIC_NUMBER or one() != torch.serialization.PROTOCOL_VERSION:
         raise ValueError('torch.save did not write it')

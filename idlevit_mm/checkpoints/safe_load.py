@@ -27,14 +27,21 @@ from ..errors import (
     one_line,
     shortened,
 )
-from .archive import open_archive
+from .archive import budget_of, open_archive
 from .unpickling import ForeignContentsError, Unpickler
 
 SAFETENSORS = '.safetensors'
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike, map_location: Any = 'cpu', verify: bool = False
+) -> dict[str, Any]:
     """Read a checkpoint, or a bare state dict, of this machine: tensors and mmengine's records.
+
+    Args:
+        path: Path of the file.
+        map_location: As in :func:`torch.load`.
+        verify: Whether to hold its bytes against their checksums, which reads all of it.
 
     Raises:
         MissingFileError: If there is no such file.
@@ -49,7 +56,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu') -> dict[
         except Exception as error:
             raise reading_error(path, error) from error
     # Mapped, not read: most callers look at names and shapes only.
-    checkpoint = read(path, map_location, mapped=True)
+    checkpoint = read(path, map_location, mapped=True, verify=verify)
     if not isinstance(checkpoint, dict):
         raise BrokenCheckpointError(
             f'checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of tensors'
@@ -62,6 +69,7 @@ def read(
     map_location: Any = None,
     mapped: bool = False,
     foreign_too: bool = False,
+    verify: bool = False,
 ) -> Any:
     """Read what ``torch.save`` wrote, in place of ``torch.load``.
 
@@ -70,6 +78,7 @@ def read(
         map_location: As in :func:`torch.load`.
         mapped: Whether a file is mapped into memory rather than read.
         foreign_too: Whether it may hold other classes and functions, which are passed over.
+        verify: Whether its bytes are held against their checksums.
 
     Raises:
         UnsafeCheckpointError: If it holds them, or is a program, or declares sizes that its bytes
@@ -82,7 +91,7 @@ def read(
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(path.open('rb')) if path else source
-            archive = open_archive(file)
+            archive = open_archive(file, verify)
             whole = None
             if mapped and path:
                 whole = torch.UntypedStorage.from_file(str(path), False, archive.size)
@@ -93,10 +102,10 @@ def read(
                     storages[key] = placed(archive.storage(key, whole), location)
                 return storages[key]
 
-            # Weights that share a storage count as often as they are named.
-            budget = 8 * archive.size + 2**26
             trusted = {} if foreign_too else _trusted_by_the_user()
-            unpickler = Unpickler(io.BytesIO(archive.pickle), storage, budget, trusted)
+            unpickler = Unpickler(
+                io.BytesIO(archive.pickle), storage, budget_of(archive.size), trusted
+            )
             checkpoint = unpickler.load()
         if unpickler.foreign and not foreign_too:
             raise _refusal(name, shortened(sorted(unpickler.foreign)), stripping_helps=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from .files import check_target, write_weights
 from .safe_load import read
-from .unpickling import shown
 from .weights import PLACES, place_of_weights, weights_of
 
 

@@ -6,8 +6,8 @@ What holds for the tools holds for the whole process from ``import idlevit_mm`` 
 
 from __future__ import annotations
 
+import ast
 import functools
-import re
 import types
 from typing import Any
 
@@ -19,13 +19,12 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
+from .names import MMENGINE
 from .safe_load import read
-from .unpickling import MMENGINE
 
 _NUMBERS = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
-_GPUS = re.compile(
-    r'^gpu_ids\s*=\s*(?:range\((\d{1,6}),\s*(\d{1,6})\)|[\[(]([\d,\s]*)[\])])\s*$', re.MULTILINE
-)
+# Letters of the longest config that is looked into, and GPUs of the longest range.
+_LONGEST, _MOST_GPUS = 2**20, 10**6
 
 
 def mmengine_globals() -> list[Any]:
@@ -97,12 +96,45 @@ def _with_a_config(build: Any) -> Any:
 def settings_of(text: Any, file_format: str = '.py') -> dict[str, Any]:
     """The settings in a config that mmengine compares with those of the run that goes on.
 
-    Stands in for ``Config.fromstring``. Nothing in the text runs: it is searched for the one
-    setting, ``gpu_ids``, of which only the number counts.
+    Stands in for ``Config.fromstring``: there is one such setting, ``gpu_ids``, of which only the
+    number counts.
     """
-    found = _GPUS.search(text) if isinstance(text, str) else None
-    if found is None:
+    gpus = config_as_data(text).get('gpu_ids')
+    if not isinstance(gpus, (list, range)) or len(gpus) >= _MOST_GPUS:
         return {}
-    first, last, listed = found.groups()
-    gpus = range(int(first), int(last)) if first else re.findall(r'\d+', listed)
-    return {'gpu_ids': gpus}
+    return {'gpu_ids': gpus} if all(type(gpu) is int for gpu in gpus) else {}
+
+
+def config_as_data(text: Any) -> dict[str, Any]:
+    """The settings in the text of a config, of which nothing runs; none if it is no such text.
+
+    What is no plain value is given as the text of its expression.
+    """
+    if not isinstance(text, str) or len(text) > _LONGEST:
+        return {}
+    try:
+        return {
+            target.id: _value(statement.value)
+            for statement in ast.parse(text).body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Name)
+        }
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        return {}
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(element) for element in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {str(_value(k)): _value(v) for k, v in zip(node.keys, node.values, strict=True) if k}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == 'dict' and not node.args:
+            return {str(word.arg): _value(word.value) for word in node.keywords}
+        if node.func.id == 'range' and len(node.args) <= 2 and not node.keywords:
+            return range(*map(ast.literal_eval, node.args))
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return ast.unparse(node)

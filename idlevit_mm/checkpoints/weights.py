@@ -10,6 +10,8 @@ StateDict = dict[str, Tensor]
 PLACES = ('state_dict', 'model', 'module')
 WRAPPER = 'module.'
 BACKBONE = 'backbone.'
+# What pre-training (SimMIM, DINO and others) and trainers put before the names of a backbone.
+_AROUND = ('encoder.', 'student.', 'model.')
 
 
 def place_of_weights(checkpoint: dict[str, Any]) -> str:
@@ -36,11 +38,14 @@ def unwrapped(weights: StateDict) -> StateDict:
 
 
 def split_backbone(weights: StateDict) -> tuple[StateDict, StateDict]:
-    """The backbone of a detector or segmentor, its prefix removed, and everything else.
+    """The backbone of a detector, segmentor or pre-training, its prefix removed, and the rest.
 
-    Weights of which no name begins with ``backbone.`` are those of a backbone alone.
+    Weights of which no name has such a prefix are those of a backbone alone.
     """
-    others = {name: value for name, value in weights.items() if not name.startswith(BACKBONE)}
-    if len(others) == len(weights):
-        return weights, {}
-    return {n.removeprefix(BACKBONE): v for n, v in weights.items() if n not in others}, others
+    for prefix in (BACKBONE, *_AROUND):
+        inside = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+        if inside:
+            others = {n: v for n, v in weights.items() if not n.startswith(prefix)}
+            backbone, more = split_backbone(inside)
+            return backbone, {**others, **more}
+    return weights, {}

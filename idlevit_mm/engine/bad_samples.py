@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 
 from ..errors import BadSampleError, SettingError, UsageError, one_line, shortened
-from .data_checks import mask_problem
+from .data_checks import load_annotations, mask_problem
 
 # Up to this many different files may be unusable, and beyond it this share of what was read.
 MAX_BAD = 10
@@ -34,6 +35,9 @@ _NAMED = 3
 _READS_TEXT = ('language_model', 'text_encoder')
 # Modules that have a number of classes, but not of those of the data set.
 _OTHERS = re.compile(r'(^|\.)backbone(\.|$)|rpn_head|semantic_head')
+# Heads that index by the labels of the data set, unless somebody else wrote them.
+_LEARNS_LABELS = re.compile(r'((roi_head\.)?(bbox|mask)_head|decode_head)(\.\d+)?|panoptic_head')
+_KNOWN_LIBRARIES = ('mmdet', 'mmseg', 'idlevit_mm', 'torch')
 
 
 def _warn(text: str) -> None:
@@ -77,14 +81,19 @@ class GuardedPipeline(Compose):
         transforms: The transforms of the pipeline that it replaces.
         training: Whether they are left out, with a warning each.
         num_classes: Number of classes that label maps may number, None if unknown.
+        ignored: Labels beyond them that are ignored.
     """
 
     def __init__(
-        self, transforms: Sequence[Callable], training: bool, num_classes: int | None
+        self,
+        transforms: Sequence[Callable],
+        training: bool,
+        num_classes: int | None,
+        ignored: Collection[int] = (255,),
     ) -> None:
         super().__init__(None)
         self.transforms = list(transforms)
-        self.training, self.num_classes = training, num_classes
+        self.training, self.num_classes, self.ignored = training, num_classes, ignored
         self.num_read = self.in_a_row = 0
         self.bad: set[str] = set()
         # Boxes are scaled by the size that was found, so only masks must have that of the file.
@@ -147,7 +156,8 @@ class GuardedPipeline(Compose):
             return thin
         names = str(data.get('seg_map_path')), str(data['img_path'])
         shift = int(bool(data['reduce_zero_label']))
-        return mask_problem(labels, tuple(found[:2]), *names, self.num_classes, shift)
+        size = tuple(found[:2])
+        return mask_problem(labels, size, *names, self.num_classes, shift, self.ignored)
 
     def _leave_out(self, problem: str, cause: Exception | None = None) -> None:
         if not self.training:
@@ -173,13 +183,19 @@ def _classes(leaf: Any) -> list[str]:
     return list(classes) if isinstance(classes, (list, tuple)) else []
 
 
-def guard(dataset: Any, training: bool) -> None:
-    """Guard mmengine's pipelines, of a data set and of those inside it, against unusable images."""
+def guard(dataset: Any, training: bool, model: torch.nn.Module | None = None) -> None:
+    """Guard mmengine's pipelines, of a data set and of those inside it, against unusable images.
+
+    Labels that the data set or a part of the model ignores are none of a class.
+    """
+    parts = [] if model is None else list(model.modules())
     for leaf in leaves(dataset):
+        found = [getattr(part, 'ignore_index', None) for part in (*parts, leaf)]
+        ignored = {255, *(index for index in found if type(index) is int)}
         pipeline: Any = getattr(leaf, 'pipeline', None)
         if type(pipeline) is Compose:
             number = len(_classes(leaf)) or None
-            leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number)
+            leaf.pipeline = GuardedPipeline(pipeline.transforms, training, number, ignored)
 
 
 @contextmanager
@@ -199,8 +215,13 @@ def naming_the_data(phase: str, config: dict) -> Iterator[None]:
         raise
     except (ValueError, KeyError, TypeError, AssertionError, IndexError, OSError) as error:
         dataset = config.get('dataset')
-        file = dataset.get('ann_file') if isinstance(dataset, dict) else None
+        dataset = dataset if isinstance(dataset, dict) else {}
+        file = dataset.get('ann_file')
         about = f' (ann_file {file})' if file else ''
+        path = Path(dataset.get('data_root') or '', str(file))
+        if 'Coco' in str(dataset.get('type')) and path.is_file():
+            # The error names neither the entry nor the table.
+            about += f', which {problem},' if (problem := load_annotations(path)[1]) else ''
         reason = f' does not build{about}: {type(error).__name__}: {one_line(error, 200)}'
         if 'need at least one array to concatenate' in reason:
             # BaseDataset joins the records of all images, and there are none.
@@ -215,14 +236,24 @@ def check_built(dataset: Any, model: torch.nn.Module, phase: str) -> None:
     """Check a built data set, by itself and against the model, before the first iteration.
 
     Raises:
-        SettingError: A head has fewer classes than the data, the annotation file lacks classes so
-            that labels would shift, or there is no box to learn or to measure.
+        SettingError: A head that learns their labels has fewer classes than the data, the
+            annotation file lacks classes so that labels would shift, or there is no box to learn
+            or to measure.
     """
     heads = class_counts(model)
+    modules = dict(model.named_modules())
+    needed = {
+        name
+        for name in heads
+        if phase == 'train'
+        and _LEARNS_LABELS.fullmatch(name)
+        and type(modules[name]).__module__.partition('.')[0] in _KNOWN_LIBRARIES
+        and not getattr(modules[name], 'class_agnostic', False)
+    }
     for leaf in leaves(dataset):
         where = f'{type(leaf).__name__} of {phase}_dataloader'
         _check_categories(leaf, where)
-        _check_heads(leaf, heads, where)
+        _check_heads(leaf, heads, where, needed)
         if phase != 'test':
             # A test set may come without annotations.
             _check_boxes(leaf, where)
@@ -243,8 +274,11 @@ def class_counts(model: torch.nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if type(count) is int}
 
 
-def _check_heads(leaf: Any, heads: dict[str, int], where: str) -> None:
-    """Compare numbers of classes; more than the data have are warned of."""
+def _check_heads(leaf: Any, heads: dict[str, int], where: str, needed: set[str]) -> None:
+    """Compare numbers of classes; those that differ are warned of.
+
+    Fewer than the data have are refused for ``needed`` heads, whose losses index by labels.
+    """
     classes = _classes(leaf)
     for name, number in heads.items() if classes else ():
         # In panoptic data, heads of boxes and instances know things only. With classes of a
@@ -257,12 +291,14 @@ def _check_heads(leaf: Any, heads: dict[str, int], where: str) -> None:
             f'model.{name}.num_classes={number}, but {where} has {len(told_apart)} classes '
             f'({shortened(told_apart, _NAMED)})'
         )
-        if number < len(told_apart):
+        if number < len(told_apart) and name in needed:
             raise SettingError(
                 f'{text}. Make them agree: num_classes of every head, or '
                 'metainfo=dict(classes=...) of every data set'
             )
         why = 'Nothing is learned of the others, and an evaluator may stop at a prediction of one'
+        if number < len(told_apart):
+            why = 'It cannot learn labels beyond its own'
         _warn(f'{text}. {why}')
 
 

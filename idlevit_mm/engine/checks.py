@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from ..checkpoints import (
     weights_of,
     with_shapes,
 )
-from ..errors import BrokenCheckpointError, UsageError, shortened
+from ..errors import UsageError, shortened
 from ..registry import AUXILIARY_LOSSES, arguments_of
 
 Keys = tuple[str | int, ...]
+Differences = dict[str, tuple[Any, Any]]
+ABSENT = '(none)'
 
 # Keys under which data sets hold others.
 _WRAPPED = ('dataset', 'datasets')
@@ -65,6 +67,20 @@ def evaluators_of(cfg: Any, phase: str) -> list[Any]:
     """Configs of the evaluators of a phase, which a config may give as one or as several."""
     found = cfg.get(f'{phase}_evaluator') or []
     return [found] if isinstance(found, dict) else list(found)
+
+
+def differences(before: Any, after: Any, key: str = '') -> Differences:
+    """Old and new value of what differs, by dotted names; ``'(none)'`` for what one lacks."""
+    if isinstance(before, (list, tuple)) and type(before) is type(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        same = before is after or (type(before) is type(after) and before == after)
+        return {} if same else {key: (before, after)}
+    found: Differences = {}
+    for name in dict.fromkeys([*before, *after]):
+        old, new = (values.get(name, ABSENT) for values in (before, after))
+        found |= differences(old, new, f'{key}.{name}' if key else str(name))
+    return found
 
 
 def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
@@ -166,43 +182,65 @@ def check_teachers(cfg: Any) -> None:
                 load_checkpoint(path)
 
 
-def find_resumable(work_dir: str | os.PathLike) -> tuple[str | None, list[str]]:
-    """Find the newest whole checkpoint of a run.
+def find_resumable(
+    work_dir: str | os.PathLike, out_dir: str | None = None
+) -> tuple[str | None, list[str]]:
+    """Find the whole checkpoint of a run with the most progress, going by what is stored inside.
 
-    Looks at the one that ``last_checkpoint`` names, then at ``epoch_*.pth`` and ``iter_*.pth``
-    from the highest number down.
+    Args:
+        work_dir: The work dir, all of whose checkpoints are looked at, whatever
+            ``last_checkpoint`` says.
+        out_dir: ``out_dir`` of the checkpoint hook.
 
     Returns:
         Path of the checkpoint or None, and what was passed over on the way and why.
-
-    Raises:
-        UnsafeCheckpointError: The newest whole one holds more than mmengine writes.
     """
-    folder = Path(work_dir)
-    saved = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    numbers = {path: path.stem.rpartition('_')[2] for path in saved}
-    numbered = [path for path in saved if numbers[path].isdigit()]
-    candidates = sorted(numbered, key=lambda path: int(numbers[path]), reverse=True)
-    note = folder / 'last_checkpoint'
-    if named := note.read_text().strip() if note.is_file() else '':
-        # A work dir that was moved still holds its checkpoint under the same name.
-        candidates = [Path(named), folder / Path(named).name, *candidates]
-
+    folders = [Path(work_dir).absolute()]
+    if out_dir is not None and is_local(out_dir):
+        folders.append(Path(out_dir, Path(work_dir).name))
+    found: list[tuple[int, int, float, str]] = []
     passed_over: list[str] = []
-    for path in dict.fromkeys(candidates):
-        if not path.is_file():
-            if path.parent == folder or not (folder / path.name).is_file():
-                passed_over.append(f'{path} does not exist')
-            continue
+    for path in sorted(path for folder in folders for path in folder.glob('*.pth')):
+        if path.name.startswith('best_'):
+            continue  # without the state of the training
         try:
             checkpoint = load_checkpoint(path)
-        except BrokenCheckpointError as error:
+        except UsageError as error:
             passed_over.append(str(error))
             continue
-        if 'optimizer' in checkpoint and 'meta' in checkpoint:
-            return str(path), passed_over
-        passed_over.append(f'{path} holds no state of the training')
+        if problem := resuming_problem(checkpoint):
+            passed_over.append(f'{path} {problem}')
+            continue
+        meta = checkpoint['meta']
+        found.append((meta['iter'], meta['epoch'], path.stat().st_mtime, str(path)))
+    for *_, name in sorted(found, reverse=True):
+        try:
+            load_checkpoint(name, verify=True)
+            return name, passed_over
+        except UsageError as error:
+            passed_over.append(str(error))
     return None, passed_over
+
+
+def resuming_problem(checkpoint: dict[str, Any]) -> str | None:
+    """Why a training cannot go on from a checkpoint that has been read, if it cannot."""
+    meta = checkpoint.get('meta')
+    if 'optimizer' not in checkpoint or not isinstance(meta, dict):
+        return 'holds weights only, not the state of a training'
+    kinds: dict[str, Any] = {
+        'optimizer': dict,
+        'message_hub': dict,
+        'param_schedulers': (list, dict),
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    if 'param_schedulers' not in checkpoint:  # save_param_scheduler=False
+        wrong.remove('param_schedulers')
+    for name in ('iter', 'epoch'):
+        if type(meta.get(name)) is not int or meta[name] < 0:
+            wrong.append(f'meta.{name}')
+    if not isinstance(meta.get('seed'), (int, type(None))):
+        wrong.append('meta.seed')
+    return f'has no usable {", ".join(wrong)}, which a training goes on from' if wrong else None
 
 
 def check_weights(
@@ -214,15 +252,14 @@ def check_weights(
         model: Built model, possibly wrapped for test time augmentation or distribution.
         checkpoint: As read from ``path``.
         path: For messages.
-        purpose: ``'resume'`` and ``'test'`` want every parameter; ``'load_from'`` takes what
-            fits, and a head may differ in the first dimension, which counts classes.
+        purpose: ``'resume'`` and ``'test'`` want every parameter; ``'load_from'`` takes what fits.
 
     Returns:
         Warnings, one text each; only ``'load_from'`` has any.
 
     Raises:
-        UsageError: Nothing of the backbone is in the checkpoint, a parameter is missing, or
-            shapes differ.
+        UsageError: Nothing of the backbone fits, or a parameter that is wanted is missing or of
+            another shape.
     """
     while isinstance(inner := getattr(model, 'module', None), torch.nn.Module):
         model = inner
@@ -230,31 +267,32 @@ def check_weights(
     if not given:
         raise UsageError(f'checkpoint {path} holds no weights')
 
+    report = compare(wanted, given)
     backbone = sorted(name for name in wanted if name.startswith(BACKBONE))
-    if backbone and not given.keys() & set(backbone):
+    if backbone and not set(report.matched) & set(backbone):
         bare = given.keys() & {name.removeprefix(BACKBONE) for name in backbone}
-        advice = (
-            'It looks like a backbone on its own: load it with --cfg-options '
-            f'model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint={path}'
-            if bare
-            else 'It belongs to another model'
-        )
+        if bare:
+            advice = (
+                'It looks like a backbone on its own: load it with --cfg-options model.backbone.'
+                f'init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint={path}'
+            )
+        else:
+            advice = 'It belongs to another model'
+        shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
+        held = f'has other shapes than the model: {shapes}' if shapes else shortened(list(given))
         raise UsageError(
             f'checkpoint {path} shares no backbone weights with the model: it holds '
-            f'{shortened(list(given))}; the model has {shortened(backbone)}. {advice}'
+            f'{held}; the model has {shortened(backbone)}. {advice}'
         )
-
-    advice = 'Use the config that the checkpoint was trained with'
-    wrong, classes = compare(wanted, given).mismatched, {}
-    for name, (old, new) in list(wrong.items()) if purpose == 'load_from' else ():
-        if 'head' in name.split('.')[0] and len(old) == len(new) and old[1:] == new[1:]:
-            classes[name] = wrong.pop(name)
-    if wrong:
-        listed = shortened(with_shapes(wrong, 'but the model has'))
-        raise UsageError(f'checkpoint {path} has other shapes than the model: {listed}. {advice}')
+    shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
+    if purpose == 'load_from':
+        return [f'{path} does not fit everywhere; initialised anew: {shapes}'] if shapes else []
     missing = [name for name, _ in model.named_parameters() if name not in given]
-    if missing and purpose != 'load_from':
-        lacks = f'lacks weights of the model: {shortened(missing)}'
-        raise UsageError(f'checkpoint {path} {lacks}. {advice}')
-    text = f'{path} was trained with another number of classes; these are initialised anew'
-    return [f'{text}: {shortened(with_shapes(classes, "to"))}'] if classes else []
+    if shapes or missing:
+        problem = f'has other shapes than the model: {shapes}'
+        if not shapes:
+            problem = f'lacks weights of the model: {shortened(missing)}'
+        raise UsageError(
+            f'checkpoint {path} {problem}. Use the config that the checkpoint was trained with'
+        )
+    return []

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -105,23 +105,27 @@ def mask_problem(
     image: str,
     classes: int | None,
     shift: int,
+    ignored: Collection[int] = (255,),
 ) -> str | None:
     """What is wrong with the label map of a file ``mask`` of an ``image``, if anything.
 
     Args:
-        labels: (H, W), classes from 0 on; 255 is ignored, and what is below 0.
+        labels: (H, W), classes from 0 on; what is below 0 is ignored.
         size: Height and width of the image.
         mask: Name of the file.
         image: Name of the image.
         classes: Number of classes, None if unknown.
         shift: What was subtracted from the values in the file.
+        ignored: Labels that are ignored.
     """
     if labels.ndim != 2:
         return f'{mask} has {labels.shape[-1]} channels instead of one'
     if labels.shape != size:
         height, width = labels.shape
         return f'{mask} is {width}x{height}, but its image {image} {size[1]}x{size[0]}'
-    if classes is None or not (beyond := labels[(labels >= classes) & (labels != 255)]).size:
+    beyond = labels[labels >= (classes or np.inf)]
+    beyond = beyond[~np.isin(beyond, list(ignored))]
+    if classes is None or not beyond.size:
         return None
     found, largest = int(beyond.min()) + shift, classes - 1 + shift
     return f'{mask} holds the value {found}, but with {classes} classes the largest is {largest}'
@@ -188,7 +192,7 @@ def _listed(
         yield Finding(split, name, value, status, remedy)
 
 
-def _load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
+def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
     """An annotation file of COCO, and what is wrong with it as a whole, if anything."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -277,7 +281,7 @@ def _check_annotations(split: str, images: list, annotations: list, categories: 
 
 
 def _check_coco_split(split: str, folder: Path, ann_file: Path, deep: bool) -> Findings:
-    content, problem = _load_annotations(ann_file)
+    content, problem = load_annotations(ann_file)
     if problem is not None:
         yield Finding(split, ann_file.name, f'{ann_file} {problem}', WRONG, _DOWNLOAD)
         return

@@ -8,8 +8,8 @@ line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -23,15 +23,17 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from ..checkpoints import is_local, load_checkpoint, without_advice
-from ..errors import UnsafeCheckpointError, UsageError, one_line
+from ..checkpoints import is_local, load_checkpoint
+from ..errors import UsageError, one_line
 from .checks import (
     check_datasets,
     check_pretrained,
     check_teachers,
     check_weights,
     find_resumable,
+    resuming_problem,
 )
+from .faults import naming_the_remedy
 from .options import augment, paint, scale_lr, set_precision, write_predictions
 from .processes import (
     LAUNCHERS,
@@ -44,11 +46,12 @@ from .processes import (
     say,
 )
 from .runner import ResumableRunner
+from .settings import check_settings, with_likely_word
+from .start import check_same_config, locked, other_settings
 
 TRACEBACK_VARIABLE = 'IDLEVIT_MM_TRACEBACK'
 _WAIT_FOR_OTHERS = 10  # seconds
-# How mmengine's error begins when a run is resumed on more or fewer of them.
-_OTHER_GPUS = 'Number of GPUs used for current experiment'
+_LEAST_ROOM = 2**20  # bytes, for the log and the config
 _NEEDED = {
     'trained': ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
     'tested': ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'),
@@ -66,6 +69,10 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     try:
         function(**arguments)
         leave_together()
+    except SystemExit as end:  # of a training that was told to stop
+        if is_distributed() and isinstance(end.code, int):
+            end_now(end.code)
+        raise
     except RuntimeError as error:
         usage = isinstance(error, UsageError)
         message = str(error) if usage else lost_process(error)
@@ -113,7 +120,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         cfg = Config.fromfile(path)
         fault = f'--cfg-options does not fit {path}'
         cfg.merge_from_dict(options or {})
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config may call exit()
         raise UsageError(f'{fault}: {one_line(error)}') from error
     return cfg
 
@@ -148,7 +155,8 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
-            f'the config does not build: {one_line(error)} ({TRACEBACK_VARIABLE}=1 shows where)'
+            f'the config does not build: {with_likely_word(one_line(error))} '
+            f'({TRACEBACK_VARIABLE}=1 shows where)'
         ) from error
 
 
@@ -174,13 +182,17 @@ def train_from_config(
     if checkpoint is None or not cfg.resume:
         check_pretrained(cfg)
     check_teachers(cfg)
-    runner = _ready(cfg, ('train', 'val') if cfg.get('val_cfg') is not None else ('train',))
-    if checkpoint is not None:
-        purpose = 'resume' if cfg.resume else 'load_from'
-        for warning in check_weights(runner.model, checkpoint, cfg.load_from, purpose):
-            runner.logger.warning(warning)
-        del checkpoint
-    _refusing(runner.train)
+    _check_places(cfg, ('train', 'val') if cfg.get('val_cfg') is not None else ('train',))
+    with locked(cfg.work_dir) if rank() == 0 else contextlib.nullcontext():
+        runner = _built(cfg)
+        if checkpoint is not None:
+            purpose = 'resume' if cfg.resume else 'load_from'
+            for warning in check_weights(runner.model, checkpoint, cfg.load_from, purpose):
+                runner.logger.warning(warning)
+            if cfg.resume and (other := other_settings(checkpoint, runner.cfg.pretty_text)):
+                say(other)
+            del checkpoint
+        naming_the_remedy(runner.train)
     return runner
 
 
@@ -209,19 +221,21 @@ def evaluate_from_config(
         paint(cfg, task, show_dir)
     if tta:
         augment(cfg, task)
-    runner = _ready(cfg, ('test',))
+    _check_places(cfg, ('test',))
+    runner = _built(cfg)
     # Hooks ask the runner for its iteration, and it would build the training data to answer.
     runner._train_loop = runner._val_loop = None
     if weights is not None:
         check_weights(runner.model, weights, checkpoint, 'test')
         del weights
-    return _refusing(runner.test)
+    return naming_the_remedy(runner.test)
 
 
 def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: str) -> Config:
     """Read the config of a run that is to be ``'trained'`` or ``'tested'``."""
     place_process(launcher)
     cfg = load_config(path, options)
+    check_settings(cfg)
     for key in _NEEDED[what]:
         if cfg.get(key) is None:
             raise UsageError(f'config {path} cannot be {what}: it has no {key}')
@@ -230,42 +244,27 @@ def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: 
     return cfg
 
 
-def _ready(cfg: Config, phases: tuple[str, ...]) -> Runner:
-    """Check what a run reads and where it writes, and build its runner."""
+def _check_places(cfg: Config, phases: tuple[str, ...]) -> None:
+    """Check what a run reads and where it writes."""
     check_datasets(cfg, phases)
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
         # Asking for permission tells neither of full disks nor of read-only file systems.
         with tempfile.TemporaryFile(dir=cfg.work_dir) as file:
-            file.write(b'x')
+            file.write(bytes(_LEAST_ROOM))
     except OSError as error:
         raise UsageError(
             f'work dir {cfg.work_dir} cannot be written to: {error.strerror or error}. Make room, '
             'or name another one with --work-dir'
         ) from error
+
+
+def _built(cfg: Config) -> Runner:
+    """Meet the other processes, if there are any, and build the runner."""
     open_group(cfg)
+    if is_distributed():
+        check_same_config(cfg)
     return build_runner(cfg)
-
-
-def _refusing(call: Callable[[], Any]) -> Any:
-    """Call, and name the remedy if a checkpoint from an address turns out to be unsafe."""
-    try:
-        return call()
-    except UsageError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError(
-            f'a checkpoint is refused: {without_advice(error)}. Download it, drop everything but '
-            'its weights (python tools/model_converters/strip_checkpoint.py FILE stripped.pth), '
-            'and name that file in the config'
-        ) from error
-    except RuntimeError as error:
-        if not str(error).startswith(_OTHER_GPUS):
-            raise
-        raise UsageError(
-            'the config in the checkpoint was run on another number of GPUs (gpu_ids), and the '
-            'learning rate would not fit: start as many processes, or add --auto-scale-lr'
-        ) from error
 
 
 def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any] | None:
@@ -277,7 +276,7 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
     if resume == 'auto':
-        resume = _newest(cfg.work_dir)
+        resume = _newest(cfg)
     elif resume is not None and is_local(resume) and not os.path.isfile(resume):
         raise UsageError(f'--resume {resume} does not exist')
     cfg.resume = resume is not None
@@ -290,16 +289,15 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
         if parent.is_file():
             remedy = f'Train it first: python tools/train.py {parent}'
         raise UsageError(f'load_from {start} does not exist. {remedy}')
-    checkpoint = load_checkpoint(start)
+    checkpoint = load_checkpoint(start, verify=cfg.resume)
     if not cfg.resume:
         return checkpoint
-    meta = checkpoint.get('meta')
-    if 'optimizer' not in checkpoint or not isinstance(meta, dict) or 'iter' not in meta:
+    if problem := resuming_problem(checkpoint):
         raise UsageError(
-            f'--resume {start} holds weights only, not the state of a training. To start '
-            f'from its weights: --cfg-options load_from={start}'
+            f'--resume {start} {problem}. To start from its weights: --cfg-options '
+            f'load_from={start}'
         )
-    seed, randomness = meta.get('seed'), cfg.setdefault('randomness', ConfigDict())
+    seed, randomness = checkpoint['meta'].get('seed'), cfg.setdefault('randomness', ConfigDict())
     if isinstance(seed, int):
         # The run goes on with its seed, also where the config leaves the choice to chance.
         if (asked := randomness.get('seed')) not in (None, seed):
@@ -309,9 +307,10 @@ def _choose_start(cfg: Config, config: str, resume: str | None) -> dict[str, Any
     return checkpoint
 
 
-def _newest(work_dir: str) -> str | None:
+def _newest(cfg: Config) -> str | None:
     """The checkpoint that ``--resume`` without a path means; None to start at the beginning."""
-    found, passed_over = find_resumable(work_dir)
+    work_dir, hook = cfg.work_dir, (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    found, passed_over = find_resumable(work_dir, hook.get('out_dir'))
     if found is None:
         if passed_over:
             why = f'no checkpoint in {work_dir} can be resumed from: {"; ".join(passed_over)}'

@@ -8,18 +8,20 @@ import logging
 import os
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.dist import get_world_size, is_distributed
+from mmengine.dist import get_world_size, init_dist, is_distributed
 
-from ..errors import UsageError, one_line
+from ..errors import UsageError, one_line, shortened
 from .checks import parts_of
 
 _SYNCED = ('SyncBN', 'MMSyncBN')
 _LOST = re.compile(r'\bgloo\b|Connection \w+ by peer')
+# Seconds until all processes must have met, and until each must have made progress.
+_MEETING, _LONGEST_WAIT = 120, 600
 _MPI = 'OMPI_COMM_WORLD_'
 # Where a launcher tells a process its rank, the number of processes and its rank on its machine,
 # then where they meet.
@@ -61,6 +63,15 @@ def place_process(launcher: str) -> None:
         raise UsageError(f'{problem}: start it by {_STARTERS[launcher]}')
     for ours, theirs in zip(LAUNCHERS['pytorch'][:3], names, strict=False):
         env[ours] = env[theirs]
+    place = [(name, env[name]) for name in LAUNCHERS['pytorch'][:3]]
+    for (name, value), least in zip(place, (0, 1, 0), strict=True):
+        if not value.isdecimal() or int(value) < least:
+            raise UsageError(f'{name}={value!r} must be a whole number from {least} on')
+    if int(env['RANK']) >= int(env['WORLD_SIZE']):
+        largest = int(env['WORLD_SIZE']) - 1
+        raise UsageError(
+            f'RANK={env["RANK"]} with WORLD_SIZE={env["WORLD_SIZE"]}; allowed: 0 to {largest}'
+        )
     if launcher == 'slurm':
         env.setdefault('MASTER_ADDR', first_host(env['SLURM_NODELIST']))
         # Jobs that share a machine must not share a port.
@@ -78,11 +89,62 @@ def first_host(nodes: str) -> str:
 
 
 def open_group(cfg: Config) -> None:
-    """Open the group, and change the config, on machines without CUDA; mmengine cannot there."""
-    if cfg.launcher == 'none' or get_device() != 'cpu':
+    """Meet the other processes, and open their group.
+
+    ``env_cfg.dist_cfg`` has the seconds until all must have met, ``meeting_timeout``, and those
+    until all must have come to the next point where they need each other, ``timeout``.
+
+    Raises:
+        UsageError: They do not meet.
+    """
+    if cfg.launcher == 'none':
         return
-    say('CUDA is not available: distributed on CPUs with the gloo backend.')
     dist = cfg.setdefault('env_cfg', ConfigDict()).setdefault('dist_cfg', ConfigDict())
+    is_cpu = get_device() == 'cpu'
+    if is_cpu:
+        _suit_cpus(cfg, dist)
+    if is_distributed():
+        return
+    options = {'backend': 'nccl', **dist}
+    options['timeout'] = options.get('timeout') or _LONGEST_WAIT
+    options |= _meet(options.pop('meeting_timeout', None) or _MEETING)
+    if is_cpu:
+        # mmengine's function asks for a device.
+        options['timeout'] = datetime.timedelta(seconds=options['timeout'])
+        torch.distributed.init_process_group(**options)
+    else:
+        init_dist('pytorch', **options)
+
+
+def _meet(seconds: float) -> dict[str, Any]:
+    """Wait for all processes; what they share, for ``init_process_group``."""
+    wait, env = datetime.timedelta(seconds=seconds), os.environ
+    world = int(env['WORLD_SIZE'])
+    there = [False] * world
+    try:
+        store, number, _ = next(torch.distributed.rendezvous('env://', timeout=wait))
+        keys = [f'idlevit_mm/{one}' for one in range(world)]
+        store.set(keys[number], 'here')
+        try:
+            store.wait(keys, wait)
+        except RuntimeError:
+            there = [store.check([key]) for key in keys]
+            raise
+    except RuntimeError as error:
+        absent = [str(number) for number, is_there in enumerate(there) if not is_there]
+        who = f'; missing: {shortened(absent)}' if any(there) else ''
+        raise UsageError(
+            f'the WORLD_SIZE={world} processes did not meet at '
+            f'{env["MASTER_ADDR"]}:{env["MASTER_PORT"]} within {seconds} s (this one has '
+            f'RANK={env["RANK"]}{who}): start all of them, each with a RANK of its own, or wait '
+            f'longer with env_cfg.dist_cfg.meeting_timeout ({one_line(error, 200)})'
+        ) from error
+    return dict(store=store, rank=number, world_size=world)
+
+
+def _suit_cpus(cfg: Config, dist: ConfigDict) -> None:
+    """Change what mmengine has for GPUs only."""
+    say('CUDA is not available: distributed on CPUs with the gloo backend.')
     dist.backend = 'gloo'
     wrapper = cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
     if wrapper.setdefault('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
@@ -94,10 +156,6 @@ def open_group(cfg: Config) -> None:
         say('SyncBN exists on CUDA only: every process normalises its own batch (BN).')
     for layer in layers:
         layer['type'] = 'BN'
-    if not is_distributed():
-        wait = dist.get('timeout')
-        timeout = None if wait is None else datetime.timedelta(seconds=wait)
-        torch.distributed.init_process_group('gloo', timeout=timeout)
 
 
 def lost_process(error: RuntimeError) -> str | None:

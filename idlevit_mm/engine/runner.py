@@ -15,16 +15,23 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
+from torch import nn
 from torch.utils.data import DataLoader
 
-from ..hooks import ExactResumeHook
+from ..errors import SettingError, UsageError, one_line
+from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .bad_samples import check_built, guard, naming_the_data
-from .checks import class_of
+from .checks import class_of, find_resumable
+from .mends import mend_class_weights
+from .settings import build_first
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
+from .start import locked
+
+_LONGEST_WAIT = 600  # seconds, for a batch
 
 
 @RUNNERS.register_module()
@@ -49,6 +56,14 @@ class ResumableRunner(Runner):
     _train_dataloader: Any
     _val_dataloader: Any
     _test_dataloader: Any
+    _load_from: str | None
+    _resume: bool
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """Build the model, with cross entropies that can be averaged over ignored pixels."""
+        built = super().build_model(model)
+        mend_class_weights(built)
+        return built
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register the default hooks, with atomic checkpoints instead of plain ones."""
@@ -63,8 +78,9 @@ class ResumableRunner(Runner):
     ) -> None:
         """Register the configured hooks, and the one that makes resuming exact."""
         super().register_hooks(default_hooks, custom_hooks)
-        if not any(isinstance(hook, ExactResumeHook) for hook in self.hooks):
-            self.register_hook(ExactResumeHook())
+        for kind in (ExactResumeHook, OrderlyEndHook):
+            if not any(isinstance(hook, kind) for hook in self.hooks):
+                self.register_hook(kind())
         if isinstance(self.model, FullyShardedModel):
             self.register_hook(ShardHook())
 
@@ -109,10 +125,62 @@ class ResumableRunner(Runner):
             for group in optimizer.param_groups:
                 group['lr'] *= counts
 
+    def train(self) -> nn.Module:
+        """Train; other trainings are kept out of the work dir meanwhile.
+
+        Raises:
+            SettingError: A part does not build, which is found before any data are opened.
+        """
+        try:
+            with locked(self.work_dir) if is_main_process() else contextlib.nullcontext():
+                if self._train_loop is not None:
+                    build_first(self)
+                return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, OrderlyEndHook):
+                    hook.after_train()
+
+    def load_or_resume(self) -> None:
+        """Load or resume; ``resume`` without a checkpoint takes the newest whole one."""
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from, passed_over = find_resumable(self.work_dir)
+            self._resume = self._load_from is not None
+            for reason in passed_over:
+                self.logger.warning(f'Passed over: {reason}.')
+        super().load_or_resume()
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume from a checkpoint.
+
+        Raises:
+            SettingError: Its state does not fit this training.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+        except UsageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise SettingError(
+                f'{filename} cannot be resumed with this config: {one_line(error, 300)}. To start '
+                f'from its weights only: --cfg-options load_from={filename}'
+            ) from error
+        for optimizer in optimizers_of(self.optim_wrapper):
+            lacks = set(optimizer.defaults).difference(*optimizer.param_groups)
+            if lacks:
+                raise SettingError(
+                    f'{filename} was trained with another optimizer than '
+                    f'{type(optimizer).__name__}: its state has no {", ".join(sorted(lacks))}. To '
+                    f'start from its weights only: --cfg-options load_from={filename}'
+                )
+
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop on a replayable data loader."""
         with self._opened('train', loop):
-            return super().build_train_loop(loop)
+            built = super().build_train_loop(loop)
+        if isinstance(built, EpochBasedTrainLoop):
+            built.run_iter = _unless_skipped(built.run_iter)  # type: ignore[method-assign]
+        return built
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the validation loop on data that were looked at."""
@@ -137,7 +205,11 @@ class ResumableRunner(Runner):
                 diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
             )
         check_built(loader.dataset, self.model, phase)
-        guard(loader.dataset, training=phase == 'train')
+        guard(loader.dataset, phase == 'train', self.model)
+        if isinstance(loader, DataLoader) and loader.num_workers > 0:
+            # A worker that finds no shared memory says nothing, and its batch never comes.
+            loader.timeout = loader.timeout or _LONGEST_WAIT
+            loader.worker_init_fn = functools.partial(_apart, loader.worker_init_fn)
         # Iterable data sets and loaders without batches have no index to tie a seed to.
         if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
@@ -182,6 +254,29 @@ class ResumableRunner(Runner):
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
+
+
+def _unless_skipped(run_iter: Callable[..., None]) -> Callable[..., None]:
+    """Let an epoch pass over the batches that a checkpoint within it had seen already."""
+
+    @functools.wraps(run_iter)
+    def run(idx: int, data_batch: Any) -> None:
+        if data_batch is not None:
+            run_iter(idx, data_batch)
+
+    return run
+
+
+def _apart(initialise: Callable[[int], None] | None, worker: int) -> None:
+    """Keep signals from a data loading worker that are meant for the process it works for.
+
+    A terminal, and whoever ends a group of processes, would end the workers before the training
+    can finish its iteration.
+    """
+    if hasattr(os, 'setpgrp'):
+        os.setpgrp()
+    if initialise is not None:
+        initialise(worker)
 
 
 def _complain_once(handler: logging.FileHandler) -> None:

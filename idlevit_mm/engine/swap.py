@@ -20,13 +20,9 @@ from mmengine.config import Config
 
 from ..errors import UsageError, one_line
 from ..hooks import RandomKeepRatioHook
-from .checks import class_of
+from .checks import ABSENT, Differences, class_of, differences
 from .dense import WEIGHTS, find_backbones, make_idle, twins
 from .launch import load_config
-
-_ABSENT = '(none)'
-
-Differences = dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,20 +77,6 @@ def parse_keep(words: Iterable[str]) -> Any:
                 "or a schedule such as \"{'type': 'powers', 'keep_ratio': 0.7}\""
             ) from None
     return values[0] if len(values) == 1 else values
-
-
-def differences(before: Any, after: Any, key: str = '') -> Differences:
-    """Old and new value of what differs, by dotted names; ``'(none)'`` for what one lacks."""
-    if isinstance(before, (list, tuple)) and type(before) is type(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
-        same = before is after or (type(before) is type(after) and before == after)
-        return {} if same else {key: (before, after)}
-    found: Differences = {}
-    for name in dict.fromkeys([*before, *after]):
-        old, new = (values.get(name, _ABSENT) for values in (before, after))
-        found |= differences(old, new, f'{key}.{name}' if key else str(name))
-    return found
 
 
 def write_idle_config(
@@ -263,7 +245,7 @@ def _text_of(config: Path, out: Path, before: dict[str, Any], wanted: dict[str, 
         added: dict[str, list[Any]] = {}
         for name, (_, new) in differences(before, wanted).items():
             holder, _, key = name.rpartition('.')
-            if new == _ABSENT:
+            if new == ABSENT:
                 lines.append(f'_base_.{holder}.pop({key!r})')
             elif key.isdigit():
                 added.setdefault(holder, []).append(new)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections import deque
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from mmengine.dist import broadcast_object_list, is_main_process
+import torch
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingError
+from .exact_resume import BATCHES
+
+# Name in the message hub, of a checkpoint that was written before one was due.
+_INTERIM = 'interim_ckpt'
+# What mmengine's hook knows of the files, which must be true of them.
+_KNOWN = ('last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict')
 
 
 def provisional_name(filename: str) -> str:
@@ -29,12 +37,11 @@ class AtomicCheckpointHook(CheckpointHook):
     Differences:
 
     - An outdated checkpoint, a best one too, is deleted after its successor is written, not before
-      (with ``max_keep_ckpts=1`` a kill in between lost everything). The note ``last_checkpoint`` is
-      replaced in one step.
+      (with ``max_keep_ckpts=1`` a kill in between lost everything).
     - A checkpoint that cannot be written (full disk, quota, lost file system) does not end the
       training: the older ones stay, an error is logged, and the next one is due as usual. If the
       last one of the training could not be written, the training ends in an error, on all
-      processes.
+      processes. One whose weights are not finite counts as one that cannot be written.
     - After a resume the best score found by a repeated validation is stored in the last checkpoint
       as well.
 
@@ -42,16 +49,23 @@ class AtomicCheckpointHook(CheckpointHook):
     ``idlevit_mm.engine.ResumableRunner`` a failed or killed write may leave an incomplete file.
     """
 
-    keep_ckpt_ids: deque[int]
+    file_backend: Any
+    _interim: str | None = None
+    _is_interim = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.interval == 0:
+            raise ValueError('CheckpointHook.interval=0; allowed: from 1 on, or -1 for never')
         self._unwritten: dict[str, str] = {}  # which newest checkpoints are not there, and why
+        self._saved_at: dict[str, int] = {}  # epoch and iteration of the last one
 
     def before_train(self, runner: Any) -> None:
         """Prepare the folders, and take up the last checkpoint of the run being resumed."""
         super().before_train(runner)
         self._unwritten.clear()
+        self._saved_at = {}
+        self._interim = runner.message_hub.runtime_info.get(_INTERIM)
         last = runner.message_hub.runtime_info.get('last_ckpt')
         if runner.iter > 0 and last is not None and self.file_backend.isfile(last):
             self.last_ckpt = last
@@ -70,7 +84,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if 'last' in self._unwritten:
             raise CheckpointError(
                 'the training went on to its end, but its last checkpoint could not be written: '
-                f'{self._unwritten["last"]}. The newest one is: {self.last_ckpt}. Make room and '
+                f'{self._unwritten["last"]}. The newest one is: {self.last_ckpt}. Mend that and '
                 'start the same command again with --resume'
             )
         if 'best' in self._unwritten:
@@ -81,85 +95,81 @@ class AtomicCheckpointHook(CheckpointHook):
             )
         super().after_train(runner)
 
+    def save_now(self, runner: Any, meta: dict[str, int], batches: int = 0) -> None:
+        """Save before the next checkpoint is due; that one then takes the place of this one.
+
+        Args:
+            runner: The runner.
+            meta: Epochs and iterations that are done.
+            batches: How many of the batches of the next epoch are done too.
+        """
+        if meta == self._saved_at:
+            return
+        record = [batches, len(runner.train_dataloader)] if batches else None
+        runner.message_hub.update_info(BATCHES, record)
+        changes: dict[str, Any] = dict(
+            by_epoch=False, filename_tmpl='iter_{}.pth', _is_interim=True
+        )
+        # Of those that are kept it is none.
+        with mock.patch.multiple(self, max_keep_ckpts=-1, **changes):
+            self._save_checkpoint_with_step(runner, meta['iter'], meta)
+
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        if isinstance(runner, _WatchedRunner):
-            runner = runner.wrapped  # the last checkpoint is not one of the best
-        hub, last = runner.message_hub, self.last_ckpt
-        info = dict(hub.runtime_info)
-        # A checkpoint names itself and those that are kept beside it.
-        filename = self.filename_tmpl.format(step)
-        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
-        hub.update_info('last_ckpt', self.last_ckpt)
-        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
-        if self.max_keep_ckpts > 0 and kept[-1:] != [step]:
-            self.keep_ckpt_ids.append(step)  # the first one goes where there are too many
-            hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        outdated, name = self._interim, self.filename_tmpl.format(step)
+        interim = name if self._is_interim else None
+        at = {name: meta[name] for name in ('epoch', 'iter')}  # the runner adds to meta
 
         def write() -> None:
-            runner.save_checkpoint(
-                self.out_dir,
-                filename,
-                self.file_client_args,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
-                by_epoch=self.by_epoch,
-                backend_args=self.backend_args,
-                **self.args,
+            runner.message_hub.update_info(_INTERIM, interim)
+            if outdated not in (None, name):
+                self.file_backend.remove(self.file_backend.join_path(self.out_dir, outdated))
+            super(AtomicCheckpointHook, self)._save_checkpoint_with_step(
+                _TellsAll(runner), step, meta
             )
-            if is_main_process():
-                note = Path(runner.work_dir, 'last_checkpoint')
-                part = note.with_name(provisional_name(note.name))
-                part.write_text(str(self.last_ckpt))
-                part.replace(note)
 
-        if self._succeeds('last', filename, write, runner):
-            for outdated in kept:
-                if outdated not in self.keep_ckpt_ids:
-                    self._delete(self.filename_tmpl.format(outdated), runner)
-            return
-        self.last_ckpt = last
-        _put_back(hub, info, 'last_ckpt', 'keep_ckpt_ids')
-        if self.max_keep_ckpts > 0:
-            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
+        if self._succeeds('last', name, write, runner):
+            self._saved_at, self._interim = at, interim
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if not self.save_best:
             return
-        hub = runner.message_hub
-        info = dict(hub.runtime_info)
-        # mmengine deletes the best one so far before it writes a better one, if it knows of it.
-        self._set_best_paths({})
-        watched = _WatchedRunner(runner, self)
-        with contextlib.suppress(_NotWritten):
-            super()._save_best_checkpoint(watched, metrics)
-        for name in [name for name in hub.runtime_info if name.startswith('best_ckpt')]:
-            old, new = info.get(name), hub.get_info(name)
-            if os.path.basename(new) not in watched.written:
-                _put_back(hub, info, name, name.replace('ckpt', 'score', 1))
-            elif old not in (None, new):
-                self._delete(os.path.basename(old), runner)
-        self._set_best_paths(hub.runtime_info)
-
-    def _set_best_paths(self, info: dict[str, Any]) -> None:
-        """Let mmengine know of those best checkpoints that are in a message hub's records."""
-        if len(self.key_indicators) == 1:
-            self.best_ckpt_path = info.get('best_ckpt')
-        else:
-            names = self.key_indicators
-            self.best_ckpt_path_dict = {name: info.get(f'best_ckpt_{name}') for name in names}
+        if unknown := [key for key in self.key_indicators if key not in ('auto', *metrics)]:
+            raise SettingError(
+                f'default_hooks.checkpoint.save_best={unknown[0]!r} is no score of this '
+                f'validation; allowed: auto, {", ".join(metrics)}. Go on with --resume'
+            )
+        write = functools.partial(super()._save_best_checkpoint, _TellsAll(runner), metrics)
+        self._succeeds('best', 'of the best score', write, runner)
 
     def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
-        """Let the main process write a file; tell all processes whether it could."""
-        problems: list[str | None] = [None]
+        """Write and then delete what is outdated, or put back what was known; on all processes."""
+        hub, backend = runner.message_hub, self.file_backend
+        known = {key: copy.copy(vars(self).get(key)) for key in _KNOWN}
+        info = dict(hub.runtime_info)
+        # A shard may be all right where that of another process is not.
+        bad = next(filter(None, all_gather_object(_not_finite(runner.model))), None)
+        problems = [f'the weights are not finite ({bad})' if bad else None]
+        self.file_backend = later = _DeletesLater(backend)
         try:
-            write()
+            if bad is None:
+                write()
         except OSError as error:
             problems = [f'{error.strerror or error} ({self.out_dir})']
+        finally:
+            self.file_backend = backend
         broadcast_object_list(problems)
         if problems[0] is None:
             self._unwritten.pop(kind, None)
+            for path in later.outdated if is_main_process() else ():
+                try:
+                    if backend.isfile(path):
+                        backend.remove(path)
+                except OSError as error:
+                    runner.logger.warning(f'Outdated, but cannot be deleted: {path}: {error}')
             return True
+        self.__dict__.update(known)
+        hub._runtime_info.clear()
+        hub._runtime_info.update(info)
         self._unwritten[kind] = problems[0]
         runner.logger.error(
             f'Checkpoint {name} could not be written: {problems[0]}. What was saved before is '
@@ -167,45 +177,45 @@ class AtomicCheckpointHook(CheckpointHook):
         )
         return False
 
-    def _delete(self, name: str, runner: Any) -> None:
-        """Delete an outdated checkpoint."""
-        if not is_main_process():
-            return
-        path = self.file_backend.join_path(self.out_dir, name)
+
+class _TellsAll:
+    """A runner whose checkpoints all processes fail to write if the main process does."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        problems: list[OSError | None] = [None]
         try:
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)
+            self._runner.save_checkpoint(*args, **kwargs)
         except OSError as error:
-            runner.logger.warning(f'The outdated checkpoint {path} cannot be deleted: {error}')
-
-
-class _NotWritten(Exception):
-    """Leaves mmengine's code that would report a best checkpoint which is not there."""
-
-
-class _WatchedRunner:
-    """A runner that notes what checkpoints it has written; ``hook`` reports failures."""
-
-    def __init__(self, runner: Any, hook: AtomicCheckpointHook) -> None:
-        self.wrapped, self._hook = runner, hook
-        self.written: set[str] = set()
-
-    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        def write() -> None:
-            self.wrapped.save_checkpoint(out_dir, filename, *args, **kwargs)
-
-        if not self._hook._succeeds('best', filename, write, self.wrapped):
-            raise _NotWritten
-        self.written.add(filename)
+            problems = [error]
+        broadcast_object_list(problems)
+        if problems[0] is not None:
+            raise problems[0]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapped, name)
+        return getattr(self._runner, name)
 
 
-def _put_back(hub: Any, info: dict[str, Any], *names: str) -> None:
-    """Give entries of the message hub the values they had."""
-    for name in names:
-        if name in info:
-            hub.update_info(name, info[name])
-        else:
-            hub.pop_info(name, None)
+class _DeletesLater:
+    """A file backend that notes what is to be deleted; everything else is done."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.outdated: list[str] = []
+        self.remove = self.outdated.append
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+def _not_finite(model: torch.nn.Module) -> str | None:
+    """Name of a weight that is not finite; infinite ones may be meant where nothing is learned."""
+    values = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in values.items():
+        part = value.to_local() if hasattr(value, 'to_local') else value
+        found = part.isfinite() if value.requires_grad else ~part.isnan()
+        if not found.all():
+            return name
+    return None

@@ -10,6 +10,9 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 
 from .replay import MODEL_STREAM, VALIDATION_STREAM, ReplayDataLoader, mixed_seed, seed_generators
 
+# Name in the message hub, of the batches of an unfinished epoch: those done, and all.
+BATCHES = 'batches_of_the_epoch'
+
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
@@ -46,7 +49,9 @@ class ExactResumeHook(Hook):
         """Number the batches of an epoch on from those of the epochs before."""
         loop, loader = runner.train_loop, runner.train_loop.dataloader
         if isinstance(loop, EpochBasedTrainLoop) and isinstance(loader, ReplayDataLoader):
-            loader.batch_sampler.position = loop.iter
+            done, of = runner.message_hub.pop_info(BATCHES) or (0, 1)
+            loader.to_skip = done * len(loader) // of
+            loader.batch_sampler.position = max(0, loop.iter - loader.to_skip)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Seed what the model and its losses draw in this iteration."""
@@ -69,7 +74,7 @@ class ExactResumeHook(Hook):
             now, last = loop.iter, loop.max_iters
         else:
             return False
-        if runner.val_loop is None:
+        if runner.val_loop is None or runner.message_hub.runtime_info.get(BATCHES):
             return False
         loop._decide_current_val_interval()
         if now < loop.val_begin or (now % loop.val_interval and now != last):

@@ -141,7 +141,44 @@ BESIDE = {
     'meta': lambda made: torch.empty(2**40, device='meta'),
 }
 # What is wrong with the weights or the file.
+
+
+def deep(order):
+    """A tuple of two tuples that are one, and so on: it hashes for ever, and is a key."""
+    levels = b')q\0' + b''.join(b'h%ch%c\x86q%c' % (n, n, n + 1) for n in range(60))
+    key = b'h<'
+    return (
+        b'\x80\x04'
+        + levels
+        + {
+            'entry': b'}' + key + b'K\x01s.',
+            'entries': b'}(' + key + b'K\x01u.',
+            'set': b'\x8f(' + key + b'\x90.',
+            'frozen set': b'(' + key + b'\x91.',
+            'set of old': b'c__builtin__\nset\n]' + key + b'a\x85R.',
+            'counter': b'ccollections\nCounter\n]' + key + b'a\x85R.',
+            'ordered': b'ccollections\nOrderedDict\n]]' + key + b'aK\x01aa\x85R.',
+        }[order]
+    )
+
+
+def repeated():
+    """200 texts of a megabyte, of which the file has one."""
+    text = b'x' * 10**6
+    call = b'h\2h\1X\6\0\0\0latin1\x86Ra'
+    start = b'\x80\2X' + len(text).to_bytes(4, 'little') + text + b'q\x010c_codecs\nencode\nq\x020]'
+    return start + call * 200 + b'.'
+
+
+def archive(path, pickled):
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('a/data.pkl', pickled)
+        file.writestr('a/byteorder', 'little')
+
+
+DEEP = ('entry', 'entries', 'set', 'frozen set', 'set of old', 'counter', 'ordered')
 WHOLE = {
+    'repeated text': lambda path, made: archive(path, repeated()),
     'view of one number': lambda path, made: torch.save({'w': torch.ones(1).expand(2**40)}, path),
     'many views': lambda path, made: torch.save(
         {f'w{i}': torch.ones(1).expand(2**28) for i in range(64)}, path

@@ -20,6 +20,7 @@ from PIL import Image
 from idlevit_mm.engine import BadSampleError, SettingError, bad_samples
 from idlevit_mm.engine.bad_samples import check_built, class_counts, guard, naming_the_data
 from idlevit_mm.engine.checks import leaf_datasets
+from idlevit_mm.engine.data_checks import mask_problem
 from idlevit_mm.engine.launch import evaluate_from_config, run_tool, train_from_config
 
 pytest.importorskip('mmdet')
@@ -390,6 +391,63 @@ def test_more_classes_than_the_data_have_are_warned_of(said):
     assert '(a, b, c and 2 more)' in text
     with pytest.raises(SettingError, match=r'num_classes=4, but .* 5 classes'):
         check_built(data, nested(bbox_head=numbered(4)), 'train')
+
+
+class OfSomebodyElse(torch.nn.Module):
+    num_classes = 2
+
+
+def agnostic():
+    module = numbered(1)
+    module.class_agnostic = True
+    return module
+
+
+@pytest.mark.parametrize(
+    ('model', 'phase'),
+    [
+        (nested(auxiliary_head=numbered(2)), 'train'),
+        (nested(auxiliary_head=torch.nn.ModuleList([numbered(5), numbered(2)])), 'train'),
+        (nested(boundary_head=numbered(1)), 'train'),
+        (nested(roi_head=nested(mask_head=agnostic())), 'train'),
+        (nested(bbox_head=OfSomebodyElse()), 'train'),
+        (nested(decode_head=numbered(2)), 'val'),
+    ],
+)
+def test_heads_with_fewer_classes_that_can_run_are_warned_of(said, model, phase):
+    check_built(Named(classes=tuple('abcde')), model, phase)
+    assert 'has 5 classes' in said[0][1]
+
+
+def test_proposals_have_one_class(said):
+    check_built(Named(classes=tuple('abcde')), nested(rpn_head=numbered(1)), 'train')
+    assert not said
+
+
+@pytest.mark.parametrize('owner', ['data set', 'head'])
+def test_any_label_may_be_ignored(owner):
+    leaf = Named(classes=tuple('abc'))
+    leaf.pipeline = Compose([])
+    head = torch.nn.Module()
+    (leaf if owner == 'data set' else head).ignore_index = 254
+    guard(leaf, True, nested(decode_head=head))
+    assert leaf.pipeline.ignored == {254, 255}
+    labels = np.array([[0, 254], [255, 2]])
+    wrong = np.array([[0, 253], [255, 2]])
+    arguments = ((2, 2), 'mask', 'image', 3, 0)
+    assert mask_problem(labels, *arguments, leaf.pipeline.ignored) is None
+    assert 'value 253' in mask_problem(wrong, *arguments, leaf.pipeline.ignored)
+
+
+def test_the_entry_of_an_annotation_file_is_named(tmp_path):
+    table = dict(images=[dict(id=1, height=2, width=2)], annotations=[], categories=[])
+    (tmp_path / 'a.json').write_text(json.dumps(table))
+    data = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json')
+    with (
+        pytest.raises(SettingError, match=r"a\.json.*without 'file_name': images\[0\]"),
+        naming_the_data('val', dict(dataset=data)),
+    ):
+        raise KeyError('file_name')
 
 
 def test_text_says_what_the_classes_are():

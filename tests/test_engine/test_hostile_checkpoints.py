@@ -10,7 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import BESIDE, LENIENT, TEXT, TOOLS, WEIGHTS, WHOLE, Call, fields, rewritten, write
+from hostile import (
+    BESIDE,
+    DEEP,
+    LENIENT,
+    TEXT,
+    TOOLS,
+    WEIGHTS,
+    WHOLE,
+    Call,
+    archive,
+    deep,
+    fields,
+    rewritten,
+    write,
+)
 from mmengine.config import Config
 from mmengine.infer import BaseInferencer
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
@@ -283,6 +297,13 @@ def test_a_config_does_not_run_on_resuming(tmp_path, runner, text):
         assert config_text(path) == text
 
 
+@pytest.mark.parametrize('order', DEEP)
+def test_a_key_that_would_be_hashed_for_ever_is_refused(tmp_path, order):
+    archive(tmp_path / 'a.pth', deep(order))
+    with pytest.raises(UnsafeCheckpointError, match='a key of very many parts'):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
 def test_flexible_runners_too():
     assert FlexibleRunner.resume.__globals__['mmengine'].Config.fromstring is settings_of
     assert Runner.resume.__globals__['mmengine'].__version__
@@ -308,7 +329,7 @@ def test_another_number_of_gpus_is_one_line(tmp_path):
         tmp_path, lambda checkpoint: checkpoint['meta'].update(config='gpu_ids = range(0, 8)')
     )
     with pytest.raises(UsageError, match=r'another number of GPUs \(gpu_ids\).*--auto-scale-lr'):
-        launch._refusing(runner.train)
+        launch.naming_the_remedy(runner.train)
 
 
 def test_inferencers_refuse_the_config_in_a_checkpoint(tmp_path):

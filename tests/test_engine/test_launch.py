@@ -351,6 +351,7 @@ def test_the_first_machine_of_slurms_list():
 def test_more_processes_than_gpus(monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.setenv(name, '2')
+    monkeypatch.setenv('WORLD_SIZE', '3')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(UsageError, match='this machine has 2 GPUs, one for each process: start 2'):
         processes.place_process('pytorch')
@@ -383,7 +384,7 @@ def test_unsafe_weights_from_an_address_are_named_with_the_remedy():
         raise pickle.UnpicklingError('Unsupported global: GLOBAL evil.run')
 
     with pytest.raises(UsageError, match=r'GLOBAL evil\.run.*strip_checkpoint'):
-        launch._refusing(load)
+        launch.naming_the_remedy(load)
 
 
 def test_nothing_to_resume_starts_from_load_from(config, capsys):
@@ -401,7 +402,8 @@ def test_only_broken_checkpoints_is_an_error(config, tmp_path):
 
 
 def test_the_seed_of_the_run_is_kept(config, tmp_path, capsys):
-    state = dict(state_dict={}, optimizer={}, meta=dict(iter=1, epoch=1, seed=77))
+    meta = dict(iter=1, epoch=1, seed=77)
+    state = dict(state_dict={}, optimizer={}, message_hub={}, meta=meta)
     (tmp_path / 'run').mkdir()
     torch.save(state, tmp_path / 'run' / 'epoch_1.pth')
     for asked in (None, 3):

@@ -196,3 +196,10 @@ def test_missing_and_odd_files(tmp_path):
     torch.save([torch.ones(1)], tmp_path / 'list.pth')
     with pytest.raises(BrokenCheckpointError, match='holds a list'):
         load_checkpoint(tmp_path / 'list.pth')
+
+
+def test_histories_can_be_used_in_a_process_that_has_made_none(tmp_path, monkeypatch):
+    buffer = HistoryBuffer([1.0, 3.0], [1, 1])
+    torch.save({'log': buffer}, tmp_path / 'a.pth')
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
+    assert load_checkpoint(tmp_path / 'a.pth')['log'].statistics('mean') == 2.0

@@ -39,6 +39,8 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if os.environ.get('KILL') == f'{runner.rank} at {runner.iter + 1}':
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get('STOP') == f'{runner.rank} at {runner.iter + 1}':
+            os.kill(os.getpid(), signal.SIGTERM)
         if os.environ.get('FAULT') == f'{runner.rank}':
             raise ValueError('a fault')
 """
@@ -208,7 +210,7 @@ def test_a_killed_process_ends_the_job_and_is_named(place, runs):
     assert re.search(r'time +: \d{4}-\d\d-\d\d_\d\d:\d\d:\d\d\n.*\n +rank +: 0 ', cause)
     assert re.search(r'exitcode +: -9 .*\n.*\n +traceback : Signal 9 \(SIGKILL\)', cause)
     assert runs['seconds'] < 60, 'the other one waits for it'
-    work_dir = [name for name in runs['left'] if not name.startswith('20')]
+    work_dir = [name for name in runs['left'] if not name.startswith(('20', '.training'))]
     assert work_dir == ['epoch_1.pth', 'epoch_2.pth', 'last_checkpoint']
 
 
@@ -220,6 +222,17 @@ def test_a_fault_ends_the_job_and_is_named(place):
     assert re.search(r'rank +: 1 ', cause)
     assert 'traceback : Traceback' in cause
     assert cause.index('in after_train_iter') < cause.index('ValueError: a fault')
+
+
+@pytest.mark.e2e
+def test_a_signal_to_one_process_stops_the_job_with_a_checkpoint(place, runs):
+    options = ('toy_config.py', 2, '--work-dir', 'stopped')
+    output = finish(start(place, 'dist_train.sh', *options, PORT=free_port(), STOP='1 at 8'), 1)
+    assert f'checkpoint is {place}/stopped/iter_8.pth. Start the same command again' in output
+    assert re.search(r'exitcode +: 143 ', output)
+    finish(start(place, 'dist_train.sh', *options, '--resume', PORT=free_port()))
+    one, two = state(place / 'whole' / 'epoch_4.pth'), state(place / 'stopped' / 'epoch_4.pth')
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.e2e

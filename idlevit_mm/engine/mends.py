@@ -1,0 +1,43 @@
+"""Mends what mmseg gets wrong and a training would end with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def mend_class_weights(model: nn.Module) -> None:
+    """Let cross entropies with ``class_weight`` be averaged over masks with ignored pixels.
+
+    mmseg looks up the weight of every label, those that are ignored too, which have none
+    (``index 255 is out of bounds``).
+    """
+    for part in model.modules():
+        criterion: Any = getattr(part, 'cls_criterion', None)
+        if getattr(criterion, '__qualname__', '') == 'cross_entropy':
+            part.cls_criterion = _over_labels(criterion)
+
+
+def _over_labels(criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(criterion)
+    def mended(
+        pred: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        reduction: str = 'mean',
+        avg_factor: Any = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        if class_weight is not None and reduction == 'mean' and avg_factor is None:
+            avg_factor = class_weight[label[label != ignore_index]].sum()
+        return criterion(
+            pred, label, weight, class_weight, reduction, avg_factor, ignore_index, **kwargs
+        )
+
+    mended.__qualname__ = 'mended'  # once is enough
+    return mended

@@ -1,0 +1,26 @@
+"""What mmseg gets wrong works."""
+
+import pytest
+import torch
+from toy import ToyModel, toy_runner
+
+losses = pytest.importorskip('mmseg.models.losses')
+
+WEIGHTS = [1.0, 2.0, 4.0]
+
+
+class Segmenting(ToyModel):
+    def __init__(self):
+        super().__init__()
+        self.loss_decode = losses.CrossEntropyLoss(class_weight=WEIGHTS)
+
+
+@pytest.mark.parametrize('labels', [[0, 1, 2, 0], [0, 255, 2, 255], [255] * 4, [0] * 4])
+def test_ignored_pixels_have_no_class_weight(tmp_path, labels):
+    model = toy_runner(tmp_path, model=Segmenting()).model
+    scores, labels = torch.randn(1, 3, 2, 2), torch.tensor(labels).reshape(1, 2, 2)
+    loss = model.loss_decode(scores, labels, ignore_index=255)
+    expected = torch.nn.functional.cross_entropy(
+        scores, labels, torch.tensor(WEIGHTS), ignore_index=255
+    )
+    torch.testing.assert_close(loss, expected.nan_to_num(0.0))

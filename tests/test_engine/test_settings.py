@@ -1,0 +1,171 @@
+"""Wrong settings are one line with the key, its value and what is meant, before data are opened."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from test_launch import config, told  # noqa: F401 (a fixture)
+from toy import ToyData, ToyMetric, toy_runner
+
+from idlevit_mm.engine import SettingError, UsageError
+from idlevit_mm.engine.launch import load_config, train_from_config
+from idlevit_mm.engine.settings import _check_save_best, check_settings
+
+WRONG = [
+    ({'modle.backbone.keep_ratios': 0.5}, 'modle is no setting .*did you mean model'),
+    ({'train_dataloder.batch_size': 2}, 'train_dataloder is no .*did you mean train_dataloader'),
+    ({'val_evalutor.type': 'x'}, 'val_evalutor is no .*did you mean val_evaluator'),
+    ({'optim_wraper.type': 'x'}, 'did you mean optim_wrapper'),
+    ({'custom_hook': []}, 'did you mean custom_hooks'),
+    ({'resume': 'maybe'}, "resume='maybe' must be True or False"),
+    ({'load_from': 3}, 'load_from=3 must be a path'),
+    ({'train_cfg.max_epochs': 0}, r'train_cfg\.max_epochs=0 must be a whole number from 1'),
+    ({'train_cfg.max_epochs': -1}, r'train_cfg\.max_epochs=-1'),
+    ({'train_cfg.max_epochs': 'x'}, r"train_cfg\.max_epochs='x'"),
+    ({'train_cfg.val_interval': 0}, r'train_cfg\.val_interval=0'),
+    ({'train_cfg.max_epoch': 1}, r'train_cfg\.max_epoch is no argument .*mean max_epochs'),
+    ({'train_cfg.type': 'EpochBasedTrainLop'}, 'unknown; did you mean EpochBasedTrainLoop'),
+    ({'model_wrapper_cfg.tpye': 'x'}, r'model_wrapper_cfg\.tpye .*did you mean type'),
+    ({'model_wrapper_cfg.type': 'FullyShardedModle'}, 'did you mean FullyShardedModel'),
+    (
+        {'model_wrapper_cfg': dict(type='FullyShardedModel', unit=['x'])},
+        r'model_wrapper_cfg\.unit is no argument .*did you mean units',
+    ),
+    (
+        {'model_wrapper_cfg': dict(type='MMDistributedDataParallel', find_unused_parametres=True)},
+        'did you mean find_unused_parameters',
+    ),
+    ({'model.backbone.keep_ratio': 0.5}, "argument 'keep_ratio'; did you mean keep_ratios"),
+    ({'model.bakbone': {}}, 'did you mean backbone'),
+    (
+        {'default_hooks': dict(checkpoint=dict(type='CheckpointHook', interval=0))},
+        r'CheckpointHook\.interval=0',
+    ),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), WRONG)
+def test_wrong_names_and_numbers(config, options, message):  # noqa: F811
+    with pytest.raises(UsageError, match=message) as error:
+        train_from_config(config, cfg_options=options)
+    assert '\n' not in str(error.value)
+
+
+def test_a_config_that_exits(tmp_path):
+    path = tmp_path / 'net.py'
+    path.write_text('import sys\nsys.exit(0)')
+    with pytest.raises(UsageError, match=r'net\.py cannot be read'):
+        load_config(str(path))
+
+
+def test_variables_of_a_config_are_its_own():
+    names = ('models', 'data_root', 'train_pipeline', 'val_dataset', 'train_batch_size', 'lr')
+    names += ('max_epochs', 'norm_cfg', 'checkpoint', 'crop_size', 'test_pipeline', 'optimizer')
+    check_settings(Config(dict.fromkeys(names[1:], 1)))
+    check_settings(Config(dict(train_cfg=None, model_wrapper_cfg=dict(device_ids=None))))
+    check_settings(Config(dict(train_cfg=dict(by_epoch=False, max_iters=1e4, val_interval=10))))
+
+
+class NoData(ToyData):
+    """Says when it is opened."""
+
+    def __init__(self):
+        raise RuntimeError('the data are opened')
+
+
+LATE = [
+    (dict(optim_wrapper=dict(optimizer=dict(type='Adamm', lr=1))), 'optim_wrapper does not build'),
+    (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=-1))), 'optim_wrapper .*learning rate'),
+    (
+        dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1), clip_grad=dict(max_nrm=1))),
+        r'optim_wrapper\.clip_grad .*max_nrm',
+    ),
+    (
+        dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1), clip_grad=dict(max_norm='x'))),
+        r'optim_wrapper\.clip_grad does not build',
+    ),
+    (dict(param_scheduler=dict(type='LinearLRR')), 'param_scheduler does not build'),
+    (
+        dict(param_scheduler=[dict(type='MultiStepLR', milestone=[1])]),
+        'param_scheduler .*milestone',
+    ),
+    (dict(param_scheduler=dict(type='LinearLR', start_factor=2.0)), 'param_scheduler .*factor'),
+    (dict(val_evaluator=dict(type='NoMetric')), 'val_evaluator does not build'),
+    (dict(val_evaluator=dict(type='DumpResults', file='x')), 'val_evaluator .*file'),
+]
+
+
+@pytest.mark.parametrize(('changes', 'message'), LATE)
+def test_everything_else_is_built_before_the_data(tmp_path, changes, message):
+    loader = dict(dataset=dict(type=NoData), sampler=dict(type='DefaultSampler'), batch_size=1)
+    runner = toy_runner(tmp_path, train_dataloader=loader, **changes)
+    with pytest.raises(SettingError, match=message) as error:
+        runner.train()
+    assert '\n' not in str(error.value)
+
+
+SCHEDULERS = [
+    dict(type='OneCycleLR', eta_max=1.0, total_steps=20, by_epoch=False),
+    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True),
+    dict(type='LinearMomentum', start_factor=0.5),
+    dict(type='ReduceOnPlateauLR', monitor='toy/acc'),
+    dict(type='PolyLR', eta_min=0.001, power=0.9),
+]
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS, ids=lambda scheduler: scheduler['type'])
+@pytest.mark.parametrize('optimizer', ['SGD', 'AdamW', 'Rprop'])
+def test_what_mmengine_trains_is_trained(tmp_path, scheduler, optimizer):
+    arguments = dict(momentum=0.9) if optimizer == 'SGD' else {}
+    if optimizer == 'Rprop' and scheduler['type'] in ('OneCycleLR', 'LinearMomentum'):
+        pytest.skip('it has no momentum')
+    toy_runner(
+        tmp_path,
+        param_scheduler=scheduler,
+        optim_wrapper=dict(
+            optimizer=dict(type=optimizer, lr=0.01, **arguments), clip_grad=dict(max_norm=1)
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+    ).train()
+
+
+class IoUMetric(BaseMetric):
+    """Has what that of mmseg has."""
+
+    default_prefix = None
+    metrics = ['mIoU']
+    process = compute_metrics = None
+
+
+class CocoMetric(IoUMetric):
+    default_prefix = 'coco'
+    metrics = ['bbox', 'segm']
+
+
+def test_scores_that_decide_which_checkpoint_is_best():
+    torch.manual_seed(0)
+    of_iou, of_coco = IoUMetric.__new__(IoUMetric), CocoMetric.__new__(CocoMetric)
+    of_iou.prefix, of_coco.prefix = None, 'coco'
+    for key, metric in [
+        ('mIoU', of_iou),
+        ('auto', of_iou),
+        ('coco/bbox_mAP', of_coco),
+        ('coco/segm_mAP_50', of_coco),
+        ('mine/x', ToyMetric()),
+    ]:
+        _check_save_best([key], [metric])
+    for key, metric, hint in [
+        ('mIou', of_iou, 'did you mean mIoU'),
+        ('mDice', of_iou, 'allowed: auto, aAcc, mIoU, mAcc'),
+        ('bbox_mAP', of_coco, 'did you mean coco/bbox_mAP'),
+        ('coco/mask_mAP', of_coco, 'no score of val_evaluator'),
+    ]:
+        with pytest.raises(SettingError, match=hint):
+            _check_save_best([key], [metric])
+
+
+def test_a_score_that_only_the_validation_shows_to_be_missing(tmp_path):
+    runner = toy_runner(tmp_path, checkpoint=dict(save_best='toy/accc', rule='greater'))
+    with pytest.raises(SettingError, match=r"save_best='toy/accc' .*allowed: auto, toy/acc"):
+        runner.train()
+    assert (tmp_path / 'epoch_2.pth').exists()
