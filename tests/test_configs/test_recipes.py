@@ -261,6 +261,7 @@ PLAIN: dict[str, Recipe] = {
             'model.backbone.keep_ratios.type': (ABSENT, 'powers'),
             'model.backbone.keep_ratios.keep_ratio': (ABSENT, 0.7),
             'model.backbone.keep_ratios.first_idle': (ABSENT, 4),
+            'model.backbone.idle_where': (ABSENT, 'pays'),
             'model.backbone.policy.type': (ABSENT, 'IdleViT'),
             'model.backbone.policy.scorer': (ABSENT, 'class_query'),
             'model.backbone.convert_weights': (ABSENT, True),
@@ -312,7 +313,10 @@ def test_recipes_are_the_references(subtests: pytest.Subtests) -> None:
 
 def test_training_from_the_backbones_weights_changes_the_ratio_alone() -> None:
     for name, dense in FROM_BACKBONE.items():
-        changed = {'model.backbone.keep_ratios': (1.0, 0.7)}
+        changed = {
+            'model.backbone.keep_ratios': (1.0, 0.7),
+            'model.backbone.idle_where': (ABSENT, 'pays'),
+        }
         assert differences(read(dense), read(name)) == changed, name
 
 
@@ -326,6 +330,7 @@ def test_what_fine_tuning_changes(subtests: pytest.Subtests) -> None:
 def assert_fine_tuning(before: Config, after: Config, has_conv: bool) -> None:
     changes = differences(before, after)
     assert changes.pop('model.backbone.keep_ratios') == (1.0, 0.7)
+    assert changes.pop('model.backbone.idle_where') == (ABSENT, 'pays')
     context = changes.pop('model.backbone.policy.context', None)
     assert context == ((ABSENT, 'summary') if has_conv else None)
     # All weights come with load_from.
