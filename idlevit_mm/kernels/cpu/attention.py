@@ -15,7 +15,7 @@ from .linear import product
 from .pieces import in_pieces
 
 # Pairs of a query and a key of one head, below which launching many operations costs more.
-_MIN_PAIRS = 2**18
+_MIN_PAIRS = 2**16
 
 
 def pays(query: Tensor, key: Tensor) -> bool:
