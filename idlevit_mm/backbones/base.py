@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
+import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -47,7 +48,9 @@ class IdleBackbone(BaseModule, ABC):
             mmdet's and mmseg's: those of timm or of a release; its keys tell which.
         pretrained: Deprecated spelling of ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         init_cfg: Where the weights come from: ``dict(type='Pretrained', checkpoint=...)`` with a
-            ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm.
+            ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm. Of a
+            file weights of other shapes are left out with a warning; with ``in_channels='mean'``
+            or ``'repeat'`` the first convolution is adapted to other channels.
 
     All families take these arguments, and besides:
         in_channels: Channels of the image.
@@ -254,17 +257,36 @@ class IdleBackbone(BaseModule, ABC):
         dropped: list[str] = []
         if found is not None:
             state, dropped, _ = found.decode(state)
+        self._fit_first_layer(state)
         fitted = self._fit_tables(state, found is not None and found.is_foreign)
         report = compare(self.state_dict(), fitted.state, policy_too=False)
         report.resized, report.dropped = fitted.resized, dropped
         if misfit := self._misfit(report, path, state):
             raise SettingError(f'checkpoint {path!r} {misfit}')
-        self.load_state_dict(fitted.state, strict=False)
+        fitting = {k: v for k, v in fitted.state.items() if k not in report.mismatched}
+        self.load_state_dict(fitting, strict=False)
         title = '' if found is None else f' ({found.title})'
         # Norms of outputs start anew where a classifier was; weights of blocks hardly ever should.
-        partly = _of_stages(report.missing) or _of_stages(report.unexpected)
+        partly = report.mismatched or _of_stages([*report.missing, *report.unexpected])
         level = logging.WARNING if partly else logging.INFO
         logger.log(level, f'{type(self).__name__}: loaded from {path}{title}: {report.summary()}')
+
+    def _fit_first_layer(self, state: StateDict) -> None:
+        """Adapt the first convolution to other numbers of channels, where ``init_cfg`` says how."""
+        how = self.init_cfg.get('in_channels')
+        if how not in (None, 'mean', 'repeat'):
+            raise SettingError(f'init_cfg.in_channels={how!r} is unknown; allowed: mean, repeat')
+        convolutions = (n for n, m in self.named_modules() if isinstance(m, nn.Conv2d))
+        key = f'{next(convolutions)}.weight'
+        if how is None or key not in state:
+            return
+        weight, channels = state[key], self.state_dict()[key].shape[1]
+        given = weight.shape[1]
+        if how == 'mean':
+            weight = weight.mean(dim=1, keepdim=True)
+        # With the mean a grey image gives the same features as before.
+        chosen = torch.arange(channels) % weight.shape[1]
+        state[key] = weight[:, chosen] * (given / channels)
 
     def _format_misfit(self, found: Format | None) -> str:
         """Why weights with these names are none of this backbone's; '' where they may be."""
@@ -281,12 +303,13 @@ class IdleBackbone(BaseModule, ABC):
     def _misfit(self, report: WeightsReport, path: str, state: StateDict) -> str:
         """Why weights by the right names are others than this backbone's; '' where they are not."""
         name = type(self).__name__
-        if report.mismatched:
+        fits = any(key.endswith('.weight') for key in _of_stages(report.matched))
+        # A model's name stands for one architecture; of a file what fits is taken.
+        if report.mismatched and (str(path).startswith(TIMM) or not fits):
             listed = with_shapes(report.mismatched, 'not')
             return f'has another shape than {name}: {shortened(listed, 3)}'
         if not report.matched:
             return f'has no weight of {name}: its keys begin with {shortened(sorted(state), 3)}'
-        # A model's name stands for one architecture; a file may well be a part of it.
         lacking, unknown = _of_stages(report.missing), _of_stages(report.unexpected)
         if str(path).startswith(TIMM) and (lacking or unknown):
             what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'

@@ -253,6 +253,40 @@ def test_foreign_names_without_convert_weights(variant, tmp_path):
     assert_same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'mit', 'vit'])
+@pytest.mark.parametrize(('how', 'channels'), [(None, 4), ('mean', 1), ('mean', 4), ('repeat', 6)])
+def test_images_of_other_channels(name, how, channels, tmp_path, log):
+    """All else is loaded; a grey image gives the same features where the layer is adapted."""
+    plain = randomize(BY_NAME[name].build()).eval()
+    write_weights(plain.state_dict(), tmp_path / 'w.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'), in_channels=how)
+    model = BY_NAME[name].build(init_cfg=init_cfg, in_channels=channels).eval()
+    model.init_weights()
+    level, line = record_of_loading(log)
+    assert ('of another shape: ' in line) == (how is None)
+    assert (level == logging.WARNING) == (how is None)
+    grey = image((1, 1, 40, 48))
+    with torch.no_grad():
+        outs = model(grey.expand(-1, channels, -1, -1)), plain(grey.expand(-1, 3, -1, -1))
+    if how is not None:
+        for out, want in zip(*(torch.utils._pytree.tree_leaves(out) for out in outs), strict=True):
+            assert_close(out, want, 1e-4)
+
+
+def test_channels_are_adapted_in_known_ways_only(tmp_path):
+    write_weights(state_of('pvt'), tmp_path / 'w.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'), in_channels='max')
+    with pytest.raises(SettingError, match=r"in_channels='max' is unknown; allowed: mean, repeat"):
+        BY_NAME['pvt'].build(init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2', 'mit', 'vit'])
+def test_files_of_another_width_are_refused(name, tmp_path):
+    write_weights(state_of(name), tmp_path / 'w.pth')
+    with pytest.raises(SettingError, match='has another shape than'):
+        pretrained(tmp_path / 'w.pth', name, embed_dims=16)
+
+
 @pytest.mark.parametrize('name', ['swin', 'pvt', 'vit'])
 def test_files_of_another_family(name, tmp_path):
     other = 'vit' if name == 'swin' else 'swin'
