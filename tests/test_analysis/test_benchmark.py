@@ -1,5 +1,6 @@
 """The benchmark tool on tiny backbones: cases, candidates, failures, files and tables."""
 
+import importlib
 import json
 import re
 import shlex
@@ -350,9 +351,13 @@ def test_the_documentation_names_every_option_and_its_commands_can_be_read(bench
     assert {name for name in names if f'| `{name}' not in page} == set()
     assert all(f'`{name}`' in page for name in PRESETS if not name.startswith('tiny'))
     blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', page, re.S)).replace('\\\n', ' ')
+    parsers = {'benchmark': benchmark.parse_args, 'gpu': importlib.import_module('gpu').parse_args}
     commands = [line for line in blocks.splitlines() if line.startswith('python')]
     assert len(commands) == 5
     for command in commands:
-        args = benchmark.parse_args(shlex.split(command, comments=True)[2:])
+        _, tool, *options = shlex.split(command, comments=True)
+        args = parsers[Path(tool).stem](options)
+        if 'gpu' in tool:
+            continue
         assert args.sources or list(benchmark.cases_of('x', args))
         assert all(target in PRESETS or (ROOT / target).is_file() for target in args.targets)
