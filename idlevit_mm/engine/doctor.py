@@ -56,8 +56,12 @@ for device in ['cpu', 'cuda'][: 1 + torch.cuda.is_available()]:
     said += ' ' + device""",
     'mmdet': 'import mmdet.apis',
     'mmseg': 'import mmseg.apis',
-    'idlevit_mm': 'import idlevit_mm; from mmengine.registry import MODELS\n'
-    'said = ", ".join(sorted(name for name in MODELS.module_dict if name.startswith("Idle")))',
+    'idlevit_mm': """
+import idlevit_mm
+from mmengine.registry import MODELS
+from idlevit_mm.kernels.cpu import native
+said = ', '.join(sorted(name for name in MODELS.module_dict if name.startswith('Idle')))
+said += '; kernels of the CPU: ' + (native.why_not() or 'compiled')""",
 }
 # Anything may be raised by a package that is broken, and printed by any.
 RUN = """
