@@ -17,7 +17,9 @@ def mend_class_weights(model: nn.Module) -> None:
     """
     for part in model.modules():
         criterion: Any = getattr(part, 'cls_criterion', None)
-        if getattr(criterion, '__qualname__', '') == 'cross_entropy':
+        # mmdet's of the same name takes its arguments in another order, and is right.
+        own = getattr(criterion, '__module__', '').startswith('mmseg.')
+        if own and criterion.__qualname__ == 'cross_entropy':
             part.cls_criterion = _over_labels(criterion)
 
 

@@ -24,3 +24,11 @@ def test_ignored_pixels_have_no_class_weight(tmp_path, labels):
         scores, labels, torch.tensor(WEIGHTS), ignore_index=255
     )
     torch.testing.assert_close(loss, expected.nan_to_num(0.0))
+
+
+def test_losses_of_mmdet_stay_as_they_are(tmp_path):
+    mmdet = pytest.importorskip('mmdet.models.losses')
+    model = ToyModel()
+    model.loss_cls = mmdet.CrossEntropyLoss(class_weight=WEIGHTS)
+    before = model.loss_cls.cls_criterion
+    assert toy_runner(tmp_path, model=model).model.loss_cls.cls_criterion is before
