@@ -47,11 +47,6 @@ class CPU(Reference):
             return super().best(scores, counts)
         return native.best(scores, counts[0])
 
-    def ascending(self, places: Tensor, num_places: int) -> Tensor:
-        marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
-        found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
-        return found if found.numel() == found.shape[-1] else found % num_places
-
     def distance(self, x: Tensor, other: Tensor) -> Tensor:
         if native.usable(x):
             return native.distance(x, other)
