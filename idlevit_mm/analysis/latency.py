@@ -23,6 +23,7 @@ import torch
 _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
     *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'timm', 'numpy'),
+    *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
 )
 
 
