@@ -190,7 +190,8 @@ def runtimes(path: Path) -> dict[str, Run]:
     """
     found: dict[str, Run] = {}
     if path.suffix == '.pt2':
-        module = torch.export.load(path).module()
+        with _quiet():
+            module = torch.export.load(path).module()
         found['torch'] = lambda images: list(module(images))
     if path.suffix == '.onnx':
         found['onnxruntime'] = _onnxruntime(path)
