@@ -231,8 +231,7 @@ class IdleSwinTransformer(IdleBackbone):
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
         x, hw_shape = self.patch_embed(x)
         if self.use_abs_pos_embed:
-            table = self.absolute_pos_embed
-            x = x + resize_position_table(table, self.pos_shape, hw_shape, mode='bicubic')
+            x = x + self._resized(hw_shape)
         x = self.drop_after_pos(x)
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
@@ -245,6 +244,17 @@ class IdleSwinTransformer(IdleBackbone):
                 x, hw_shape = stage.downsample(x, hw_shape)
         self.records = records
         return outs
+
+    def fold_table(self, hw_shape: tuple[int, int]) -> None:
+        """Resize the absolute position table, if there is one, for good."""
+        if self.use_abs_pos_embed:
+            self.absolute_pos_embed = nn.Parameter(self._resized(hw_shape).detach())
+            self.pos_shape = hw_shape
+
+    def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
+        return resize_position_table(
+            self.absolute_pos_embed, self.pos_shape, hw_shape, mode='bicubic'
+        )
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.stages

@@ -229,9 +229,9 @@ class IdleVisionTransformer(IdleBackbone):
         With ``output_cls_token`` each is a list of the map and the class token (B, C).
         """
         x, hw_shape = self.patch_embed(x)
-        first, table = self.pos_embed[:, : self.num_class], self.pos_embed[:, self.num_class :]
-        x = x + resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
+        x = x + self._resized(hw_shape)
         if self.num_class:
+            first = self.pos_embed[:, : self.num_class]
             x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
         x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
@@ -239,6 +239,16 @@ class IdleVisionTransformer(IdleBackbone):
         outs, record = run_blocks(self.layers, x, hw_shape, ratios, self.record_inputs, taps)
         self.records = [record]
         return outs
+
+    def fold_table(self, hw_shape: tuple[int, int]) -> None:
+        """Resize the position table for good, so that maps of this size need no resizing."""
+        first = self.pos_embed[:, : self.num_class]
+        self.pos_embed = nn.Parameter(torch.cat([first, self._resized(hw_shape)], dim=1).detach())
+        self.pos_shape = hw_shape
+
+    def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
+        table = self.pos_embed[:, self.num_class :]
+        return resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
 
     def _output(self, index: int, x: Tensor, hw_shape: tuple[int, int]) -> Any:
         count = hw_shape[0] * hw_shape[1]

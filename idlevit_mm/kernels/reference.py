@@ -19,7 +19,7 @@ from ..ops import Rows, on_device, window_layout
 from .convolution import ConvolveRows, depthwise
 from .rows import put_rows, take_rows
 from .site import Site, site_of
-from .slots import WindowCore, attend_slots, attend_whole_windows
+from .slots import WindowCore, attend_slots, attend_whole_windows, join_heads
 
 
 class Reference:
@@ -50,26 +50,31 @@ class Reference:
         return self.put(x, rows, values)
 
     def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """Numbers g * U + u of the best ``counts[g]`` units by scores (B, G, U), ascending in g."""
-        _, groups, units = scores.shape
-        most = max(counts)
-        uneven = min(counts) < most
-        top = scores.topk(most, dim=-1, sorted=uneven).indices
-        if not uneven:
-            top = self.ascending(top, units)
-        else:
-            # Groups at the border of the map hold fewer units: what they have too many sorts last.
-            tables = _count_tables(counts, scores.device)
-            ranks = torch.arange(most, device=scores.device)
-            top = torch.where(ranks < tables.limits[:, None], top, units).sort(dim=-1).values
-        if groups > 1:
-            top = top + (torch.arange(groups, device=scores.device) * units)[:, None]
-        top = top.flatten(1)
-        return top[:, tables.places] if uneven else top
+        """Numbers g * U + u of the best ``counts[g]`` units by scores (B, G, U), ascending.
 
-    def ascending(self, places: Tensor, num_places: int) -> Tensor:
-        """Sort rows of distinct places (..., K) below ``num_places``."""
-        return places.sort(dim=-1).values
+        Of equal ones the first are taken.
+        """
+        scores = scores.detach()
+        batch, groups, units = scores.shape
+        most, total = max(counts), sum(counts)
+        # Which of equal units topk takes depends on device and runtime: only its values are read.
+        if min(counts) == most:
+            limits: Any = most
+            least = scores.topk(most, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        else:
+            # Groups at the border of the map hold fewer units.
+            limits = _count_tables(counts, scores.device).limits[:, None]
+            values = scores.topk(most, dim=-1).values
+            least = values.gather(-1, (limits - 1).expand(batch, -1, -1))
+        above, level = ~(scores <= least), scores == least
+        # Not the sum, which OpenVINO 2026.4 gets wrong for all images but the first.
+        room = limits - _counted(above)[..., -1:]
+        chosen = (above | (level & (_counted(level) <= room))).flatten(1)
+        places = _counted(chosen)
+        # The place after the last is for whoever is not chosen; of NaN there may be too many.
+        places = torch.where(chosen & (places <= total), places - 1, total)
+        numbers = torch.arange(groups * units, device=scores.device).expand_as(places)
+        return places.new_zeros(batch, total + 1).scatter(1, places, numbers)[:, :total]
 
     def distance(self, x: Tensor, other: Tensor) -> Tensor:
         """Euclidean distance of tokens x (B, N, C) from one other (B, 1, C): (B, N)."""
@@ -129,7 +134,7 @@ class Reference:
         """Softmax attention of queries (B, T, C) to keys and values (B, K, C): (B, T, C)."""
         query, key, value = (split_heads(part, num_heads) for part in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return out.transpose(1, 2).flatten(2)
+        return join_heads(out)
 
     def attend_windows(
         self,
@@ -172,25 +177,22 @@ def distance(x: Tensor, other: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x - other, dim=-1, keepdim=True)
 
 
+def _counted(mask: Tensor) -> Tensor:
+    """How many are True up to each place, that one included: (..., U)."""
+    return mask.long().cumsum(dim=-1)
+
+
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, T, C) to (B, A, T, C / A)."""
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class _CountTables(NamedTuple):
-    """How many units each group keeps.
-
-    Attributes:
-        limits: (G,), the counts.
-        places: Places of the first ``limits[g]`` entries of row g in a flattened (G, max) table.
-    """
+    """How many units each group keeps: (G,)."""
 
     limits: Any
-    places: Any
 
 
 @on_device
 def _count_tables(counts: tuple[int, ...]) -> _CountTables:
-    limits = np.array(counts)
-    (places,) = np.nonzero((np.arange(limits.max()) < limits[:, None]).reshape(-1))
-    return _CountTables(limits, places)
+    return _CountTables(np.array(counts))

@@ -20,7 +20,8 @@ class Site(NamedTuple):
         device: Kind of the device, such as ``cpu``.
         dtype: Precision of the tokens.
         eager: Whether operations run at once, so that shapes may follow from values.
-        traced: Whether a graph is recorded that others will read: by torch.jit or ONNX.
+        traced: Whether a graph is recorded that others will read: by torch.jit, torch.export
+            or ONNX.
         grad: Whether gradients are wanted.
         autocast: Whether autocast is on.
     """
@@ -37,7 +38,8 @@ def site_of(x: Tensor) -> Site:
     """The circumstances of operations on x."""
     device, grad = x.device.type, torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        return Site(device, x.dtype, False, False, grad, autocasts(device))
+        exported = torch.compiler.is_exporting()
+        return Site(device, x.dtype, False, exported, grad, autocasts(device))
     # Asked many times in a forward pass: who looks closer takes longer.
     traced = torch._C._is_tracing()
     plain = type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack()

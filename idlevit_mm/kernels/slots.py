@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Rows, WindowLayout
+from .site import site_of
 
 
 class WindowCore(NamedTuple):
@@ -102,6 +103,15 @@ def hidden_logit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 4
 
 
+def join_heads(heads: Tensor) -> Tensor:
+    """(B, A, T, C / A) to (B, T, C)."""
+    tokens = heads.transpose(1, 2)
+    if site_of(tokens).traced:
+        # Strides of attention are others where the graph will run, and a view must not ask.
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+    return tokens.flatten(2)
+
+
 def _attend(qkv: Tensor, core: WindowCore, mask: Tensor) -> Tensor:
     """Attention within windows: qkv (windows, L, 3 * C), mask (windows or 1, A, L, L)."""
     query, key, value = qkv.unflatten(2, (3, core.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -112,14 +122,14 @@ def _attend(qkv: Tensor, core: WindowCore, mask: Tensor) -> Tensor:
     else:
         weights = (query * core.scale @ key.transpose(-1, -2) + mask).softmax(dim=-1)
         out = core.drop(weights) @ value
-    return out.transpose(1, 2).flatten(2)
+    return join_heads(out)
 
 
 def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch: int) -> Tensor:
     if not len(layout.regions):
         return _attend(filled, core, core.bias)
     inner = (len(layout.token_ids) - len(layout.regions)) * batch
-    regions = region_mask(layout, core.bias.dtype).repeat_interleave(batch, dim=0)
+    regions = _per_image(region_mask(layout, core.bias.dtype), batch)
     parts = [_attend(filled[inner:], core, core.bias + regions)]
     if len(layout.token_ids) > len(layout.regions):
         parts.insert(0, _attend(filled[:inner], core, core.bias))
@@ -134,19 +144,23 @@ def _active_mask(
     With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
     """
     windows, slots = layout.token_ids.shape
-    inside = (layout.token_ids >= 0).repeat_interleave(batch, dim=0)
+    inside = _per_image(layout.token_ids >= 0, batch)
     keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
     mask = bias + keys[:, None, None]
     if len(layout.regions):
-        mask[-len(layout.regions) * batch :] += region_mask(layout, bias.dtype).repeat_interleave(
-            batch, dim=0
-        )
+        mask[-len(layout.regions) * batch :] += _per_image(region_mask(layout, bias.dtype), batch)
     if summarised:
         mask = F.pad(mask, (0, 1, 0, 1))
         mask[..., -1, :-1] += keys[:, None]
         nothing_idle = (keys == 0.0).all(dim=1)
         mask[..., -1] += hide(nothing_idle, bias.dtype)[:, None, None]
     return mask
+
+
+def _per_image(table: Tensor, batch: int) -> Tensor:
+    """What holds for windows (M, ...) for those of a batch: (M * B, ...), images vary fastest."""
+    # Not repeat_interleave, whose ONNX fails for a batch of any size.
+    return table[:, None].expand(-1, batch, *table.shape[1:]).flatten(0, 1)
 
 
 def _regions_of(layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,5 +48,12 @@ class AbsolutePositionEmbedding(BaseModule):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Add the table, resized to ``hw_shape``, to tokens of shape (B, N, C)."""
-        table = resize_position_table(self.pos_embed, self.pos_shape, hw_shape, mode='bilinear')
-        return self.drop(x + table)
+        return self.drop(x + self._resized(hw_shape))
+
+    def fold_table(self, hw_shape: tuple[int, int]) -> None:
+        """Resize the table for good, so that maps of this size are nothing to resize for."""
+        self.pos_embed = nn.Parameter(self._resized(hw_shape).detach())
+        self.pos_shape = hw_shape
+
+    def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
+        return resize_position_table(self.pos_embed, self.pos_shape, hw_shape, mode='bilinear')

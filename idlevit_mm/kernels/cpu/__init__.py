@@ -38,14 +38,10 @@ class CPU(Reference):
         return native.put(x, rows, values) if in_place else self.put(x, rows, values)
 
     def best(self, scores: Tensor, counts: tuple[int, ...]) -> Tensor:
-        if len(counts) > 1 or not native.usable(scores):
+        # Which are best has no gradient.
+        if len(counts) > 1 or not native.usable(scores, grad=True):
             return super().best(scores, counts)
-        return native.best(scores, counts[0])
-
-    def ascending(self, places: Tensor, num_places: int) -> Tensor:
-        marks = places.new_zeros(*places.shape[:-1], num_places, dtype=torch.bool)
-        found = marks.scatter_(-1, places, True).flatten().nonzero().view(places.shape)
-        return found if found.numel() == found.shape[-1] else found % num_places
+        return native.best(scores.detach(), counts[0])
 
     def distance(self, x: Tensor, other: Tensor) -> Tensor:
         if native.usable(x):
