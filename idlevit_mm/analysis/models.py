@@ -18,7 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from ..checkpoints import compare, read_weights
+from ..checkpoints import compare, of_policy, read_weights
 from ..engine import launch
 from ..errors import UsageError
 from ..policies import KeepRatios
@@ -141,6 +141,8 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     accepted = arguments_of(dense_class).keys() - {'init_cfg', 'pretrained'}
     arguments = {key: copy.deepcopy(value) for key, value in settings.items() if key in accepted}
     dense = dense_class(**arguments)
+    # What idling learns or knows a dense class has no place for.
+    state = {key: value for key, value in state.items() if not of_policy(key)}
     dense.load_state_dict(state, strict=True)
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from backbone_zoo import BY_NAME
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -139,6 +140,18 @@ def test_vits_that_mmseg_has_not_are_told(options, message):
     with pytest.raises(ValueError, match=message) as error:
         host_backbone(MODELS.build(cfg), cfg)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'own', [dict(idle_where='pays'), dict(policy=dict(scorer='learned'))], ids=str
+)
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'mit', 'vit'])
+def test_the_dense_class_gets_nothing_of_idling(name, own):
+    cfg = BY_NAME[name].config(keep_ratios=0.5, **own)
+    pytest.importorskip(MODELS.get(cfg['type']).DENSE[0][0])
+    model = MODELS.build(dict(cfg)).eval()
+    dense = host_backbone(model, cfg)
+    assert set(dense.state_dict()) < set(model.state_dict())
 
 
 def _same_as_dense(cfg, size=(64, 64)):
