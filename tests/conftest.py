@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+# At the first backward pass autograd starts threads for the devices that are there, after which no
+# fork can train. Fake CUDA tensors make it see one, so the first pass comes before any of them.
+torch.ones(1, requires_grad=True).sum().backward()
+
+
 def pytest_collection_finish():
     """Keep the collector out of what imports have made: each data set of mmengine calls it."""
     gc.collect()

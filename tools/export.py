@@ -30,7 +30,7 @@ from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.errors import UsageError, one_line
 
 # What tools of analysis share.
-sys.path.append(str(Path(__file__).parent / 'analysis_tools'))
+sys.path.append(str(Path(sys.path[0], 'analysis_tools')))
 import measures
 from presets import PRESETS
 
