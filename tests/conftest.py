@@ -9,7 +9,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 
-
 # At the first backward pass autograd starts threads for the devices that are there, after which no
 # fork can train. Fake CUDA tensors make it see one, so the first pass comes before any of them.
 torch.ones(1, requires_grad=True).sum().backward()
