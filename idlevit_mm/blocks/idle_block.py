@@ -26,6 +26,7 @@ from ..kernels import (
 from ..ops import Rows, Units, map_units, row_mask
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work, moves
+from .functions import gated, numbers, straight_through, weighted_mean, with_rows
 from .tokens import Carried, Pack, Tokens
 
 START = Carried()
@@ -302,7 +303,7 @@ class IdleBlock(BaseModule, ABC):
         x, now, keep = self.settled(tokens), tokens.now, regroup.keep
         ids = keep if plan.rows is None else plan.rows.ids.gather(1, keep)
         count = now.shape[1] - self.num_class
-        staying = backend_at(now).take(now, Rows(_with(keep, count, self.num_class)))
+        staying = backend_at(now).take(now, Rows(with_rows(keep, count, self.num_class)))
         if regroup.fuse is not None:
             fused = regroup.fuse.to(now.dtype)[:, None] @ now[:, :count]
             ids = torch.cat([ids, torch.full_like(ids[:, :1], x.shape[1])], dim=1)
@@ -317,7 +318,7 @@ class IdleBlock(BaseModule, ABC):
         """Rows and the class tokens, which are computed in every block."""
         if not self.num_class:
             return rows
-        return Rows(_with(rows.ids, hw_shape[0] * hw_shape[1], self.num_class))
+        return Rows(with_rows(rows.ids, hw_shape[0] * hw_shape[1], self.num_class))
 
     def _is_alone(self) -> bool:
         """Whether nobody but the walk can hold what goes in or comes out, or goes to a layer."""
@@ -346,41 +347,3 @@ class IdleBlock(BaseModule, ABC):
             with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
                 return Seen(seen, hw_shape, mean_query=self.mean_query(seen)), None
         return Seen(seen, hw_shape), None
-
-
-def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Mean over tokens of (B, R, S, C) by weights (B, R, S): (B, R, C); zero without weight."""
-    total = weights.sum(dim=-1, keepdim=True)
-    share = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
-    return (share.to(tokens.dtype)[..., None, :] @ tokens).squeeze(-2)
-
-
-def straight_through(scores: Tensor, rows: Rows | None) -> Tensor:
-    """Zeros whose gradient is that of the scores (B, N) of some rows; of padding any."""
-    zeros = scores - scores.detach()
-    return zeros if rows is None else zeros.gather(1, rows.ids.clamp(min=0))
-
-
-def gated(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
-    """Rows after the block (B, T, C), and a gate whose value is 0 (B, K) for the first K of them.
-
-    The gate gets the gradient of scaling what the block has added.
-    """
-    count = gate.shape[1]
-    added = (after - before).detach()[:, :count]
-    scaled = after[:, :count] + gate.to(after.dtype)[..., None] * added
-    return torch.cat([scaled, after[:, count:]], dim=1) if count < after.shape[1] else scaled
-
-
-def _with(ids: Tensor, first: int, count: int) -> Tensor:
-    """Ids (B, K) and so many numbers from ``first`` on behind them."""
-    if not count:
-        return ids
-    more = torch.arange(first, first + count, device=ids.device).expand(ids.shape[0], -1)
-    return torch.cat([ids, more], dim=1)
-
-
-def numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width as plain numbers."""
-    # torch.compile traces a second image size with symbolic sides; index tables need numbers.
-    return len(range(hw_shape[0])), len(range(hw_shape[1]))

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..kernels import tell_why_not
 from ..ops import row_mask
 from ..policies import Plan
-from .idle_block import IdleBlock, numbers
+from .functions import numbers
+from .idle_block import IdleBlock
 from .tokens import Carried, Tokens
 
 
