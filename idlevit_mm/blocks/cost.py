@@ -79,7 +79,7 @@ class Payer(nn.Module):
         # Whole numbers: who casts a model to half precision leaves them alone.
         self.register_buffer('rates', torch.zeros(len(Pace._fields), dtype=torch.int64))
         self._pace: Pace | None = None
-        self._decided: dict[Any, bool] = {}
+        self._logged: set[tuple[Any, ...]] = set()
 
     def keep_ratio(
         self, block: Any, x: Tensor, hw_shape: tuple[int, int], keep_ratio: float
@@ -112,9 +112,9 @@ class Payer(nn.Module):
 
     def _log(self, block: Any, shape: tuple[int, ...], ratio: float, times: list[float]) -> None:
         key = shape, block.embed_dims, ratio
-        if key in self._decided or len(self._decided) >= _LOGGED:
+        if key in self._logged or len(self._logged) >= _LOGGED:
             return
-        self._decided[key] = True
+        self._logged.add(key)
         dense, idle = (f'{1000 * time:.3g}' for time in times)
         print_log(
             f"idle_where='pays': blocks of {block.embed_dims} channels on {shape[1]}x{shape[2]} "
