@@ -88,7 +88,7 @@ class IdleBlock(BaseModule, ABC):
             The tokens (B, S, C), idle rows bit-identical unless the policy says otherwise, and what
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
-        alone = self._is_alone()
+        alone = not torch.is_grad_enabled() and self._is_alone()
         tokens = Tokens(x, numbers(hw_shape), carried.pack, owned=carried.owned and alone)
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
