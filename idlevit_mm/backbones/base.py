@@ -80,6 +80,7 @@ class IdleBackbone(BaseModule, ABC):
         FORMATS: Names that its weights have in OpenMMLab, first of all, and elsewhere.
         TABLE_MODE: How absolute position tables of weights are interpolated.
         keep_ratios: One list per stage with one ratio per block; set by ``built``.
+        strides: Distance of the tokens of each stage in those, or pixels, before; by the family.
         records: What each stage did in the last forward pass.
         record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
@@ -110,6 +111,7 @@ class IdleBackbone(BaseModule, ABC):
         self.out_indices = tuple(out_indices)
         self.depths = tuple(depths)
         self.frozen_stages = frozen_stages
+        self.strides: tuple[int, ...] = ()
         self.convert_weights = convert_weights
         self.records: list[StageRecord] = []
         self.record_inputs = False

@@ -20,8 +20,10 @@ from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
+from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, table_size
+from .extents import Extents, ImgShapes
 from .names import pvt as names
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
@@ -68,8 +70,8 @@ class IdlePVTBlock(IdleBlock):
             return function(now)
         return self.by_tokens(function, now, self.norm2, self.ffn)
 
-    def mean_query(self, x: Tensor) -> Tensor:
-        return self.attn.mean_query_attention(self.norm1(x))
+    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
+        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.norm1(x), hw_shape, mask)
@@ -163,6 +165,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
+        self.strides = tuple(strides)
         self.use_abs_pos_embed = use_abs_pos_embed
         # Sides in pixels of the smallest map that each patch embedding takes.
         self.least_sides = [
@@ -207,8 +210,12 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             in_channels = channels
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
+
+        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
+        """
+        extents = Extents.of(self, x, img_shapes)
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             patch_embed, blocks, norm = stage
@@ -216,7 +223,9 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             x, hw_shape = patch_embed(pad_to(x, side, side))
             if self.use_abs_pos_embed:
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, self.record_inputs)
+            extent = extents.at(index, hw_shape, x.device)
+            recorded = self.record_inputs
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, recorded, extent=extent)
             records.append(record)
             x = to_map(norm(x), hw_shape)
             if index in self.out_indices:

@@ -30,9 +30,10 @@ from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
-from ..ops import Rows, Units, WindowLayout, map_units, window_layout, window_units
+from ..ops import Extent, Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
 from .base import GELU, IdleBackbone, table_size
+from .extents import Extents, ImgShapes
 from .names import swin as names
 
 LAYER_NORM = dict(type='LN')
@@ -73,8 +74,8 @@ class IdleSwinBlock(IdleBlock):
         windows = self.attn.window_size, self.attn.shift_size
         return window_units(*hw_shape, *windows, scope == 'windows', device)
 
-    def mean_query(self, x: Tensor) -> Tensor:
-        return self.attn.w_msa.mean_query_attention(self.norm1(x))
+    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
+        return self.attn.w_msa.mean_query_attention(self.norm1(x), hw_shape, extent)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.norm1(x), hw_shape, mask)
@@ -180,6 +181,7 @@ class IdleSwinTransformer(IdleBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
+        self.strides = tuple(strides)
         self.window_size = window_size
         self.use_abs_pos_embed = use_abs_pos_embed
         patch_norm_cfg = norm_cfg if patch_norm else None
@@ -227,15 +229,20 @@ class IdleSwinTransformer(IdleBackbone):
             self.add_module(f'norm{index}', norm)
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
+
+        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
+        """
+        extents = Extents.of(self, x, img_shapes)
         x, hw_shape = self.patch_embed(x)
         if self.use_abs_pos_embed:
             x = x + self._resized(hw_shape)
         x = self.drop_after_pos(x)
         outs, records = [], []
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            x, record = stage(x, hw_shape, ratios, self.record_inputs)
+            extent = extents.at(index, hw_shape, x.device)
+            x, record = stage(x, hw_shape, ratios, self.record_inputs, extent=extent)
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')

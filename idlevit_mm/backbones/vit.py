@@ -23,9 +23,11 @@ from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
 from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table, to_map
+from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
 from .base import GELU, IdleBackbone, table_size
+from .extents import Extents, ImgShapes
 from .names import vit as names
 
 _PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
@@ -72,11 +74,9 @@ class IdleViTBlock(IdleBlock):
             keys = None  # computed anew, with those of the summaries
         elif keys is not None and context is None and rows is not None:
             keys = backend_at(keys).take(keys, rows)
-        height, width = tokens.hw_shape
         # The class token comes behind the computed rows of the map.
-        count = height * width if plan.rows is None else plan.rows.ids.shape[1]
-        ask = count if plan.ask else None
-        branch, row = self.attn(self.ln1(tokens.now), context, keys, ask)
+        count = math.prod(tokens.hw_shape) if plan.rows is None else plan.rows.ids.shape[1]
+        branch, row = self.attn(self.ln1(tokens.now), context, keys, count if plan.ask else None)
         return self.residual_scale * branch, None if row is None else row[:, :count]
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
@@ -85,8 +85,8 @@ class IdleViTBlock(IdleBlock):
 
         return self.by_tokens(function, now, self.ln2, self.ffn)
 
-    def mean_query(self, x: Tensor) -> Tensor:
-        return self.attn.mean_query_attention(self.ln1(x))
+    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
+        return self.attn.mean_query_attention(self.ln1(x), hw_shape, extent)
 
     def class_query(
         self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
@@ -187,6 +187,7 @@ class IdleVisionTransformer(IdleBackbone):
         if output_cls_token and not with_cls_token:
             raise ValueError('output_cls_token=True needs with_cls_token=True')
         self.shape = shape
+        self.strides = (patch_size,)
         self.num_class = int(with_cls_token)
         self.output_cls_token = output_cls_token
         self.interpolate_mode = interpolate_mode
@@ -223,11 +224,13 @@ class IdleVisionTransformer(IdleBackbone):
             self.ln1 = build_norm_layer(norm_cfg, channels)[1]
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor) -> list[Any]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Any]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         With ``output_cls_token`` each is a list of the map and the class token (B, C).
+        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
         """
+        extents = Extents.of(self, x, img_shapes)
         x, hw_shape = self.patch_embed(x)
         x = x + self._resized(hw_shape)
         if self.num_class:
@@ -235,8 +238,9 @@ class IdleVisionTransformer(IdleBackbone):
             x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
         x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
-        ratios = self.keep_ratios[0]
-        outs, record = run_blocks(self.layers, x, hw_shape, ratios, self.record_inputs, taps)
+        extent = extents.at(0, hw_shape, x.device)
+        settings = self.keep_ratios[0], self.record_inputs, taps, extent
+        outs, record = run_blocks(self.layers, x, hw_shape, *settings)
         self.records = [record]
         return outs
 

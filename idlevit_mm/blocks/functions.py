@@ -4,10 +4,12 @@ Shape letters: B images, N tokens of the map, T computed rows, R summaries of id
 channels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ops import Rows
+from ..ops import Extent, Rows
 
 
 def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -32,6 +34,18 @@ def gated(before: Tensor, after: Tensor, gate: Tensor) -> Tensor:
     added = (after - before).detach()[:, :count]
     scaled = after[:, :count] + gate.to(after.dtype)[..., None] * added
     return torch.cat([scaled, after[:, count:]], dim=1) if count < after.shape[1] else scaled
+
+
+def counted(attention: Tensor | None, rows: Rows | None, extent: Extent | None) -> Any:
+    """Attention to some rows (B, T), all of x where ``rows`` is None; 0 to padding of images."""
+    if extent is None or attention is None:
+        return attention
+    inside = extent.inside
+    if rows is not None:
+        # What a policy has appended stands for tokens of the image.
+        more = inside.new_ones(len(inside), 1)
+        inside = torch.cat([inside, more], 1).gather(1, rows.ids.clamp(max=inside.shape[1]))
+    return attention.masked_fill(~inside, 0.0)
 
 
 def with_rows(ids: Tensor, first: int, count: int) -> Tensor:

@@ -23,10 +23,10 @@ from ..kernels import (
     ranking_precision,
     site_of,
 )
-from ..ops import Rows, Units, map_units, row_mask
+from ..ops import Extent, Rows, Units, map_units, row_mask, units_inside
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work, moves
-from .functions import gated, numbers, straight_through, weighted_mean, with_rows
+from .functions import counted, gated, numbers, straight_through, weighted_mean, with_rows
 from .tokens import Carried, Pack, Tokens
 
 START = Carried()
@@ -93,12 +93,14 @@ class IdleBlock(BaseModule, ABC):
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
             tokens = self.recomputed(self.both_halves, tokens, plan, keys)
-            return tokens.x, Carried(tokens.pack, plan, state, tokens.owned and alone)
+            owned = tokens.owned and alone
+            return tokens.x, Carried(tokens.pack, plan, state, owned, carried.extent)
         tokens, attention = self.recomputed(self.attention_half, tokens, plan, keys)
+        attention = counted(attention, plan.rows, carried.extent)
         regroup, state = self.policy.between(attention, plan, keep_ratio, state)
         tokens, plan = self.regrouped(tokens, plan, regroup)
         tokens = self.recomputed(self.mlp_half, tokens, plan)
-        return tokens.x, Carried(tokens.pack, plan, state)
+        return tokens.x, Carried(tokens.pack, plan, state, extent=carried.extent)
 
     # What a family says
 
@@ -118,7 +120,7 @@ class IdleBlock(BaseModule, ABC):
         """Norm, MLP and identity of the computed rows (B, T + P + R, C)."""
 
     @abstractmethod
-    def mean_query(self, x: Tensor) -> Tensor:
+    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
 
     def class_query(self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool) -> Any:
@@ -171,16 +173,16 @@ class IdleBlock(BaseModule, ABC):
         self, tokens: Tokens, keep_ratio: float, carried: Carried
     ) -> tuple[Tokens, Plan, Any, Tensor | None]:
         """``look``, then ``planned``: tokens, plan, state, and keys if they are known."""
-        done = backend_at(tokens.x).choose(self, tokens, keep_ratio)
+        done = backend_at(tokens.x).choose(self, tokens, keep_ratio, carried.extent)
         if done is not None:
             tokens, rows = done
             return tokens, Plan(rows), None, None
-        tokens, scores, keys = self.look(tokens, keep_ratio, carried.state)
+        tokens, scores, keys = self.look(tokens, keep_ratio, carried)
         plan, state = self.planned(tokens, scores, keep_ratio, carried)
         return tokens, plan, state, keys
 
     def look(
-        self, tokens: Tokens, keep_ratio: float, state: Any
+        self, tokens: Tokens, keep_ratio: float, carried: Carried
     ) -> tuple[Tokens, Tensor | None, Tensor | None]:
         """Scores of the map (B, N), if the policy wants them or the scorer is to learn.
 
@@ -189,7 +191,7 @@ class IdleBlock(BaseModule, ABC):
         """
         scorer = self.policy.scorer
         learns = scorer.learns and self.training
-        if not learns and not self.policy.wants_scores(keep_ratio, state):
+        if not learns and not self.policy.wants_scores(keep_ratio, carried.state):
             return tokens, None, None
         tokens = tokens.settled(self.settled(tokens))
         # Both depend on autocast, and so are asked for before it is switched off. Under it keys
@@ -197,7 +199,7 @@ class IdleBlock(BaseModule, ABC):
         x = ranking_precision(tokens.x, scorer.uses_weights)
         with_keys = not site_of(tokens.x).autocast
         with full_precision(tokens.x):
-            seen, keys = self._seen(x, tokens.hw_shape, with_keys)
+            seen, keys = self._seen(x, tokens.hw_shape, with_keys, carried.extent)
             with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
                 return tokens, scorer(seen), keys
 
@@ -209,10 +211,10 @@ class IdleBlock(BaseModule, ABC):
         It happens outside of what is recomputed: a recomputation must not choose other tokens.
         """
         units = self.units(tokens.hw_shape, self.policy.scope, tokens.x.device)
+        units = units_inside(units, tokens.hw_shape, carried.extent)
         last, state = carried.plan, carried.state
-        numbers = None
-        if scores is not None and self.policy.wants_scores(keep_ratio, state):
-            numbers = scores.detach()
+        wanted = self.policy.wants_scores(keep_ratio, state)
+        numbers = None if scores is None or not wanted else scores.detach()
         plan, state = self.policy.plan(numbers, units, keep_ratio, last, state)
         if plan.summary is not None and not (plan.spread or self.uses_summaries):
             plan = plan.but(summary=None)
@@ -285,8 +287,7 @@ class IdleBlock(BaseModule, ABC):
             return tokens.x
         if pack.rows is None:
             return pack.now
-        count = pack.rows.ids.shape[1]
-        backend = backend_at(tokens.x)
+        count, backend = pack.rows.ids.shape[1], backend_at(tokens.x)
         put = backend.overwrite if tokens.owned else backend.put
         out = put(tokens.x, pack.rows, pack.now[:, :count])
         if not pack.plan.spread:
@@ -330,20 +331,20 @@ class IdleBlock(BaseModule, ABC):
         """Apply a function of single tokens that consists of some layers, in parts if it pays."""
         if not all_plain(*of):
             return function(x)
-        width = self.ffn.feedforward_channels
-        return backend_at(x).by_tokens(function, x, width, self.training)
+        return backend_at(x).by_tokens(function, x, self.ffn.feedforward_channels, self.training)
 
     def _seen(
-        self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
+        self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool, extent: Extent | None
     ) -> tuple[Seen, Tensor | None]:
         """What the scorer needs, and the keys of all rows if they were computed on the way."""
         scorer, count = self.policy.scorer, hw_shape[0] * hw_shape[1]
         seen = x[:, :count] if self.num_class else x
+        mean_query = class_query = keys = None
         if scorer.NEEDS == 'class_query':
             with torch.set_grad_enabled(with_keys and torch.is_grad_enabled()):
                 query, keys = self.class_query(x, hw_shape, with_keys)
-            return Seen(seen, hw_shape, class_query=query.detach()[:, :count]), keys
-        if scorer.NEEDS == 'mean_query':
+            class_query = query.detach()[:, :count]
+        elif scorer.NEEDS == 'mean_query':
             with torch.set_grad_enabled(scorer.learns and torch.is_grad_enabled()):
-                return Seen(seen, hw_shape, mean_query=self.mean_query(seen)), None
-        return Seen(seen, hw_shape), None
+                mean_query = self.mean_query(seen, hw_shape, extent)
+        return Seen(seen, hw_shape, mean_query, class_query, extent), keys

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tell_why_not
-from ..ops import row_mask
+from ..ops import Extent, row_mask
 from ..policies import Plan
 from .functions import numbers
 from .idle_block import IdleBlock
@@ -53,6 +53,7 @@ def run_blocks(
     keep_ratios: Sequence[float],
     record_inputs: bool = False,
     taps: Mapping[int, Callable[[Tensor], Any]] | None = None,
+    extent: Extent | None = None,
 ) -> tuple[list[Any], StageRecord]:
     """Run the blocks of a stage on the tokens x (B, S, C).
 
@@ -64,19 +65,20 @@ def run_blocks(
         record_inputs: Whether the record holds the inputs of the blocks that idle.
         taps: For blocks after which the tokens are wanted, what makes an output of them; None for
             the tokens after the last block.
+        extent: Which tokens belong to their images, the others being padding; None where all do.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
     """
     tell_why_not(x)
-    blocks, carried, plans = list(blocks), Carried(), []
+    blocks, carried, plans = list(blocks), Carried(extent=extent), []
     taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []
     outs: list[Any] = []
     for index, (block, keep_ratio) in enumerate(zip(blocks, keep_ratios, strict=True)):
         if record_inputs:
             before = block.settled(Tokens(x, hw_shape, carried.pack))
-            x, carried = before, Carried(None, carried.plan, carried.state)
+            x, carried = before, Carried(None, carried.plan, carried.state, extent=extent)
         if block.payer is not None:
             keep_ratio = block.payer.keep_ratio(block, x, numbers(hw_shape), keep_ratio)
         x, carried = block(x, hw_shape, keep_ratio, carried)
@@ -85,7 +87,7 @@ def run_blocks(
         if record_inputs:
             inputs.append(None if carried.plan.rows is None else before)
         if index in taps:
-            carried = Carried(carried.pack, carried.plan, carried.state)
+            carried = Carried(carried.pack, carried.plan, carried.state, extent=extent)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
     num_class = blocks[0].num_class
     return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..ops import Rows
+from ..ops import Extent, Rows
 from ..policies import EVERYTHING, Plan
 
 
@@ -93,9 +93,11 @@ class Carried(NamedTuple):
         plan: What the block did.
         state: What its policy remembers.
         owned: Whether nobody but the next block holds x, which may write to it.
+        extent: Which tokens belong to their images; None where all do. It is the stage's.
     """
 
     pack: Pack | None = None
     plan: Plan = EVERYTHING
     state: Any = None
     owned: bool = False
+    extent: Extent | None = None

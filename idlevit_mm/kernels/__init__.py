@@ -15,6 +15,6 @@ from .pace import PACES, Pace, pace_of
 from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
-from .site import Site, exact, full_precision, ranking_precision, site_of
+from .site import Site, exact, full_precision, ranking_precision, reads_values, site_of
 from .slots import WindowCore, hide, region_mask
 from .triton import Triton

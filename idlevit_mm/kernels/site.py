@@ -47,6 +47,13 @@ def site_of(x: Tensor) -> Site:
     return Site(device, x.dtype, not (traced or recorded), traced, grad, autocasts(device))
 
 
+def reads_values(x: Tensor) -> bool:
+    """Whether Python may look at the values of x: they are there, and no graph is recorded."""
+    if x.device.type == 'meta' or not site_of(x).eager:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
     return device != 'meta' and torch.is_autocast_enabled(device)

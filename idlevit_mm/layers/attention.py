@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..kernels import backend_at, exact, full_precision, is_plain, split_heads
+from ..ops import Extent, mean_inside
 
 
 class Projections:
@@ -35,24 +36,35 @@ class Projections:
         weight, bias = weights
         return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
 
-    def mean_query_attention(self, x: Tensor) -> Tensor:
+    def mean_query_attention(
+        self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None = None
+    ) -> Tensor:
         """Attention of the mean of the tokens x (B, N, C) to each of them: (B, A, N).
+
+        Padding of images is no part of the mean, and gets nothing.
 
         The key projection is folded into the query, so that it costs N * C * A instead of N * C **
         2; the key bias adds the same to all tokens of a head and drops out of the softmax.
         """
-        weights = self.weights()
+        weights, mean = self.weights(), mean_inside(x, hw_shape, extent)
         if weights is None:
-            query = split_heads(self.project(x.mean(dim=1, keepdim=True), 0, 1), self.num_heads)
+            query = split_heads(self.project(mean, 0, 1), self.num_heads)
             keys = split_heads(self.project(x, 1, 2), self.num_heads)
-            return (query * self.scale @ keys.transpose(-1, -2)).softmax(dim=-1).squeeze(2)
+            return _softmax((query * self.scale @ keys.transpose(-1, -2)).squeeze(2), extent)
         channels, weight, bias = x.shape[-1], weights[0].to(x.dtype), weights[1]
         bias = None if bias is None else bias[:channels].to(x.dtype)
-        query = F.linear(x.mean(dim=1), weight[:channels], bias)
+        query = F.linear(mean.squeeze(1), weight[:channels], bias)
         query = query.unflatten(-1, (self.num_heads, -1)) * self.scale
         keys = weight[channels : 2 * channels].unflatten(0, (self.num_heads, -1))
         folded = torch.einsum('bad,adc->bac', query, keys)
-        return (folded @ x.transpose(1, 2)).softmax(dim=-1)
+        return _softmax(folded @ x.transpose(1, 2), extent)
+
+
+def _softmax(logits: Tensor, extent: Extent | None) -> Tensor:
+    """Softmax of (B, A, N) over the tokens that belong to their images; 0 for the others."""
+    if extent is not None:
+        logits = logits.masked_fill(~extent.inside[:, None], float('-inf'))
+    return logits.softmax(dim=-1)
 
 
 def row_attention(query: Tensor, key: Tensor, num_heads: int) -> Tensor:

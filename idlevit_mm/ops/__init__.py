@@ -1,5 +1,6 @@
 """What follows from sizes alone, and how rows of tokens are named."""
 
+from .extent import Extent, Sizes, extent_of, filled_sizes, mean_inside, units_inside
 from .geometry import (
     CACHED_TABLES,
     Units,

@@ -53,6 +53,9 @@ class Units(NamedTuple):
         num_tokens: N.
         in_order: Whether there is one group whose unit u is token u.
         padded: Whether an active unit may hold padding.
+        windows: Size and shift of the windows that units come from; None where they do not.
+        inside: (B, N), whether a token belongs to its image; None where all do. Of groups
+            ``valid`` is then the largest number in the batch.
     """
 
     token_ids: Any
@@ -60,6 +63,8 @@ class Units(NamedTuple):
     num_tokens: int
     in_order: bool
     padded: bool
+    windows: Any = None
+    inside: Any = None
 
 
 def on_device(numbers: Callable[..., _Tables]) -> Callable[..., _Tables]:
@@ -148,7 +153,8 @@ def window_units(height: int, width: int, window_size: int, shift_size: int, who
     token_ids = windows.token_ids[None] if whole else windows.token_ids[:, :, None]
     valid = (token_ids >= 0).any(axis=2).sum(axis=1)
     padded = whole and windows.has_padding
-    return Units(token_ids, tuple(valid.tolist()), height * width, False, padded)
+    sizes = window_size, shift_size
+    return Units(token_ids, tuple(valid.tolist()), height * width, False, padded, sizes)
 
 
 def _axis(length: int, window_size: int, shift_size: int) -> tuple[np.ndarray, np.ndarray]:

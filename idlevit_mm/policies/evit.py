@@ -12,7 +12,7 @@ from ..ops import Rows, Units
 from ..registry import POLICIES
 from .plan import Plan, Regroup
 from .policy import Policy, positive
-from .select import best_places, num_active
+from .select import best_places, num_active, unit_scores
 
 
 @POLICIES.register_module()
@@ -48,31 +48,36 @@ class EViT(Policy):
 
     def plan(
         self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
-    ) -> tuple[Plan, None]:
+    ) -> tuple[Plan, int | None]:
+        if state is None and units.inside is not None:
+            # How many tokens are in play, if not all rows are: padding of images is not.
+            state = units.valid[0]
         if scores is None:
             ask = keep_ratio < 1.0 and self.scorer.NEEDS == 'class_attention'
-            return last.but(ask=ask), None
+            return last.but(ask=ask), state
         if last.rows is None:
             ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         else:
             ids = last.rows.ids
-        count = num_active(keep_ratio, ids.shape[1], self.rounding)
-        ids = ids.gather(1, best_places(scores.gather(1, ids), count))
+        count = num_active(keep_ratio, state or ids.shape[1], self.rounding)
+        state = state and count
+        ranked = unit_scores(scores, units).squeeze(1)
+        ids = ids.gather(1, best_places(ranked.gather(1, ids), count))
         if not self.fuse or ids.shape[1] == scores.shape[1]:
-            return Plan(Rows(ids), hold=True), None
-        weights = positive(scores)
+            return Plan(Rows(ids), hold=True), state
+        weights = positive(scores, units.inside)
         if last.summary is not None:
             # Who left earlier keeps the weight it left with.
             weights = torch.where(last.summary > 0, last.summary, weights)
         # Not held: the summary is formed anew in each block.
-        return Plan(Rows(ids), summary=weights.scatter(1, ids, 0.0)), None
+        return Plan(Rows(ids), summary=weights.scatter(1, ids, 0.0)), state
 
     def between(
         self, attention: Tensor, plan: Plan, keep_ratio: float, state: Any
-    ) -> tuple[Regroup, None]:
-        count = num_active(keep_ratio, attention.shape[1], self.rounding)
+    ) -> tuple[Regroup, int | None]:
+        count = num_active(keep_ratio, state or attention.shape[1], self.rounding)
         keep = best_places(attention, count)
         fuse = None
         if self.fuse and count < attention.shape[1]:
             fuse = attention.scatter(1, keep, 0.0)
-        return Regroup(keep, fuse), None
+        return Regroup(keep, fuse), state and count + (fuse is not None)

@@ -69,12 +69,12 @@ class EvoViT(Policy):
     ) -> tuple[Plan, Tensor | None]:
         attention = None
         if scores is not None:
-            scores = positive(scores)
+            scores = positive(scores, units.inside)
             attention = scores / scores.sum(dim=1, keepdim=True)
         running = attention if state is None else state
         if keep_ratio == 1.0 or running is None:  # check_keep_ratios sees to it that it is known
             return Plan(ask=self._asks), state
-        count = num_active(keep_ratio, running.shape[1], self.rounding)
+        count = num_active(keep_ratio, units.valid[0], self.rounding)
         places = best_places(running, count)
         # A summary of no token would be one more key.
         follows = self.representative and count < running.shape[1]

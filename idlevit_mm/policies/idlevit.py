@@ -58,5 +58,5 @@ class IdleViT(Policy):
         rows = select_units(unit_scores(scores, units), units, keep_ratio, self.rounding)
         summary = None
         if self.context == 'summary' and rows.ids.shape[1] < scores.shape[1]:
-            summary = positive(scores).scatter(1, rows.ids, 0.0)
+            summary = positive(scores, units.inside).scatter(1, rows.ids, 0.0)
         return Plan(rows, 'all' if self.context == 'all' else 'rows', summary), None

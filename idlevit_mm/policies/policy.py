@@ -137,9 +137,13 @@ class Policy(nn.Module, ABC):
         """
 
 
-def positive(scores: Tensor) -> Tensor:
-    """Scores as weights of a mean: negative ones, and exact zeros, count next to nothing."""
-    return scores.clamp(min=torch.finfo(scores.dtype).tiny)
+def positive(scores: Tensor, inside: Tensor | None = None) -> Tensor:
+    """Scores (B, N) as weights of a mean: negative ones, and zeros, count next to nothing.
+
+    Tokens that are not ``inside``, padding of their images, count nothing.
+    """
+    weights = scores.clamp(min=torch.finfo(scores.dtype).tiny)
+    return weights if inside is None else weights.masked_fill(~inside, 0.0)
 
 
 def build_policy(

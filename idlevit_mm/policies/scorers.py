@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import backend_at
+from ..ops import Extent, mean_inside
 from ..registry import SCORERS
 
 
@@ -27,12 +28,14 @@ class Seen(NamedTuple):
         hw_shape: Height and width of the map in tokens.
         mean_query: (B, A, N), attention of the mean token's query to every token, rows sum to 1.
         class_query: (B, N), mean over heads of the class token's query times the token's key.
+        extent: Which tokens belong to their images, and are to enter means; None where all do.
     """
 
     tokens: Tensor
     hw_shape: tuple[int, int]
     mean_query: Tensor | None = None
     class_query: Tensor | None = None
+    extent: Extent | None = None
 
 
 class Scorer(nn.Module, ABC):
@@ -72,7 +75,7 @@ class MeanDistance(Scorer):
     """Euclidean distance of a token from the mean token of its map: what stands out is kept."""
 
     def forward(self, seen: Seen) -> Tensor:
-        means = seen.tokens.mean(dim=1, keepdim=True)
+        means = mean_inside(seen.tokens, seen.hw_shape, seen.extent)
         return backend_at(seen.tokens).distance(seen.tokens, means)
 
 
@@ -110,7 +113,12 @@ class LocalContrast(Scorer):
     def forward(self, seen: Seen) -> Tensor:
         grid = seen.tokens.unflatten(1, seen.hw_shape).permute(0, 3, 1, 2)
         pad = self.window // 2
-        around = F.avg_pool2d(grid, self.window, 1, pad, count_include_pad=False)
+        if seen.extent is None:
+            around = F.avg_pool2d(grid, self.window, 1, pad, count_include_pad=False)
+        else:
+            inside = seen.extent.inside.unflatten(1, seen.hw_shape)[:, None].to(grid.dtype)
+            total, share = (F.avg_pool2d(x, self.window, 1, pad) for x in (grid * inside, inside))
+            around = total / share.clamp(min=torch.finfo(share.dtype).tiny)
         return torch.linalg.vector_norm(grid - around, dim=1).flatten(1)
 
 

@@ -30,21 +30,29 @@ def num_active(keep_ratio: float, num_units: int, rounding: str = 'nearest') -> 
 def unit_scores(scores: Tensor, units: Units, reduction: str = 'mean') -> Tensor:
     """Score of a unit: the ``mean`` of its tokens' (B, N), or their ``l2`` norm: (B, G, U).
 
-    Padding counts for neither; units that are all padding have minus infinity.
+    Padding, of windows and of images, counts for neither. Units that are all padding of images have
+    the least number, and those that are no tokens minus infinity.
     """
+    # Below any score, but above slots that are no token, which can never be taken.
+    lowest = torch.finfo(scores.dtype).min
+    if units.inside is not None:
+        scores = scores.masked_fill(~units.inside, lowest)
     if units.in_order:
         return scores[:, None, :]
     slots = F.pad(scores, (0, 1), value=float('-inf'))[:, units.token_ids]
     if units.token_ids.shape[2] == 1:
         return slots.squeeze(-1)
-    valid = units.token_ids >= 0
+    valid = held = units.token_ids >= 0
+    if units.inside is not None:
+        valid = F.pad(units.inside, (0, 1))[:, units.token_ids]
     slots = torch.where(valid, slots, 0.0)
     count = valid.sum(-1)
     if reduction == 'l2':
         total = torch.linalg.vector_norm(slots, dim=-1)
     else:
         total = slots.sum(-1) / count.clamp(min=1)
-    return torch.where(count > 0, total, float('-inf'))
+    total = total.masked_fill(count == 0, lowest)
+    return total.masked_fill(~held.any(-1), float('-inf'))
 
 
 def select_units(

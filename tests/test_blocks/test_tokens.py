@@ -361,8 +361,9 @@ def test_policies_are_not_read_while_a_family_computes(case):
     channels = block.policy.scorer.embed_dims
     x = torch.randn(2, HW[0] * HW[1] + block.num_class, channels, dtype=DOUBLE)
     state = block(x, HW, 1.0)[1].state
-    tokens, scores, keys = block.look(Tokens(x, HW), 0.6, state)
-    plan, state = block.planned(tokens, scores, 0.6, Carried(None, EVERYTHING, state))
+    carried = Carried(None, EVERYTHING, state)
+    tokens, scores, keys = block.look(Tokens(x, HW), 0.6, carried)
+    plan, state = block.planned(tokens, scores, 0.6, carried)
     policy, block.policy = block.policy, Unread()
     tokens, attention = block.attention_half(tokens, plan, keys)
     block.policy = policy

@@ -107,6 +107,19 @@ def test_families(family, keep):
 
 
 @inside
+@pytest.mark.parametrize('scorer', ['mean_distance', 'activation_norm'])
+@pytest.mark.parametrize('config', [SWIN, PVT2, dict(SWIN, policy=dict(scope='window_tokens'))])
+def test_padding_of_images(config, scorer):
+    x = image(SIZE)
+    x[0, :, 20:], x[1, :, :, 17:] = 0, 0
+    policy = dict(config.get('policy', {}), scorer=scorer)
+    model = built(config, keep_ratios=0.5, policy=policy)
+    assert_same(model, x)
+    if 'scope' not in policy:
+        assert not model.keep_masks[0][0][0, 5:, :].any()
+
+
+@inside
 @pytest.mark.parametrize('scope', ['window_tokens', 'windows'])
 @pytest.mark.parametrize('keep', [0.3, 0.5])
 def test_scopes(scope, keep):

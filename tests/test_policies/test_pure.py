@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from idlevit_mm.ops import Rows, Units, map_units, row_mask, window_units
+from idlevit_mm.ops import Extent, Rows, Units, map_units, row_mask, window_units
 from idlevit_mm.policies import (
     EVERYTHING,
     Learned,
@@ -169,7 +169,7 @@ def test_policies_and_scorers_never_receive_a_block():
     for cls in own(SCORERS, Scorer):
         assert list(inspect.signature(cls.forward).parameters) == ['self', 'seen'], cls
         assert get_type_hints(cls.forward)['seen'] is Seen, cls
-    assert set(get_type_hints(Seen).values()) == {Tensor, numbers, tuple[int, int]}
+    assert set(get_type_hints(Seen).values()) == {Tensor, numbers, tuple[int, int], Extent | None}
 
 
 def test_a_policy_holds_no_state_of_its_own():

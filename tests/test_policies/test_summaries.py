@@ -436,9 +436,9 @@ def test_keys_are_shared_only_in_full_precision(context):
     model = BY_CASE['vit-idlevit-map'].build(0.5, policy=dict(context=context))
     block, hw = stage_blocks(model)[0][0], (5, 7)
     x = Tokens(tokens(block, hw).float(), hw)
-    _, scores, keys = block.look(x, 0.5, None)
+    _, scores, keys = block.look(x, 0.5, Carried())
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        _, others, nothing = block.look(x, 0.5, None)
+        _, others, nothing = block.look(x, 0.5, Carried())
     assert keys.shape == x.x.shape
     assert nothing is None
     plans = [block.planned(x, each, 0.5, Carried())[0] for each in (scores, others)]

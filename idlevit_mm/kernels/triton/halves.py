@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import Rows, on_device
+from ...ops import Extent, Rows, mean_inside, on_device
 from ..plain import all_plain, is_plain, kind_of
 from . import ops
 
@@ -20,7 +20,9 @@ _TILE = 8
 _HEAD_CHANNELS = 16, 32, 64, 128
 
 
-def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | None:
+def choose(
+    block: Any, tokens: Any, keep_ratio: float, extent: Extent | None
+) -> tuple[Any, Rows] | None:
     """Rows that the policy IdleViT chooses, by scores that need no weights."""
     policy, kind, hw_shape = block.policy, kind_of(block), tokens.hw_shape
     scorer = kind_of(policy.scorer)
@@ -30,6 +32,7 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
         or kind_of(policy) != 'IdleViT'
         or policy.context != 'active'
         or policy.scope == 'windows'
+        or (policy.scope != 'map' and extent is not None)
         or scorer not in ('MeanDistance', 'ActivationNorm')
         or not all(is_plain(part, type(part)) for part in (policy, policy.scorer))
         or tokens.pack is not None
@@ -37,7 +40,9 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
     x, norm = tokens.x, block.norm1
-    mean = x.mean(dim=1, dtype=torch.float32) if scorer == 'MeanDistance' else None
+    mean = None
+    if scorer == 'MeanDistance':
+        mean = mean_inside(x, hw_shape, extent, torch.float32).squeeze(1)
     # Spatial reduction wants the norm of all tokens.
     whole = kind == 'IdlePVTBlock' and _is_norm(norm)
     weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
@@ -46,7 +51,11 @@ def choose(block: Any, tokens: Any, keep_ratio: float) -> tuple[Any, Rows] | Non
     windowed = kind == 'IdleSwinBlock'
     layout = (block.attn.window_size, block.attn.shift_size) if windowed else (_TILE, 0)
     if policy.scope == 'map':
-        count = policy.count(hw_shape[0] * hw_shape[1], keep_ratio)
+        number = hw_shape[0] * hw_shape[1]
+        if extent is not None:
+            number = max(height * width for height, width in extent.sizes)
+            scores = scores.masked_fill(~extent.inside, torch.finfo(scores.dtype).min)
+        count = policy.count(number, keep_ratio)
         chosen = ops.select(scores, count, hw_shape, *layout, None)
     else:
         numbers = range(1, layout[0] ** 2 + 1)

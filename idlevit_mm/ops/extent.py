@@ -1,0 +1,106 @@
+"""Which part of a padded batch belongs to its images.
+
+Images of different sizes are padded at the bottom and at the right to share a batch.
+
+Shape letters: B images, H and W of a stage's map in tokens, N = H * W, C channels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .geometry import Units, window_numbers
+
+Sizes = tuple[tuple[int, int], ...]
+
+
+class Extent(NamedTuple):
+    """The part of a stage's maps that images fill, from the top left.
+
+    Attributes:
+        sizes: Height and width of the part of each of B images, in tokens.
+        inside: (B, N), whether a token belongs to its image.
+    """
+
+    sizes: Sizes
+    inside: Tensor
+
+
+def filled_sizes(images: Tensor) -> Sizes | None:
+    """Height and width in pixels of the part that each of the images (B, C, H, W) fills.
+
+    The rest is padding: rows at the bottom and columns at the right that are, in all pixels, what
+    the last pixel is; a single pixel is none. An image of one value fills all. None where all
+    images do.
+    """
+    last = images[..., -1:, -1:]
+    bottom, right = images[..., -1:, :] == last, images[..., :, -1:] == last
+    if not (bottom.flatten(1).all(1) | right.flatten(1).all(1)).any():
+        return None
+    sides = []
+    for axis in (-1, -2):
+        most, least = images.amax(axis), images.amin(axis)
+        filled = ~((most == last[..., 0]) & (least == last[..., 0])).all(dim=1)
+        places = torch.arange(1, filled.shape[1] + 1, device=images.device)
+        sides.append((filled * places).amax(dim=1))
+    whole = images.shape[-2], images.shape[-1]
+    area = whole[0] * whole[1]
+    sizes = tuple(
+        (height, width) if 0 < height * width < area - 1 else whole
+        for height, width in torch.stack(sides, dim=1).tolist()
+    )
+    return None if all(size == whole for size in sizes) else sizes
+
+
+def extent_of(
+    pixels: Sizes, stride: int, hw_shape: tuple[int, int], device: torch.device
+) -> Extent | None:
+    """What images that fill so many pixels fill of maps whose tokens are ``stride`` pixels apart.
+
+    None where all of the maps.
+    """
+    sizes = tuple(
+        tuple(min(-(-side // stride), limit) for side, limit in zip(size, hw_shape, strict=True))
+        for size in pixels
+    )
+    if all(size == hw_shape for size in sizes):
+        return None
+    heights, widths = torch.tensor(sizes, device=device).unbind(1)
+    rows, cols = (torch.arange(side, device=device) for side in hw_shape)
+    inside = (rows < heights[:, None])[:, :, None] & (cols < widths[:, None])[:, None]
+    return Extent(sizes, inside.flatten(1))  # type: ignore[arg-type]
+
+
+def mean_inside(
+    tokens: Tensor,
+    hw_shape: tuple[int, int],
+    extent: Extent | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mean of the tokens (B, N, C) that belong to their images: (B, 1, C)."""
+    if extent is None:
+        return tokens.mean(dim=1, keepdim=True, dtype=dtype)
+    maps = tokens.unflatten(1, hw_shape)
+    parts = [maps[i, :height, :width] for i, (height, width) in enumerate(extent.sizes)]
+    # One axis after the other: several times faster than both at once of what has gaps.
+    sums = [part.sum(dim=1, dtype=dtype).sum(dim=0) for part in parts]
+    return torch.stack([s / (h * w) for s, (h, w) in zip(sums, extent.sizes, strict=True)])[:, None]
+
+
+def units_inside(units: Units, hw_shape: tuple[int, int], extent: Extent | None) -> Units:
+    """Units of which padding is none: as many count as in the image that fills most."""
+    if extent is None:
+        return units
+    sizes = extent.sizes
+    if units.in_order:
+        return units._replace(valid=(max(h * w for h, w in sizes),), inside=extent.inside)
+    # By numbers, not by tensors: a device is not waited for.
+    rows, cols = (np.arange(side) for side in hw_shape)
+    inside = [((rows < h)[:, None] & (cols < w)).reshape(-1) for h, w in sizes]
+    ids = window_numbers(*hw_shape, *units.windows).token_ids
+    held = np.pad(np.stack(inside), ((0, 0), (0, 1)))[:, ids]
+    whole = units.token_ids.shape[1:] == ids.shape
+    counts = held.any(axis=2).sum(axis=1, keepdims=True) if whole else held.sum(axis=2)
+    return units._replace(valid=tuple(counts.max(axis=0).tolist()), inside=extent.inside)
