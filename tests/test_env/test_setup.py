@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from idlevit_mm.engine import doctor
+from idlevit_mm.version import __version__
 
 try:
     import tomllib
@@ -329,3 +331,14 @@ def test_help_of_make_names_the_targets():
     done = subprocess.run(['make', '-C', ROOT, 'help'], capture_output=True, text=True, check=True)
     names = re.findall(r'^  make (\S+)', done.stdout, flags=re.MULTILINE)
     assert {'setup', 'setup-onedl', 'demo', 'test', 'lint', 'doctor', 'clean'} <= set(names)
+
+
+def test_the_citation_names_this_version_and_ci_calls_what_ci_runs():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == __version__
+    assert [one['url'] for one in citation['references']] == [
+        f'https://arxiv.org/abs/{number}'
+        for number in ('2310.05654', '2202.07800', '2108.01390', '2303.17605')
+    ]
+    workflow = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())
+    assert workflow['jobs']['ci']['steps'][-1] == {'run': 'bash .ci/run'}
