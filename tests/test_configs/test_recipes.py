@@ -70,8 +70,27 @@ def scaling(batch: int) -> dict[str, tuple[Any, Any]]:
     }
 
 
+SWIN_B_WEIGHTS = (
+    'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
+    'swin_base_patch4_window7_224.pth'
+)
+
+
 def mask_rcnn(size: str, schedule: str) -> Config:
-    """mmdet has no Swin-S for 1x: that is Swin-T's recipe with Swin-S's backbone."""
+    """mmdet has no Swin-S for 1x: that is Swin-T's recipe with Swin-S's backbone.
+
+    And no Swin-B: that is Swin-S's recipe with the backbone that Swin's authors detect with.
+    """
+    if size == 'b':
+        cfg = mask_rcnn('s', schedule)
+        cfg.model.backbone.update(
+            embed_dims=128,
+            num_heads=[4, 8, 16, 32],
+            drop_path_rate=0.3,
+            init_cfg=dict(type='Pretrained', checkpoint=SWIN_B_WEIGHTS),
+        )
+        cfg.model.neck.in_channels = [128, 256, 512, 1024]
+        return cfg
     if (size, schedule) == ('s', '1x'):
         cfg = mask_rcnn('t', '1x')
         cfg.model.backbone = mask_rcnn('s', 'amp-ms-crop-3x').model.backbone
@@ -91,6 +110,10 @@ def retinanet(backbone: str) -> Config:
     return load_reference(mmdet, f'pvt/retinanet_{backbone}_fpn_1x_coco.py')
 
 
+def dino_large() -> Config:
+    return load_reference(mmdet, 'dino/dino-5scale_swin-l_8xb2-12e_coco.py')
+
+
 def dino() -> Config:
     """mmdet has DINO with Swin-L on five scales: here R-50's on four, Swin-T from Mask R-CNN's."""
     cfg = load_reference(mmdet, 'dino/dino-4scale_r50_8xb2-12e_coco.py')
@@ -99,8 +122,9 @@ def dino() -> Config:
 
 
 def upernet(size: str) -> Config:
+    windows = 'window12-in22k-384x384' if size == 'large' else 'window7-in1k'
     return load_reference(
-        mmseg, f'swin/swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+        mmseg, f'swin/swin-{size}-patch4-{windows}-pre_upernet_8xb2-160k_ade20k-512x512.py'
     )
 
 
@@ -140,11 +164,11 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, Recipe] = {}
-for size in ('t', 's'):
-    for schedule in ('1x', 'amp-ms-crop-3x'):
+for size in ('t', 's', 'b'):
+    for schedule in ('1x', 'amp-ms-crop-3x')[size == 'b' :]:
         published = (
             None
-            if (size, schedule) == ('s', '1x')
+            if (size, schedule) == ('s', '1x') or size == 'b'
             else (mmdet, 'swin/metafile.yml', f'mask-rcnn_swin-{size}-p4-w7_fpn_{schedule}_coco')
         )
         RECIPES[f'coco/mask_rcnn/mask-rcnn_idle-swin-{size}_fpn_{schedule}-dense_coco.py'] = Recipe(
@@ -154,13 +178,15 @@ for size in ('t', 's'):
             f'coco/cascade_mask_rcnn/'
             f'cascade-mask-rcnn_idle-swin-{size}_fpn_{schedule}-dense_coco.py'
         ] = Recipe(lambda size=size, schedule=schedule: cascade_mask_rcnn(size, schedule), SWIN)
-for backbone in ('pvt-t', 'pvt-s', 'pvtv2-b0', 'pvtv2-b1', 'pvtv2-b2'):
+for backbone in ('pvt-t', 'pvt-s', *(f'pvtv2-b{number}' for number in range(6))):
     idling = PVTV2 if 'v2' in backbone else PVT
     RECIPES[f'coco/retinanet/retinanet_idle-{backbone}_fpn_1x-dense_coco.py'] = Recipe(
         lambda backbone=backbone: retinanet(backbone),
         idling,
         (mmdet, 'pvt/metafile.yml', f'retinanet_{backbone}_fpn_1x_coco'),
     )
+    if backbone[-2:] in ('b3', 'b4', 'b5'):
+        continue
     RECIPES[f'ade20k/semantic_fpn/fpn_idle-{backbone}_8xb4-40k-dense_ade20k-512x512.py'] = Recipe(
         lambda backbone=backbone: semantic_fpn(backbone),
         # PVT trains in full precision.
@@ -175,7 +201,12 @@ RECIPES['coco/dino/dino-4scale_idle-swin-t_8xb2-12e-dense_coco.py'] = Recipe(
         'auto_scale_lr.enable': (ABSENT, False),
     },
 )
-for letter, size in (('t', 'tiny'), ('s', 'small')):
+RECIPES['coco/dino/dino-5scale_idle-swin-l_8xb2-12e-dense_coco.py'] = Recipe(
+    dino_large,
+    {**SWIN, 'auto_scale_lr.enable': (ABSENT, False)},
+    (mmdet, 'dino/metafile.yml', 'dino-5scale_swin-l_8xb2-12e_coco'),
+)
+for letter, size in (('t', 'tiny'), ('s', 'small'), ('b', 'base'), ('l', 'large')):
     RECIPES[f'ade20k/upernet/idle-swin-{letter}_upernet_8xb2-160k-dense_ade20k-512x512.py'] = (
         Recipe(
             lambda size=size: upernet(size),
@@ -184,7 +215,9 @@ for letter, size in (('t', 'tiny'), ('s', 'small')):
                 mmseg,
                 'swin/metafile.yaml',
                 f'swin-{size}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512',
-            ),
+            )
+            if size != 'large'
+            else None,
         )
     )
 RECIPES['ade20k/mask2former/mask2former_idle-swin-t_8xb2-160k-dense_ade20k-512x512.py'] = Recipe(
@@ -192,7 +225,13 @@ RECIPES['ade20k/mask2former/mask2former_idle-swin-t_8xb2-160k-dense_ade20k-512x5
     {**SWIN, **OPENMMLAB_WEIGHTS},
     (mmseg, 'mask2former/metafile.yaml', 'mask2former_swin-t_8xb2-160k_ade20k-512x512'),
 )
-for size in ('b0', 'b1', 'b2'):
+LARGE = 'mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640'
+RECIPES['ade20k/mask2former/mask2former_idle-swin-l_8xb2-160k-dense_ade20k-640x640.py'] = Recipe(
+    lambda: load_reference(mmseg, f'mask2former/{LARGE}.py'),
+    {**SWIN, **OPENMMLAB_WEIGHTS},
+    (mmseg, 'mask2former/metafile.yaml', LARGE),
+)
+for size in (f'b{number}' for number in range(6)):
     RECIPES[f'ade20k/segformer/segformer_idle-mit-{size}_8xb2-160k-dense_ade20k-512x512.py'] = (
         Recipe(
             lambda size=size: segformer(size),
@@ -292,7 +331,7 @@ def mode_of(dense: str, mode: str) -> str:
 
 def test_all_recipes_are_there() -> None:
     families = {mode_of(name, mode) for name in RECIPES for mode in MODES}
-    assert len(RECIPES) == 25
+    assert len(RECIPES) == 37
     assert set(FULL_SIZE) == families | set(FROM_BACKBONE) | set(PLAIN)
 
 

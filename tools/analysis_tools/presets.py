@@ -14,6 +14,7 @@ import idlevit_mm  # noqa: F401  (registers the backbones)
 
 _RATE = dict(drop_path_rate=0.1)
 _SWIN = dict(_RATE, type='IdleSwinTransformer', embed_dims=96, num_heads=(3, 6, 12, 24))
+_W12 = dict(window_size=12, pretrain_img_size=384)
 _PVT = dict(_RATE, type='IdlePyramidVisionTransformer', embed_dims=64)
 _PVTV2 = dict(_RATE, type='IdlePyramidVisionTransformerV2')
 _MIT = dict(_RATE, type='IdleMixVisionTransformer', num_heads=(1, 2, 5, 8))
@@ -23,22 +24,30 @@ _SMALL, _LARGE = (2, 2, 2, 2), (3, 4, 6, 3)
 PRESETS: dict[str, dict[str, Any]] = {
     'swin-t': dict(_SWIN, depths=(2, 2, 6, 2)),
     'swin-s': dict(_SWIN, depths=(2, 2, 18, 2)),
+    'swin-b': dict(_SWIN, embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'swin-l': dict(_SWIN, embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), **_W12),
     'pvt-t': dict(_PVT, num_layers=_SMALL),
     'pvt-s': dict(_PVT, num_layers=_LARGE),
     'pvtv2-b0': dict(_PVTV2, embed_dims=32, num_layers=_SMALL),
     'pvtv2-b1': dict(_PVTV2, embed_dims=64, num_layers=_SMALL),
     'pvtv2-b2': dict(_PVTV2, embed_dims=64, num_layers=_LARGE),
+    'pvtv2-b3': dict(_PVTV2, embed_dims=64, num_layers=(3, 4, 18, 3)),
+    'pvtv2-b4': dict(_PVTV2, embed_dims=64, num_layers=(3, 8, 27, 3)),
+    'pvtv2-b5': dict(_PVTV2, embed_dims=64, num_layers=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4)),
     'mit-b0': dict(_MIT, embed_dims=32, num_layers=_SMALL),
     'mit-b1': dict(_MIT, embed_dims=64, num_layers=_SMALL),
     'mit-b2': dict(_MIT, embed_dims=64, num_layers=_LARGE),
+    'mit-b3': dict(_MIT, embed_dims=64, num_layers=(3, 4, 18, 3)),
+    'mit-b4': dict(_MIT, embed_dims=64, num_layers=(3, 8, 27, 3)),
+    'mit-b5': dict(_MIT, embed_dims=64, num_layers=(3, 6, 40, 3)),
 }
 # Names of timm's models of the same architecture, where it has one.
 TIMM = {
     'swin-t': 'swin_tiny_patch4_window7_224',
     'swin-s': 'swin_small_patch4_window7_224',
-    'pvtv2-b0': 'pvt_v2_b0',
-    'pvtv2-b1': 'pvt_v2_b1',
-    'pvtv2-b2': 'pvt_v2_b2',
+    'swin-b': 'swin_base_patch4_window7_224',
+    'swin-l': 'swin_large_patch4_window12_384',
+    **{f'pvtv2-b{number}': f'pvt_v2_b{number}' for number in range(6)},
 }
 
 

@@ -1,0 +1,3 @@
+_base_ = './retinanet_idle-pvtv2-b3_fpn_1x-keep70_coco.py'
+
+model = dict(backbone=dict(keep_ratios=0.5))
