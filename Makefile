@@ -16,11 +16,13 @@ GPU_ARGS ?=
 GPU_PYTHON ?=
 
 VENV_PYTHON := .venv/bin/python
+# What the site is written with.
+MKDOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup setup-onedl demo demo-segmentation demo-trees test test-onedl bench gpu lint \
-	format doctor clean distclean
+	format docs doctor clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +43,11 @@ demo-trees: demo ## The same with aerial photographs of trees (21 MB are downloa
 	@$(VENV_PYTHON) -m pip download --quiet --no-deps --dest data deepforest==2.1.0
 	@$(VENV_PYTHON) tools/demo.py trees --keep 0.7
 	@$(VENV_PYTHON) tools/demo.py trees --keep 0.5
+
+docs: setup ## Write the site to site/ (MkDocs comes into an environment of its own)
+	@[ -x .venv-docs/bin/mkdocs ] || { $(VENV_PYTHON) -m venv .venv-docs && \
+		.venv-docs/bin/pip install --quiet --disable-pip-version-check $(MKDOCS); }
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 test: lint ## Lint, type check and all tests
 	@$(VENV_PYTHON) -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
@@ -68,8 +75,8 @@ doctor: setup ## Tell what is installed, what works and what is wrong
 	@$(VENV_PYTHON) tools/doctor.py
 
 clean: ## Remove build output and caches; keep the environments, data and runs
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too; compiled wheels outside the checkout stay
-	@rm -rf .venv .venv-onedl
+	@rm -rf .venv .venv-onedl .venv-docs

@@ -17,6 +17,7 @@ CHECKOUT_ONLY = (
     'build_mmcv.py',
     'doctor.py',
     'demo.py',
+    'site.py',
     'studies',
 )
 

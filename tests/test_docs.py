@@ -1,9 +1,12 @@
 """What the documentation of policies says holds: its configs build, its errors are the errors."""
 
+import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 from mmengine.registry import HOOKS, MODELS
 
 import idlevit_mm  # noqa: F401  (registers backbones and hooks)
@@ -69,3 +72,46 @@ def test_links_lead_somewhere() -> None:
     ]
     assert pages
     assert not lost, '\n'.join(lost)
+
+
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+LINK = re.compile(r'(?<!`)\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)')
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and MkDocs make of the headings of a page."""
+    titles = re.findall(r'^#+ (.+)$', page.read_text(encoding='utf-8'), flags=re.M)
+    plain = (re.sub(r'[^\w\s-]', '', title).strip().lower() for title in titles)
+    return {re.sub(r'\s', '-', title) for title in plain}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere_and_code_can_be_read(page: Path) -> None:
+    text = page.read_text(encoding='utf-8')
+    for name, anchor in LINK.findall(text):
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f'{name}#{anchor}'
+    for block in re.findall(r'```python\n(.*?)```', text, flags=re.S):
+        ast.parse(textwrap.dedent(block))
+    for block in re.findall(r'```(?:bash|sh)\n(.*?)```', text, flags=re.S):
+        for tool in re.findall(r'^(?:python|bash) ((?:tools|tests)/\S+)', block, flags=re.M):
+            assert (ROOT / tool).is_file(), tool
+
+
+def test_the_site_leads_to_every_page() -> None:
+    site = yaml.safe_load((ROOT / 'mkdocs.yml').read_text())
+    named = {page for part in site['nav'] for page in leaves(part)}
+    pages = {page.relative_to(ROOT / 'docs').as_posix() for page in PAGES if 'docs' in page.parts}
+    source = (ROOT / 'tools' / 'site.py').read_text(encoding='utf-8')
+    api = {page for page in named if page.startswith('api/')}
+    assert all(f"'{Path(page).stem}'" in source for page in api)
+    assert named == pages | api | {'index.md', 'zoo.md'}
+
+
+def leaves(nav: object) -> list[str]:
+    """The pages below a part of the navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in leaves(part)]
