@@ -15,7 +15,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves, run_blocks
+from ..blocks import IdleBlock, Relay, Tokens, Work, layers, moves, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
@@ -209,14 +209,14 @@ class IdlePyramidVisionTransformer(IdleBackbone):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``."""
-        outs, records = [], []
+        outs, records, relay = [], [], Relay()
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             patch_embed, blocks, norm = stage
             side = self.least_sides[index]
             x, hw_shape = patch_embed(pad_to(x, side, side))
             if self.use_abs_pos_embed:
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, self.record_inputs)
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, self.record_inputs, relay=relay)
             records.append(record)
             x = to_map(norm(x), hw_shape)
             if index in self.out_indices:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import (
     IdleBlock,
+    Relay,
     StageRecord,
     Tokens,
     Work,
@@ -42,6 +43,7 @@ class IdleSwinBlock(IdleBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES = ('map', 'window_tokens', 'windows')
+    holds_summaries = False  # Plain and shifted windows hold different tokens.
 
     def __init__(
         self,
@@ -233,9 +235,9 @@ class IdleSwinTransformer(IdleBackbone):
         if self.use_abs_pos_embed:
             x = x + self._resized(hw_shape)
         x = self.drop_after_pos(x)
-        outs, records = [], []
+        outs, records, relay = [], [], Relay()
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            x, record = stage(x, hw_shape, ratios, self.record_inputs)
+            x, record = stage(x, hw_shape, ratios, self.record_inputs, relay=relay)
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')

@@ -5,6 +5,7 @@ channels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,14 @@ class StageRecord(NamedTuple):
         return row_mask(rows, shape[1] * shape[2]).view(shape)
 
 
+@dataclass
+class Relay:
+    """What a policy remembers at the end of a stage, and the map it is of, for the next stage."""
+
+    state: Any = None
+    hw_shape: tuple[int, int] = (0, 0)
+
+
 def run_blocks(
     blocks: Iterable[IdleBlock],
     x: Tensor,
@@ -53,6 +62,7 @@ def run_blocks(
     keep_ratios: Sequence[float],
     record_inputs: bool = False,
     taps: Mapping[int, Callable[[Tensor], Any]] | None = None,
+    relay: Relay | None = None,
 ) -> tuple[list[Any], StageRecord]:
     """Run the blocks of a stage on the tokens x (B, S, C).
 
@@ -64,12 +74,15 @@ def run_blocks(
         record_inputs: Whether the record holds the inputs of the blocks that idle.
         taps: For blocks after which the tokens are wanted, what makes an output of them; None for
             the tokens after the last block.
+        relay: What the stages of a forward pass hand on; None where there is one.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
     """
     tell_why_not(x)
-    blocks, carried, plans = list(blocks), Carried(), []
+    blocks, plans, relay = list(blocks), [], relay or Relay()
+    state = blocks[0].policy.entering(relay.state, relay.hw_shape, numbers(hw_shape))
+    carried = Carried(state=state)
     taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []
     outs: list[Any] = []
@@ -87,5 +100,6 @@ def run_blocks(
         if index in taps:
             carried = Carried(carried.pack, carried.plan, carried.state)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
+    relay.state, relay.hw_shape = carried.state, numbers(hw_shape)
     num_class = blocks[0].num_class
     return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)
