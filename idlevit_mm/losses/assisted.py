@@ -59,8 +59,8 @@ def classes_of(samples: Sequence[Any], like: Tensor) -> Tensor:
     """Which classes are in each image, 1 or 0, from mmdet's or mmseg's samples: ``like`` (B, K)."""
     goal = torch.zeros_like(like)
     for row, sample in zip(goal, samples, strict=True):
-        is_map = 'gt_sem_seg' in sample
-        labels = sample.gt_sem_seg.data if is_map else sample.gt_instances.labels
+        is_detected = 'gt_instances' in sample
+        labels = sample.gt_instances.labels if is_detected else sample.gt_sem_seg.data
         # Of pixels that count for nothing the label is above all classes.
         row[labels[labels < like.shape[1]]] = 1.0
     return goal
