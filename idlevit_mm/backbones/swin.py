@@ -64,7 +64,9 @@ class IdleSwinBlock(IdleBlock):
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         idle = plan.keys == 'all' and plan.rows is not None
         context = self.norm1(tokens.x) if idle else None
-        return self.attn(self.norm1(tokens.now), tokens.hw_shape, plan.rows, context), None
+        padding = self.norm1.bias if self.policy.pads_before_norm else None
+        now = self.norm1(tokens.now)
+        return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)

@@ -11,6 +11,8 @@ from .plan import EVERYTHING, Plan
 from .policy import Policy
 from .select import select_units, unit_scores
 
+PADDINGS = ('after_norm', 'before_norm')
+
 
 @POLICIES.register_module()
 class SparseViT(Policy):
@@ -19,11 +21,28 @@ class SparseViT(Policy):
     The score of a window is the L2 norm over its tokens of their scores, by default the mean
     absolute activation. Tokens are scored at the first idle block of a stage, once for the plain
     and the shifted windows of all its blocks; the keep ratio must not rise within a stage.
-    Arguments are those of ``Policy``; the default scorer is ``activation_norm``.
+    The default scorer is ``activation_norm``.
+
+    Args:
+        padding: Where the map is padded to whole windows: ``after_norm``, as in mmdet's dense
+            block, or ``before_norm``, as in the release: padding, which active windows see as
+            keys, then is the bias of the norm. Blocks with ratio 1.0 do the same.
+        **kwargs: Further arguments of ``Policy``.
+
+    Raises:
+        ValueError: ``padding`` is unknown.
     """
 
     SCOPES = ('windows',)
     SCORER = 'activation_norm'
+
+    def __init__(self, embed_dims: int, padding: str = 'after_norm', **kwargs: Any) -> None:
+        super().__init__(embed_dims, **kwargs)
+        if padding not in PADDINGS:
+            raise ValueError(
+                f'policy.padding={padding!r} is unknown; allowed: {", ".join(PADDINGS)}'
+            )
+        self.pads_before_norm = padding == 'before_norm'
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
         for stage, ratios in enumerate(keep_ratios):

@@ -145,6 +145,7 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
         or (drop.training and drop.p > 0)
         or tokens.x.shape[2] // core.num_heads not in _HEAD_CHANNELS
         or (rows is not None and rows.offsets is None)
+        or block.policy.pads_before_norm
     ):
         return None
     ids = offsets = None
