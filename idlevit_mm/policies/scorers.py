@@ -183,7 +183,7 @@ class Learned(Scorer):
     not train the features.
 
     That gradient says whether more of what the block adds would be better, not what its loss would
-    cost: about a trained network it is 0 on average. Its size says how much the task depends on it.
+    cost; its size says how much the task depends on it.
 
     Args:
         embed_dims: Channels of the tokens it will rank.
