@@ -64,7 +64,7 @@ class IdleSwinBlock(IdleBlock):
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         idle = plan.keys == 'all' and plan.rows is not None
         context = self.norm1(tokens.x) if idle else None
-        padding = self.norm1.bias if self.policy.pads_before_norm else None
+        padding = self.norm1.bias if plan.pads_first else None
         now = self.norm1(tokens.now)
         return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 

@@ -48,8 +48,6 @@ class Policy(nn.Module, ABC):
     TRAINS_SCORER: ClassVar[bool] = False
     # Whether the policy can rank by the attention that its own block has just computed.
     RANKS_BY_ATTENTION: ClassVar[bool] = False
-    # Whether padding of windows is zero before the norm of a block, and not after it.
-    pads_before_norm: bool = False
     # Number of its block, counted over the whole network.
     place: int = 0
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import Units
 from ..registry import POLICIES
-from .plan import EVERYTHING, Plan
+from .plan import Plan
 from .policy import Policy
 from .select import select_units, unit_scores
 
@@ -42,7 +42,7 @@ class SparseViT(Policy):
             raise ValueError(
                 f'policy.padding={padding!r} is unknown; allowed: {", ".join(PADDINGS)}'
             )
-        self.pads_before_norm = padding == 'before_norm'
+        self.pads_first = padding == 'before_norm'
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
         for stage, ratios in enumerate(keep_ratios):
@@ -60,6 +60,7 @@ class SparseViT(Policy):
     ) -> tuple[Plan, Tensor | None]:
         state = scores if state is None else state
         if keep_ratio == 1.0 or state is None:
-            return EVERYTHING, state
+            return Plan(pads_first=self.pads_first), state
         ranked = unit_scores(state, units, 'l2')
-        return Plan(select_units(ranked, units, keep_ratio, self.rounding)), state
+        rows = select_units(ranked, units, keep_ratio, self.rounding)
+        return Plan(rows, pads_first=self.pads_first), state

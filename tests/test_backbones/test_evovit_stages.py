@@ -99,8 +99,6 @@ def test_deployed_form_token_for_token(representative, starts):
 class Fixed(torch.nn.Module):
     """What a block of a stage does where each block gathers and spreads anew."""
 
-    pads_before_norm = False
-
     def __init__(self, policy, plans):
         super().__init__()
         self.scorer, self.scope, self.plans = policy.scorer, policy.scope, plans

@@ -87,6 +87,7 @@ def attention_half(
         or tokens.pack is not None
         or not _is_simple(plan)
         or plan.ask
+        or plan.pads_first
         or (kind == 'IdleSwinBlock' and plan.keys == 'all' and rows is not None)
         or (rows is not None and rows.padded)
     ):
@@ -145,7 +146,6 @@ def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
         or (drop.training and drop.p > 0)
         or tokens.x.shape[2] // core.num_heads not in _HEAD_CHANNELS
         or (rows is not None and rows.offsets is None)
-        or block.policy.pads_before_norm
     ):
         return None
     ids = offsets = None
