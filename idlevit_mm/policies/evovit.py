@@ -113,8 +113,11 @@ class EvoViT(Policy):
             self.mixing = nn.Parameter(torch.zeros(1))
         else:
             raise ValueError("policy.alpha='learned' needs representative=True, which trains it")
-        if assist is not None and not (kwargs.get('class_token') and assist > 0):
-            raise ValueError(f'policy.assist={assist} needs a class token, and a class at least')
+        whole = type(assist) is int and assist > 0
+        if assist is not None and not (kwargs.get('class_token') and whole):
+            raise ValueError(
+                f'policy.assist={assist!r} must be None or, with a class token, a number of classes'
+            )
         self.assist, self.embed_dims = assist, embed_dims
         self.heads: AssistedHeads | None = None
 

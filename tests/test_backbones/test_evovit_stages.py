@@ -208,7 +208,7 @@ WRONG = {
     'alpha="free"': (dict(alpha='free'), DEIT, r"alpha='free' must lie in .*'learned'"),
     'alpha alone': (dict(alpha='learned', representative=False), DEIT, 'representative=True'),
     'ratios': (dict(rank_at=[4, 8]), [*DEIT[:6], *[0.4] * 6], 'stage 0 change at block 6'),
-    'assist': (dict(assist=0), DEIT, 'policy.assist=0 needs'),
+    'assist': (dict(assist=0), DEIT, 'policy.assist=0 must be'),
 }
 
 
