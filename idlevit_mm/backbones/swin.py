@@ -43,7 +43,6 @@ class IdleSwinBlock(IdleBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES = ('map', 'window_tokens', 'windows')
-    holds_summaries = False  # Plain and shifted windows hold different tokens.
 
     def __init__(
         self,
@@ -70,6 +69,11 @@ class IdleSwinBlock(IdleBlock):
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
+
+    def planned(self, *args: Any) -> tuple[Plan, Any]:
+        plan, state = super().planned(*args)
+        # Windows of the next block hold other tokens, and their summaries mean others.
+        return (plan if plan.summary is None else plan.but(hold=False)), state
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':

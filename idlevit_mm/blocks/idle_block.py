@@ -50,8 +50,6 @@ class IdleBlock(BaseModule, ABC):
     SCOPES: tuple[str, ...] = ('map',)
     # Whether a summary of idle tokens changes what active ones become.
     uses_summaries: bool = True
-    # Whether a summary stands for the same tokens in the next block.
-    holds_summaries: bool = True
     # Whether the attention looks at the whole map, whatever is computed.
     reads_map: bool = False
     # Says where idling pays; None where it always idles.
@@ -218,8 +216,6 @@ class IdleBlock(BaseModule, ABC):
         plan, state = self.policy.plan(numbers, units, keep_ratio, last, state)
         if plan.summary is not None and not (plan.spread or self.uses_summaries):
             plan = plan.but(summary=None)
-        if plan.summary is not None and not self.holds_summaries:
-            plan = plan.but(hold=False)
         if self.policy.scorer.learns and self.training:
             plan = plan.but(gate=straight_through(scores, plan.rows))
         return plan, state
@@ -261,9 +257,7 @@ class IdleBlock(BaseModule, ABC):
         if pack is not None and pack.holds(plan):
             if not (self.reads_map or plan.keys == 'all'):
                 return tokens
-            # What has been spread so far lies in the map from here on.
-            now, _, rows, packed_for = pack
-            return tokens._replace(x=self.settled(tokens), pack=Pack(now, now, rows, packed_for))
+            return tokens._replace(x=self.settled(tokens), pack=pack._replace(before=pack.now))
         x = self.settled(tokens)
         if plan.rows is None:
             return Tokens(x, tokens.hw_shape, Pack(x, x, None, plan))
