@@ -64,6 +64,8 @@ def _cases() -> list[Case]:
         policies['idlevit-summary'] = dict(type='IdleViT', context='summary')
         policies['evit'] = dict(type='EViT', fuse=True)
         policies['evovit'] = dict(type='EvoViT', representative=True)
+        if name in ('pvtv2', 'vit'):
+            policies['evovit-stages'] = dict(type='EvoViT', rank_at='stage')
         if name in ('swin', 'vit'):
             policies['evit-dropping'] = dict(type='EViT', fuse=False)
             policies['evovit-passing'] = dict(type='EvoViT', representative=False)

@@ -29,6 +29,11 @@ WRONG = {
     'Evo-ViT on a ViT, `keep_ratios=0.5`': dict(
         type=VIT, policy=dict(type='EvoViT'), keep_ratios=0.5
     ),
+    'Evo-ViT, `rank_at=[4]`, another ratio from block 8 on': dict(
+        type=VIT,
+        policy=dict(type='EvoViT', rank_at=[4]),
+        keep_ratios=[1.0] * 4 + [0.5] * 4 + [0.4] * 4,
+    ),
     'SparseViT, `[0.5, 0.7]` in a stage': dict(
         type=SWIN, policy=dict(type='SparseViT'), keep_ratios=[[0.5, 0.7], 1.0, 1.0, 1.0]
     ),
@@ -59,6 +64,7 @@ def test_errors_are_as_written(subtests: pytest.Subtests) -> None:
             with pytest.raises((TypeError, ValueError)) as error:
                 MODELS.build(wrong)
             shortened = re.sub(r'\[0\.5(, 0\.5)+\]', '[0.5, ...]', str(error.value))
+            shortened = re.sub(r'\[1\.0(, \d\.\d)+\]', '[...]', shortened)
             assert shortened == MESSAGES[case]
 
 

@@ -134,6 +134,8 @@ class IdleBackbone(BaseModule, ABC):
         if idle_where not in IDLE_WHERE:
             allowed = ', '.join(IDLE_WHERE)
             raise ValueError(f'idle_where={idle_where!r} is unknown; allowed: {allowed}')
+        for place, block in enumerate(chain(*self.idle_blocks)):
+            block.policy.put(place, self.depths)
         self.set_keep_ratios(keep_ratios)
         if idle_where == 'pays':
             self.payer = Payer()

@@ -15,7 +15,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves, run_blocks
+from ..blocks import IdleBlock, Relay, Tokens, Work, layers, moves, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
@@ -216,16 +216,15 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
         """
         extents = Extents.of(self, x, img_shapes)
-        outs, records = [], []
+        outs, records, relay = [], [], Relay()
         for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
             patch_embed, blocks, norm = stage
             side = self.least_sides[index]
             x, hw_shape = patch_embed(pad_to(x, side, side))
             if self.use_abs_pos_embed:
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
-            extent = extents.at(index, hw_shape, x.device)
-            recorded = self.record_inputs
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, recorded, extent=extent)
+            last = self.record_inputs, None, extents.at(index, hw_shape, x.device), relay
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
             records.append(record)
             x = to_map(norm(x), hw_shape)
             if index in self.out_indices:

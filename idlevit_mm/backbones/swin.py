@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import (
     IdleBlock,
+    Relay,
     StageRecord,
     Tokens,
     Work,
@@ -63,10 +64,17 @@ class IdleSwinBlock(IdleBlock):
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         idle = plan.keys == 'all' and plan.rows is not None
         context = self.norm1(tokens.x) if idle else None
-        return self.attn(self.norm1(tokens.now), tokens.hw_shape, plan.rows, context), None
+        padding = self.norm1.bias if plan.pads_first else None
+        now = self.norm1(tokens.now)
+        return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
+
+    def planned(self, *args: Any) -> tuple[Plan, Any]:
+        plan, state = super().planned(*args)
+        # Windows of the next block hold other tokens, and their summaries mean others.
+        return (plan if plan.summary is None else plan.but(hold=False)), state
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
@@ -239,10 +247,10 @@ class IdleSwinTransformer(IdleBackbone):
         if self.use_abs_pos_embed:
             x = x + self._resized(hw_shape)
         x = self.drop_after_pos(x)
-        outs, records = [], []
+        outs, records, relay = [], [], Relay()
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            extent = extents.at(index, hw_shape, x.device)
-            x, record = stage(x, hw_shape, ratios, self.record_inputs, extent=extent)
+            last = self.record_inputs, None, extents.at(index, hw_shape, x.device), relay
+            x, record = stage(x, hw_shape, ratios, *last)
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')

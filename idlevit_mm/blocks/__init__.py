@@ -3,5 +3,5 @@
 from .cost import IDLE_WHERE, Payer, Work, layers, moves, seconds
 from .functions import weighted_mean
 from .idle_block import IdleBlock
-from .stage import StageRecord, run_blocks
+from .stage import Relay, StageRecord, run_blocks
 from .tokens import Carried, Pack, Tokens

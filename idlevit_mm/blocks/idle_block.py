@@ -212,10 +212,9 @@ class IdleBlock(BaseModule, ABC):
         """
         units = self.units(tokens.hw_shape, self.policy.scope, tokens.x.device)
         units = units_inside(units, tokens.hw_shape, carried.extent)
-        last, state = carried.plan, carried.state
-        wanted = self.policy.wants_scores(keep_ratio, state)
+        wanted = self.policy.wants_scores(keep_ratio, carried.state)
         numbers = None if scores is None or not wanted else scores.detach()
-        plan, state = self.policy.plan(numbers, units, keep_ratio, last, state)
+        plan, state = self.policy.plan(numbers, units, keep_ratio, carried.plan, carried.state)
         if plan.summary is not None and not (plan.spread or self.uses_summaries):
             plan = plan.but(summary=None)
         if self.policy.scorer.learns and self.training:
@@ -257,8 +256,9 @@ class IdleBlock(BaseModule, ABC):
         """Tokens with the rows of a plan packed, as they are already if the pack holds them."""
         pack = tokens.pack
         if pack is not None and pack.holds(plan):
-            whole = self.reads_map or plan.keys == 'all'
-            return tokens._replace(x=self.settled(tokens) if whole else tokens.x)
+            if not (self.reads_map or plan.keys == 'all'):
+                return tokens
+            return tokens._replace(x=self.settled(tokens), pack=pack._replace(before=pack.now))
         x = self.settled(tokens)
         if plan.rows is None:
             return Tokens(x, tokens.hw_shape, Pack(x, x, None, plan))

@@ -46,6 +46,15 @@ class StageRecord(NamedTuple):
         return row_mask(rows, shape[1] * shape[2]).view(shape)
 
 
+class Relay:
+    """What a policy remembers at the end of a stage, and the map it is of, for the next stage."""
+
+    # No dataclass: wrappers of modules make copies of those, and what a stage writes would be lost.
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.hw_shape = 0, 0
+
+
 def run_blocks(
     blocks: Iterable[IdleBlock],
     x: Tensor,
@@ -54,6 +63,7 @@ def run_blocks(
     record_inputs: bool = False,
     taps: Mapping[int, Callable[[Tensor], Any]] | None = None,
     extent: Extent | None = None,
+    relay: Relay | None = None,
 ) -> tuple[list[Any], StageRecord]:
     """Run the blocks of a stage on the tokens x (B, S, C).
 
@@ -66,12 +76,15 @@ def run_blocks(
         taps: For blocks after which the tokens are wanted, what makes an output of them; None for
             the tokens after the last block.
         extent: Which tokens belong to their images, the others being padding; None where all do.
+        relay: What the stages of a forward pass hand on; None where there is one.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
     """
     tell_why_not(x)
-    blocks, carried, plans = list(blocks), Carried(extent=extent), []
+    blocks, plans, relay = list(blocks), [], relay or Relay()
+    state = blocks[0].policy.entering(relay.state, relay.hw_shape, numbers(hw_shape))
+    carried = Carried(state=state, extent=extent)
     taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []
     outs: list[Any] = []
@@ -89,5 +102,6 @@ def run_blocks(
         if index in taps:
             carried = Carried(carried.pack, carried.plan, carried.state, extent=extent)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
+    relay.state, relay.hw_shape = carried.state, numbers(hw_shape)
     num_class = blocks[0].num_class
     return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)

@@ -19,7 +19,8 @@ class Pack(NamedTuple):
 
     Attributes:
         now: (B, T + P + R, C), computed rows, class tokens, summaries; x where all are computed.
-        before: The same as it was gathered, for gates and spreading.
+        before: The same as x has it: as it was gathered, or last put back to be read. For gates and
+            spreading.
         rows: Places in x of the first T + P; None where ``now`` is all of x.
         plan: What it was gathered for.
     """

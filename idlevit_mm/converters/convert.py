@@ -24,6 +24,7 @@ TARGETS = {
     'mmseg': OPENMMLAB,
     'timm': 'timm',
     'official': 'official',
+    'evovit': 'evovit',
     'mmpretrain': 'mmpretrain',
 }
 

@@ -112,7 +112,9 @@ def add_losses(
             calls = stack.enter_context(captured(modules))
             stack.callback(teachers.forget)
             total = dict(original(inputs, *args, **kwargs))
-            step = Step(model, backbones, inputs, calls)
+            samples = args[0] if args else kwargs.get('data_samples')
+            # Losses may call modules again.
+            step = Step(model, backbones, inputs, dict(calls), samples)
             for loss in losses:
                 if loss.name in total:
                     raise SettingError(

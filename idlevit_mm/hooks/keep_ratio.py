@@ -27,7 +27,9 @@ from .replay import KEEP_RATIO_STREAM, mixed_seed, run_seed
 
 Table = list[list[float]]
 
-UNITS = ('model', 'stage', 'block')
+# What gets a ratio of its own; all blocks of a stage have one but for these sizes.
+UNITS = ('model', 'stage', 'pair', 'block')
+_SIZES = {'pair': 2, 'block': 1}
 
 
 def half_cosine(step: int, begin: int, end: int) -> float:
@@ -170,11 +172,8 @@ class KeepRatioWarmupHook(KeepRatioHook):
         self._steps_are_epochs = by_epoch and not convert_to_iter_based
 
     def _prepare(self, runner: Any) -> None:
-        if self._steps_are_epochs and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise SettingError(
-                'KeepRatioWarmupHook: by_epoch=True, but the training loop counts iterations; '
-                'set by_epoch=False, or convert_to_iter_based=True'
-            )
+        if self._steps_are_epochs:
+            check_epochs(runner, 'KeepRatioWarmupHook', ', or convert_to_iter_based=True')
         each = len(runner.train_dataloader) if self.convert_to_iter_based else 1
         self._span = self.begin * each, self.end * each
         if self._span[1] > (runner.max_epochs if self._steps_are_epochs else runner.max_iters):
@@ -213,7 +212,8 @@ class RandomKeepRatioHook(KeepRatioHook):
         low: Smallest ratio.
         high: Largest ratio.
         choices: Ratios to draw from, instead of ``low`` and ``high``.
-        per: What gets a ratio of its own: the ``model``, each ``stage`` or each ``block``.
+        per: What gets a ratio of its own: the ``model``, each ``stage``, each ``block``, or each
+            ``pair`` of blocks of a stage (SparseViT, arXiv 2303.17605).
         keep_dense: Whether blocks with a configured ratio of 1.0 stay dense.
         descending: Whether ratios are sorted within each stage, the largest first, for policies
             whose ratio must not rise within a stage.
@@ -255,10 +255,8 @@ class RandomKeepRatioHook(KeepRatioHook):
             self.low, self.high = self.choices[0], self.choices[-1]
 
     def _prepare(self, runner: Any) -> None:
-        counts = dict(
-            model=1, stage=sum(map(len, self.targets)), block=len(ratios_of(self.targets))
-        )
-        self._count = counts[self.per]  # of draws
+        units = [self._units(stage) for table in self.targets for stage in table]
+        self._count = 1 if self.per == 'model' else sum(map(len, units))  # of draws
         if self.keep_dense and min(ratios_of(self.targets)) == 1.0:
             runner.logger.warning(
                 'RandomKeepRatioHook changes nothing: all configured keep ratios are 1.0, and '
@@ -280,18 +278,39 @@ class RandomKeepRatioHook(KeepRatioHook):
         return map(self.spread, (low, high, rising, rising[::-1]))
 
     def spread(self, draws: Sequence[float]) -> list[Table]:
-        """Give every block its ratio, of one for the model, for each stage, or for each block."""
+        """Give every block its ratio, of one for the model or for each stage, pair or block."""
         values = cycle(draws) if self.per == 'model' else iter(draws)
 
         def of_stage(stage: list[float]) -> list[float]:
-            each = self.per == 'block'
-            drawn = [next(values) for _ in stage] if each else [next(values)] * len(stage)
-            dense = [self.keep_dense and ratio == 1.0 for ratio in stage]
-            idle = [ratio for ratio, is_dense in zip(drawn, dense, strict=True) if not is_dense]
+            units = self._units(stage)
+            drawn = [(next(values), self._idles(unit)) for unit in units]
+            idle = [value for value, idles in drawn if idles]
             rest = iter(sorted(idle, reverse=True) if self.descending else idle)
-            return [1.0 if is_dense else next(rest) for is_dense in dense]
+            own = [next(rest) if idles else 1.0 for _, idles in drawn]
+            return [
+                value if self._idles([ratio]) else 1.0
+                for value, unit in zip(own, units, strict=True)
+                for ratio in unit
+            ]
 
         return [[of_stage(stage) for stage in table] for table in self.targets]
+
+    def _units(self, stage: list[float]) -> list[list[float]]:
+        """The ratios of a stage, in parts that share one."""
+        size = _SIZES.get(self.per, len(stage))
+        return [stage[first : first + size] for first in range(0, len(stage), size)]
+
+    def _idles(self, unit: list[float]) -> bool:
+        return not self.keep_dense or min(unit) < 1.0
+
+
+def check_epochs(runner: Any, user: str, more: str = '') -> None:
+    """Raise a SettingError where a hook that counts epochs meets a loop that does not."""
+    if isinstance(runner.train_loop, IterBasedTrainLoop):
+        raise SettingError(
+            f'{user}: by_epoch=True, but the training loop counts iterations; set '
+            f'by_epoch=False{more}'
+        )
 
 
 def idle_backbones(model: nn.Module, user: str) -> dict[str, IdleBackbone]:

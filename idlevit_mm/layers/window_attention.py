@@ -73,9 +73,10 @@ class WindowMSA(Projections, BaseModule):
         shift_size: int,
         rows: Rows | None = None,
         context: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
-        core, backend = self.core(x, hw_shape), backend_at(x)
+        core, backend = self.core(x, hw_shape, padding), backend_at(x)
         if rows is not None and context is not None:
             qkv = self._project_queries(x, context, rows)
             out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
@@ -85,12 +86,15 @@ class WindowMSA(Projections, BaseModule):
             out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
         return self.proj_drop(backend.linear(out, self.proj))
 
-    def core(self, x: Tensor, hw_shape: tuple[int, int]) -> WindowCore:
+    def core(
+        self, x: Tensor, hw_shape: tuple[int, int], padding: Tensor | None = None
+    ) -> WindowCore:
         """What attention within windows needs beside queries, keys and values."""
+        blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
         plain = is_plain(self.attn_drop, nn.Dropout)
         return WindowCore(
             self.position_bias(),
-            self._blank(x, hw_shape),
+            blank,
             self.window_size,
             self.num_heads,
             self.scale,
@@ -160,6 +164,7 @@ class ShiftWindowMSA(BaseModule):
         hw_shape: tuple[int, int],
         rows: Rows | None,
         context: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity.
 
@@ -170,8 +175,9 @@ class ShiftWindowMSA(BaseModule):
             hw_shape: (H, W).
             rows: Which tokens of the map are active, maybe whole windows.
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
+            padding: (C,), what stands for padding among normalised tokens; None for zeros.
         """
-        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context))
+        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context, padding))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.

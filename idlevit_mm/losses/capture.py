@@ -9,6 +9,8 @@ from unittest import mock
 
 from torch import nn
 
+from ..errors import SettingError
+
 
 class Call(NamedTuple):
     """Arguments of one call of a module, and what it returned."""
@@ -27,12 +29,31 @@ class Step:
         backbones: Its idle backbones by their name in the model.
         inputs: The preprocessed images, as the model's ``loss`` got them.
         calls: Last call in this pass of each module that a loss asked for, by name.
+        samples: What is known of each image, as the model's ``loss`` got it.
     """
 
     model: nn.Module
     backbones: Mapping[str, Any]
     inputs: Any
     calls: Mapping[str, Call]
+    samples: Any = None
+
+
+def last_norm(backbone: Any, name: str, user: str) -> str:
+    """Name of the norm whose one call has map and class token (B, N + 1, C) of the last block.
+
+    Raises:
+        SettingError: The backbone of this name, which ``user`` looks into, has none.
+    """
+    last = len(backbone.idle_blocks[-1]) - 1
+    has_class = len(backbone.idle_blocks) == 1 and backbone.idle_blocks[0][0].num_class
+    if not (has_class and backbone.final_norm and last in backbone.out_indices):
+        raise SettingError(
+            f'{user} needs the class token after the last norm, which {name} has not; allowed: '
+            'IdleVisionTransformer with with_cls_token=True and final_norm=True whose outputs hold '
+            "the last block's"
+        )
+    return f'{name}.ln1'
 
 
 @contextmanager

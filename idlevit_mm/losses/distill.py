@@ -14,8 +14,10 @@ from ..errors import SettingError
 from ..kernels import exact
 from ..registry import AUXILIARY_LOSSES
 from .base import AuxiliaryLoss
-from .capture import Step
+from .capture import Call, Step, last_norm
 from .teacher import Teacher, Teachers, check_description, find_modules
+
+TOKENS = ('map', 'class', 'kept')
 
 
 @AUXILIARY_LOSSES.register_module()
@@ -32,6 +34,12 @@ class FeatureDistillation(AuxiliaryLoss):
             or ``dict(config='...', checkpoint='...')`` for another one. None: the student's own
             network as training started from it (``load_from``).
         stages: Places among the outputs of the backbone; None for all.
+        tokens: What is compared: the ``map``, as said above; the ``class`` token after the last
+            norm, as IdleViT does on DeiT; or the tokens ``kept`` by the student's last block, the
+            class token included where there is one, as it does on LV-ViT: each channel divided by
+            its norm over these tokens, the squared distance averaged over channels and images (the
+            mean square error over elements times the number of all tokens). ``stages`` is for the
+            map alone.
 
     Further arguments, and errors, are those of ``AuxiliaryLoss``.
     """
@@ -42,9 +50,14 @@ class FeatureDistillation(AuxiliaryLoss):
         loss_weight: float = 2.5,
         stages: Sequence[int] | None = None,
         name: str = 'loss_distill_feature',
+        tokens: str = 'map',
     ) -> None:
         super().__init__(loss_weight, name)
         check_description(teacher)
+        if tokens not in TOKENS:
+            raise ValueError(f'tokens={tokens!r} is unknown; allowed: {", ".join(TOKENS)}')
+        if tokens != 'map' and stages is not None:
+            raise ValueError(f"stages={stages!r} is for tokens='map', not {tokens!r}")
         if stages is not None and (
             not isinstance(stages, (list, tuple))
             or not stages
@@ -52,8 +65,10 @@ class FeatureDistillation(AuxiliaryLoss):
         ):
             raise ValueError(f'stages={stages!r} must be None or places among the outputs from 0')
         self.description = teacher
-        self.stages = stages
+        self.stages, self.tokens = stages, tokens
         self.names: tuple[str, ...] = ()
+        # The norm of each backbone that has the tokens.
+        self.norms: dict[str, str] = {}
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
         self.teacher = teachers.get(self.description)
@@ -65,21 +80,40 @@ class FeatureDistillation(AuxiliaryLoss):
                     f'stages={tuple(self.stages)} must lie in 0 to {outputs - 1}: {name} has '
                     f'{outputs} outputs'
                 )
-        find_modules(self.teacher.model, self.names, 'FeatureDistillation', 'teacher')
+            if self.tokens == 'class' or (self.tokens == 'kept' and _has_class(backbone)):
+                user = f'FeatureDistillation with tokens={self.tokens!r}'
+                self.norms[name] = last_norm(backbone, name, user)
+        wanted = (*self.names, *self.norms.values())
+        find_modules(self.teacher.model, wanted, 'FeatureDistillation', 'teacher')
         self.teacher.backbones.update(self.names)
+        self.teacher.parts.update(self.norms.values())
 
     def modules(self) -> Iterable[str]:
-        return self.names
+        return (*self.names, *self.norms.values())
 
     def __call__(self, step: Step) -> Tensor:
         taught = self.teacher.calls(step)
         distances = []
-        for name in self.names:
-            own, other = feature_maps(step.calls[name].output), feature_maps(taught[name].output)
+        for name, backbone in step.backbones.items():
+            own, other = (self._vectors(name, calls, backbone) for calls in (step.calls, taught))
             check_same_shapes(own, other, f'outputs of {name}')
             chosen = range(len(own)) if self.stages is None else self.stages
             distances += [direction_distance(own[index], other[index]) for index in chosen]
         return self.loss_weight * torch.stack(distances).mean()
+
+    def _vectors(self, name: str, calls: Mapping[str, Call], student: Any) -> list[Tensor]:
+        """What is compared of student or teacher; dimension 1 is that of the vectors."""
+        maps = feature_maps(calls[name].output)
+        if self.tokens == 'map':
+            return maps
+        tokens = maps[-1].flatten(2).transpose(1, 2)
+        if name in self.norms:
+            tokens = calls[self.norms[name]].output
+        if self.tokens == 'class':
+            return [tokens[:, -1]]
+        mask = student.keep_masks[-1][-1].flatten(1)
+        classes = mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])
+        return [tokens * torch.cat([mask, classes], dim=1)[..., None]]
 
 
 @AUXILIARY_LOSSES.register_module()
@@ -151,6 +185,10 @@ class LogitDistillation(AuxiliaryLoss):
         return self.loss_weight * torch.stack(parts).mean()
 
 
+def _has_class(backbone: Any) -> bool:
+    return backbone.idle_blocks[0][0].num_class > 0
+
+
 def feature_maps(output: Any) -> list[Tensor]:
     """Maps (B, C, H, W) of a backbone's output; of [map, class token] pairs the map."""
     outputs = output if isinstance(output, (list, tuple)) else [output]
@@ -158,7 +196,7 @@ def feature_maps(output: Any) -> list[Tensor]:
 
 
 def direction_distance(own: Tensor, other: Tensor) -> Tensor:
-    """Mean over images and positions of the squared distance of unit features (B, C, H, W)."""
+    """Mean over images and positions of the squared distance of unit features (B, C, ...)."""
     own, other = (F.normalize(exact(part), dim=1) for part in (own, other))
     return (own - other).square().sum(dim=1).mean()
 

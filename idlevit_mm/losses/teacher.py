@@ -25,12 +25,14 @@ class Teacher:
     Attributes:
         backbones: Names of the modules that get what the student's module of that name got.
         heads: Names of the modules whose ``forward`` gets the output of ``extract_feat``.
+        parts: Names of modules of the backbones whose calls are wanted, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
         self.backbones: set[str] = set()
         self.heads: set[str] = set()
+        self.parts: set[str] = set()
         self._step: Step | None = None
         self._calls: Mapping[str, Call] = {}
 
@@ -70,7 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def _run(self, step: Step) -> Mapping[str, Call]:
-        names = sorted(self.backbones | self.heads)
+        names = sorted(self.backbones | self.heads | self.parts)
         modules = {name: self.model.get_submodule(name) for name in names}
         with captured(modules) as calls:
             if self.heads:

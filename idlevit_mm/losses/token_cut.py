@@ -5,7 +5,7 @@ one).
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .capture import Step
 from .teacher import Teachers
 
 KINDS = ('inter', 'intra', 'both')
+WEIGHTINGS = ('mean', 'published')
 
 
 @AUXILIARY_LOSSES.register_module()
@@ -38,6 +39,9 @@ class TokenCutLoss(AuxiliaryLoss):
 
     Args:
         kind: ``inter``, ``intra`` or ``both`` for their sum; any other is a ValueError.
+        weighting: ``mean`` over the idle blocks, or ``published``: the sum over every second one,
+            from the first on, divided by the number of all. So do the losses of the release, which
+            deletes from the list that it goes through.
         loss_weight: Factor of the loss; 20 in the paper.
         name: As in ``AuxiliaryLoss``, whose errors it shares.
     """
@@ -45,12 +49,17 @@ class TokenCutLoss(AuxiliaryLoss):
     needs_inputs = True
 
     def __init__(
-        self, kind: str = 'both', loss_weight: float = 20.0, name: str = 'loss_token_cut'
+        self,
+        kind: str = 'both',
+        loss_weight: float = 20.0,
+        name: str = 'loss_token_cut',
+        weighting: str = 'mean',
     ) -> None:
         super().__init__(loss_weight, name)
-        if kind not in KINDS:
-            raise ValueError(f'kind={kind!r} is unknown; allowed: {", ".join(KINDS)}')
-        self.kind = kind
+        for key, value, known in (('kind', kind, KINDS), ('weighting', weighting, WEIGHTINGS)):
+            if value not in known:
+                raise ValueError(f'{key}={value!r} is unknown; allowed: {", ".join(known)}')
+        self.kind, self.every = kind, 2 if weighting == 'published' else 1
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
         for name, backbone in backbones.items():
@@ -70,15 +79,19 @@ class TokenCutLoss(AuxiliaryLoss):
         It is a scalar; 0 with graph where no block idled.
         """
         backbones = list(backbones)
-        shares = chain.from_iterable(map(kept_shares, backbones))
+        shares = chain.from_iterable(kept_shares(backbone, self.every) for backbone in backbones)
         cuts = [token_cut(share, mask, self.kind) for share, mask in shares]
         if not cuts:
             return 0.0 * next(backbones[0].parameters()).sum()
-        return self.loss_weight * torch.stack(cuts).mean()
+        plans = [plan for backbone in backbones for r in backbone.records for plan in r.plans]
+        idled = sum(plan.rows is not None for plan in plans)
+        return self.loss_weight * torch.stack(cuts).sum() / idled
 
 
-def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def kept_shares(backbone: Any, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Share of attention to active tokens in each block that idled in the last forward pass.
+
+    Or in every so many of them, from the first on.
 
     Yields:
         (B, N) share and (B, N) keep mask. A row of an idle token leaves the class token out.
@@ -86,6 +99,7 @@ def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
     Raises:
         RuntimeError: The backbone ran without ``record_inputs``.
     """
+    counted = count()
     for record, blocks in zip(backbone.records, backbone.idle_blocks, strict=True):
         idled = [plan.rows is not None for plan in record.plans]
         if any(idled) and not record.inputs:
@@ -95,7 +109,7 @@ def kept_shares(backbone: Any) -> Iterator[tuple[Tensor, Tensor]]:
             )
         for index, block in enumerate(blocks):
             rows = record.plans[index].rows
-            if rows is not None:
+            if rows is not None and next(counted) % every == 0:
                 x = record.inputs[index]
                 mask = row_mask(block.with_class(rows, record.hw_shape), x.shape[1]).float()
                 yield _kept_share(block, x, record, mask), mask

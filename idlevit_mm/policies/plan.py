@@ -24,6 +24,7 @@ class Plan(NamedTuple):
         gate: (B, T), zeros that carry the gradient of the scores; None if no score learns.
         ask: Whether the policy wants the class token's attention between the halves.
         hold: Whether rows may stay packed for a next block that computes the same ones.
+        pads_first: Whether padding of windows is zero before the norm, and not after it.
     """
 
     rows: Rows | None = None
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     gate: Tensor | None = None
     ask: bool = False
     hold: bool = False
+    pads_first: bool = False
 
     def but(self, **changes: object) -> Plan:
         """The same with some changes."""

@@ -48,6 +48,8 @@ class Policy(nn.Module, ABC):
     TRAINS_SCORER: ClassVar[bool] = False
     # Whether the policy can rank by the attention that its own block has just computed.
     RANKS_BY_ATTENTION: ClassVar[bool] = False
+    # Number of its block, counted over the whole network.
+    place: int = 0
 
     def __init__(
         self,
@@ -93,6 +95,21 @@ class Policy(nn.Module, ABC):
                 f'policy.scorer={scorer!r} is known only after the attention of a block, and '
                 f'{name} chooses before it; allowed with policies EViT and EvoViT'
             )
+
+    def put(self, place: int, depths: Sequence[int]) -> None:
+        """Learn which block it is of, when the network of stages of so many blocks is built.
+
+        Raises:
+            ValueError: Settings do not fit the number of blocks.
+        """
+        self.place = place
+
+    def entering(self, state: Any, before: tuple[int, int], hw_shape: tuple[int, int]) -> Any:
+        """State with which a stage begins: of that at the end of the stage before, and both maps.
+
+        Stages begin anew unless a policy says otherwise.
+        """
+        return None
 
     def wants_scores(self, keep_ratio: float, state: Any) -> bool:
         """Whether ``plan`` needs scores of the tokens as they enter the block."""

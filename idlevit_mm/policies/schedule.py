@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -12,9 +13,18 @@ KeepRatios = float | Sequence[float | Sequence[float]] | Mapping[str, Any]
 _ALLOWED = (
     'a number in (0, 1], or a list with one entry per stage (depths {depths}), each entry a number '
     'or a list with one number per block of that stage; for a backbone of one stage also a list '
-    "with one number per block; or dict(type='powers', keep_ratio=..., first_idle=0, groups=3) or "
-    "dict(type='evit', keep_ratio=..., blocks=[3, 6, 9])"
+    "with one number per block; or dict(type='powers', keep_ratio=..., first_idle=0, groups=3), "
+    "dict(type='evit', keep_ratio=..., blocks=[3, 6, 9]), dict(type='3+3+2', keep_ratio=...) "
+    "(or 3+3+3, 4+4+4, 5+5+5) or dict(type='sparsevit-35ms') (or -42ms, -33ms)"
 )
+# IdleViT's groups of idle blocks: DeiT in training, DeiT in evaluation, LV-ViT-S, LV-ViT-M.
+_GROUPS = {'3+3+2': (3, 3, 2), '3+3+3': (3, 3, 3), '4+4+4': (4, 4, 4), '5+5+5': (5, 5, 5)}
+# Shares of idle windows that SparseViT found for Swin-T, of each pair of blocks of each stage.
+_SPARSEVIT = {
+    'sparsevit-42ms': ((0.3,), (0.0,), (0.1, 0.2, 0.2), (0.0,)),
+    'sparsevit-35ms': ((0.6,), (0.0,), (0.2, 0.4, 0.5), (0.0,)),
+    'sparsevit-33ms': ((0.7,), (0.0,), (0.2, 0.4, 0.5), (0.0,)),
+}
 
 
 def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> list[list[float]]:
@@ -27,7 +37,11 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
             the whole network from 0: ``dict(type='powers', keep_ratio=r, first_idle=0, groups=3)``
             gives the blocks from ``first_idle`` on, in ``groups`` equal groups, r, r^2, r^3
             (IdleViT, arXiv 2310.05654); ``dict(type='evit', keep_ratio=r, blocks=[3, 6, 9])``
-            gives only those blocks r (EViT, arXiv 2202.07800). Other blocks are dense.
+            gives only those blocks r (EViT, arXiv 2202.07800); ``dict(type='3+3+2',
+            keep_ratio=r)`` gives the last blocks, in groups of these sizes, r, r^2, r^3, also
+            ``3+3+3``, ``4+4+4`` and ``5+5+5``. Other blocks are dense. ``dict(
+            type='sparsevit-35ms')`` is SparseViT's for Swin-T (arXiv 2303.17605), also ``-42ms``
+            and ``-33ms``.
         depths: Number of blocks of each stage.
 
     Returns:
@@ -40,7 +54,7 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
     """
     try:
         if isinstance(keep_ratios, Mapping):
-            blocks = iter(_schedule(keep_ratios, sum(depths)))
+            blocks = iter(_schedule(keep_ratios, depths))
             stages: list[Any] = [list(islice(blocks, depth)) for depth in depths]
         else:
             stages = _stages(keep_ratios, depths)
@@ -90,31 +104,38 @@ def _stage_ratios(stage: Any, index: int, depth: int) -> list[float]:
     return [checked_ratio(value, 'holds') for value in stage]
 
 
-def _schedule(config: Mapping[str, Any], blocks: int) -> list[float]:
+def _schedule(config: Mapping[str, Any], depths: Sequence[int]) -> list[float]:
     """Ratio of each block of the network, from a schedule's name and its arguments."""
     options = dict(config)
     name = options.pop('type', None)
     if not isinstance(name, str) or name not in _SCHEDULES:
         raise ValueError(f'has type {name!r}, which is not one of {", ".join(_SCHEDULES)}')
     # Its TypeError names a key that is wrong or missing.
-    inspect.signature(_SCHEDULES[name]).bind(blocks, **options)
-    return _SCHEDULES[name](blocks, **options)
+    inspect.signature(_SCHEDULES[name]).bind(depths, **options)
+    return _SCHEDULES[name](depths, **options)
 
 
-def _powers(total: int, keep_ratio: Any, first_idle: Any = 0, groups: Any = 3) -> list[float]:
-    ratio = checked_ratio(keep_ratio, 'holds')
-    first_idle = _checked_int(first_idle, 'first_idle', 0, total - 1)
-    idle = total - first_idle
+def _grouped(sizes: Sequence[int], depths: Sequence[int], keep_ratio: Any) -> list[float]:
+    ratio, dense = checked_ratio(keep_ratio, 'holds'), sum(depths) - sum(sizes)
+    if dense < 0:
+        raise ValueError(f'idles in {sum(sizes)} blocks of {sum(depths)}')
+    return [1.0] * dense + [
+        ratio**power for power, size in enumerate(sizes, 1) for _ in range(size)
+    ]
+
+
+def _powers(
+    depths: Sequence[int], keep_ratio: Any, first_idle: Any = 0, groups: Any = 3
+) -> list[float]:
+    total = sum(depths)
+    idle = total - _checked_int(first_idle, 'first_idle', 0, total - 1)
     groups = _checked_int(groups, f'groups (of {idle} idle blocks)', 1, idle)
     size, larger = divmod(idle, groups)
-    ratios = [1.0] * first_idle
-    for index in range(groups):
-        ratios += [ratio ** (index + 1)] * (size + (index < larger))
-    return ratios
+    return _grouped([size + (index < larger) for index in range(groups)], depths, keep_ratio)
 
 
-def _evit(total: int, keep_ratio: Any, blocks: Any = (3, 6, 9)) -> list[float]:
-    ratio = checked_ratio(keep_ratio, 'holds')
+def _evit(depths: Sequence[int], keep_ratio: Any, blocks: Any = (3, 6, 9)) -> list[float]:
+    ratio, total = checked_ratio(keep_ratio, 'holds'), sum(depths)
     if not _is_list(blocks) or not blocks:
         raise TypeError(f'has blocks={blocks!r}, which is not a list of block numbers')
     chosen = {_checked_int(block, 'blocks', 0, total - 1) for block in blocks}
@@ -123,7 +144,19 @@ def _evit(total: int, keep_ratio: Any, blocks: Any = (3, 6, 9)) -> list[float]:
     return [ratio if block in chosen else 1.0 for block in range(total)]
 
 
-_SCHEDULES: dict[str, Callable[..., list[float]]] = {'powers': _powers, 'evit': _evit}
+def _paired(shares: Sequence[Sequence[float]], depths: Sequence[int]) -> list[float]:
+    own = tuple(2 * len(stage) for stage in shares)
+    if own != tuple(depths):
+        raise ValueError(f'is for depths {own}, not {tuple(depths)}')
+    return [1 - share for stage in shares for share in stage for _ in range(2)]
+
+
+_SCHEDULES: dict[str, Callable[..., list[float]]] = {
+    'powers': _powers,
+    'evit': _evit,
+    **{name: partial(_grouped, sizes) for name, sizes in _GROUPS.items()},
+    **{name: partial(_paired, shares) for name, shares in _SPARSEVIT.items()},
+}
 
 
 def _checked_int(value: Any, name: str, low: int, high: int) -> int:

@@ -8,7 +8,7 @@ Scores must not be negative where a policy makes summaries of idle tokens (EViT,
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,26 @@ class UniformGrid(Scorer):
         return order.expand(x.shape[0], -1)
 
 
+_LESSONS = ('gain', 'importance')
+
+
+class _ByImportance(torch.autograd.Function):
+    """Scores (B, N) whose gradient becomes the mean size of their gradients less its own size.
+
+    Of tokens that get none it stays 0. It scales with the loss, as loss scaling wants it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        sizes = grads[0].abs()
+        means = sizes.sum(dim=1, keepdim=True) / (sizes > 0).sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.where(sizes > 0, means - sizes, 0.0)
+
+
 @SCORERS.register_module('learned')
 class Learned(Scorer):
     """A prediction head: LayerNorm, a small MLP, and a sigmoid.
@@ -170,15 +190,31 @@ class Learned(Scorer):
     the block adds to a token with the gradient there. Its input is detached, so that the gate does
     not train the features.
 
+    That gradient says whether more of what the block adds would be better, not what its loss would
+    cost; its size says how much the task depends on it.
+
     Args:
         embed_dims: Channels of the tokens it will rank.
         hidden_dims: Channels of the hidden layer; None for a quarter of ``embed_dims``.
+        learns_from: What raises a score: the ``gain``, that gradient with its sign; or the
+            ``importance`` of a token, its size above the mean of the active tokens of the image.
+
+    Raises:
+        ValueError: ``hidden_dims`` is not positive, or ``learns_from`` unknown.
     """
 
     learns = True
 
-    def __init__(self, embed_dims: int, hidden_dims: int | None = None) -> None:
+    def __init__(
+        self, embed_dims: int, hidden_dims: int | None = None, learns_from: str = 'gain'
+    ) -> None:
         super().__init__(embed_dims)
+        if learns_from not in _LESSONS:
+            allowed = ', '.join(_LESSONS)
+            raise ValueError(
+                f'policy.scorer.learns_from={learns_from!r} is unknown; allowed: {allowed}'
+            )
+        self.learns_from = learns_from
         if hidden_dims is not None and hidden_dims < 1:
             raise ValueError(f'policy.scorer.hidden_dims={hidden_dims} must be at least 1')
         hidden = hidden_dims or max(embed_dims // 4, 1)
@@ -189,7 +225,11 @@ class Learned(Scorer):
 
     def forward(self, seen: Seen) -> Tensor:
         hidden = self.act(self.hidden(self.norm(seen.tokens.detach())))
-        return self.out(hidden).squeeze(-1).sigmoid()
+        scores = self.out(hidden).squeeze(-1).sigmoid()
+        # Without gradient autograd functions are only in the way of who records a graph.
+        if self.learns_from == 'gain' or not scores.requires_grad:
+            return scores
+        return _ByImportance.apply(scores)
 
 
 @SCORERS.register_module('class_query')

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..ops import Units
 from ..registry import POLICIES
-from .plan import EVERYTHING, Plan
+from .plan import Plan
 from .policy import Policy
 from .select import select_units, unit_scores
+
+PADDINGS = ('after_norm', 'before_norm')
 
 
 @POLICIES.register_module()
@@ -19,11 +21,28 @@ class SparseViT(Policy):
     The score of a window is the L2 norm over its tokens of their scores, by default the mean
     absolute activation. Tokens are scored at the first idle block of a stage, once for the plain
     and the shifted windows of all its blocks; the keep ratio must not rise within a stage.
-    Arguments are those of ``Policy``; the default scorer is ``activation_norm``.
+    The default scorer is ``activation_norm``.
+
+    Args:
+        padding: Where the map is padded to whole windows: ``after_norm``, as in mmdet's dense
+            block, or ``before_norm``, as in the release: padding, which active windows see as
+            keys, then is the bias of the norm. Blocks with ratio 1.0 do the same.
+        **kwargs: Further arguments of ``Policy``.
+
+    Raises:
+        ValueError: ``padding`` is unknown.
     """
 
     SCOPES = ('windows',)
     SCORER = 'activation_norm'
+
+    def __init__(self, embed_dims: int, padding: str = 'after_norm', **kwargs: Any) -> None:
+        super().__init__(embed_dims, **kwargs)
+        if padding not in PADDINGS:
+            raise ValueError(
+                f'policy.padding={padding!r} is unknown; allowed: {", ".join(PADDINGS)}'
+            )
+        self.pads_first = padding == 'before_norm'
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
         for stage, ratios in enumerate(keep_ratios):
@@ -41,6 +60,7 @@ class SparseViT(Policy):
     ) -> tuple[Plan, Tensor | None]:
         state = scores if state is None else state
         if keep_ratio == 1.0 or state is None:
-            return EVERYTHING, state
+            return Plan(pads_first=self.pads_first), state
         ranked = unit_scores(state, units, 'l2')
-        return Plan(select_units(ranked, units, keep_ratio, self.rounding)), state
+        rows = select_units(ranked, units, keep_ratio, self.rounding)
+        return Plan(rows, pads_first=self.pads_first), state

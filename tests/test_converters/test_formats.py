@@ -30,13 +30,14 @@ from idlevit_mm.errors import SettingError
 
 timm = pytest.importorskip('timm')
 
-FOREIGN = ('timm', 'official', 'mmpretrain')
+FOREIGN = ('timm', 'official', 'evovit', 'mmpretrain')
 # What a format has no place for, by family and format; nothing else may be lost.
 NO_PLACE = {('swin', 'timm'): r'norm\d+\.(weight|bias)'}
 # Architectures that a project has not.
 REFUSED = {
     'timm': {'pvt', 'pvt-no-abs', 'pvt-conv-norm', 'vit-conv-stem'},
     'mmpretrain': {'vit-conv-stem'},
+    'evovit': {'vit-conv-stem'},
 }
 
 

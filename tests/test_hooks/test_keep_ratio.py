@@ -139,6 +139,28 @@ def test_the_cosine_is_evits():
     values = [annealed_ratio(0.7, 1.0, half_cosine(step, 2, 6)) for step in range(8)]
     want = [1, 1, 1, 0.85 + 0.15 * math.sqrt(0.5), 0.85, 0.85 - 0.15 * math.sqrt(0.5), 0.7, 0.7]
     assert values == pytest.approx(want, abs=1e-12)
+    # Its recipe from scratch: from epoch 10 over 100 epochs, a step for each iteration.
+    for epoch in (9, 10, 11, 59, 109, 110):
+        for iteration in range(3 * epoch, 3 * epoch + 3):
+            rate = 0.7 + 0.3 * 0.5 * (math.cos((iteration - 30) / 300 * math.pi) + 1)
+            rate = 1.0 if epoch < 10 else 0.7 if epoch >= 110 else rate
+            share = half_cosine(iteration, 10 * 3, 110 * 3)
+            assert annealed_ratio(0.7, 1.0, share) == pytest.approx(rate, abs=1e-12)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_pairs_are_drawn_as_sparsevits(seed):
+    """Of each stage one ratio for two blocks, the largest first; an odd block is one by itself."""
+    generator = np.random.default_rng(seed)
+    depths, choices = (2, 5, 6), [tenth / 10 for tenth in range(2, 11)]
+    hook = RandomKeepRatioHook(choices=choices, per='pair', descending=True, keep_dense=False)
+    hook.targets = [[[1.0] * depth for depth in depths]]
+    values = generator.choice(choices, 1 + 3 + 3).tolist()
+    want, rest = [], list(values)
+    for depth in depths:
+        pairs = sorted((rest.pop(0) for _ in range(0, depth, 2)), reverse=True)
+        want.append([pairs[block // 2] for block in range(depth)])
+    assert hook.spread(values) == [want]
 
 
 def test_draws_are_spread():
@@ -146,6 +168,7 @@ def test_draws_are_spread():
         ('model', [0.3], True, False, [[1.0, 0.3], [0.3, 0.3]]),
         ('model', [0.3], False, False, [[0.3, 0.3], [0.3, 0.3]]),
         ('stage', [0.3, 0.4], True, True, [[1.0, 0.3], [0.4, 0.4]]),
+        ('pair', [0.3, 0.4], True, True, [[1.0, 0.3], [0.4, 0.4]]),
         ('block', [0.1, 0.2, 0.3, 0.4], True, False, [[1.0, 0.2], [0.3, 0.4]]),
         ('block', [0.1, 0.2, 0.3, 0.4], True, True, [[1.0, 0.2], [0.4, 0.3]]),
         ('block', [0.1, 0.2, 0.3, 0.4], False, True, [[0.2, 0.1], [0.4, 0.3]]),
@@ -233,7 +256,7 @@ def test_a_dense_model_trains_dense_and_this_is_told(tmp_path, monkeypatch, hook
 @pytest.mark.parametrize(
     ('per', 'source'),
     [
-        *((per, {}) for per in ('model', 'stage', 'block')),
+        *((per, {}) for per in ('model', 'stage', 'pair', 'block')),
         ('block', dict(low=None, high=1.0, choices=[0.7, 0.25, 0.4])),
     ],
 )
@@ -443,6 +466,6 @@ def test_wrong_draws():
         (dict(**choices, choices=[]), ['choices=[]']),
         (dict(**choices, choices=0.5), ['choices=0.5', 'list']),
         (dict(**choices, choices=[0.5, 2]), ['choices', '2', '(0, 1]']),
-        (dict(per='layer'), ["'layer'", 'model, stage, block']),
+        (dict(per='layer'), ["'layer'", 'model, stage, pair, block']),
     ]
     assert_each_is_named(draws, cases)

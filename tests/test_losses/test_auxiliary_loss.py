@@ -422,10 +422,10 @@ def test_only_one_hook(tmp_path):
 @pytest.mark.parametrize(
     ('losses', 'error', 'message'),
     [
-        ([], ValueError, r'losses=\[\] must name at least one of FeatureDistillation, Logit'),
+        ([], ValueError, r'losses=\[\] must name at least one of AssistedLoss, Feature'),
         (dict(type='TokenCutLoss'), TypeError, 'must be a list of dicts with a type'),
         ([dict(kind='both')], TypeError, 'must be a name or a dict with a type'),
-        ([dict(type='CutLoss')], ValueError, "losses='CutLoss' is unknown; allowed: Feature"),
+        ([dict(type='CutLoss')], ValueError, "losses='CutLoss' is unknown; allowed: Assisted"),
         ([dict(type='TokenCutLoss', weight=1)], TypeError, "unknown key 'weight'; allowed: type,"),
         ([dict(type='TokenCutLoss')] * 2, ValueError, "name='loss_token_cut' twice"),
     ],

@@ -87,12 +87,39 @@ def test_gate_leaves_all_other_gradients_alone(variant, scope):
         assert_close(grads[0][name], grad, 1e-10, name)
 
 
+@pytest.mark.parametrize(('variant', 'scope'), SCOPES[::2])
+def test_importance_is_the_size_of_the_gain(variant, scope):
+    """Scores rise where the gate's gradient is larger than the mean of the active tokens."""
+    x = image((2, 3, 45, 58), dtype=torch.float64)
+    given, seen = {}, {}
+    for lesson in ('gain', 'importance'):
+        model = build(variant, scope, policy=dict(scorer=dict(type='learned', learns_from=lesson)))
+        model.double().train()
+        scorer = stage_blocks(model)[0][0].policy.scorer
+        scorer.out.register_forward_hook(
+            lambda _m, _a, out, to=seen, key=lesson: to.update({key: (out.retain_grad(), out)[1]})
+        )
+        sum(out.square().sum() for out in model(x)).backward()
+        score = seen[lesson].detach().squeeze(-1).sigmoid()
+        given[lesson] = seen[lesson].grad.squeeze(-1) / (score * (1 - score))
+    for gain, lesson in zip(given['gain'], given['importance'], strict=True):
+        active = [t for t, g in enumerate(gain.tolist()) if g != 0]
+        mean = sum(abs(float(gain[t])) for t in active) / len(active)
+        want = [mean - abs(g) if g != 0 else 0.0 for g in gain.tolist()]
+        assert 0 < len(active) < len(want)
+        assert_close(lesson, torch.tensor(want, dtype=torch.float64), 1e-10)
+
+
 def test_hidden_channels():
     variant = FAMILIES[0]
     policy = dict(scorer=dict(type='learned', hidden_dims=5))
     assert stage_blocks(variant.build(policy=policy))[0][0].policy.scorer.hidden.out_features == 5
     with pytest.raises(ValueError, match=r'hidden_dims=0'):
         variant.build(policy=dict(scorer=dict(type='learned', hidden_dims=0)))
+    with pytest.raises(
+        ValueError, match=r"learns_from='all' is unknown; allowed: gain, importance"
+    ):
+        variant.build(policy=dict(scorer=dict(type='learned', learns_from='all')))
 
 
 def test_it_learns_which_tokens_matter():

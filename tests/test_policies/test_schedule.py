@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 
 from idlevit_mm.policies import checked_ratio, normalize_keep_ratios
+from idlevit_mm.policies.select import num_active
 
 DEPTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 RATIOS = st.floats(0.05, 1.0)
@@ -39,6 +40,25 @@ def test_powers_of_the_paper(depth, first_idle, groups):
     (ratios,) = normalize_keep_ratios(schedule, (depth,))
     assert runs(ratios) == [first_idle, *groups]
     assert sorted(set(ratios), reverse=True) == [1.0, 0.7, 0.7**2, 0.7**3]
+
+
+@pytest.mark.parametrize(('name', 'depth'), [('3+3+2', 12), ('3+3+3', 12), ('4+4+4', 16)])
+def test_groups_by_name(name, depth):
+    sizes = [int(size) for size in name.split('+')]
+    (ratios,) = normalize_keep_ratios(dict(type=name, keep_ratio=0.7), (depth,))
+    want = [0.7 ** (group + 1) for group, size in enumerate(sizes) for _ in range(size)]
+    assert ratios == [1.0] * (depth - sum(sizes)) + want
+
+
+@pytest.mark.parametrize(('name', 'first'), [('35ms', 0.6), ('33ms', 0.7)])
+def test_sparsevits_own_schedules(name, first):
+    """So many windows as the release keeps: int(windows * (1 - share)), shares for two blocks."""
+    schedule = normalize_keep_ratios(dict(type=f'sparsevit-{name}'), (2, 2, 6, 2))
+    idle = [[first, first], [0, 0], [0.2, 0.2, 0.4, 0.4, 0.5, 0.5], [0, 0]]
+    for windows in (*range(10, 80), 1392):
+        for ratios, shares in zip(schedule, idle, strict=True):
+            counts = [num_active(ratio, windows, 'floor') for ratio in ratios]
+            assert counts == [int(windows * (1 - share)) for share in shares]
 
 
 def test_powers_count_blocks_over_the_whole_network():
@@ -187,6 +207,9 @@ WRONG = {
         ['3 for groups', '1 to 2'],
     ),
     'block too large': (dict(type='evit', keep_ratio=0.5, blocks=[1, 5]), ['5 for blocks']),
+    'few blocks': (dict(type='3+3+2', keep_ratio=0.5), ['8 blocks of 5']),
+    'other depths': (dict(type='sparsevit-35ms'), ['(2, 2, 6, 2)', '(2, 3)']),
+    'a ratio too many': (dict(type='sparsevit-35ms', keep_ratio=0.5), ["'keep_ratio'"]),
     'block twice': (dict(type='evit', keep_ratio=0.5, blocks=[1, 1]), ['twice', '[1, 1]']),
     'no block': (dict(type='evit', keep_ratio=0.5, blocks=[]), ['blocks=[]']),
     'a block alone': (dict(type='evit', keep_ratio=0.5, blocks=3), ['blocks=3', 'list']),

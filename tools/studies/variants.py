@@ -91,6 +91,9 @@ METHODS |= {
     name: Method(dict(_IDLEVIT, scorer=name))
     for name in ('activation_norm', 'mean_query', 'uniform_grid')
 }
+METHODS['learned-importance'] = Method(
+    dict(_IDLEVIT, scorer=dict(type='learned', learns_from='importance'))
+)
 METHODS |= {
     name: Method(dict(_IDLEVIT, scope=name), tasks=('swin-det',))
     for name in ('window_tokens', 'windows')

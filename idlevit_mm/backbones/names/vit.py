@@ -1,9 +1,10 @@
-"""Plain vision transformers: names of timm, DeiT, LV-ViT, IdleViT and mmpretrain.
+"""Plain vision transformers: names of timm, DeiT, LV-ViT, IdleViT, Evo-ViT and mmpretrain.
 
 timm (``vit_*``, ``deit_*``), the DeiT releases (https://github.com/facebookresearch/deit), those of
 IdleViT on DeiT (https://github.com/Ackesnal/IdleViT) and mmseg's first version have the same names.
 LV-ViT (https://github.com/zihangJiang/TokenLabeling) and IdleViT on LV-ViT have a stem of
-convolutions besides. mmpretrain's names are mmseg's but for the attention.
+convolutions besides. mmpretrain's names are mmseg's but for the attention. Evo-ViT on DeiT
+(https://github.com/YifanXu74/Evo-ViT) has lists of layers, and values apart from queries and keys.
 
 A distilled model loses its distillation token and the token's place, the second, in the position
 table, which shrinks from (1, 2 + N, C) to (1, 1 + N, C) for N patches and C channels; its features
@@ -80,6 +81,57 @@ _names = partial(
 )
 _TIMM = _names("timm's vit_* and DeiT's", _TIMM_RULES)
 _LVVIT = _names("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
+_EVO_RULES = (
+    Rule('cls_token', 'cls_token'),
+    Rule('pos_embed', 'pos_embed'),
+    Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'qkvs.{block}.{leaf}'),
+    *with_leaves((('patch_embed.norm',) * 2, ('patch_embed.projection', 'patch_embed.proj'))),
+    *with_leaves((('ln1', 'norm'),)),
+    *with_leaves(
+        (
+            ('ln1', 'norms.{block}'),
+            ('attn.attn.out_proj', 'projs.{block}'),
+            ('ln2', 'blocks.{block}.norm2'),
+            ('ffn.layers.0.0', 'blocks.{block}.mlp.fc1'),
+            ('ffn.layers.1', 'blocks.{block}.mlp.fc2'),
+        ),
+        'layers.{block}.',
+    ),
+)
+
+
+def _joined(state: StateDict) -> StateDict:
+    """Queries and keys of each block, and its values, in one; ``qkvs`` is our word for it."""
+    joined = dict(state)
+    for key in state:
+        values = key.replace('qks.', 'vs.').replace('.qk.', '.v.')
+        if '.qk.' in key and values in state:
+            whole = torch.cat([joined.pop(key), joined.pop(values)])
+            joined[key.replace('qks.', 'qkvs.').replace('.qk.', '.')] = whole
+    return joined
+
+
+def _parted(conversion: Conversion) -> Conversion:
+    """The inverse of ``_joined``."""
+    state: StateDict = {}
+    for key, value in conversion.state.items():
+        if not key.startswith('qkvs.'):
+            state[key] = value
+            continue
+        _, block, leaf = key.split('.')
+        channels = len(value) // 3
+        state[f'qks.{block}.qk.{leaf}'] = value[: 2 * channels]
+        state[f'vs.{block}.v.{leaf}'] = value[2 * channels :]
+    return conversion._replace(state=state)
+
+
+_EVO = KeyMap(
+    "Evo-ViT's",
+    _EVO_RULES,
+    theirs_only=re.compile(r'^(head|head_cls|norm_cls|pre_logits)\.'),
+    before=_joined,
+    encoded=_parted,
+)
 _MMPRETRAIN = _names(
     "mmpretrain's VisionTransformer",
     _rules(2, 'projection', 'ln1', 'layers.{block}.'),
@@ -109,6 +161,15 @@ FORMATS = (
     Format('vit', OPENMMLAB, 'mmseg ViT', _is_ours, place='state_dict'),
     Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
     Format('vit', 'official', 'LV-ViT release', is_lvvit, _LVVIT.decode, to_official, 'model'),
+    Format(
+        'vit',
+        'evovit',
+        'Evo-ViT release',
+        with_keys('qks.0.qk.weight', 'vs.0.v.weight'),
+        _EVO.decode,
+        _EVO.encode,
+        'model',
+    ),
     Format(
         'vit',
         'mmpretrain',

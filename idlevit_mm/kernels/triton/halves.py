@@ -96,6 +96,7 @@ def attention_half(
         or tokens.pack is not None
         or not _is_simple(plan)
         or plan.ask
+        or plan.pads_first
         or (kind == 'IdleSwinBlock' and plan.keys == 'all' and rows is not None)
         or (rows is not None and rows.padded)
     ):
