@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoints import compare, of_policy, read_weights
 from ..engine import launch
+from ..engine.assembly import assembled
 from ..errors import UsageError
 from ..policies import KeepRatios
 from ..registry import arguments_of
@@ -56,7 +57,8 @@ def load_model(
     A checkpoint is loaded strictly; without one weights are as at the start of a training.
 
     Raises:
-        UsageError: the config cannot be read, or the checkpoint does not exist, is damaged, holds
+        UsageError: the config cannot be read, a part of the model does not build or does not fit
+            the others (``SettingError``), or the checkpoint does not exist, is damaged, holds
             more than weights and mmengine's records, or its weights are not those of this model.
     """
     cfg = load_config(config, cfg_options)
@@ -64,7 +66,7 @@ def load_model(
     if checkpoint is not None and model_cfg.get('backbone', {}).get('init_cfg') is not None:
         # The checkpoint overwrites them: do not fetch ImageNet weights first.
         model_cfg.backbone.init_cfg = None
-    model = MODELS.build(model_cfg)
+    model = assembled(lambda: MODELS.build(model_cfg), model_cfg)
     if checkpoint is not None:
         weights = read_weights(checkpoint)
         if misfit := compare(model.state_dict(), weights).misfit():

@@ -21,7 +21,8 @@ from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, table_size
+from .arguments import table_size
+from .base import GELU, IdleBackbone
 from .names import pvt as names
 
 LAYER_NORM = dict(type='LN', eps=1e-6)

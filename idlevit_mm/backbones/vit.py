@@ -25,7 +25,8 @@ from ..kernels import backend_at
 from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table, to_map
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
-from .base import GELU, IdleBackbone, table_size
+from .arguments import table_size
+from .base import GELU, IdleBackbone
 from .names import vit as names
 
 _PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))

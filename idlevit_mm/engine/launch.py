@@ -153,6 +153,8 @@ def build_runner(cfg: Config) -> Runner:
     """
     try:
         return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
+    except UsageError:
+        raise
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
             f'the config does not build: {with_likely_word(one_line(error))} '

@@ -24,6 +24,7 @@ from ..errors import SettingError, UsageError, one_line
 from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
+from .assembly import assembled
 from .bad_samples import check_built, guard, naming_the_data
 from .checks import class_of, find_resumable
 from .mends import mend_class_weights
@@ -60,8 +61,12 @@ class ResumableRunner(Runner):
     _resume: bool
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """Build the model, with cross entropies that can be averaged over ignored pixels."""
-        built = super().build_model(model)
+        """Build the model, with cross entropies that can be averaged over ignored pixels.
+
+        Raises:
+            SettingError: A part does not build, or does not fit the others.
+        """
+        built = assembled(lambda: super(ResumableRunner, self).build_model(model), model)
         mend_class_weights(built)
         return built
 

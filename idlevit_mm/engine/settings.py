@@ -69,7 +69,12 @@ def _check_arguments(key: str, part: Any, registry: Any, default: Any, more: Any
 
 
 def with_likely_word(message: str) -> str:
-    """Add the likely word to Python's message about an argument that a class does not take."""
+    """Add the likely word to a message about a class, or an argument of one, that is not there."""
+    unknown = re.match(r'(.*?(\S+) is not in the .*? registry)\b', message)
+    if unknown is not None:
+        with MODELS.switch_scope_and_registry(None) as registry:
+            known = {**MODELS.module_dict, **registry.module_dict}
+        return unknown.group(1) + likely(unknown.group(2), known)
     found = re.search(r"(\w+)(?:\.__init__\(\)|`).*unexpected keyword argument '(\w+)'", message)
     if found is None:
         return message

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
-from idlevit_mm.errors import UsageError, one_line, reason
+from idlevit_mm.errors import UsageError, reason
 
 
 class Candidate(NamedTuple):
@@ -130,10 +130,7 @@ def load_target(
         UsageError: There is no such preset or config, or an option does not fit it.
     """
     cfg, name, whole = read_config(spec, args, checkpoint), Path(spec).stem, args.part == 'model'
-    try:
-        model = models.load_model(cfg, checkpoint)
-    except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
-        raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
+    model = models.load_model(cfg, checkpoint)
     model = model if whole else getattr(model, 'backbone', model)
     configured = Candidate('as configured', 'config', always(model))
     if not hasattr(getattr(model, 'backbone', model), 'set_keep_ratios'):
