@@ -183,10 +183,25 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     return [(int(size[1]), int(size[2])) for size in found if size]
 
 
-def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> torch.Tensor:
-    """A fixed standard-normal batch (B, C, H, W); B is 1 and C is 3 if left out of the shape."""
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images of a model: those of the first convolution of its backbone, or 3."""
+    parts = getattr(model, 'backbone', model).modules()
+    return next((part.in_channels for part in parts if isinstance(part, nn.Conv2d)), 3)
+
+
+def noise_image(
+    shape: Sequence[int],
+    device: str | torch.device = 'cpu',
+    model: nn.Module | None = None,
+    batch: int = 1,
+) -> torch.Tensor:
+    """A fixed standard-normal batch (B, C, H, W).
+
+    Of what is left out of the shape, B is ``batch`` and C that of the images of ``model``, or 3.
+    """
+    first = batch, 3 if model is None else image_channels(model)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((*(1, 3)[: 4 - len(shape)], *shape), generator=generator).to(device)
+    return torch.randn((*first[: 4 - len(shape)], *shape), generator=generator).to(device)
 
 
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:

@@ -23,7 +23,8 @@ _REMEDIES = {
     'DataLoader worker.*(killed by|exited)|shared memory|unable to (open|allocate|write)': 'a data '
     f'loading worker failed, most likely because memory or /dev/shm is full (free -g; {_SHARED}): '
     f'lower num_workers or batch_size, {_AGAIN}',
-    "out of memory|an't allocate memory|annot allocate memory|MemoryError": 'there is not enough '
+    "out of memory|an't allocate memory|annot allocate memory|MemoryError|create a primitive|"
+    "can't start new thread": 'there is not enough '
     'memory: lower batch_size, num_workers or the size of the images (Resize, RandomCrop), or '
     f'train with --amp, {_AGAIN}',
     'Too many open files|ancdata': 'too many files are open: raise the limit (ulimit -n 65536) or '
@@ -33,7 +34,8 @@ _REMEDIES = {
     'model.data_preprocessor decide how many they have',
     "^KeyError: 'inputs'": 'the pipeline of the data gives no inputs: it must end with '
     'PackDetInputs or PackSegInputs',
-    'No space left|Disk quota': f'the disk is full: make room, {_AGAIN}',
+    'No space left|Disk quota': 'the disk is full, or /dev/shm is (df -h . /dev/shm): make room, '
+    f'{_AGAIN}',
 }
 
 

@@ -67,7 +67,7 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     environment variable ``IDLEVIT_MM_TRACEBACK=1`` shows the traceback instead.
     """
     try:
-        function(**arguments)
+        naming_the_remedy(lambda: function(**arguments))
         leave_together()
     except SystemExit as end:  # of a training that was told to stop
         if is_distributed() and isinstance(end.code, int):

@@ -184,7 +184,7 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
     One that fails, for want of memory or because it cannot be compiled, leaves its reason.
     """
     device, shape = torch.device(case['device']), tuple(case['shape'])
-    images = models.noise_image((case['batch'], 3, *shape), device)
+    images: Tensor | None = None
     graphs, reference = case['compile'] == 'reduce-overhead', candidates[0].name
     figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
     calls: dict[str, Callable[[], Any]] = {}
@@ -194,6 +194,8 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
             own = figures[candidate.name]
             try:
                 model = candidate.build(shape).to(device)
+                if images is None:
+                    images = models.noise_image(shape, device, model, case['batch'])
                 *_, own['multiply_adds'] = model_multiply_adds(model, shape).values()
                 calls[candidate.name] = call_of(model, images, case)
             except Exception as error:
