@@ -94,7 +94,7 @@ def _entry(error: BaseException) -> str:
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for name in ('img_info', 'raw_data_info', 'raw_img_info', 'data_info', 'line'):
             if entry := frame.f_locals.get(name):
-                return f' at {one_line(ValueError(repr(entry)), 150)}'
+                return f' at {one_line(ValueError(repr(entry)), 400)}'
     return ''
 
 
