@@ -68,7 +68,18 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
     """
     backbone: Any = model.backbone
     first = next(part for part in backbone.modules() if isinstance(part, nn.Conv2d))
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    mean, spread = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
+    for name, value in (
+        ('std', 1 if spread is None else spread.min().item()),
+        ('pad_size_divisor', getattr(preprocessor, 'pad_size_divisor', 1)),
+    ):
+        if not value > 0:
+            raise SettingError(
+                f'{prefix}data_preprocessor.{name} holds {value!r}; allowed: numbers above 0'
+            )
+    if type(model).__module__.startswith('mmseg.'):
+        _check_windows(getattr(model, 'test_cfg', None), prefix)
     # One mean serves any number of channels.
     if mean is not None and len(mean) not in (1, first.in_channels):
         raise SettingError(
@@ -101,6 +112,21 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
         elif isinstance(wanted, int):
             _check_joint(name, head, wanted, maps, source, set(maps) == {wanted})
         _check_levels(name, head, len(maps), source)
+
+
+def _check_windows(test_cfg: Any, prefix: str) -> None:
+    """Check how a segmentor sees an image in a test, which it first does in a validation."""
+    mode = test_cfg.get('mode') if isinstance(test_cfg, dict) else None
+    if mode not in (None, 'slide', 'whole'):
+        raise SettingError(f'{prefix}test_cfg.mode={mode!r}; allowed: slide, whole')
+    for name in ('crop_size', 'stride') if mode == 'slide' else ():
+        value = test_cfg.get(name)
+        sides = value if isinstance(value, (list, tuple)) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise SettingError(
+                f'{prefix}test_cfg.{name}={value!r}; allowed with mode=slide: (height, width) in '
+                'whole numbers from 1 on'
+            )
 
 
 def _heads(model: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:

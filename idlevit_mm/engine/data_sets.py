@@ -20,6 +20,11 @@ from .data_checks import first_problem
 from .settings import with_likely_word
 
 _NAMED = 3
+# What data sets raise while they read annotations; SyntaxError is that of XML.
+_FAULTS = (
+    *(ValueError, KeyError, TypeError, AssertionError, IndexError, OSError),
+    *(AttributeError, SyntaxError),
+)
 # Modules of this name read text, which says what the classes are: GLIP, Grounding DINO, SAN.
 _READS_TEXT = ('language_model', 'text_encoder')
 # Modules that have a number of classes, but not of those of the data set.
@@ -67,7 +72,7 @@ def naming_the_data(phase: str, config: dict) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except _FAULTS as error:
         dataset = config.get('dataset')
         dataset = dataset if isinstance(dataset, dict) else {}
         file = dataset.get('ann_file')

@@ -88,6 +88,11 @@ def build_first(runner: Any) -> None:
     if runner._val_loop is not None and not isinstance(runner._val_loop, BaseLoop):
         with naming('val_evaluator'):
             runner._val_evaluator = runner.build_evaluator(runner._val_evaluator)
+            for metric in runner._val_evaluator.metrics:
+                for name in metric.metrics if type(metric).__name__ == 'IoUMetric' else ():
+                    if name not in _OF_IOU:  # known when the first validation is done
+                        allowed = ', '.join(_OF_IOU)
+                        raise ValueError(f'iou_metrics has {name!r}; allowed: {allowed}')
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and hook.save_best:
                 _check_save_best(hook.key_indicators, runner._val_evaluator.metrics)

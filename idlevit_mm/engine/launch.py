@@ -237,10 +237,10 @@ def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: 
     """Read the config of a run that is to be ``'trained'`` or ``'tested'``."""
     place_process(launcher)
     cfg = load_config(path, options)
-    check_settings(cfg)
     for key in _NEEDED[what]:
         if cfg.get(key) is None:
             raise UsageError(f'config {path} cannot be {what}: it has no {key}')
+    check_settings(cfg)
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(path).stem)
     return cfg

@@ -162,6 +162,10 @@ class ResumableRunner(Runner):
                 hook.before_run(self)
         return None
 
+    def _init_model_weights(self) -> None:
+        with naming('init_cfg of the model'):
+            super()._init_model_weights()
+
     def load_or_resume(self) -> None:
         """Load or resume; ``resume`` without a checkpoint takes the newest whole one."""
         if self._resume and self._load_from is None and not self._has_loaded:

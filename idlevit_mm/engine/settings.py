@@ -16,6 +16,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, Tes
 
 from ..errors import SettingError, UsageError, likely
 from ..registry import arguments_of
+from .checks import class_of
 
 _KEYS = {
     *inspect.signature(Runner).parameters,
@@ -84,6 +85,13 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     _check_phases(cfg)
     train = part_of(cfg, 'train_cfg')
     default = EpochBasedTrainLoop if train.get('by_epoch', True) else IterBasedTrainLoop
+    sampler = part_of(cfg, 'train_dataloader.sampler').get('type')
+    by_epoch = train.get('by_epoch', class_of(train.get('type'))[1] == 'EpochBasedTrainLoop')
+    if by_epoch and class_of(sampler)[1] == 'InfiniteSampler':
+        raise UsageError(
+            'train_dataloader.sampler.type=InfiniteSampler never ends the epochs that train_cfg '
+            'counts: use DefaultSampler, or train_cfg=dict(by_epoch=False, max_iters=...)'
+        )
     scope = cfg.get('default_scope')
     _check_arguments('train_cfg', train, LOOPS, default, ('by_epoch',), scope)
     _check_arguments('val_cfg', cfg.get('val_cfg'), LOOPS, ValLoop, (), scope)

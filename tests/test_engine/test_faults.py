@@ -44,6 +44,13 @@ NONSENSE = [
     (dict(compile='x'), "compile='x' must be True, False or a dict"),
     (dict(val_cfg=dict(type='ValLop')), 'unknown; did you mean ValLoop'),
     (dict(val_cfg=dict(fp16='x')), r"val_cfg\.fp16='x' must be True or False"),
+    (
+        dict(
+            train_cfg=dict(by_epoch=True, max_epochs=1),
+            train_dataloader=dict(sampler=dict(type='InfiniteSampler')),
+        ),
+        'InfiniteSampler never ends the epochs',
+    ),
     (dict(val_cfg=dict()), 'val_dataloader, val_evaluator is missing or None'),
     (
         dict(optim_wrapper=dict(paramwise_cfg=dict(norm_decay_mlt=0))),
@@ -63,6 +70,14 @@ def test_nonsense_in_a_config(settings, message):
     with pytest.raises(UsageError, match=message) as error:
         check_settings(Config(settings))
     assert '\n' not in str(error.value)
+
+
+def test_epochs_and_iterations_have_their_samplers():
+    for loop in (dict(by_epoch=False, max_iters=3), dict(type='IterBasedTrainLoop', max_iters=3)):
+        loader = dict(sampler=dict(type='InfiniteSampler'))
+        check_settings(Config(dict(train_cfg=loop, train_dataloader=loader)))
+    loader = dict(sampler=dict(type='DefaultSampler'))
+    check_settings(Config(dict(train_cfg=dict(max_epochs=1), train_dataloader=loader)))
 
 
 def optim(**changes):
@@ -94,6 +109,10 @@ BEFORE_THE_DATA = [
     (scheduled(type='LinearLR', begin=5, end=1), 'param_scheduler .*begin=5, end=1'),
     (dict(cfg=dict(activation_checkpointing=['backbon'])), 'activation_checkpointing .*backbon'),
     (dict(cfg=dict(compile=dict(backend='x'))), "compile .*backend: 'x'"),
+    (
+        dict(val_evaluator=dict(type='mmseg.IoUMetric', iou_metrics=['mIuO'])),
+        "val_evaluator .*'mIuO'; allowed: mIoU, mDice, mFscore",
+    ),
 ]
 
 

@@ -61,6 +61,10 @@ WRONG = [
         r'backbone\.in_channels=4, but .*mean has 3 entries',
     ),
     (
+        {'model.data_preprocessor': dict(type='DetDataPreprocessor', mean=[0], std=[0])},
+        r'data_preprocessor\.std holds 0; allowed',
+    ),
+    (
         {'default_hooks': dict(checkpoint=dict(type='CheckpointHook', interval=0))},
         r'CheckpointHook\.interval=0',
     ),
@@ -72,6 +76,21 @@ def test_wrong_names_and_numbers(config, options, message):  # noqa: F811
     with pytest.raises(UsageError, match=message) as error:
         train_from_config(config, cfg_options=options)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'message'),
+    [
+        (dict(mode='slid'), r"model\.test_cfg\.mode='slid'; allowed: slide, whole"),
+        (dict(mode='slide', crop_size=(0, 9)), r'model\.test_cfg\.crop_size=\(0, 9\)'),
+        (dict(mode='slide', crop_size=(9, 9)), r'model\.test_cfg\.stride=None'),
+    ],
+)
+def test_windows_of_segmentors_that_cannot_be(scene_config, test_cfg, message):
+    cfg = scene_config('fpn_idle-pvt_digits')
+    cfg.model.test_cfg = test_cfg
+    with pytest.raises(SettingError, match=message):
+        load_model(cfg)
 
 
 @pytest.mark.parametrize(
