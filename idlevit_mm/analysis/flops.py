@@ -161,7 +161,7 @@ def backbone_multiply_adds(backbone: nn.Module, input_shape: Sequence[int]) -> i
     active tokens share out among windows depends on it, and on the CPU so does the count.
     """
     with evaluating(backbone):
-        images = noise_image(input_shape, next(backbone.parameters()).device)
+        images = noise_image(input_shape, next(backbone.parameters()).device, backbone)
         return count_multiply_adds(backbone, images)
 
 
@@ -179,7 +179,7 @@ def model_multiply_adds(
         backbone = getattr(model, 'backbone', model)
         return {'backbone': backbone_multiply_adds(backbone, input_shape)}
     with evaluating(model):
-        images = noise_image(input_shape, next(model.parameters()).device)
+        images = noise_image(input_shape, next(model.parameters()).device, model)
         samples = blank_data_samples(model, images.shape)
         return part_multiply_adds(model, images, samples, mode='tensor')
 

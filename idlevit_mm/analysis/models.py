@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoints import compare, of_policy, read_weights
 from ..engine import launch
+from ..engine.assembly import assembled
 from ..errors import UsageError
 from ..policies import KeepRatios
 from ..registry import arguments_of
@@ -56,7 +57,8 @@ def load_model(
     A checkpoint is loaded strictly; without one weights are as at the start of a training.
 
     Raises:
-        UsageError: the config cannot be read, or the checkpoint does not exist, is damaged, holds
+        UsageError: the config cannot be read, a part of the model does not build or does not fit
+            the others (``SettingError``), or the checkpoint does not exist, is damaged, holds
             more than weights and mmengine's records, or its weights are not those of this model.
     """
     cfg = load_config(config, cfg_options)
@@ -64,7 +66,7 @@ def load_model(
     if checkpoint is not None and model_cfg.get('backbone', {}).get('init_cfg') is not None:
         # The checkpoint overwrites them: do not fetch ImageNet weights first.
         model_cfg.backbone.init_cfg = None
-    model = MODELS.build(model_cfg)
+    model = assembled(lambda: MODELS.build(model_cfg), model_cfg)
     if checkpoint is not None:
         weights = read_weights(checkpoint)
         if misfit := compare(model.state_dict(), weights).misfit():
@@ -181,10 +183,25 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     return [(int(size[1]), int(size[2])) for size in found if size]
 
 
-def noise_image(shape: Sequence[int], device: str | torch.device = 'cpu') -> torch.Tensor:
-    """A fixed standard-normal batch (B, C, H, W); B is 1 and C is 3 if left out of the shape."""
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images of a model: those of the first convolution of its backbone, or 3."""
+    parts = getattr(model, 'backbone', model).modules()
+    return next((part.in_channels for part in parts if isinstance(part, nn.Conv2d)), 3)
+
+
+def noise_image(
+    shape: Sequence[int],
+    device: str | torch.device = 'cpu',
+    model: nn.Module | None = None,
+    batch: int = 1,
+) -> torch.Tensor:
+    """A fixed standard-normal batch (B, C, H, W).
+
+    Of what is left out of the shape, B is ``batch`` and C that of the images of ``model``, or 3.
+    """
+    first = batch, 3 if model is None else image_channels(model)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((*(1, 3)[: 4 - len(shape)], *shape), generator=generator).to(device)
+    return torch.randn((*first[: 4 - len(shape)], *shape), generator=generator).to(device)
 
 
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:

@@ -4,7 +4,7 @@ Shape letters: B images, H and W of a stage's map in tokens, N = H * W.
 """
 
 import logging
-import warnings
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -28,6 +28,8 @@ from ..checkpoints import (
 from ..converters import Fitted, Format, Size, detect, fit_tables
 from ..errors import SettingError, shortened
 from ..policies import KeepRatios, normalize_keep_ratios
+from ..registry import arguments_of
+from .arguments import check_numbers, pretrained_cfg
 
 GELU = dict(type='GELU')
 
@@ -81,7 +83,7 @@ class IdleBackbone(BaseModule, ABC):
         TABLE_MODE: How absolute position tables of weights are interpolated.
         keep_ratios: One list per stage with one ratio per block; set by ``built``.
         strides: Distance of the tokens of each stage in those, or pixels, before; by the family.
-        records: What each stage did in the last forward pass.
+        records: What each stage did in the last forward pass of the thread that asks.
         record_inputs: Whether records hold the inputs of idle blocks; losses need them.
     """
 
@@ -89,6 +91,11 @@ class IdleBackbone(BaseModule, ABC):
     DENSE: ClassVar[tuple[tuple[str, str], ...]]
     FORMATS: ClassVar[tuple[Format, ...]]
     TABLE_MODE: ClassVar[str] = 'bicubic'
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'IdleBackbone':
+        """Check the numbers that a constructor is about to get, whatever the family."""
+        check_numbers(cls, {**dict(zip(arguments_of(cls), args, strict=False)), **kwargs})
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -100,7 +107,7 @@ class IdleBackbone(BaseModule, ABC):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if pretrained is not None:
-            init_cfg = _pretrained_cfg(pretrained, init_cfg)
+            init_cfg = pretrained_cfg(pretrained, init_cfg)
         super().__init__(init_cfg=init_cfg)
         stages = len(depths)
         outputs = stages if stages > 1 else depths[0]
@@ -113,9 +120,24 @@ class IdleBackbone(BaseModule, ABC):
         self.frozen_stages = frozen_stages
         self.strides: tuple[int, ...] = ()
         self.convert_weights = convert_weights
-        self.records: list[StageRecord] = []
+        self._passes = threading.local()
         self.record_inputs = False
         self.keep_ratios: list[list[float]] = []
+
+    @property
+    def records(self) -> list[StageRecord]:
+        return getattr(self._passes, 'records', [])
+
+    @records.setter
+    def records(self, records: list[StageRecord]) -> None:
+        self._passes.records = records
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != '_passes'}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy, a shallow one too, has had no pass of its own.
+        super().__setstate__({**state, '_passes': threading.local()})
 
     @property
     def idle_blocks(self) -> list[list[IdleBlock]]:
@@ -164,7 +186,8 @@ class IdleBackbone(BaseModule, ABC):
     def keep_masks(self) -> list[list[Tensor]]:
         """Active tokens of each block of each stage in the last forward pass: (B, H, W), bool.
 
-        Empty before the first one: whoever walks over attributes, as tracers do, meets it then.
+        The pass is the last of the thread that asks. Empty before the first one: whoever walks over
+        attributes, as tracers do, meets it then.
         """
         return [
             [record.keep_mask(block) for block in range(len(record.plans))]
@@ -319,27 +342,6 @@ class IdleBackbone(BaseModule, ABC):
             what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'
             return f'is of another size than {name}: it {what}'
         return ''
-
-
-def table_size(img_size: int | Sequence[int], stride: int) -> Size:
-    """Height and width in tokens of a position table for images of one or two numbers of pixels."""
-    sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-    if len(sizes) not in (1, 2):
-        raise ValueError(f'pretrain_img_size={img_size} must be one number or two')
-    return sizes[0] // stride, sizes[-1] // stride
-
-
-def _pretrained_cfg(pretrained: Any, init_cfg: dict[str, Any] | None) -> dict[str, Any]:
-    if init_cfg is not None:
-        raise ValueError('init_cfg and pretrained cannot be set at the same time')
-    if not isinstance(pretrained, str):
-        raise TypeError(f'pretrained={pretrained!r} must be a path or None')
-    warnings.warn(
-        "pretrained is deprecated; use init_cfg=dict(type='Pretrained', checkpoint=...)",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return dict(type='Pretrained', checkpoint=pretrained)
 
 
 def _of_stages(keys: Sequence[str]) -> list[str]:

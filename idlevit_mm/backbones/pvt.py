@@ -22,7 +22,8 @@ from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, table_size
+from .arguments import table_size
+from .base import GELU, IdleBackbone
 from .extents import Extents, ImgShapes
 from .names import pvt as names
 

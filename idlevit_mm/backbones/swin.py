@@ -33,7 +33,8 @@ from ..kernels import backend_at
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
 from ..ops import Extent, Rows, Units, WindowLayout, map_units, window_layout, window_units
 from ..policies import KeepRatios, Plan
-from .base import GELU, IdleBackbone, table_size
+from .arguments import table_size
+from .base import GELU, IdleBackbone
 from .extents import Extents, ImgShapes
 from .names import swin as names
 
@@ -190,6 +191,13 @@ class IdleSwinTransformer(IdleBackbone):
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
         self.strides = tuple(strides)
+        self.num_features = [embed_dims * 2**index for index in range(len(depths))]
+        for channels, heads in zip(self.num_features, num_heads, strict=True):
+            if channels % heads:
+                raise ValueError(
+                    f'num_heads={num_heads} must divide the channels of the stages, '
+                    f'{self.num_features} with embed_dims={embed_dims}'
+                )
         self.window_size = window_size
         self.use_abs_pos_embed = use_abs_pos_embed
         patch_norm_cfg = norm_cfg if patch_norm else None
@@ -211,7 +219,6 @@ class IdleSwinTransformer(IdleBackbone):
         feedforward = dict(ffn_drop=drop_rate, act_cfg=act_cfg)
         settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
         shifts = 0, window_size // 2
-        self.num_features = [embed_dims * 2**index for index in range(len(depths))]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = ModuleList()
         for index, (channels, depth) in enumerate(zip(self.num_features, depths, strict=True)):

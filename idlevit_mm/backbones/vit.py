@@ -26,7 +26,8 @@ from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
-from .base import GELU, IdleBackbone, table_size
+from .arguments import table_size
+from .base import GELU, IdleBackbone
 from .extents import Extents, ImgShapes
 from .names import vit as names
 
@@ -238,9 +239,8 @@ class IdleVisionTransformer(IdleBackbone):
             x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
         x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
-        extent = extents.at(0, hw_shape, x.device)
-        settings = self.keep_ratios[0], self.record_inputs, taps, extent
-        outs, record = run_blocks(self.layers, x, hw_shape, *settings)
+        last = self.record_inputs, taps, extents.at(0, hw_shape, x.device)
+        outs, record = run_blocks(self.layers, x, hw_shape, self.keep_ratios[0], *last)
         self.records = [record]
         return outs
 

@@ -211,8 +211,18 @@ def load_annotations(path: Path) -> tuple[dict[str, Any], str | None]:
                 return {}, f'has an entry without {name!r}: {table}[{number}]'
             if not _KINDS[kind](entry[name]):
                 has = f'has {json.dumps(entry[name]):.40} for {name!r}'
-                return {}, f'{has} in {table}[{number}], which must be {kind}'
+                which = f'{table}[{number}] (id {entry.get("id")!r:.40})'
+                return {}, f'{has} in {which}, which must be {kind}'
     return content, None
+
+
+def first_problem(path: Path) -> str | None:
+    """What is wrong with an annotation file of COCO as a whole, or with the first bad box."""
+    content, problem = load_annotations(path)
+    for number, ann in enumerate(content.get('annotations', ())):
+        if _box_fault(ann['bbox'], sys.maxsize, sys.maxsize) == 'malformed':
+            return f'has the bbox {ann["bbox"]!r:.40} in annotations[{number}] (id {ann["id"]})'
+    return problem
 
 
 def _category_problem(categories: Sequence[dict]) -> str | None:

@@ -67,7 +67,7 @@ def run_tool(function: Callable[..., Any], **arguments: Any) -> None:
     environment variable ``IDLEVIT_MM_TRACEBACK=1`` shows the traceback instead.
     """
     try:
-        function(**arguments)
+        naming_the_remedy(lambda: function(**arguments))
         leave_together()
     except SystemExit as end:  # of a training that was told to stop
         if is_distributed() and isinstance(end.code, int):
@@ -153,6 +153,8 @@ def build_runner(cfg: Config) -> Runner:
     """
     try:
         return RUNNERS.build(cfg) if cfg.get('runner_type') else ResumableRunner.from_cfg(cfg)
+    except UsageError:
+        raise
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UsageError(
             f'the config does not build: {with_likely_word(one_line(error))} '
@@ -235,10 +237,10 @@ def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: 
     """Read the config of a run that is to be ``'trained'`` or ``'tested'``."""
     place_process(launcher)
     cfg = load_config(path, options)
-    check_settings(cfg)
     for key in _NEEDED[what]:
         if cfg.get(key) is None:
             raise UsageError(f'config {path} cannot be {what}: it has no {key}')
+    check_settings(cfg)
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(path).stem)
     return cfg

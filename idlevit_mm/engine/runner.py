@@ -24,10 +24,13 @@ from ..errors import SettingError, UsageError, one_line
 from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
-from .bad_samples import check_built, guard, naming_the_data
+from .assembly import assembled
+from .bad_samples import guard
 from .checks import class_of, find_resumable
+from .data_sets import check_built, naming_the_data
+from .first import build_first, naming
 from .mends import mend_class_weights
-from .settings import build_first
+from .settings import part_of
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 from .start import locked
 
@@ -60,8 +63,12 @@ class ResumableRunner(Runner):
     _resume: bool
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """Build the model, with cross entropies that can be averaged over ignored pixels."""
-        built = super().build_model(model)
+        """Build the model, with cross entropies that can be averaged over ignored pixels.
+
+        Raises:
+            SettingError: A part does not build, or does not fit the others.
+        """
+        built = assembled(lambda: super(ResumableRunner, self).build_model(model), model)
         mend_class_weights(built)
         return built
 
@@ -141,6 +148,24 @@ class ResumableRunner(Runner):
                 if isinstance(hook, OrderlyEndHook):
                     hook.after_train()
 
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the hooks; what those of the libraries refuse before the run is named.
+
+        Raises:
+            SettingError: One of them cannot work with its arguments.
+        """
+        if fn_name != 'before_run':
+            return super().call_hook(fn_name, **kwargs)
+        for hook in self._hooks:
+            known = type(hook).__module__.startswith(('mmengine.', 'mmdet.', 'mmseg.'))
+            with naming(type(hook).__name__) if known else contextlib.nullcontext():
+                hook.before_run(self)
+        return None
+
+    def _init_model_weights(self) -> None:
+        with naming('init_cfg of the model'):
+            super()._init_model_weights()
+
     def load_or_resume(self) -> None:
         """Load or resume; ``resume`` without a checkpoint takes the newest whole one."""
         if self._resume and self._load_from is None and not self._has_loaded:
@@ -205,7 +230,12 @@ class ResumableRunner(Runner):
                 diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
             )
         check_built(loader.dataset, self.model, phase)
-        guard(loader.dataset, phase == 'train', self.model)
+        guard(loader.dataset, phase == 'train', self.model, part_of(self.cfg, 'env_cfg'))
+        if isinstance(loader, DataLoader) and loader.drop_last and not len(loader):
+            raise SettingError(
+                f'{phase}_dataloader.batch_size={loader.batch_size} with drop_last=True, but '
+                f'{len(loader.dataset)} images make no whole batch'
+            )
         if isinstance(loader, DataLoader) and loader.num_workers > 0:
             # A worker that finds no shared memory says nothing, and its batch never comes.
             loader.timeout = loader.timeout or _LONGEST_WAIT

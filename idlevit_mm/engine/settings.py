@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
-import torch
-from mmengine.hooks import CheckpointHook
-from mmengine.registry import LOOPS, MODEL_WRAPPERS, MODELS, PARAM_SCHEDULERS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+import mmengine.registry
+from mmengine.config import Config
+from mmengine.registry import LOOPS, MODEL_WRAPPERS, MODELS, Registry
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, TestLoop, ValLoop
 
-from ..errors import SettingError, UsageError, likely, one_line
+from ..errors import SettingError, UsageError, likely
 from ..registry import arguments_of
-from .sharding import optimizers_of
+from .checks import class_of
 
 _KEYS = {
     *inspect.signature(Runner).parameters,
     *('runner_type', 'model_wrapper_cfg', 'custom_imports', 'activation_checkpointing', 'compile'),
     *('efficient_conv_bn_eval', 'find_unused_parameters', 'tta_model', 'tta_pipeline'),
 }
-_LENGTHS = ('max_epochs', 'max_iters', 'val_interval')
+_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ('resume', (bool,), 'True or False; --resume takes a path'),
+    ('load_from', (str,), 'a path or an address'),
+    *((f'{phase}_cfg.fp16', (bool,), 'True or False') for phase in ('val', 'test')),
+    ('default_scope', (str,), 'text'),
+    *((key, (Mapping,), 'a dict') for key in ('default_hooks', 'env_cfg', 'randomness')),
+    ('compile', (bool, Mapping), 'True, False or a dict'),
+)
+_LOADER = dict(batch_size=1, num_workers=0)
+# Least value of whole numbers, by the part that they are in.
+_WHOLE: dict[str, dict[str, int]] = {
+    'train_cfg': dict(max_epochs=1, max_iters=1, val_interval=1, val_begin=0),
+    'optim_wrapper': dict(accumulative_counts=1),
+    'env_cfg': dict(max_pixels=1),
+    **dict.fromkeys(('train_dataloader', 'val_dataloader', 'test_dataloader'), _LOADER),
+}
+# Names that mmengine passes over where they are misspelt, by the part that they are in.
+_NAMES = {
+    'default_hooks': (
+        *('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'),
+        'visualization',
+    ),
+    'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit', 'max_pixels'),
+    'optim_wrapper.paramwise_cfg': (
+        *('custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult'),
+        *('dwconv_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate', 'num_layers'),
+        *('decay_rate', 'decay_type', 'layer_decay_rate'),
+    ),
+}
+_OF_WEIGHTS = ('lr_mult', 'decay_mult')
 
 
 def check_settings(cfg: Mapping[str, Any]) -> None:
@@ -34,29 +64,90 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     for key in cfg.keys() - _KEYS:
         if hint := likely(key, _KEYS, 0.9 if len(key) > 7 else 0.8):
             raise UsageError(f'{key} is no setting of a training{hint}')
-    for key, allowed, what in (
-        ('resume', (bool, type(None)), 'True or False; --resume takes a path'),
-        ('load_from', (str, type(None)), 'a path or an address'),
-    ):
-        if not isinstance(cfg.get(key), allowed):
-            raise UsageError(f'{key}={cfg[key]!r} must be {what}')
-    train = cfg.get('train_cfg') or {}
-    for name in _LENGTHS if isinstance(train, Mapping) else ():
-        value = train.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
-            raise UsageError(f'train_cfg.{name}={value!r} must be a whole number from 1 on')
+    for key, allowed, what in _TYPES:
+        holder, _, name = key.rpartition('.')
+        value = (part_of(cfg, holder) if holder else cfg).get(name)
+        if not isinstance(value, (*allowed, type(None))):
+            raise UsageError(f'{key}={value!r} must be {what}')
+    for key, least in _WHOLE.items():
+        for name in least.keys() & part_of(cfg, key).keys():
+            check_number(f'{key}.{name}', cfg[key][name], least[name])
+    if (scaling := part_of(cfg, 'auto_scale_lr')).get('enable'):
+        key = 'auto_scale_lr.base_batch_size'
+        check_number(key, scaling.get('base_batch_size'), 1)
+    for key, value in part_of(cfg, 'env_cfg.dist_cfg').items():
+        if key.endswith('timeout') and value is not None:
+            check_number(f'env_cfg.dist_cfg.{key}', value, 0, whole=False)
+    for key, names in _NAMES.items():
+        _check_names(key, part_of(cfg, key), names)
+    for key, one in part_of(cfg, 'optim_wrapper.paramwise_cfg.custom_keys').items():
+        _check_names(f'optim_wrapper.paramwise_cfg.custom_keys.{key}', one, _OF_WEIGHTS)
+    _check_phases(cfg)
+    train = part_of(cfg, 'train_cfg')
     default = EpochBasedTrainLoop if train.get('by_epoch', True) else IterBasedTrainLoop
-    _check_arguments('train_cfg', train, LOOPS, default, ('by_epoch',))
+    sampler = part_of(cfg, 'train_dataloader.sampler').get('type')
+    by_epoch = train.get('by_epoch', class_of(train.get('type'))[1] == 'EpochBasedTrainLoop')
+    if by_epoch and class_of(sampler)[1] == 'InfiniteSampler':
+        raise UsageError(
+            'train_dataloader.sampler.type=InfiniteSampler never ends the epochs that train_cfg '
+            'counts: use DefaultSampler, or train_cfg=dict(by_epoch=False, max_iters=...)'
+        )
+    scope = cfg.get('default_scope')
+    _check_arguments('train_cfg', train, LOOPS, default, ('by_epoch',), scope)
+    _check_arguments('val_cfg', cfg.get('val_cfg'), LOOPS, ValLoop, (), scope)
+    _check_arguments('test_cfg', cfg.get('test_cfg'), LOOPS, TestLoop, (), scope)
     wrapper = cfg.get('model_wrapper_cfg')
-    _check_arguments('model_wrapper_cfg', wrapper, MODEL_WRAPPERS, None, ())
+    _check_arguments('model_wrapper_cfg', wrapper, MODEL_WRAPPERS, None, (), scope)
 
 
-def _check_arguments(key: str, part: Any, registry: Any, default: Any, more: Any) -> None:
+def part_of(cfg: Mapping[str, Any] | Config, key: str) -> Mapping[str, Any]:
+    """The part of a config of a dotted name; an empty one where there is none."""
+    found: Any = cfg
+    for name in key.split('.'):
+        found = found.get(name) if isinstance(found, (Mapping, Config)) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def check_number(key: str, value: Any, least: float = -math.inf, whole: bool = True) -> None:
+    """Check a number of a config.
+
+    Raises:
+        SettingError: It is none, is below ``least``, or is not whole where it has to be.
+    """
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not number >= least or (whole and number % 1):
+        what = f'a {"whole " if whole else ""}number'
+        raise SettingError(f'{key}={value!r} must be {what} from {least:g} on')
+
+
+def _check_names(key: str, part: Any, names: Collection[str]) -> None:
+    for name in part if isinstance(part, Mapping) else ():
+        if name not in names and (hint := likely(name, names, 0.8)):
+            raise UsageError(f'{key}.{name} is no setting{hint}')
+
+
+def _check_phases(cfg: Mapping[str, Any]) -> None:
+    for phase in ('val', 'test'):
+        keys = [f'{phase}_{name}' for name in ('dataloader', 'cfg', 'evaluator')]
+        lacking = [key for key in keys if cfg.get(key) is None]
+        if len(lacking) in (1, 2):
+            raise UsageError(
+                f'{", ".join(lacking)} is missing or None: {", ".join(keys)} go together, all of '
+                'them or none'
+            )
+
+
+def _check_arguments(
+    key: str, part: Any, registry: Any, default: Any, more: Any, scope: str | None
+) -> None:
     """Check the names in a part of a config against the arguments of the class that it means."""
     if not isinstance(part, Mapping):
         return
     kind = part.get('type', default)
-    cls = registry.get(kind) if isinstance(kind, str) else kind
+    cls = kind
+    if isinstance(kind, str):
+        with registry.switch_scope_and_registry(scope) as own:
+            cls = own.get(kind)
     if cls is None and kind is not None:
         raise UsageError(f'{key}.type={kind!r} is unknown{likely(kind, registry.module_dict)}')
     known = [*arguments_of(cls), 'type', '_scope_', *more] if cls is not None else ['type']
@@ -69,92 +160,17 @@ def _check_arguments(key: str, part: Any, registry: Any, default: Any, more: Any
 
 
 def with_likely_word(message: str) -> str:
-    """Add the likely word to Python's message about an argument that a class does not take."""
+    """Add the likely word to a message about a class, or an argument of one, that is not there."""
+    unknown = re.match(r'(.*?(\S+) is not in the (?:\w+::)?(.*?) registry)\b', message)
+    if unknown is not None:
+        roots = {one.name: one for one in vars(mmengine.registry).values() if type(one) is Registry}
+        root = roots.get(unknown.group(3), MODELS)
+        with root.switch_scope_and_registry(None) as registry:
+            known = {**root.module_dict, **registry.module_dict}
+        return unknown.group(1) + likely(unknown.group(2), known)
     found = re.search(r"(\w+)(?:\.__init__\(\)|`).*unexpected keyword argument '(\w+)'", message)
     if found is None:
         return message
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(found.group(1))
     return message + likely(found.group(2), arguments_of(cls)) if cls else message
-
-
-@contextlib.contextmanager
-def _naming(key: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AssertionError, OSError) as error:
-        raise SettingError(f'{key} does not build: {one_line(error, 300)}') from error
-
-
-def build_first(runner: Any) -> None:
-    """Build or check what a training needs besides its data, which may take long to open.
-
-    Raises:
-        SettingError: A part does not build, or ``save_best`` names no score.
-    """
-    with _naming('optim_wrapper'):
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    wrappers = getattr(runner.optim_wrapper, 'optim_wrappers', {'': runner.optim_wrapper})
-    for wrapper in wrappers.values():
-        if getattr(wrapper, 'clip_grad_kwargs', None):
-            with _naming('optim_wrapper.clip_grad'):
-                weight = torch.ones(1, requires_grad=True)
-                weight.grad = torch.ones(1)
-                wrapper.clip_func([weight], **wrapper.clip_grad_kwargs)
-    schedulers = runner.param_schedulers
-    if isinstance(schedulers, (Mapping, list, tuple)) and len(wrappers) == 1:
-        with _naming('param_scheduler'):
-            for one in [schedulers] if isinstance(schedulers, Mapping) else schedulers:
-                _try_scheduler(one, optimizers_of(runner.optim_wrapper)[0])
-    if runner._val_loop is not None and not isinstance(runner._val_loop, BaseLoop):
-        with _naming('val_evaluator'):
-            runner._val_evaluator = runner.build_evaluator(runner._val_evaluator)
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and hook.save_best:
-                _check_save_best(hook.key_indicators, runner._val_evaluator.metrics)
-
-
-def _try_scheduler(config: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Build a scheduler for a weight that belongs to nothing."""
-    if not isinstance(config, Mapping):
-        return
-    group = {k: v for k, v in optimizer.param_groups[0].items() if k != 'params'}
-    dummy = torch.optim.Optimizer([torch.ones(1, requires_grad=True)], group)
-    arguments = {key: value for key, value in config.items() if key != 'convert_to_iter_based'}
-    with contextlib.suppress(AttributeError):  # somebody's may want a weight of the model
-        PARAM_SCHEDULERS.build(
-            {'end': 10**6, **arguments}, default_args=dict(optimizer=dummy, epoch_length=1)
-        )
-
-
-_OF_IOU = {
-    'mIoU': ('aAcc', 'mIoU', 'mAcc'),
-    'mDice': ('aAcc', 'mDice', 'mAcc'),
-    'mFscore': ('aAcc', 'mFscore', 'mPrecision', 'mRecall'),
-}
-
-
-def _scores(metric: Any) -> list[str] | None:
-    """Names of the scores of a metric, without those of single classes; None if unknown."""
-    names = getattr(metric, 'metrics', None)
-    if type(metric).__name__ == 'IoUMetric' and isinstance(names, list):
-        return [score for name in names for score in _OF_IOU.get(name, ())]
-    if type(metric).__name__ == 'CocoMetric' and {'bbox', 'segm'}.issuperset(names or 'x'):
-        ends = ('', '_50', '_75', '_s', '_m', '_l')
-        return [f'{name}_mAP{end}' for name in names or () for end in ends]
-    return None
-
-
-def _check_save_best(keys: Collection[str], metrics: Collection[Any]) -> None:
-    known: list[str] = []
-    for metric in metrics:
-        found, prefix = _scores(metric), getattr(metric, 'prefix', None)
-        if found is None or getattr(metric, 'classwise', False):
-            return
-        known += [f'{prefix}/{name}' if prefix else name for name in found]
-    for key in keys:
-        if key != 'auto' and key not in known:
-            raise SettingError(
-                f'default_hooks.checkpoint.save_best={key!r} is no score of val_evaluator'
-                f'{likely(key, known)}; allowed: auto, {", ".join(known)}'
-            )

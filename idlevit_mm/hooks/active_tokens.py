@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..visualization.data_samples import content_size, prediction_of, truth_of
+from ..visualization.data_samples import content_size, picture_of, prediction_of, truth_of
 from ..visualization.sheets import Content, Sheet, active_shares, draw_sheet
 from .keep_ratio import idle_backbones
 
@@ -138,9 +138,7 @@ class ActiveTokensVisualizationHook(Hook):
             if isinstance(inputs, dict):
                 self._leave_out(runner, 'the batch has several branches')
                 return
-            # The first image as the pipeline packed it: (3, H, W), blue first.
-            pixels = inputs[0].detach().cpu().numpy()[::-1].transpose(1, 2, 0)
-            image = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
+            image = picture_of(inputs[0].detach().cpu().numpy())
             size = image.shape[:2]
             found = {'Ground truth': truth_of(data_batch['data_samples'][0], size)}
             # One name for the pictures of all iterations: backends then show them as one row.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from mmengine.dist import all_gather_object, broadcast_object_list, is_main_proc
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError, SettingError, likely
 from .exact_resume import BATCHES
 
 # Name in the message hub, of a checkpoint that was written before one was due.
@@ -55,8 +57,16 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.interval == 0:
-            raise ValueError('CheckpointHook.interval=0; allowed: from 1 on, or -1 for never')
+        if type(self.interval) is not int or self.interval == 0:
+            raise ValueError(
+                f'CheckpointHook.interval={self.interval!r}; allowed: whole numbers from 1 on, or '
+                '-1 for never'
+            )
+        known = inspect.signature(Runner.save_checkpoint).parameters
+        for name in self.args:
+            if name not in known:
+                hint = likely(name, [*inspect.signature(CheckpointHook).parameters, *known])
+                raise TypeError(f'CheckpointHook.{name} is no argument{hint}')
         self._unwritten: dict[str, str] = {}  # which newest checkpoints are not there, and why
         self._saved_at: dict[str, int] = {}  # epoch and iteration of the last one
 

@@ -10,6 +10,15 @@ import numpy as np
 from .sheets import Content, Objects
 
 
+def picture_of(pixels: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3), RGB, of an image as a pipeline packs it: (C, H, W), blue first.
+
+    With less than three channels the first is shown grey, and of more than three the first three.
+    """
+    shown = pixels[2::-1] if len(pixels) > 2 else pixels[[0, 0, 0]]
+    return np.ascontiguousarray(shown.transpose(1, 2, 0).round().clip(0, 255).astype(np.uint8))
+
+
 def prediction_of(data_sample: Any, score_thr: float) -> Content | None:
     """Prediction in the pixels of the original image: instances from a score on, or a class map.
 

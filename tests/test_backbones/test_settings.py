@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 import re
+from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from idlevit_mm.policies import normalize_keep_ratios
+from idlevit_mm.registry import arguments_of
 
 
 def depths(model):
@@ -322,6 +324,52 @@ def test_unknown_constructor_argument_is_refused(variant):
 # --- what stands after construction ----------------------------------------------------------
 
 
+# What cannot be built, or is nonsense, by argument.
+_NO_COUNT = (0, -1, 1.5, 'x', float('nan'))
+WRONG_NUMBERS = {
+    **dict.fromkeys(('depths', 'num_layers', 'num_heads', 'embed_dims', 'in_channels'), _NO_COUNT),
+    **dict.fromkeys(('window_size', 'patch_size', 'patch_sizes', 'strides'), _NO_COUNT),
+    **dict.fromkeys(('sr_ratios', 'img_size', 'pretrain_img_size', 'num_stages'), _NO_COUNT),
+    'paddings': (-1, 0.5),
+    'out_indices': (-2, 99, 0.5, 'x'),
+    'frozen_stages': (-2, 99, 'x'),
+    **dict.fromkeys(('mlp_ratio', 'mlp_ratios'), (0, -1, 'x')),
+    **dict.fromkeys(('drop_rate', 'attn_drop_rate'), (-0.1, 1.1)),
+    'drop_path_rate': (-0.1, 1, 2),
+}
+
+
+@parametrize()
+def test_numbers_that_cannot_be_are_named(variant):
+    arguments = arguments_of(MODELS.get(variant.type))
+    for name in WRONG_NUMBERS.keys() & arguments.keys():
+        given = variant.kwargs.get(name, arguments[name].default)
+        for value in WRONG_NUMBERS[name]:
+            wrong = [value, *given[1:]] if isinstance(given, (list, tuple)) else value
+            named = f'{name}=[[(]?{re.escape(repr(value).strip("[]"))}'
+            with pytest.raises(ValueError, match=named) as error:
+                variant.build(**{name: wrong})
+            assert '\n' not in str(error.value)
+        if isinstance(arguments[name].default, (list, tuple)):
+            for wrong in (1, []):
+                with pytest.raises(ValueError, match=re.escape(f'{name}={wrong!r}')):
+                    variant.build(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'said'),
+    [
+        ('swin', dict(num_heads=(3, 4)), r'num_heads=\(3, 4\) must divide .*\[8, 16\]'),
+        ('swin', dict(use_abs_pos_embed=True, pretrain_img_size=3), 'pretrain_img_size=3 must be'),
+        ('pvt', dict(pretrain_img_size=7), 'pretrain_img_size=7 must be'),
+        ('vit', dict(num_heads=3), 'embed_dims=8 must be a multiple of num_heads=3'),
+    ],
+)
+def test_numbers_that_do_not_go_together(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        BY_NAME[name].build(**options)
+
+
 @parametrize()
 def test_frozen_stages_are_frozen_in_the_constructor(variant):
     """Optimizers and wrappers of modules see it before any call of train()."""
@@ -369,6 +417,29 @@ def test_masks_before_the_first_forward_stop_nobody_who_looks_around(variant):
     for twin in twins:
         assert all(map(torch.equal, twin(image((1, 3, 48, 64))), outs))
     assert [len(stage) for stage in model.keep_masks] == depths(model)
+
+
+@parametrize()
+def test_masks_are_of_the_thread_that_asks(variant):
+    model = variant.build(keep_ratios=0.5).eval()
+    other = copy.copy(model)
+    # Compiling takes long, and is the same for all.
+    compiled = torch.compile(model, backend='eager') if variant.name == 'swin' else model
+    everyone, seen = Barrier(2), {}
+
+    def look(batch, forward):
+        with torch.no_grad():
+            forward(image((batch, 3, 48, 64)))
+        everyone.wait(60)
+        seen[batch] = [[len(mask) for mask in stage] for stage in model.keep_masks]
+
+    threads = [Thread(target=look, args=pair) for pair in ((2, model), (3, compiled))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {batch: [[batch] * depth for depth in depths(model)] for batch in (2, 3)}
+    assert model.keep_masks == other.keep_masks == []
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ from mmengine.dataset import BaseDataset, Compose, ConcatDataset, RepeatDataset
 from mmengine.registry import DATASETS, DefaultScope, init_default_scope
 from PIL import Image
 
-from idlevit_mm.engine import BadSampleError, SettingError, bad_samples
-from idlevit_mm.engine.bad_samples import check_built, class_counts, guard, naming_the_data
+from idlevit_mm.engine import BadSampleError, SettingError, bad_samples, data_sets
+from idlevit_mm.engine.bad_samples import guard
 from idlevit_mm.engine.checks import leaf_datasets
 from idlevit_mm.engine.data_checks import mask_problem
+from idlevit_mm.engine.data_sets import check_built, class_counts, naming_the_data
 from idlevit_mm.engine.launch import evaluate_from_config, run_tool, train_from_config
 
 pytest.importorskip('mmdet')
@@ -127,9 +128,10 @@ def build(place):
 def said(monkeypatch):
     """What is logged: level and text."""
     said = []
-    monkeypatch.setattr(
-        bad_samples, 'print_log', lambda text, logger, level: said.append((level, text))
-    )
+    for module in (bad_samples, data_sets):
+        monkeypatch.setattr(
+            module, 'print_log', lambda text, logger, level: said.append((level, text))
+        )
     return said
 
 

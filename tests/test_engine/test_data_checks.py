@@ -152,12 +152,12 @@ COCO_FAULTS = {
     ),
     'width as text': (
         edit(lambda c: c['images'][1].update(width='640')),
-        r'has "640" for \'width\' in images\[1\], which must be a whole number above 0',
+        r'has "640" for \'width\' in images\[1\] \(id \d+\), which must be a whole number above 0',
     ),
     'no height': (edit(lambda c: c['images'][0].update(height=0)), r"has 0 for 'height' in images"),
     'no file name': (
         edit(lambda c: c['images'][1].update(file_name=None)),
-        r"has null for 'file_name' in images\[1\], which must be text",
+        r"has null for 'file_name' in images\[1\] \(id \d+\), which must be text",
     ),
     'image id as text': (edit(lambda c: c['images'][0].update(id='139')), r"has \"139\" for 'id'"),
     'id as list': (
@@ -166,7 +166,7 @@ COCO_FAULTS = {
     ),
     'image of a list': (
         edit(lambda c: c['annotations'][0].update(image_id={})),
-        r"has \{\} for 'image_id' in annotations\[0\], which must be a whole number",
+        r"has \{\} for 'image_id' in annotations\[0\] \(id \d+\), which must be a whole number",
     ),
     'category as text': (
         edit(lambda c: c['annotations'][0].update(category_id='1')),

@@ -4,12 +4,15 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
+from mmengine.registry import MODELS
 from test_launch import config, told  # noqa: F401 (a fixture)
 from toy import ToyData, ToyMetric, toy_runner
 
+from idlevit_mm.analysis.models import load_model
 from idlevit_mm.engine import SettingError, UsageError
+from idlevit_mm.engine.first import _check_save_best
 from idlevit_mm.engine.launch import load_config, train_from_config
-from idlevit_mm.engine.settings import _check_save_best, check_settings
+from idlevit_mm.engine.settings import check_settings
 
 WRONG = [
     ({'modle.backbone.keep_ratios': 0.5}, 'modle is no setting .*did you mean model'),
@@ -37,6 +40,30 @@ WRONG = [
     ),
     ({'model.backbone.keep_ratio': 0.5}, "argument 'keep_ratio'; did you mean keep_ratios"),
     ({'model.bakbone': {}}, 'did you mean backbone'),
+    ({'model.backbone.depths': [0, 1, 1, 1]}, r'^model\.backbone does .*depths=\[0, 1, 1, 1\]'),
+    ({'model.backbone.norm_cfg.type': 'LNN'}, r"^model\.backbone\.norm_cfg={'type': 'LNN'}"),
+    ({'model.backbone.type': 'IdleSwinTransformr'}, r'registry; did you mean IdleSwinTransformer'),
+    ({'model.neck.out_channels': -8}, r'^model\.neck does not build: .*-8'),
+    ({'model.neck.num_outs': 3}, r'^model\.neck does not build: .*assert num_outs >= '),
+    ({'model.bbox_head.num_classes': 'x'}, r"^model\.bbox_head={.*'num_classes': 'x'"),
+    (
+        {'model.neck.in_channels': [16, 32, 64, 99]},
+        r'^model\.neck\.in_channels=\[16, 32, 64, 99\], but .* maps of \[16, 32, 64, 128\]',
+    ),
+    ({'model.backbone.out_indices': [1, 2, 3]}, r'maps of \[32, 64, 128\] .*out_indices=\(1, 2, 3'),
+    ({'model.bbox_head.in_channels': 9}, r'bbox_head\.in_channels=9, but .* \[8, 8, 8, 8, 8\]'),
+    ({'model.neck.num_outs': 6}, r'^model\.bbox_head has anchors for 5 levels .*gets 6 maps'),
+    (
+        {
+            'model.backbone.in_channels': 4,
+            'model.data_preprocessor': dict(type='DetDataPreprocessor', mean=[0] * 3, std=[1] * 3),
+        },
+        r'backbone\.in_channels=4, but .*mean has 3 entries',
+    ),
+    (
+        {'model.data_preprocessor': dict(type='DetDataPreprocessor', mean=[0], std=[0])},
+        r'data_preprocessor\.std holds 0; allowed',
+    ),
     (
         {'default_hooks': dict(checkpoint=dict(type='CheckpointHook', interval=0))},
         r'CheckpointHook\.interval=0',
@@ -49,6 +76,52 @@ def test_wrong_names_and_numbers(config, options, message):  # noqa: F811
     with pytest.raises(UsageError, match=message) as error:
         train_from_config(config, cfg_options=options)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'message'),
+    [
+        (dict(mode='slid'), r"model\.test_cfg\.mode='slid'; allowed: slide, whole"),
+        (dict(mode='slide', crop_size=(0, 9)), r'model\.test_cfg\.crop_size=\(0, 9\)'),
+        (dict(mode='slide', crop_size=(9, 9)), r'model\.test_cfg\.stride=None'),
+    ],
+)
+def test_windows_of_segmentors_that_cannot_be(scene_config, test_cfg, message):
+    cfg = scene_config('fpn_idle-pvt_digits')
+    cfg.model.test_cfg = test_cfg
+    with pytest.raises(SettingError, match=message):
+        load_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(in_channels=[8, 8, 8, 9]), r'in_channels=\[8, 8, 8, 9\], but .*\[8, 8, 8, 8\]'),
+        (dict(in_index=[0, 1, 2, 4]), r'model\.decode_head\..*in_index=\[0, 1, 2, 4\]'),
+        (dict(feature_strides=[4, 8, 16]), r'decode_head does not build: .*len\(feature_strides\)'),
+    ],
+)
+def test_heads_of_segmentors_that_do_not_fit(scene_config, changes, message):
+    cfg = scene_config('fpn_idle-pvt_digits')
+    cfg.merge_from_dict({f'model.decode_head.{key}': value for key, value in changes.items()})
+    cfg.model.update(
+        neck=dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=8, num_outs=4)
+    )
+    with pytest.raises(SettingError, match=message):
+        load_model(cfg)
+
+
+def test_a_neck_that_takes_some_of_the_maps_is_right(config):  # noqa: F811
+    @MODELS.register_module(force=True)
+    class OfTwo(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_channels = [64, 128]
+
+        def forward(self, maps):
+            return [one[:, :8] for one in maps[2:]]
+
+    load_model(config, cfg_options={'model.neck': dict(type='OfTwo', _delete_=True)})
 
 
 def test_a_config_that_exits(tmp_path):
@@ -74,7 +147,7 @@ class NoData(ToyData):
 
 
 LATE = [
-    (dict(optim_wrapper=dict(optimizer=dict(type='Adamm', lr=1))), 'optim_wrapper does not build'),
+    (dict(optim_wrapper=dict(optimizer=dict(type='Adamm', lr=1))), r"type='Adamm' .*mean Adam"),
     (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=-1))), 'optim_wrapper .*learning rate'),
     (
         dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1), clip_grad=dict(max_nrm=1))),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
-from idlevit_mm.errors import UsageError, one_line, reason
+from idlevit_mm.errors import UsageError, reason
 
 
 class Candidate(NamedTuple):
@@ -130,10 +130,7 @@ def load_target(
         UsageError: There is no such preset or config, or an option does not fit it.
     """
     cfg, name, whole = read_config(spec, args, checkpoint), Path(spec).stem, args.part == 'model'
-    try:
-        model = models.load_model(cfg, checkpoint)
-    except (ImportError, KeyError) as error:  # KeyError: no installed library has the class
-        raise UsageError(f'{spec} cannot be built: {one_line(error)}') from error
+    model = models.load_model(cfg, checkpoint)
     model = model if whole else getattr(model, 'backbone', model)
     configured = Candidate('as configured', 'config', always(model))
     if not hasattr(getattr(model, 'backbone', model), 'set_keep_ratios'):
@@ -187,7 +184,7 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
     One that fails, for want of memory or because it cannot be compiled, leaves its reason.
     """
     device, shape = torch.device(case['device']), tuple(case['shape'])
-    images = models.noise_image((case['batch'], 3, *shape), device)
+    images: Tensor | None = None
     graphs, reference = case['compile'] == 'reduce-overhead', candidates[0].name
     figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
     calls: dict[str, Callable[[], Any]] = {}
@@ -197,6 +194,8 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
             own = figures[candidate.name]
             try:
                 model = candidate.build(shape).to(device)
+                if images is None:
+                    images = models.noise_image(shape, device, model, case['batch'])
                 *_, own['multiply_adds'] = model_multiply_adds(model, shape).values()
                 calls[candidate.name] = call_of(model, images, case)
             except Exception as error:

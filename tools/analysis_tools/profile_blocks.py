@@ -104,7 +104,7 @@ def charges(events: Iterable[Any], on_cpu: bool = True) -> Counter[tuple[int, st
 def profile_blocks(
     model: nn.Module, inputs: Tensor, mode: str = 'inference', rounds: int = 20, warmup: int = 3
 ) -> dict[str, Any]:
-    """Medians over forward passes on images (B, 3, H, W), in seconds, ready for JSON.
+    """Medians over forward passes on images (B, C, H, W), in seconds, ready for JSON.
 
     'training' is the forward pass with gradients to come and with dropout, and the backward pass as
     a whole.
@@ -186,7 +186,7 @@ def main() -> None:
     place = f'{threads} threads' if args.device == 'cpu' else args.device
     profiles: dict[str, dict[str, Any]] = {}
     for height, width in parse_shapes(args.shape):
-        images = noise_image((args.batch, 3, height, width), args.device)
+        images = noise_image((height, width), args.device, model, args.batch)
         found = profile_blocks(model, images, args.mode, args.rounds, args.warmup)
         profiles[f'{height}x{width}'] = found
         print(f'{Path(args.target).stem}, {tuple(images.shape)}, {args.mode}, {place}')

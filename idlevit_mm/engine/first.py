@@ -1,0 +1,181 @@
+"""What a training needs besides its data, built and looked at before they are opened."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
+from mmengine.runner import BaseLoop
+
+from ..errors import SettingError, UsageError, likely, one_line
+from .settings import check_number, part_of, with_likely_word
+from .sharding import optimizers_of
+
+# Least value of what schedulers take.
+_SCHEDULED = {
+    **dict.fromkeys(('gamma', 'factor', 'start_factor', 'end_factor'), 0),
+    **dict.fromkeys(('step_size', 'T_max', 'total_steps'), 1),
+    **dict.fromkeys(('eta_min', 'milestones', 'power', 'begin', 'end'), -math.inf),
+}
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Name the part of a config that an exception is about.
+
+    Raises:
+        SettingError: In place of any other exception.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = with_likely_word(one_line(error, 300))
+        raise SettingError(f'{key} does not build: {text}') from error
+
+
+def build_first(runner: Any) -> None:
+    """Build or check what a training needs besides its data, which may take long to open.
+
+    Raises:
+        SettingError: A part does not build, or ``save_best`` names no score.
+    """
+    kind = part_of(runner.optim_wrapper, 'optimizer').get('type')
+    with OPTIMIZERS.switch_scope_and_registry(None) as known:
+        if isinstance(kind, str) and known.get(kind) is None:
+            hint = likely(kind, {**OPTIMIZERS.module_dict, **known.module_dict})
+            raise SettingError(f'optim_wrapper.optimizer.type={kind!r} is unknown{hint}')
+    with naming('optim_wrapper'):
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    wrappers = getattr(runner.optim_wrapper, 'optim_wrappers', {'': runner.optim_wrapper})
+    for wrapper in wrappers.values():
+        if getattr(wrapper, 'clip_grad_kwargs', None):
+            with naming('optim_wrapper.clip_grad'):
+                weight = torch.ones(1, requires_grad=True)
+                weight.grad = torch.ones(1)
+                wrapper.clip_func([weight], **wrapper.clip_grad_kwargs)
+            for name in ('max_norm', 'clip_value'):
+                value = wrapper.clip_grad_kwargs.get(name, 1)
+                if not value > 0:
+                    key = f'optim_wrapper.clip_grad.{name}'
+                    raise SettingError(f'{key}={value!r} must be a number above 0')
+    for optimizer in optimizers_of(runner.optim_wrapper):
+        _check_optimizer(optimizer)
+    for key in ('activation_checkpointing', 'efficient_conv_bn_eval'):
+        names = runner.cfg.get(key) or []
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        with naming(key):
+            for name in [names] if isinstance(names, str) else names:
+                attrgetter(name)(model)
+    with naming('compile'):
+        torch._dynamo.lookup_backend(part_of(runner.cfg, 'compile').get('backend', 'inductor'))
+    schedulers = runner.param_schedulers
+    if isinstance(schedulers, (Mapping, list, tuple)) and len(wrappers) == 1:
+        with naming('param_scheduler'):
+            several = [schedulers] if isinstance(schedulers, Mapping) else schedulers
+            for number, one in enumerate(several):
+                _try_scheduler(number, one, optimizers_of(runner.optim_wrapper)[0])
+    if runner._val_loop is not None and not isinstance(runner._val_loop, BaseLoop):
+        with naming('val_evaluator'):
+            runner._val_evaluator = runner.build_evaluator(runner._val_evaluator)
+            for metric in runner._val_evaluator.metrics:
+                for name in metric.metrics if type(metric).__name__ == 'IoUMetric' else ():
+                    if name not in _OF_IOU:  # known when the first validation is done
+                        allowed = ', '.join(_OF_IOU)
+                        raise ValueError(f'iou_metrics has {name!r}; allowed: {allowed}')
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.save_best:
+                _check_save_best(hook.key_indicators, runner._val_evaluator.metrics)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            key = f'optim_wrapper.optimizer.{name}'
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f'{key}={value!r} must be a finite number')
+            if name == 'momentum' and value > 1:
+                raise SettingError(f'{key}={value!r} must be at most 1')
+
+
+def _try_scheduler(number: int, config: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Build a scheduler for a weight that belongs to nothing."""
+    if not isinstance(config, Mapping):
+        return
+    for name in _SCHEDULED.keys() & config.keys():
+        value = config[name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is not None:
+                check_number(f'param_scheduler.{number}.{name}', one, _SCHEDULED[name], whole=False)
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != 'params'}
+    dummy = torch.optim.Optimizer([torch.ones(1, requires_grad=True)], group)
+    arguments = {key: value for key, value in config.items() if key != 'convert_to_iter_based'}
+    with contextlib.suppress(AttributeError):  # somebody's may want a weight of the model
+        PARAM_SCHEDULERS.build(
+            {'end': 10**6, **arguments}, default_args=dict(optimizer=dummy, epoch_length=1)
+        )
+
+
+_OF_IOU = {
+    'mIoU': ('aAcc', 'mIoU', 'mAcc'),
+    'mDice': ('aAcc', 'mDice', 'mAcc'),
+    'mFscore': ('aAcc', 'mFscore', 'mPrecision', 'mRecall'),
+}
+
+
+_OF_PANOPTIC = [f'{name}{kind}' for name in ('PQ', 'SQ', 'RQ') for kind in ('', '_th', '_st')]
+
+
+def _scores(metric: Any) -> list[str] | None:
+    """Names of the scores of a metric, without those of single classes; None if unknown."""
+    kind, names = type(metric).__name__, getattr(metric, 'metrics', None)
+    if kind in ('DumpResults', 'DumpDetResults'):
+        return []
+    if kind == 'IoUMetric' and isinstance(names, list):
+        return [score for name in names for score in _OF_IOU.get(name, ())]
+    if kind == 'DepthMetric' and isinstance(names, list):
+        return names
+    if kind == 'CocoMetric' and {'bbox', 'segm'}.issuperset(names or 'x'):
+        ends = ('', '_50', '_75', '_s', '_m', '_l')
+        return [f'{name}_mAP{end}' for name in names or () for end in ends]
+    if kind == 'CocoPanopticMetric':
+        return _OF_PANOPTIC
+    if kind == 'VOCMetric' and metric.metric == 'mAP':
+        return ['mAP', *(f'AP{int(threshold * 100):02d}' for threshold in metric.iou_thrs)]
+    return None
+
+
+def _check_save_best(keys: Collection[str], metrics: Collection[Any]) -> None:
+    known: list[str] = []
+    unknown: list[str] = []
+    for metric in metrics:
+        found, prefix = _scores(metric), getattr(metric, 'prefix', None)
+        if found is None:
+            unknown.append(type(metric).__name__)
+        known += [f'{prefix}/{name}' if prefix else name for name in found or ()]
+    by_class = any(getattr(metric, 'classwise', False) for metric in metrics)
+    for key in keys:
+        if key == 'auto' or key in known or (by_class and key.endswith('_precision')):
+            continue
+        said = f'default_hooks.checkpoint.save_best={key!r}'
+        if not unknown:
+            raise SettingError(
+                f'{said} is no score of val_evaluator{likely(key, known)}; allowed: auto, '
+                f'{", ".join(known)}'
+            )
+        print_log(
+            f'{said}: only the first validation shows whether {", ".join(unknown)} gives it'
+            f'{likely(key, known)}',
+            'current',
+            logging.WARNING,
+        )
