@@ -61,3 +61,22 @@ def test_image_files_have_no_ground_truth(pictures, models, tmp_path, monkeypatc
     assert sheets[0].content_size == (40, 60)
     with pytest.raises(FileNotFoundError, match=r"images=\['none.jpg'\] are not files"):
         pictures.draw(models, tmp_path, ['none.jpg'])
+
+
+def test_an_animation_shows_blocks_of_two_idle_models(pictures, models, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(
+        pictures, 'draw_sheet', lambda sheet: sheets.append(sheet) or sheet.image + len(sheets)
+    )
+    models['Dense'].backbone.set_keep_ratios(0.5)
+    (path,) = pictures.draw(models, tmp_path, count=1, gif=True)
+    depths = models['Idle'].backbone.depths
+    assert path.name == '000000.gif'
+    assert len(sheets) == sum(depths)
+    assert [name for name, _ in sheets[-1].active] == [
+        f'{title}, stage {len(depths)}, block {depths[-1]}' for title in models
+    ]
+    # Each shows what its own model kept.
+    assert all(a.mean() < b.mean() for (_, a), (_, b) in (sheet.active for sheet in sheets))
+    with Image.open(path) as animation:
+        assert animation.n_frames == len(sheets)

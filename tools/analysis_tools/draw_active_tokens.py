@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, TRANSFORMS
+from PIL import Image
 from torch import nn
 
 from idlevit_mm.analysis.models import idle_backbone, load_model
@@ -19,9 +21,11 @@ from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.visualization.data_samples import content_size, prediction_of, truth_of
 from idlevit_mm.visualization.sheets import Sheet, active_shares, draw_sheet
 
-# Title of its prediction and model, a detector or segmentor from `load_model`. The last one
-# has an idle backbone, whose active tokens are drawn; its config names data set and pipeline.
+# Title of its prediction and model, a detector or segmentor from `load_model`. Active tokens are
+# drawn of those that idle, and of the last one, which has an idle backbone; its config names data
+# set and pipeline.
 Models = Mapping[str, nn.Module]
+FRAME_MS = 700
 
 
 def draw(
@@ -29,6 +33,7 @@ def draw(
     out_dir: str | Path,
     images: Sequence[str | Path] | None = None,
     count: int = 8,
+    gif: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Draw sheets for image files, or for images spread evenly over the test data set.
@@ -38,6 +43,7 @@ def draw(
         out_dir: Folder of the pictures.
         images: Image files, which are shown without ground truth; None for the data set.
         count: How many images of the data set.
+        gif: Whether to draw an animation instead, whose frames are the blocks.
         **options: Those of ``sheet_of``.
 
     Returns:
@@ -62,7 +68,17 @@ def draw(
     for number, data in enumerate(items):
         prefix = '' if images is None else f'{number:03d}_'
         path = Path(out_dir) / f'{prefix}{Path(data["data_samples"].img_path).stem}.png'
-        mmcv.imwrite(draw_sheet(sheet_of(models, data, **options))[..., ::-1], str(path))
+        path = path.with_suffix('.gif') if gif else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if gif:
+            sheets = frames_of(sheet_of(models, data, **{**options, 'per': 'block'}))
+        else:
+            sheets = [sheet_of(models, data, **options)]
+        first, *more = (Image.fromarray(draw_sheet(sheet)) for sheet in sheets)
+        moving: dict[str, Any] = (
+            dict(save_all=True, append_images=more, duration=FRAME_MS, loop=0) if gif else {}
+        )
+        first.save(path, **moving)
         paths.append(path)
     return paths
 
@@ -78,12 +94,16 @@ def sheet_of(
     ``data`` is what the pipeline returned; its ground truth is shown if it loads it. Boxes with a
     lower score are left out. There is a panel of active tokens for each stage or each block.
     """
-    found = []
+    found, active = [], []
+    *_, idle = models.values()
     for title, model in models.items():
         with torch.no_grad():
             batch = model.data_preprocessor(pseudo_collate([data]), False)
             result = model(**batch, mode='predict')[0]
         found.append((title, prediction_of(result, score_threshold)))
+        ratios = getattr(model.backbone, 'keep_ratios', [[1.0]])
+        if min(min(stage) for stage in ratios) < 1.0 or model is idle:
+            active.append((title, active_shares(idle_backbone(model).keep_masks, per=per)))
     image = mmcv.imread(result.img_path, channel_order='rgb')
     truth = truth_of(data['data_samples'], image.shape[:2])
     if not getattr(model, 'dataset_meta', None):
@@ -97,9 +117,21 @@ def sheet_of(
         input_size=tuple(batch['inputs'].shape[-2:]),
         content_size=content_size(result),
         found=[pair for pair in shown if pair[1] is not None],
-        active=active_shares(idle_backbone(model).keep_masks, per=per),
+        active=[
+            (name if len(active) == 1 else f'{title}, {name.lower()}', share)
+            for title, shares in active
+            for name, share in shares
+        ],
         palette=model.dataset_meta.get('palette'),
     )
+
+
+def frames_of(sheet: Sheet) -> list[Sheet]:
+    """A sheet for each block, with the active tokens of all models beside each other."""
+    blocks: dict[str, list[Any]] = {}
+    for name, share in sheet.active:
+        blocks.setdefault(', '.join(name.lower().split(', ')[-2:]), []).append((name, share))
+    return [replace(sheet, found=(), active=active) for active in blocks.values()]
 
 
 @exit_code
@@ -115,19 +147,24 @@ def main() -> None:
     add('--score-thr', type=float, default=0.3, help='lowest score of a box')
     per_help = 'one picture of tokens for each'
     add('--per', choices=['stage', 'block'], default='stage', help=per_help)
-    dense_help = 'a model whose predictions are shown beside, such as the dense one'
+    add('--gif', action='store_true', help='an animation over the blocks')
+    dense_help = 'the dense model, whose predictions are shown beside'
     add('--dense', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help=dense_help)
+    beside_help = 'another idle model or policy, shown beside with its active tokens'
+    add('--beside', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help=beside_help)
     add('--device', default='cpu')
     add('--cfg-options', nargs='+', action=DictAction, help='overrides')
     args = parser.parse_args()
     sources = {'Idle' if args.dense else 'Prediction': (args.config, args.checkpoint)}
+    if args.beside:
+        sources = {Path(args.beside[0]).stem: args.beside, args.config.stem: sources.popitem()[1]}
     if args.dense:
         sources = {'Dense': args.dense, **sources}
     models = {
         title: load_model(*source, args.device, args.cfg_options)
         for title, source in sources.items()
     }
-    options = {'score_threshold': args.score_thr, 'per': args.per}
+    options = {'score_threshold': args.score_thr, 'per': args.per, 'gif': args.gif}
     print(*draw(models, args.out_dir, args.images, args.count, **options), sep='\n')
 
 
