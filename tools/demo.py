@@ -25,12 +25,12 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = (
-    'python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 700 '
+    'python tools/dataset_converters/digit_scenes.py data/demo_scenes --size 256 --num-train 600 '
     '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-# The first stage sees the picture for the first time, the last one has few tokens.
-KEEP = '1.0 0.5 0.5 1.0'
+# The first stage sees the picture for the first time.
+KEEP = '1.0 0.5 0.5 0.5'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
@@ -105,15 +105,15 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
     swap += f' --distill --out {idle}.py'
     draw = f'{idle}.py {idle}/{last} --dense {config} {work}/continued/{last} --count 4'
     draw = f'python tools/analysis_tools/draw_active_tokens.py {draw} --out-dir {idle}/pictures'
+    tests = {f'{k}/test/*/*.json': test(k, c) for k, c in pair.items()}
     return [
         Step('write data', 12, {'': story.data}),
-        Step('train dense', 130, {dense: first}),
+        Step('train dense', 115, {dense: first}),
         Step('write the idle config', 10, {f'{idle}.py': f'python tools/idle_config.py {swap}'}),
-        Step('train on both', 100, {f'{k}/{last}': train(k, c) for k, c in pair.items()}),
-        Step('test both', 20, {f'{k}/test/*/*.json': test(k, c) for k, c in pair.items()}),
+        Step('train on both', 90, {f'{k}/{last}': train(k, c) for k, c in pair.items()}),
+        Step('test and draw', 28, {**tests, f'{idle}/pictures/*.png': draw}),
         Step('time backbones', 30, {f'{idle}/backbone.md': bench('backbone')}),
         Step('time whole models', 30, {f'{idle}/model.md': bench('model')}),
-        Step('draw', 12, {f'{idle}/pictures/*.png': draw}),
     ]
 
 
