@@ -179,7 +179,8 @@ class EvoViT(Policy):
         running, total = state if isinstance(state, Handed) else (state, state.sum(1, keepdim=True))
         cells = running.unflatten(1, before)
         for dim, (old, new) in enumerate(zip(before, hw_shape, strict=True), 1):
-            firsts = torch.arange(new, device=running.device) * -(-old // new)
+            # Maps of odd sides are rounded up or down, as the family pads.
+            firsts = torch.arange(new, device=running.device) * round(old / new)
             cells = cells.index_select(dim, firsts.clamp(max=old - 1))
         return Handed(cells.flatten(1), total)
 

@@ -140,11 +140,12 @@ def test_rows_that_stay_packed_are_those_gathered_anew(name):
         assert_close(out, want, 1e-10)
 
 
-@pytest.mark.parametrize('hw', [(5, 7), (6, 4), (1, 3)])
+@pytest.mark.parametrize('up', [True, False])
+@pytest.mark.parametrize('hw', [(5, 7), (6, 4), (11, 3), (1, 2)])
 @pytest.mark.parametrize('alpha', [0.5, [0.3, 0.9, 0.2]])
-def test_running_attention_across_stages(hw, alpha):
+def test_running_attention_across_stages(hw, alpha, up):
     """Against a loop over cells: subsampled, mixed with the next attention, scaled back."""
-    new = tuple(math.ceil(side / 2) for side in hw)
+    new = tuple(math.ceil(side / 2) if up else max(side // 2, 1) for side in hw)
     policy = build_policy(
         dict(type='EvoViT', across_stages=True, rank_at='stage', alpha=alpha), 4, ('map',)
     )
@@ -161,9 +162,7 @@ def test_running_attention_across_stages(hw, alpha):
     assert policy.wants_scores(0.5, entered)
     plan, running = policy.plan(scores, map_units(*new, scores.device), 0.5, dense, entered)
     for i in range(2):
-        old = [
-            float(state[i, r * hw[1] + c]) for r in range(0, hw[0], 2) for c in range(0, hw[1], 2)
-        ]
+        old = [float(state[i, 2 * r * hw[1] + 2 * c]) for r in range(new[0]) for c in range(new[1])]
         total = float(scores[i].sum())
         mixed = [
             (1 - mix) * g + mix * float(a) / total for g, a in zip(old, scores[i], strict=True)
@@ -177,6 +176,39 @@ def test_running_attention_across_stages(hw, alpha):
     follow, after = policy.plan(None, map_units(*new, scores.device), 0.5, plan, running)
     assert follow.rows.ids is plan.rows.ids
     assert after is running
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['swin', 'pvt', 'pvtv2'])
+def test_a_pyramid_ranks_by_what_its_stages_hand_on(name):
+    """Masks of all blocks, against a loop over images and tokens fed with the blocks' scores."""
+    case = Case(name, BY_NAME[name], dict(type='EvoViT', across_stages=True, alpha=0.3))
+    model = case.build(0.6).double()
+    scores = []
+    for block in sum(stage_blocks(model), []):
+        block.policy.scorer.register_forward_hook(lambda _m, _a, out: scores.append(out))
+    model(image((2, 3, 45, 58), dtype=torch.float64))
+    for i in range(2):
+        handed, given = None, [[float(a) for a in one[i]] for one in scores]
+        for masks in model.keep_masks:
+            height, width = masks[0].shape[1:]
+            for block, mask in enumerate(masks):
+                raw = given.pop(0)
+                paid = [a / sum(raw) for a in raw]
+                if block == 0 and handed is None:
+                    running = paid
+                elif block == 0:
+                    g, old = handed
+                    cells = [g[2 * r][2 * c] for r in range(height) for c in range(width)]
+                    running = [0.7 * a + 0.3 * b for a, b in zip(cells, paid, strict=True)]
+                    running = [old / sum(running) * a for a in running]
+                order = sorted(range(len(running)), key=lambda t: -running[t])
+                kept = sorted(order[: max(1, round(0.6 * len(order)))])
+                assert mask[i].flatten().nonzero().flatten().tolist() == kept
+                if block:
+                    for t in kept:
+                        running[t] = 0.7 * running[t] + 0.3 * paid[t]
+            handed = [running[r * width : (r + 1) * width] for r in range(height)], sum(running)
 
 
 @pytest.mark.parametrize('name', ['swin', 'pvtv2', 'vit'])
