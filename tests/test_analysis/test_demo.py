@@ -167,7 +167,7 @@ def test_the_same_command_goes_on(demo, tmp_path, monkeypatch, capsys):
 
     def interrupted(screen, step, work):
         seen.append(step.title)
-        if step.title == 'test both':
+        if step.title == 'test and draw':
             raise KeyboardInterrupt
         for name in filter(None, step.commands):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,9 +181,11 @@ def test_the_same_command_goes_on(demo, tmp_path, monkeypatch, capsys):
     try:
         assert demo.main() == 130
         assert 'goes on from here' in capsys.readouterr().out
-        assert seen[1:] == [*('train dense', 'write the idle config', 'train on both', 'test both')]
+        assert seen[1:] == [
+            *('train dense', 'write the idle config', 'train on both', 'test and draw')
+        ]
         seen.clear()
         assert demo.main() == 130
-        assert seen == ['write data', 'test both']
+        assert seen == ['write data', 'test and draw']
     finally:
         signal.signal(signal.SIGTERM, handler)
