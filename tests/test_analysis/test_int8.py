@@ -22,7 +22,8 @@ def test_near_float(variant, keep):
     with torch.no_grad():
         for out, want in zip(small(images), model(images), strict=True):
             assert out.isfinite().all()
-            assert (out - want).norm() < 0.25 * want.norm()
+            # A token that is exchanged for another one differs altogether.
+            assert (out - want).norm() < (0.05 if keep == 1 else 0.3) * want.norm()
             assert not torch.equal(out, want)
     for masks, wants in zip(small.keep_masks, model.keep_masks, strict=True):
         for mask, want in zip(masks, wants, strict=True):
