@@ -192,12 +192,13 @@ def report(lines: Sequence[Line]) -> str:
         'damage, predicted': table['predicted_damage'].map('{:.4f}'.format),
     }
     off = (table['predicted_cost'] / share - 1).abs()
-    ranks = table[['predicted_damage', 'damage', 'score']].rank().corr()['predicted_damage']
+    table['lost'] = -table['score']
+    ranks = table[['predicted_damage', 'damage', 'lost']].rank().corr()['predicted_damage']
     return (
         f'{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n'
         f'Of {len(lines)} schedules: the predicted cost is off by {off.mean():.1%} in the mean, '
         f'{off.max():.1%} at most; the rank correlation of the predicted damage is '
-        f'{ranks["damage"]:.2f} with the measured one and {ranks["score"]:.2f} with the metric.'
+        f'{ranks["damage"]:.2f} with the measured one and {ranks["lost"]:.2f} with what the metric loses.'
     )
 
 
@@ -248,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     depths = idle_backbone(trials.model).depths
     space = search.space_of(depths, args.per, args.ratios, args.order == 'falling')
+    for index in range(len(space.ratios)):
+        trials.variant(space.keep_ratios([index] * len(space.units)))
+    trials.runner  # noqa: B018 (what it finds missing is said before anything is timed)
     tables = Tables(trials, space, args, out.with_suffix('.jsonl'))
     cap = budget if relative else budget / tables.whole[0 if args.latency else 1]
     own = Search(tables, args, cap)

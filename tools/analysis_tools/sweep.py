@@ -92,6 +92,7 @@ def measure(trials: Trials, args: argparse.Namespace, path: Path) -> list[Line]:
     missing = {key_of(own[0]): own for own in every if key_of(own[0]) not in seen}
     print(f'{len(every)} settings, {len(every) - len(missing)} of them in {path}')
     if missing:
+        trials.runner  # noqa: B018 (what it finds missing is said before anything is timed)
         reference = every[0]
         calls = {key: trials.call(model) for key, (_, model) in missing.items()}
         calls.setdefault(key_of(reference[0]), trials.call(reference[1]))

@@ -118,7 +118,7 @@ class Tables:
             full, *scores = (self.trials.score(self.trials.metrics(model))[1] for model in models)
             return [full - score for score in scores]
         with torch.no_grad():
-            rows = [self.of_batch(models, data) for data in self.trials.loop.dataloader]
+            rows = [self.of_batch(models, data) for data in self.trials.runner.test_dataloader]
         return np.mean(rows, axis=0).tolist()
 
     def of_batch(self, models: Sequence[nn.Module], batch: Any) -> list[float]:

@@ -17,7 +17,7 @@ import measures
 import torch
 from benchmark import call_of, positive
 from mmengine.config import ConfigDict, DictAction
-from mmengine.runner import TestLoop
+from mmengine.runner import Runner
 from torch import nn
 
 from idlevit_mm.analysis.export import fixed
@@ -71,7 +71,6 @@ class Trials:
     Attributes:
         about: All that figures depend on, besides the setting.
         model: The model as configured.
-        runner: What tests it.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -83,23 +82,9 @@ class Trials:
         self.device = measures.started(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
-        options = args.cfg_options or {}
-        self.cfg = load_config(args.config, options)
-        data = (self.cfg.get('test_dataloader') or {}).get('dataset')
-        few = {
-            f'{key}.indices': args.num_images
-            for key, _ in leaf_datasets(data, 'test_dataloader.dataset')
-            if args.num_images
-        }
+        self.cfg = load_config(args.config, args.cfg_options)
         self.work_dir = args.work_dir or Path('work_dirs', Path(args.config).stem)
-        self.runner = runner_of_test(
-            args.config,
-            str(args.checkpoint),
-            str(self.work_dir),
-            cfg_options={'log_level': 'WARNING', **options, **few},
-        )
-        # It would put the weights of the file into any model.
-        self.runner._has_loaded = True
+        self.work_dir.mkdir(parents=True, exist_ok=True)
         self.model = load_model(self.cfg, args.checkpoint, self.device)
         fixed(self.model, self.shape)
         config = json.dumps(self.cfg.to_dict(), sort_keys=True, default=str).encode()
@@ -109,16 +94,31 @@ class Trials:
         self.about |= dict(device=args.device, threads=torch.get_num_threads(), metric=args.metric)
 
     @cached_property
-    def loop(self) -> TestLoop:
-        """The data and evaluator of tests."""
+    def runner(self) -> Runner:
+        """What tests; it is slow to make, so that what can be wrong with a setting comes before.
+
+        Raises:
+            UsageError: Data are missing, or the config cannot be tested.
+        """
+        data, count = (self.cfg.get('test_dataloader') or {}).get('dataset'), self.args.num_images
+        few = {
+            f'{key}.indices': count
+            for key, _ in leaf_datasets(data, 'test_dataloader.dataset')
+            if count
+        }
+        options = {'log_level': 'WARNING', **(self.args.cfg_options or {}), **few}
+        files = self.args.config, str(self.args.checkpoint), str(self.work_dir)
+        runner = runner_of_test(*files, cfg_options=options)
+        # It would put the weights of the file into any model.
+        runner._has_loaded = True
         with contextlib.redirect_stdout(io.StringIO()):
-            loop = self.runner.test_loop
+            loop = runner.test_loop
             data = loop.dataloader.dataset
         for metric in loop.evaluator.metrics:
             # COCO's takes images that were not shown for images without boxes.
-            if self.args.num_images and hasattr(metric, 'img_ids'):
+            if count and hasattr(metric, 'img_ids'):
                 metric.img_ids = [data.get_data_info(at)['img_id'] for at in range(len(data))]
-        return loop
+        return runner
 
     @cached_property
     def images(self) -> torch.Tensor:
@@ -148,9 +148,10 @@ class Trials:
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """What tools/test.py prints of a model."""
-        self.loop.runner.model = model
+        self.runner.model = model
         with contextlib.redirect_stdout(io.StringIO()):
-            return naming_the_remedy(self.runner.test)
+            found = naming_the_remedy(self.runner.test)
+        return {name: float(value) for name, value in found.items()}
 
     def score(self, metrics: Mapping[str, float]) -> tuple[str, float]:
         """Name and value of the metric that counts.
