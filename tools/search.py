@@ -198,7 +198,7 @@ def report(lines: Sequence[Line]) -> str:
         f'{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n'
         f'Of {len(lines)} schedules: the predicted cost is off by {off.mean():.1%} in the mean, '
         f'{off.max():.1%} at most; the rank correlation of the predicted damage is '
-        f'{ranks["damage"]:.2f} with the measured one and {ranks["lost"]:.2f} with losses of the metric.'
+        f'{ranks["damage"]:.2f} with the measured one and {ranks["lost"]:.2f} with what is lost.'
     )
 
 

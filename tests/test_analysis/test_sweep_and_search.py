@@ -61,7 +61,7 @@ def run(monkeypatch, tmp_path):
 
     def call(name, *arguments):
         tested.clear()
-        options = ('--work-dir', tmp_path / 'work', '--device', 'cpu', '--rounds', '3')
+        options = ('--work-dir', tmp_path / 'work', '--device', 'cpu', '--rounds', '1')
         arguments = (*arguments, *options)
         return importlib.import_module(name).main([str(argument) for argument in arguments])
 
@@ -197,9 +197,9 @@ def test_a_search(run, nets, tmp_path, paced, capsys):
 
 
 @pytest.mark.parametrize('proxy', ['loss', 'metric'])
-def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, capsys):
+def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, capsys, paced):
     what = ('--proxy', proxy, '--shape', '64x64', '--ratios', '0.5', '--spread', '0')
-    what += ('--part', 'backbone')
+    what += ('--part', 'backbone', '--candidates', '1')
     assert run('search', *nets[DETECTOR], *what, '--multiply-adds', '0.97x') == 0
     lines = lines_of(tmp_path / 'work' / 'found.jsonl')
     damage = np.array([line['damage'] for line in lines if line['kind'] == 'damage'])
