@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         least = own.points[0]
         raise UsageError(
             f'{option} {text}: no ratios meet it; the nearest are {plain(least.keep)}, predicted '
-            f'to take {least.cost:.3f} of keep 1.0'
+            f'to take {least.cost:.4f} of keep 1.0'
         )
     first = own.front.choices[1 + own.front.cost <= cap][::-1][: args.candidates]
     explored = map(own.point, own.explored(first) if args.trials else ())
@@ -276,9 +276,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = min(missed, key=lambda line: line['share'])
         raise UsageError(
             f'{option} {text}: all that were tried cost more; the nearest, '
-            f'{plain(near["keep_ratios"])}, takes {near["share"]:.3f} of keep 1.0'
+            f'{plain(near["keep_ratios"])}, takes {near["share"]:.4f} of keep 1.0'
         )
-    best = max(met, key=lambda line: line['score'])
+    # Of equal ones the first: one ratio for all is written only where it is better.
+    best = max([*met, *uniform], key=lambda line: line['score'])
     lines = [dict(line, share=own.share(line)) for line in (dense, *met, *uniform, *others)]
     for point in own.points:
         tables.once(dict, kind='front', proxy=args.proxy, **point._asdict())
@@ -286,8 +287,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot(own, lines, out.with_suffix('.png'))
     print('', report(lines), '', trials.origin('tools/search.py', argv), sep='\n')
     for line in uniform:
-        gain = best['score'] - line['score']
-        print(f'\nAgainst the uniform ratio {plain(line["keep_ratios"])}: {gain:+.4g}')
+        gain = max(own['score'] for own in met) - line['score']
+        print(f'\nFound against the uniform ratio {line["keep_ratios"]}: {gain:+.4g}')
     print(f'{out}: keep_ratios={plain(best["keep_ratios"])}')
 
 
