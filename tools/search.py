@@ -106,7 +106,10 @@ class Search:
         own |= dict(kind='checked', name=name, keep_ratios=point.keep, **predicted, **figures)
         add_line(own, self.tables.path)
         cost = f'{own["time"]:.3f} of its time, {own["operations"]:.3f} of its multiply-adds'
-        print(f'{name} {plain(point.keep)}: {own["score_name"]} {own["score"]:.4g}, {cost}')
+        print(
+            f'{name} {plain(point.keep)}: {own["score_name"]} {own["score"]:.4g}, {cost}',
+            flush=True,
+        )
         return own
 
     def within(self, name: str, pool: Iterable[Point], count: int) -> tuple[list[Line], list[Line]]:

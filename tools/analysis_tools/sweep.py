@@ -106,7 +106,9 @@ def measure(trials: Trials, args: argparse.Namespace, path: Path) -> list[Line]:
         line['time'] = measures.spread(seconds[key], seconds[key_of(reference[0])])[0]
         add_line(line, path)
         seen[key] = line
-        print(f'  {name} {score:.4g}, {line["ms"]:.1f} ms, {line["time"]:.2f} of keep 1.0')
+        print(
+            f'  {name} {score:.4g}, {line["ms"]:.1f} ms, {line["time"]:.2f} of keep 1.0', flush=True
+        )
     return [seen[key_of(setting)] for setting, _ in every]
 
 
