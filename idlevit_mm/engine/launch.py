@@ -198,7 +198,16 @@ def train_from_config(
     return runner
 
 
-def evaluate_from_config(
+def evaluate_from_config(*args: Any, **kwargs: Any) -> dict[str, float]:
+    """Do the test of ``runner_of_test`` with these arguments, and return the metrics by name.
+
+    Raises:
+        UsageError: Anything is missing or does not fit.
+    """
+    return naming_the_remedy(runner_of_test(*args, **kwargs).test)
+
+
+def runner_of_test(
     config: str,
     checkpoint: str,
     work_dir: str | None = None,
@@ -207,8 +216,8 @@ def evaluate_from_config(
     tta: bool = False,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
-) -> dict[str, float]:
-    """Test as ``tools/test.py`` with these options does, and return the metrics by name.
+) -> Runner:
+    """What tests as ``tools/test.py`` with these options does.
 
     Raises:
         UsageError: Anything is missing or does not fit.
@@ -229,8 +238,7 @@ def evaluate_from_config(
     runner._train_loop = runner._val_loop = None
     if weights is not None:
         check_weights(runner.model, weights, checkpoint, 'test')
-        del weights
-    return naming_the_remedy(runner.test)
+    return runner
 
 
 def _opened(path: str, what: str, options: Any, work_dir: str | None, launcher: str) -> Config:

@@ -102,28 +102,47 @@ def idle_config(
         UsageError: Anything is missing, cannot be converted, or does not fit.
     """
     path = _config_path(config)
-    target = _target(path, out, force)
+    target = target_of(path, out, force)
     cfg = load_config(str(path))
     try:
         wanted = _made_idle(cfg.to_dict(), settings)
     except UsageError as error:
         raise UsageError(f'{config}: {error}') from error
-    text = _text_of(path, target, cfg.to_dict(), wanted)
+    note = f'{path.name} with idle tokens, written by tools/idle_config.py'
+    found = write_heir(path, target, cfg.to_dict(), wanted, note)
+    left = tuple(b.name for b in find_backbones(wanted) if b.twin and b.is_teacher)
+    return Swapped(target, differences(cfg.to_dict(), found), left)
 
+
+def write_heir(
+    config: Path, out: Path, before: dict[str, Any], wanted: dict[str, Any], note: str
+) -> dict[str, Any]:
+    """Write a config that inherits another one and changes it; returns it resolved.
+
+    Args:
+        config: The file that is inherited.
+        out: The file to write.
+        before: What the first one resolves to.
+        wanted: What the second one is to resolve to.
+        note: Its first line.
+
+    Raises:
+        UsageError: It cannot be written, or what is wanted cannot be inherited.
+    """
+    text = _text_of(config, out, before, wanted, note)
     # Beside the target, since what it inherits is named relative to its place.
-    draft = target.with_name(f'{target.stem}_draft_{os.getpid()}.py')
+    draft = out.with_name(f'{out.stem}_draft_{os.getpid()}.py')
     try:
         draft.write_text(text, encoding='utf-8')
         found = load_config(str(draft)).to_dict()
         if others := differences(wanted, found):
             raise UsageError(f'{config} cannot be inherited without changing {", ".join(others)}')
-        os.replace(draft, target)
+        os.replace(draft, out)
     except OSError as error:
-        raise UsageError(f'--out {target} cannot be written: {error.strerror}') from error
+        raise UsageError(f'--out {out} cannot be written: {error.strerror}') from error
     finally:
         draft.unlink(missing_ok=True)
-    left = tuple(b.name for b in find_backbones(wanted) if b.twin and b.is_teacher)
-    return Swapped(target, differences(cfg.to_dict(), found), left)
+    return found
 
 
 # What is wanted
@@ -214,7 +233,7 @@ def _config_path(config: str) -> Path:
     return Path(spec.submodule_search_locations[0], '.mim', 'configs', name)
 
 
-def _target(config: Path, out: str | None, force: bool) -> Path:
+def target_of(config: Path, out: str | None, force: bool) -> Path:
     """The file to write, which must not be there yet."""
     installed = {'site-packages', 'dist-packages'} & set(config.parts)
     folder = Path.cwd() if installed else config.parent
@@ -230,12 +249,14 @@ def _target(config: Path, out: str | None, force: bool) -> Path:
     return target
 
 
-def _text_of(config: Path, out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _text_of(
+    config: Path, out: Path, before: dict[str, Any], wanted: dict[str, Any], note: str
+) -> str:
     """Text of what is wanted, for the file ``out``.
 
     It inherits ``config``; a config in mmengine's new style is written resolved.
     """
-    lines = [f'# {config.name} with idle tokens, written by tools/idle_config.py']
+    lines = [f'# {note}']
     target = Config()
     if Config._is_lazy_import(str(config)):
         target = Config(wanted)

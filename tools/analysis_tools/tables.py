@@ -1,0 +1,167 @@
+"""What the units of a backbone cost at each keep ratio, and what damage they do, each alone."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measures
+import numpy as np
+import torch
+from torch import Tensor, nn
+from trials import Trials, progress
+
+from idlevit_mm.analysis import search
+from idlevit_mm.analysis.flops import count_multiply_adds
+from idlevit_mm.analysis.models import idle_backbone
+from idlevit_mm.analysis.results import Line, add_line
+from idlevit_mm.blocks import run_blocks
+from idlevit_mm.errors import UsageError, one_line
+
+PROXIES = ('distance', 'loss', 'metric')
+
+
+class Tables:
+    """All that a search measures, kept in lines of a file.
+
+    Args:
+        trials: The checkpoint.
+        space: What can be chosen.
+        args: The command line.
+        path: The file of lines.
+
+    Attributes:
+        whole: Seconds and multiply-adds of keep 1.0.
+        cost: What units save at each ratio, as shares of ``whole``: (U, R), negative.
+        damage: What they do, by the proxy: (U, R).
+    """
+
+    def __init__(
+        self, trials: Trials, space: search.Space, args: argparse.Namespace, path: Path
+    ) -> None:
+        self.trials, self.space, self.args, self.path = trials, space, args, path
+        self.lines = trials.read(path)
+        self.dense = trials.variant(1.0)
+        space_of = dict(per=args.per, ratios=list(space.ratios))
+        costs = self.once(self.costs, kind='costs', **space_of)
+        self.whole, table = costs['whole'], np.array(costs['units'])
+        index = 1 if args.latency is None else 0
+        # What is saved of keep 1.0, as a share of it.
+        self.cost = (table[index] - table[index][:, -1:]) / self.whole[index]
+        units = progress(range(len(space.units)), self.title, len(space.units))
+        own = dict(kind='damage', proxy=args.proxy, **space_of)
+        found = [self.once(partial(self.damage_of_unit, u), unit=u, **own) for u in units]
+        self.damage = np.array([line['damage'] for line in found])
+
+    def once(self, measure: Callable[[], Line], **key: Any) -> Line:
+        """The line that has a key, measured if the file has none."""
+        for line in self.lines:
+            if key.items() <= line.items():
+                return line
+        line = dict(self.trials.about, **key, **measure())
+        add_line(line, self.path)
+        self.lines.append(line)
+        return line
+
+    def title(self, unit: int) -> str:
+        """A unit in words."""
+        stage, blocks = self.space.units[unit]
+        return f'damage by stage {stage + 1}, blocks {blocks.start + 1} to {blocks.stop}'
+
+    @torch.no_grad()
+    def costs(self) -> Line:
+        """Seconds and multiply-adds of keep 1.0, and of each unit at each ratio."""
+        backbone, inputs, units = idle_backbone(self.dense), dict[int, Any](), self.space.units
+        blocks = [[backbone.idle_blocks[stage][at] for at in own] for stage, own in units]
+        hooks = [
+            own[0].register_forward_pre_hook(lambda _, x, u=unit: inputs.update({u: x[:2]}))
+            for unit, own in enumerate(blocks)
+        ]
+        backbone(self.trials.images)
+        for hook in hooks:
+            hook.remove()
+        # Of units of equal blocks on the same map one is timed.
+        kinds: dict[Any, int] = {}
+        alike = [
+            kinds.setdefault((stage, kind_of(own)), unit)
+            for unit, ((stage, _), own) in enumerate(zip(units, blocks, strict=True))
+        ]
+        calls = {'whole': self.trials.call(self.dense)}
+        for unit in kinds.values():
+            for ratio in self.space.ratios:
+                own, (x, hw_shape) = blocks[unit], inputs[unit]
+                calls[f'{unit} {ratio}'] = lambda own=own, x=x, hw=hw_shape, r=ratio: run_blocks(
+                    own, x, hw, [r] * len(own)
+                )
+        print(f'timing {len(kinds)} of {len(blocks)} units at {len(self.space.ratios)} ratios')
+        taken = self.trials.seconds(calls)
+        # The lower quartile: whoever shares the machine can only make a call slower.
+        times = {name: measures.spread(own)[1] for name, own in taken.items()}
+        counts = {name: count_multiply_adds(calls[name]) for name in calls if name != 'whole'}
+        tables = [
+            [[found[f'{unit} {ratio}'] for ratio in self.space.ratios] for unit in alike]
+            for found in (times, counts)
+        ]
+        return dict(whole=[times['whole'], self.trials.multiply_adds(self.dense)], units=tables)
+
+    def damage_of_unit(self, unit: int) -> Line:
+        """What a unit does at each ratio."""
+        top = len(self.space.ratios) - 1
+        choices = np.full((top, len(self.space.units)), top)
+        choices[:, unit] = range(top)
+        return dict(damage=[*self.damages(map(self.space.keep_ratios, choices.tolist())), 0.0])
+
+    def damages(self, keeps: Iterable[Any]) -> list[float]:
+        """What schedules do, by the proxy."""
+        models = [self.dense, *(self.trials.variant(keep) for keep in keeps)]
+        if self.args.proxy == 'metric':
+            full, *scores = (self.trials.score(self.trials.metrics(model))[1] for model in models)
+            return [full - score for score in scores]
+        with torch.no_grad():
+            rows = [self.of_batch(models, data) for data in self.trials.runner.test_dataloader]
+        return np.mean(rows, axis=0).tolist()
+
+    def of_batch(self, models: Sequence[nn.Module], batch: Any) -> list[float]:
+        """What models do in a batch, against the first of them."""
+        data = models[0].data_preprocessor(batch, False)
+        if self.args.proxy == 'loss':
+            try:
+                losses = [m.parse_losses(m(**data, mode='loss'))[0].item() for m in models]
+            except (AttributeError, RuntimeError, ValueError) as error:
+                raise UsageError(
+                    f'--proxy loss: test images give no loss ({one_line(error, 150)}); allowed '
+                    'here: distance, metric'
+                ) from error
+            return [loss - losses[0] for loss in losses[1:]]
+        wants, *found = ([*idle_backbone(m)(data['inputs'])] for m in models)
+        return [float(np.mean([*map(distance, outs, wants)])) for outs in found]
+
+    def score(self, keep: Any) -> Line:
+        """The metric of a schedule, as tools/test.py prints it."""
+
+        def measure() -> Line:
+            found = self.trials.score(self.trials.metrics(self.trials.variant(keep)))
+            return dict(zip(('score_name', 'score'), found, strict=True))
+
+        return self.once(measure, kind='score', keep_ratios=keep)
+
+    def measured(self, keep: Any) -> Line:
+        """Milliseconds, multiply-adds and their share of those of keep 1.0."""
+        model = self.trials.variant(keep)
+        calls = dict(dense=self.trials.call(self.dense), own=self.trials.call(model))
+        seconds = self.trials.seconds(calls)
+        count = self.trials.multiply_adds(model)
+        time = measures.spread(seconds['own'], seconds['dense'])[0]
+        shares = dict(time=time, operations=count / self.whole[1])
+        return dict(ms=measures.spread(seconds['own'], 1e-3)[0], multiply_adds=count, **shares)
+
+
+def kind_of(blocks: Sequence[nn.Module]) -> tuple[tuple[str, int], ...]:
+    """What units have in common that take the same time on the same map."""
+    return tuple((repr(block), getattr(block.attn, 'shift_size', 0)) for block in blocks)
+
+
+def distance(out: Tensor, want: Tensor) -> float:
+    """Squared distance of features, as a share of their square: small ones add up."""
+    return ((out - want).square().sum() / want.square().sum()).item()
