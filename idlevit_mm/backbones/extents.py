@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..kernels import reads_values
@@ -31,11 +30,11 @@ class Extents(NamedTuple):
         idles = min(chain(*backbone.keep_ratios)) < 1.0
         return cls(filled(images, img_shapes) if idles else None, backbone.strides)
 
-    def at(self, stage: int, hw_shape: tuple[int, int], device: torch.device) -> Extent | None:
-        """What they fill of the maps of a stage; None for all."""
+    def at(self, stage: int, hw_shape: tuple[int, int], x: Tensor) -> Extent | None:
+        """What they fill of the maps of a stage, whose tokens are x; None for all."""
         if self.pixels is None:
             return None
-        return extent_of(self.pixels, math.prod(self.strides[: stage + 1]), hw_shape, device)
+        return extent_of(self.pixels, math.prod(self.strides[: stage + 1]), hw_shape, x)
 
 
 def filled(images: Tensor, img_shapes: ImgShapes) -> Sizes | None:

@@ -224,7 +224,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             x, hw_shape = patch_embed(pad_to(x, side, side))
             if self.use_abs_pos_embed:
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
-            last = self.record_inputs, None, extents.at(index, hw_shape, x.device), relay
+            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
             records.append(record)
             x = to_map(norm(x), hw_shape)

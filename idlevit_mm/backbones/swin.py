@@ -256,7 +256,7 @@ class IdleSwinTransformer(IdleBackbone):
         x = self.drop_after_pos(x)
         outs, records, relay = [], [], Relay()
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            last = self.record_inputs, None, extents.at(index, hw_shape, x.device), relay
+            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             x, record = stage(x, hw_shape, ratios, *last)
             records.append(record)
             if index in self.out_indices:

@@ -239,7 +239,7 @@ class IdleVisionTransformer(IdleBackbone):
             x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
         x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
-        last = self.record_inputs, taps, extents.at(0, hw_shape, x.device)
+        last = self.record_inputs, taps, extents.at(0, hw_shape, x)
         outs, record = run_blocks(self.layers, x, hw_shape, self.keep_ratios[0], *last)
         self.records = [record]
         return outs

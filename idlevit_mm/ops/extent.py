@@ -22,10 +22,14 @@ class Extent(NamedTuple):
     Attributes:
         sizes: Height and width of the part of each of B images, in tokens.
         inside: (B, N), whether a token belongs to its image.
+        rows: (B, 1, H), weights of the rows in a mean over the part.
+        cols: (B, 1, W), those of the columns.
     """
 
     sizes: Sizes
     inside: Tensor
+    rows: Tensor
+    cols: Tensor
 
 
 def filled_sizes(images: Tensor) -> Sizes | None:
@@ -54,12 +58,10 @@ def filled_sizes(images: Tensor) -> Sizes | None:
     return None if all(size == whole for size in sizes) else sizes
 
 
-def extent_of(
-    pixels: Sizes, stride: int, hw_shape: tuple[int, int], device: torch.device
-) -> Extent | None:
+def extent_of(pixels: Sizes, stride: int, hw_shape: tuple[int, int], x: Tensor) -> Extent | None:
     """What images that fill so many pixels fill of maps whose tokens are ``stride`` pixels apart.
 
-    None where all of the maps.
+    For tokens x; None where all of the maps.
     """
     sizes = tuple(
         tuple(min(-(-side // stride), limit) for side, limit in zip(size, hw_shape, strict=True))
@@ -67,26 +69,24 @@ def extent_of(
     )
     if all(size == hw_shape for size in sizes):
         return None
-    heights, widths = torch.tensor(sizes, device=device).unbind(1)
-    rows, cols = (torch.arange(side, device=device) for side in hw_shape)
-    inside = (rows < heights[:, None])[:, :, None] & (cols < widths[:, None])[:, None]
-    return Extent(sizes, inside.flatten(1))  # type: ignore[arg-type]
+    limits = torch.tensor(sizes, device=x.device)
+    filled = [
+        torch.arange(side, device=x.device) < limits[:, axis, None]
+        for axis, side in enumerate(hw_shape)
+    ]
+    inside = filled[0][:, :, None] & filled[1][:, None]
+    weights = [(mask / mask.sum(1, keepdim=True)).to(x.dtype)[:, None] for mask in filled]
+    return Extent(sizes, inside.flatten(1), *weights)  # type: ignore[arg-type]
 
 
-def mean_inside(
-    tokens: Tensor,
-    hw_shape: tuple[int, int],
-    extent: Extent | None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def mean_inside(tokens: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
     """Mean of the tokens (B, N, C) that belong to their images: (B, 1, C)."""
     if extent is None:
-        return tokens.mean(dim=1, keepdim=True, dtype=dtype)
-    maps = tokens.unflatten(1, hw_shape)
-    parts = [maps[i, :height, :width] for i, (height, width) in enumerate(extent.sizes)]
-    # One axis after the other: several times faster than both at once of what has gaps.
-    sums = [part.sum(dim=1, dtype=dtype).sum(dim=0) for part in parts]
-    return torch.stack([s / (h * w) for s, (h, w) in zip(sums, extent.sizes, strict=True)])[:, None]
+        return tokens.mean(dim=1, keepdim=True)
+    # One axis after the other, as products: what is padded makes gaps, and images differ.
+    rows, cols = extent.rows.to(tokens.dtype), extent.cols.to(tokens.dtype)
+    means = rows @ tokens.unflatten(1, hw_shape).flatten(2)
+    return cols @ means.view(len(tokens), hw_shape[1], -1)
 
 
 def units_inside(units: Units, hw_shape: tuple[int, int], extent: Extent | None) -> Units:

@@ -14,7 +14,7 @@ from idlevit_mm.policies import Seen
 from idlevit_mm.policies.select import select_units, unit_scores
 from idlevit_mm.registry import SCORERS, build_from
 
-CPU = torch.device('cpu')
+CPU, TOKENS = torch.device('cpu'), torch.zeros(1, dtype=torch.float64)
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 SIDES = st.integers(1, 11)
 
@@ -49,13 +49,13 @@ def test_an_image_of_one_value_is_whole():
 @pytest.mark.parametrize('stride', [1, 4, 16])
 def test_a_token_that_holds_a_pixel_of_the_image_belongs_to_it(stride):
     hw, pixels = (5, 7), ((1, 7 * stride), (2 * stride + 1, 3 * stride), (5 * stride, 1))
-    extent = extent_of(pixels, stride, hw, CPU)
+    extent = extent_of(pixels, stride, hw, TOKENS)
     grid = torch.zeros(3, 5 * stride, 7 * stride)
     for one, (height, width) in zip(grid, pixels, strict=True):
         one[:height, :width] = 1
     held = torch.nn.functional.max_pool2d(grid, stride, stride)
     assert torch.equal(extent.inside, held.flatten(1) > 0)
-    assert extent_of(((5 * stride, 7 * stride),) * 2, stride, hw, CPU) is None
+    assert extent_of(((5 * stride, 7 * stride),) * 2, stride, hw, TOKENS) is None
 
 
 @pytest.mark.parametrize(('window', 'shift'), [(4, 0), (3, 1), (20, 10), (1, 0)])
@@ -68,7 +68,7 @@ def test_a_token_that_holds_a_pixel_of_the_image_belongs_to_it(stride):
 )
 def test_padding_is_chosen_last_and_not_counted(scope, window, shift, sizes, keep):
     hw = (6, 9)
-    extent = extent_of(tuple(sizes), 1, hw, CPU)
+    extent = extent_of(tuple(sizes), 1, hw, TOKENS)
     if extent is None:
         return
     units = map_units(*hw, CPU)
@@ -100,7 +100,7 @@ def test_scores_of_an_image_do_not_see_its_padding(name):
     if name in ('random', 'uniform_grid'):
         pytest.skip('it does not look at tokens')
     hw, sizes = (5, 7), ((3, 4), (5, 2), (1, 7))
-    extent = extent_of(sizes, 1, hw, CPU)
+    extent = extent_of(sizes, 1, hw, TOKENS)
     tokens = torch.randn(3, 35, 8, dtype=torch.float64)
     scorer = build_from(SCORERS, 'scorer', name, embed_dims=8).double()
     attention = SelfAttention(8, 2).double()

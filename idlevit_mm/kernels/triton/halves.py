@@ -42,7 +42,9 @@ def choose(
     x, norm = tokens.x, block.norm1
     mean = None
     if scorer == 'MeanDistance':
-        mean = mean_inside(x, hw_shape, extent, torch.float32).squeeze(1)
+        mean = x.mean(dim=1, dtype=torch.float32)
+        if extent is not None:
+            mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
     # Spatial reduction wants the norm of all tokens.
     whole = kind == 'IdlePVTBlock' and _is_norm(norm)
     weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
@@ -54,7 +56,7 @@ def choose(
         number = hw_shape[0] * hw_shape[1]
         if extent is not None:
             number = max(height * width for height, width in extent.sizes)
-            scores = scores.masked_fill(~extent.inside, torch.finfo(scores.dtype).min)
+            scores = torch.where(extent.inside, scores, torch.finfo(scores.dtype).min)
         count = policy.count(number, keep_ratio)
         chosen = ops.select(scores, count, hw_shape, *layout, None)
     else:
