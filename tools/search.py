@@ -29,6 +29,9 @@ sys.path.append(str(Path(__file__).parent / 'analysis_tools'))
 from tables import PROXIES, Tables
 from trials import Trials, add_options
 
+# One bad timing must not rule out all that is near.
+STEP = 0.95
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -115,7 +118,7 @@ class Search:
     def within(self, name: str, pool: Iterable[Point], count: int) -> tuple[list[Line], list[Line]]:
         """The first few points of a pool, the dearest first, that meet the budget; and misses.
 
-        After a miss, points are asked that are cheaper by what was missed.
+        After a miss, points are asked that are cheaper by what was missed, in small steps.
         """
         limit, met, missed = self.cap, list[Line](), list[Line]()
         for point in pool:
@@ -130,7 +133,7 @@ class Search:
                 continue
             print(f'{name} {plain(point.keep)} costs {share:.3f}, not {point.cost:.3f}: too much')
             missed.append(dict(keep_ratios=point.keep, share=share))
-            limit = min(limit, point.cost * self.cap / share)
+            limit = point.cost * max(self.cap / share, STEP)
         return met, missed
 
     def share(self, figures: Line) -> float:
