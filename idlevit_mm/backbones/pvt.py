@@ -223,7 +223,9 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             side = self.least_sides[index]
             x, hw_shape = patch_embed(pad_to(x, side, side))
             if self.use_abs_pos_embed:
-                x, blocks = blocks[0](x, hw_shape), blocks[1:]
+                # Not a slice, which makes a new ModuleList, and which torch.compile cannot trace.
+                position, *blocks = blocks
+                x = position(x, hw_shape)
             last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
             records.append(record)

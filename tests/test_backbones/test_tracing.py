@@ -114,3 +114,12 @@ def test_an_exported_program_is_right_or_refuses(name, dynamic):
             else:
                 with pytest.raises((AssertionError, RuntimeError), match=r'size|shape|Guard'):
                     run(images(batch))
+
+
+@FAMILIES
+def test_compiled_whole(name):
+    """Without a break of the graph, for images of a size that the backbone has not seen."""
+    model = build(name, 0.5)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(images(2)), model(images(2)))
