@@ -81,7 +81,7 @@ def load(args: argparse.Namespace) -> tuple[Config, nn.Module]:
 def write(model: nn.Module, shape: Size, path: Path, args: Any, with_masks: bool = False) -> Any:
     """Record a graph for images of a size, write it, and return it."""
     graph = export.Graph(export.fixed(model, shape), with_masks)
-    images = noise_image((args.batch, 3, *shape))
+    images = noise_image(shape, model=model, batch=args.batch)
     program = export.record_graph(graph, images, args.dynamic_batch)
     export.save_graph(program, path)
     return program
@@ -95,7 +95,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def verify(cfg: Config, model: nn.Module, shape: Size, path: Path, args: Any) -> bool:
     """Print how the graph differs from eager PyTorch; whether it is right."""
     sizes = (1, 3) if args.dynamic_batch else (args.batch, args.batch + 1)
-    batches = {f'noise, {size}': noise_image((size, 3, *shape)) for size in sizes}
+    batches = {f'noise, {size}': noise_image(shape, model=model, batch=size) for size in sizes}
     if args.images:
         files = export.file_images(args.images, shape, cfg)
         for size in sizes:
@@ -136,7 +136,7 @@ def line_of(runtime: str, row: export.Row) -> dict[str, Any]:
 
 def time_all(model: nn.Module, shape: Size, path: Path, args: Any) -> None:
     """Print seconds of eager PyTorch and of the runtimes, at the keep ratios and all kept."""
-    images = noise_image((args.batch, 3, *shape))
+    images = noise_image(shape, model=model, batch=args.batch)
     dense = with_keep_ratios(model, 1.0)
     calls: dict[str, Callable[[], Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -118,7 +118,7 @@ def fixed(model: nn.Module, shape: tuple[int, int]) -> nn.Module:
     backbone, name = idle_backbone(clone), type(idle_backbone(clone)).__name__
     try:
         with torch.no_grad():
-            backbone(noise_image(shape))
+            backbone(noise_image(shape, model=backbone))
     except (RuntimeError, ValueError, AssertionError) as error:
         size = f'{shape[0]}x{shape[1]}'
         raise UsageError(f'{name} takes no images of {size}: {one_line(error)}') from error

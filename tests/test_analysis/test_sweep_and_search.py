@@ -26,12 +26,10 @@ DETECTOR, SEGMENTOR = 'retinanet_idle-pvtv2_digits', 'fpn_idle-pvtv2_digits'
 def nets(scene_config, tmp_path_factory):
     """Config and checkpoint of a tiny detector and segmentor, by name, and of a dense detector."""
     folder, found = tmp_path_factory.mktemp('nets'), {}
-    for name in (DETECTOR, SEGMENTOR, 'dense', 'grey'):
+    for name in (DETECTOR, SEGMENTOR, 'dense'):
         cfg = scene_config(name if '_' in name else DETECTOR)
         cfg.model.neck.update(in_channels=[8, 8, 8, 8][-len(cfg.model.neck.in_channels) :])
         cfg.model.backbone.update(SMALL, init_cfg=None)
-        if name == 'grey':
-            cfg.model.backbone.in_channels = 1
         if name == 'dense':
             cfg.model.backbone.type = 'PyramidVisionTransformerV2'
             for key in ('keep_ratios', 'policy'):
@@ -224,7 +222,6 @@ SIZED = ('--shape', '64x64')
         (DETECTOR, (*SWEEP, '--policies', '{bad'), '--policies {bad: allowed are'),
         (DETECTOR, (*SWEEP, '--num-images', '0'), '--num-images 0: allowed are'),
         (DETECTOR, (*SWEEP, '--metric', 'mIoU', *SIZED), '--metric mIoU is not measured; allowed'),
-        ('grey', (*SWEEP, '--shape', '41x7'), 'takes no images of 41x7'),
         (DETECTOR, (*SWEEP, '--out', 'x.json'), 'x.json must end in .jsonl'),
         ((DETECTOR, SEGMENTOR), SWEEP, 'does not fit RetinaNet'),
         ((DETECTOR, 'none'), SWEEP, 'none.pth does not exist'),

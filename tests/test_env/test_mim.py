@@ -90,7 +90,7 @@ def test_configs_and_tools_are_complete(installed):
     assert files(shipped / 'configs') == files(ROOT / 'configs')
     missing = files(ROOT / 'tools') - files(shipped / 'tools')
     assert {path.name for path in missing} == {
-        *('setup.sh', 'build_mmcv.py', 'doctor.py', 'demo.py'),
+        *('setup.sh', 'build_mmcv.py', 'doctor.py', 'demo.py', 'site.py'),
         *('variants.py', 'run.py', 'report.py'),
     }
     # The others need nothing that lies beside them in a checkout.

@@ -122,8 +122,8 @@ class Trials:
 
     @cached_property
     def images(self) -> torch.Tensor:
-        """The image that is timed: (1, 3, height, width)."""
-        return noise_image(self.shape, self.device)
+        """The image that is timed: (1, channels, height, width)."""
+        return noise_image(self.shape, self.device, self.model)
 
     def of_policy(self, policy: Any) -> nn.Module:
         """The model with another policy, a name or its config, for the same weights.
