@@ -226,6 +226,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
                 x, blocks = blocks[0](x, hw_shape), blocks[1:]
             last = self.record_inputs, None, extents.at(index, hw_shape, x.device), relay
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
+            relay = relay.after
             records.append(record)
             x = to_map(norm(x), hw_shape)
             if index in self.out_indices:
