@@ -57,7 +57,7 @@ def _entries(value: Any) -> Iterator[Any]:
 
 def table_size(img_size: int | Sequence[int], stride: int) -> Size:
     """Height and width in tokens of a position table for images of one or two numbers of pixels."""
-    sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
+    sizes = [int(side) for side in _entries(img_size)]
     if len(sizes) not in (1, 2) or min(sizes) < stride:
         raise ValueError(
             f'pretrain_img_size={img_size} must be one number or two, from {stride} on (a token)'

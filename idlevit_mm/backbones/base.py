@@ -94,7 +94,8 @@ class IdleBackbone(BaseModule, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> 'IdleBackbone':
         """Check the numbers that a constructor is about to get, whatever the family."""
-        check_numbers(cls, {**dict(zip(arguments_of(cls), args, strict=False)), **kwargs})
+        by_place = (n for n, p in arguments_of(cls).items() if p.kind is not p.KEYWORD_ONLY)
+        check_numbers(cls, {**dict(zip(by_place, args, strict=False)), **kwargs})
         return super().__new__(cls)
 
     def __init__(

@@ -228,6 +228,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
                 x = position(x, hw_shape)
             last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
+            relay = relay.after
             records.append(record)
             x = to_map(norm(x), hw_shape)
             if index in self.out_indices:

@@ -258,6 +258,7 @@ class IdleSwinTransformer(IdleBackbone):
         for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
             last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             x, record = stage(x, hw_shape, ratios, *last)
+            relay = relay.after
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')

@@ -47,12 +47,19 @@ class StageRecord(NamedTuple):
 
 
 class Relay:
-    """What a policy remembers at the end of a stage, and the map it is of, for the next stage."""
+    """What a policy remembers at the end of a stage, and the map it is of, for the next stage.
+
+    Attributes:
+        after: What the stage that gets this one leaves. Its own it does not change: a stage that is
+            recomputed in the backward pass must find what it found before.
+    """
+
+    after: 'Relay'
 
     # No dataclass: wrappers of modules make copies of those, and what a stage writes would be lost.
-    def __init__(self) -> None:
-        self.state: Any = None
-        self.hw_shape = 0, 0
+    def __init__(self, state: Any = None, hw_shape: tuple[int, int] = (0, 0)) -> None:
+        self.state = state
+        self.hw_shape = hw_shape
 
 
 def run_blocks(
@@ -76,7 +83,8 @@ def run_blocks(
         taps: For blocks after which the tokens are wanted, what makes an output of them; None for
             the tokens after the last block.
         extent: Which tokens belong to their images, the others being padding; None where all do.
-        relay: What the stages of a forward pass hand on; None where there is one.
+        relay: What the stage before has left; None where there is none. What this one leaves is
+            its ``after``.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
@@ -102,6 +110,6 @@ def run_blocks(
         if index in taps:
             carried = Carried(carried.pack, carried.plan, carried.state, extent=extent)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))
-    relay.state, relay.hw_shape = carried.state, numbers(hw_shape)
+    relay.after = Relay(carried.state, numbers(hw_shape))
     num_class = blocks[0].num_class
     return outs, StageRecord(x.shape[0], hw_shape, x.device, plans, num_class, inputs)

@@ -7,6 +7,7 @@ from ..errors import (
     UnsafeCheckpointError,
     UsageError,
 )
+from .mends import mend_checkpointing
 from .runner import ResumableRunner
 from .sharding import FullyShardedModel
 
@@ -21,5 +22,6 @@ __all__ = [
     'UsageError',
     'allow_mmengine_globals',
     'load_checkpoint',
+    'mend_checkpointing',
     'strip_checkpoint',
 ]

@@ -67,7 +67,7 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
     What looks wrong is refused only if it fails when it is tried.
     """
     backbone: Any = model.backbone
-    first = next(part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    first = next((part for part in backbone.modules() if isinstance(part, nn.Conv2d)), None)
     preprocessor = getattr(model, 'data_preprocessor', None)
     mean, spread = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
     for name, value in (
@@ -81,12 +81,14 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
     if type(model).__module__.startswith('mmseg.'):
         _check_windows(getattr(model, 'test_cfg', None), prefix)
     # One mean serves any number of channels.
-    if mean is not None and len(mean) not in (1, first.in_channels):
+    if first is not None and mean is not None and len(mean) not in (1, first.in_channels):
         raise SettingError(
             f'{prefix}backbone.in_channels={first.in_channels}, but {prefix}data_preprocessor.mean '
             f'has {len(mean)} entries, one for each channel of an image'
         )
-    if getattr(backbone, 'output_cls_token', False):
+    # What somebody's own family or subclass returns need not be as wide as its blocks.
+    own = type(backbone).forward.__module__.startswith('idlevit_mm.')
+    if getattr(backbone, 'output_cls_token', False) or not own:
         return
     widths = [stage[0].embed_dims for stage in backbone.idle_blocks]
     maps = [widths[index if len(widths) > 1 else 0] for index in backbone.out_indices]

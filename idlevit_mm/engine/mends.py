@@ -1,4 +1,4 @@
-"""Mends what mmseg gets wrong and a training would end with."""
+"""Mends what mmengine and mmseg get wrong, and a training would end or go astray with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from mmengine.runner import activation_checkpointing
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def mend_checkpointing() -> None:
+    """Let ``activation_checkpointing`` of a config give all weights their gradients.
+
+    mmengine leaves torch to its old way, which takes only tensors that are arguments by themselves
+    for inputs: what idle blocks hand on beside the tokens would get no gradient, in silence, nor
+    would a backbone, whose images need none.
+    """
+    activation_checkpointing.checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
 
 def mend_class_weights(model: nn.Module) -> None:

@@ -62,7 +62,9 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
         UsageError: One is wrong.
     """
     for key in cfg.keys() - _KEYS:
-        if hint := likely(key, _KEYS, 0.9 if len(key) > 7 else 0.8):
+        # A variable of a config, such as mode='x', is no model.
+        known = _KEYS if isinstance(cfg[key], Mapping) else _KEYS - {'model'}
+        if hint := likely(key, known, 0.9 if len(key) > 7 else 0.8):
             raise UsageError(f'{key} is no setting of a training{hint}')
     for key, allowed, what in _TYPES:
         holder, _, name = key.rpartition('.')
@@ -121,8 +123,10 @@ def check_number(key: str, value: Any, least: float = -math.inf, whole: bool = T
 
 
 def _check_names(key: str, part: Any, names: Collection[str]) -> None:
-    for name in part if isinstance(part, Mapping) else ():
-        if name not in names and (hint := likely(name, names, 0.8)):
+    for name, value in part.items() if isinstance(part, Mapping) else ():
+        # Hooks may have any name: one with a type is whole, whatever others are called.
+        own = isinstance(value, Mapping) and 'type' in value
+        if name not in names and not own and (hint := likely(name, names, 0.8)):
             raise UsageError(f'{key}.{name} is no setting{hint}')
 
 

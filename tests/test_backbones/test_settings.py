@@ -9,6 +9,7 @@ import pickle
 import re
 from threading import Barrier, Thread
 
+import numpy as np
 import pytest
 import torch
 from backbone_zoo import (
@@ -354,6 +355,30 @@ def test_numbers_that_cannot_be_are_named(variant):
             for wrong in (1, []):
                 with pytest.raises(ValueError, match=re.escape(f'{name}={wrong!r}')):
                     variant.build(**{name: wrong})
+
+
+def test_numbers_are_told_by_place_whatever_names_a_subclass_adds():
+    class Named(MODELS.get('IdleSwinTransformer')):
+        def __init__(self, *args, name='', **kwargs):
+            super().__init__(*args, **kwargs)
+
+    assert Named(32, 3, 8, 4, 7, 2, (1, 1), (1, 2), (4, 2), (0, 1)).depths == (1, 1)
+    with pytest.raises(ValueError, match='window_size=0'):
+        Named(32, 3, 8, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    [('swin', 'pretrain_img_size'), ('pvt', 'pretrain_img_size'), ('vit', 'img_size')],
+)
+def test_sizes_of_tables_may_be_any_whole_numbers(name, size):
+    more = dict(use_abs_pos_embed=True) if name == 'swin' else {}
+    for value in (np.int64(40), 40.0):
+        tables = [
+            {k: p.shape for k, p in BY_NAME[name].build(**{size: one}, **more).named_parameters()}
+            for one in (40, value)
+        ]
+        assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(

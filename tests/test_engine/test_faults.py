@@ -72,6 +72,11 @@ def test_nonsense_in_a_config(settings, message):
     assert '\n' not in str(error.value)
 
 
+def test_names_of_ones_own_are_none_misspelt():
+    hook = dict(type='CheckpointHook', interval=5)
+    check_settings(dict(mode='x', default_hooks=dict(checkpoint2=hook, visualization_val=hook)))
+
+
 def test_epochs_and_iterations_have_their_samplers():
     for loop in (dict(by_epoch=False, max_iters=3), dict(type='IterBasedTrainLoop', max_iters=3)):
         loader = dict(sampler=dict(type='InfiniteSampler'))

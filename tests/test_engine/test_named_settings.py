@@ -124,6 +124,15 @@ def test_a_neck_that_takes_some_of_the_maps_is_right(config):  # noqa: F811
     load_model(config, cfg_options={'model.neck': dict(type='OfTwo', _delete_=True)})
 
 
+def test_maps_of_a_subclass_may_be_of_any_width(config):  # noqa: F811
+    class Narrow(MODELS.get('IdleSwinTransformer')):
+        def forward(self, x):
+            return [out[:, :16] for out in super().forward(x)]
+
+    options = {'model.neck.in_channels': [16] * 4, 'model.backbone.type': Narrow}
+    load_model(config, cfg_options=options)
+
+
 def test_a_config_that_exits(tmp_path):
     path = tmp_path / 'net.py'
     path.write_text('import sys\nsys.exit(0)')
