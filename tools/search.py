@@ -25,7 +25,7 @@ from idlevit_mm.engine.swap import target_of, write_heir
 from idlevit_mm.errors import UsageError
 
 # What tools of analysis share.
-sys.path.append(str(Path(__file__).parent / 'analysis_tools'))
+sys.path.append(str(Path(sys.path[0], 'analysis_tools')))
 from tables import PROXIES, Tables
 from trials import Trials, add_options
 

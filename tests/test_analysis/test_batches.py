@@ -89,8 +89,10 @@ def test_counting_over_a_data_set(scenes, run_tool, tmp_path, capsys):
     counts = json.loads(by_shape.read_text())
     assert counts['96x96']['keep 1'] == dense['parts']
     assert dense['low'] == dense['high']
-    # How active tokens share out among windows depends on the image.
-    assert counts['96x96']['keep 0.5'] == pytest.approx(idle['parts'], rel=0.05)
+    # Noise fills its maps.
+    noise = counts['96x96']['keep 0.5']
+    assert 0.8 * noise['backbone'] < idle['parts']['backbone'] < 0.9 * noise['backbone']
+    assert noise['bbox_head'] == idle['parts']['bbox_head']
     assert counts['64x64']['keep 0.5']['total'] < idle['low'] <= idle['high']
 
 
