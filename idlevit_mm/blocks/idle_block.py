@@ -23,7 +23,7 @@ from ..kernels import (
     ranking_precision,
     site_of,
 )
-from ..ops import Extent, Rows, Units, map_units, row_mask, units_inside
+from ..ops import Extent, Rows, Units, map_units, units_inside
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work, moves
 from .functions import counted, gated, numbers, straight_through, weighted_mean, with_rows
@@ -287,14 +287,13 @@ class IdleBlock(BaseModule, ABC):
             return tokens.x
         if pack.rows is None:
             return pack.now
-        count, backend = pack.rows.ids.shape[1], backend_at(tokens.x)
-        put = backend.overwrite if tokens.owned else backend.put
-        out = put(tokens.x, pack.rows, pack.now[:, :count])
-        if not pack.plan.spread:
-            return out
-        added = self.spread(pack.now[:, count:] - pack.before[:, count:], tokens.hw_shape)
-        idle = ~row_mask(pack.rows, out.shape[1])[..., None]
-        return out + torch.where(idle, added, 0.0).to(out.dtype)
+        x, count, backend = tokens.x, pack.rows.ids.shape[1], backend_at(tokens.x)
+        if pack.plan.spread:
+            # To all rows: what was computed is put over it.
+            added = self.spread(pack.now[:, count:] - pack.before[:, count:], tokens.hw_shape)
+            x = x + added.to(x.dtype)
+        put = backend.overwrite if tokens.owned or pack.plan.spread else backend.put
+        return put(x, pack.rows, pack.now[:, :count])
 
     def regrouped(self, tokens: Tokens, plan: Plan, regroup: Regroup | None) -> tuple[Tokens, Plan]:
         """Let some of the computed rows leave, and append one that stands for them."""
