@@ -163,16 +163,3 @@ def test_shapes_are_those_of_timm(size, registers):
 
 def shapes(state):
     return {key: tuple(value.shape) for key, value in state.items()}
-
-
-@pytest.mark.parametrize(
-    ('options', 'said'),
-    [
-        (dict(registers=0), 'layer_scale=1e-05'),
-        (dict(registers=4, layer_scale=0.0), 'num_registers=4'),
-        (dict(registers=0, layer_scale=0.0), "interpolate_mode='bicubic-aa'"),
-    ],
-)
-def test_mmseg_has_no_such_class(options, said):
-    with pytest.raises(ValueError, match=f'with {said} .*has no dense class'):
-        idle_vit(**options).dense_twin({})
