@@ -217,9 +217,11 @@ _OTHERS = (
     _mit('mit-odd', **_ODD_MIT),
     _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
     _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
-    # mmseg's class without class token embeds one all the same; LV-ViT it has not at all.
+    # mmseg's class without class token embeds one all the same; LV-ViT and DINOv2 it has not.
     _vit('vit-no-cls', has_twin=False, with_cls_token=False),
     _vit('vit-conv-stem', has_twin=False, stem='conv', residual_scale=0.5, mlp_ratio=3),
+    _vit('vit-scaled', has_twin=False, layer_scale=0.1, interpolate_mode='bicubic-aa'),
+    _vit('vit-registers', has_twin=False, layer_scale=0.1, num_registers=3),
 )
 VARIANTS = FAMILIES + _OTHERS
 BY_NAME = {v.name: v for v in VARIANTS}

@@ -2,9 +2,11 @@
 
 One image at a time, tokens in a dict by patch number, nothing shared with ``idlevit_mm``: what the
 fast code has to reproduce. Papers: IdleViT arXiv 2310.05654, EViT arXiv 2202.07800, Evo-ViT arXiv
-2108.01390. ``weights`` are the parameters of a vision transformer by mmseg's names.
+2108.01390. ``weights`` are the parameters of a vision transformer by mmseg's names; registers
+(arXiv 2309.16588) and layer scale (arXiv 2103.17239), which the papers have not, may be among them.
 
-Shape letters: B images, N patches, C channels, T tokens of a sequence, D channels of a head.
+Shape letters: B images, N patches, P class token and registers, C channels, T tokens of a sequence,
+D channels of a head.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from torch import Tensor
 
 CLS = -1
 REPRESENTATIVE = -2
+REGISTER = -3  # and below
 EPS = 1e-6
 
 Weights = Mapping[str, Tensor]
-# A sequence of tokens: each (C,), by patch number; CLS, or a made-up number for other tokens.
+# A sequence of tokens: each (C,), by patch number; others than patches have negative ones, and
+# EViT's fused ones made-up numbers.
 Tokens = dict[int, Tensor]
 
 
@@ -86,19 +90,20 @@ def attend(
         first_rows.append(attention[0])
     name = f'layers.{layer}.attn.attn.out_proj'
     output = linear(torch.cat(outputs, -1), weights[f'{name}.weight'], weights[f'{name}.bias'])
+    output = output * weights.get(f'layers.{layer}.attn.gamma1.weight', 1)
     return output, sum(first_rows) / num_heads
 
 
 def attention_update(
     tokens: Tokens, weights: Weights, layer: int, num_heads: int
 ) -> tuple[Tokens, dict[int, Tensor]]:
-    """What attention adds to each token, and the class token's attention to each other token."""
+    """What attention adds to each token, and the class token's attention to patches and fused."""
     names = [CLS] + [name for name in tokens if name != CLS]
     y = norm(torch.stack([tokens[name] for name in names]), weights, f'layers.{layer}.ln1')
     q, k, v = (project(y, weights, layer, part) for part in 'qkv')
     output, row = attend(q, k, v, weights, layer, num_heads)
     update = dict(zip(names, output, strict=True))
-    return update, {name: a for name, a in zip(names, row, strict=True) if name != CLS}
+    return update, {name: a for name, a in zip(names, row, strict=True) if name >= 0}
 
 
 def mlp_update(tokens: Tokens, weights: Weights, layer: int) -> Tokens:
@@ -109,6 +114,7 @@ def mlp_update(tokens: Tokens, weights: Weights, layer: int) -> Tokens:
     hidden = linear(y, weights[f'{first}.weight'], weights[f'{first}.bias'])
     hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
     output = linear(hidden, weights[f'{second}.weight'], weights[f'{second}.bias'])
+    output = output * weights.get(f'layers.{layer}.ffn.gamma2.weight', 1)
     return dict(zip(names, output, strict=True))
 
 
@@ -128,7 +134,7 @@ def depth(weights: Weights) -> int:
 
 
 def embed(images: Tensor, weights: Weights) -> Tensor:
-    """Tokens (B, 1 + N, C) of images (B, 3, H, W), class token first, position added.
+    """Tokens (B, P + N, C) of images (B, 3, H, W), class token first, position added.
 
     Images are padded at the right and at the bottom; the position table has to fit.
     """
@@ -142,12 +148,24 @@ def embed(images: Tensor, weights: Weights) -> Tensor:
         for left in range(0, width, size):
             patch = canvas[:, :, top : top + size, left : left + size].flatten(1)
             tokens.append(linear(patch, kernel.flatten(1), weights['patch_embed.projection.bias']))
-    return torch.stack(tokens, dim=1) + weights['pos_embed']
+    if 'register_tokens' not in weights:
+        return torch.stack(tokens, dim=1) + weights['pos_embed']
+    before = torch.cat([weights['cls_token'], weights['register_tokens']], dim=1)
+    patches = torch.stack(tokens[1:], dim=1) + weights['pos_embed']
+    return torch.cat([before.expand(batch, -1, -1), patches], dim=1)
 
 
-def split(image: Tensor) -> Tokens:
-    """Embedded tokens of an image (1 + N, C), class token first, by patch number."""
-    return {CLS: image[0], **dict(enumerate(image[1:]))}
+def before_map(weights: Weights) -> list[int]:
+    """Names of the class token and the registers."""
+    registers = weights['register_tokens'].shape[1] if 'register_tokens' in weights else 0
+    return [CLS, *(REGISTER - number for number in range(registers))]
+
+
+def split(image: Tensor, weights: Weights) -> Tokens:
+    """Embedded tokens of an image (P + N, C), class token first, by patch number."""
+    first = before_map(weights)
+    names = [*first, *range(len(image) - len(first))]
+    return dict(zip(names, image, strict=True))
 
 
 def collect(
@@ -180,15 +198,15 @@ def idlevit(tokens: Tensor, weights: Weights, num_heads: int, keep_counts: Seque
     """IdleViT: layer l computes keep_counts[l] patches and the class token, the rest idles.
 
     Args:
-        tokens: (B, 1 + N, C), embedded tokens, class token first.
+        tokens: (B, P + N, C), embedded tokens, class token first.
         weights: Parameters by mmseg's names.
         num_heads: Heads of every attention.
         keep_counts: Number of active patches of each layer.
     """
-    patches = tokens.shape[1] - 1
+    patches = tokens.shape[1] - len(before_map(weights))
     images = []
     for image in tokens:
-        x, kept = split(image), []
+        x, kept = split(image, weights), []
         for layer, count in enumerate(keep_counts):
             x, chosen = _idle_layer(x, weights, layer, num_heads, count)
             kept.append(chosen)
@@ -199,24 +217,26 @@ def idlevit(tokens: Tensor, weights: Weights, num_heads: int, keep_counts: Seque
 def _idle_layer(
     x: Tokens, weights: Weights, layer: int, num_heads: int, count: int
 ) -> tuple[Tokens, list[int]]:
-    places = [CLS, *range(len(x) - 1)]
+    first = before_map(weights)
+    patches = len(x) - len(first)
+    places = [*first, *range(patches)]
     y = norm(torch.stack([x[place] for place in places]), weights, f'layers.{layer}.ln1')
     # Keys of all tokens serve the choice, those of the chosen ones the attention as well.
     keys = project(y, weights, layer, 'k')
     cls_query = project(y[:1], weights, layer, 'q')
-    chosen = list(range(len(x) - 1))
+    chosen = list(range(patches))
     if count < len(chosen):
         scores: Tokens = dict.fromkeys(chosen, torch.zeros(()))
         for number in range(num_heads):
             products = head(cls_query, number, num_heads) @ head(keys, number, num_heads).T
             for patch in scores:
-                scores[patch] = scores[patch] + products[0, 1 + patch] / num_heads
+                scores[patch] = scores[patch] + products[0, len(first) + patch] / num_heads
         chosen = best(scores, count)
-    rows = [0, *(1 + patch for patch in chosen)]
+    rows = [*range(len(first)), *(len(first) + patch for patch in chosen)]
     q = torch.cat([cls_query, project(y[rows[1:]], weights, layer, 'q')])
     v = project(y[rows], weights, layer, 'v')
     output, _ = attend(q, keys[rows], v, weights, layer, num_heads)
-    active = added(x, dict(zip([CLS, *chosen], output, strict=True)))
+    active = added(x, dict(zip([*first, *chosen], output, strict=True)))
     active = added(active, mlp_update(active, weights, layer))
     return {**x, **active}, chosen
 
@@ -235,17 +255,17 @@ def evit(
     """EViT: some layers drop the tokens the class token attends to least, or fuse them into one.
 
     Args:
-        tokens: (B, 1 + N, C), embedded tokens, class token first.
+        tokens: (B, P + N, C), embedded tokens, class token first.
         weights: Parameters by mmseg's names.
         num_heads: Heads of every attention.
         keep_ratio: Share of the sequence, without the class token, that stays.
         layers: Where tokens are dropped, between attention and MLP.
         fuse: Whether the dropped tokens, weighted by their attention, become one new token.
     """
-    patches = tokens.shape[1] - 1
+    patches = tokens.shape[1] - len(before_map(weights))
     images = []
     for image in tokens:
-        x, left, kept = split(image), {}, []
+        x, left, kept = split(image, weights), {}, []
         for layer in range(depth(weights)):
             update, attention = attention_update(x, weights, layer, num_heads)
             x = added(x, update)
@@ -253,7 +273,7 @@ def evit(
                 x, dropped = _reorganise(x, attention, keep_ratio, patches + layer, fuse)
                 left.update(dropped)
             x = added(x, mlp_update(x, weights, layer))
-            kept.append(sorted(name for name in x if name != CLS))
+            kept.append(sorted(name for name in x if name >= 0))
         images.append(({**left, **x}, kept))
     return collect(images, patches, weights)
 
@@ -262,9 +282,9 @@ def _reorganise(
     x: Tokens, attention: Mapping[int, Tensor], keep_ratio: float, fused: int, fuse: bool
 ) -> tuple[Tokens, Tokens]:
     """Split tokens into those that go on and those that leave; ``fused`` names the new token."""
-    kept = best(attention, math.ceil(keep_ratio * (len(x) - 1)))
+    kept = best(attention, math.ceil(keep_ratio * len(attention)))
     dropped = {name: x[name] for name in attention if name not in kept}
-    stays = {name: x[name] for name in [CLS, *kept]}
+    stays = {name: x[name] for name in x if name < 0 or name in kept}
     if fuse and dropped:
         stays[fused] = sum(attention[name] * token for name, token in dropped.items())
     return stays, dropped
@@ -285,7 +305,7 @@ def evovit(
     """Evo-ViT: informative tokens are computed, the others follow their representative.
 
     Args:
-        tokens: (B, 1 + N, C), embedded tokens, class token first.
+        tokens: (B, P + N, C), embedded tokens, class token first.
         weights: Parameters by mmseg's names.
         num_heads: Heads of every attention.
         first_layer: The first layer with placeholder tokens.
@@ -293,15 +313,15 @@ def evovit(
         alpha: Weight of a layer's class attention in the running one.
         representative: Whether placeholders have a representative; unchanged without.
     """
-    patches = tokens.shape[1] - 1
+    patches = tokens.shape[1] - len(before_map(weights))
     images = []
     for image in tokens:
-        x, running, kept = split(image), {}, []
+        x, running, kept = split(image, weights), {}, []
         for layer in range(depth(weights)):
             count = patches if layer < first_layer else int(patches * keep_ratio)
             informative = list(range(patches)) if count == patches else best(running, count)
             placeholders = [i for i in range(patches) if i not in informative]
-            sequence = {name: x[name] for name in [CLS, *informative]}
+            sequence = {name: x[name] for name in [*before_map(weights), *informative]}
             if representative and placeholders:
                 total = sum(running[i] for i in placeholders)
                 sequence[REPRESENTATIVE] = sum(running[i] / total * x[i] for i in placeholders)

@@ -1,7 +1,7 @@
 """Plain Vision Transformer with idle tokens (arXiv 2010.11929, 2012.12877, 2310.05654).
 
-Shape letters: B images, N tokens of the map (H * W), P class tokens behind the map (1 or 0), S rows
-of both and of what a policy has appended, T computed rows, C channels.
+Shape letters: B images, N tokens of the map (H * W), P class tokens and registers behind the map, S
+rows of both and of what a policy has appended, T computed rows, C channels.
 """
 
 import math
@@ -29,21 +29,12 @@ from ..registry import arguments_of
 from .arguments import table_size
 from .base import GELU, IdleBackbone
 from .extents import Extents, ImgShapes
-from .names import vit as names
-
-_PLAIN = dict(mlp_ratio=4, stem='patch', residual_scale=1.0, norm_cfg=dict(type='LN', eps=1e-6))
-_LVVIT = dict(mlp_ratio=3, stem='conv', residual_scale=0.5, norm_cfg=dict(type='LN', eps=1e-5))
-ARCHS: dict[str, dict[str, Any]] = {
-    'deit-tiny': dict(_PLAIN, embed_dims=192, num_layers=12, num_heads=3),
-    'deit-small': dict(_PLAIN, embed_dims=384, num_layers=12, num_heads=6),
-    'deit-base': dict(_PLAIN, embed_dims=768, num_layers=12, num_heads=12),
-    'lvvit-small': dict(_LVVIT, embed_dims=384, num_layers=16, num_heads=6),
-    'lvvit-medium': dict(_LVVIT, embed_dims=512, num_layers=20, num_heads=8),
-}
+from .names import dinov2, vit
+from .vit_shapes import SCALE, check_dense, check_kind, shape_of
 
 
 class IdleViTBlock(IdleBlock):
-    """One block of a plain ViT on the active tokens of a map and the class token."""
+    """One block of a plain ViT on the active tokens of a map, the class token and registers."""
 
     def __init__(
         self,
@@ -106,25 +97,30 @@ class IdleViTBlock(IdleBlock):
 
 @MODELS.register_module()
 class IdleVisionTransformer(IdleBackbone):
-    """Plain Vision Transformer that computes only active tokens: DeiT and LV-ViT shapes.
+    """Plain Vision Transformer that computes only active tokens: DeiT, LV-ViT, DINOv2.
 
     It is one stage of ``num_layers`` blocks, mmseg's ``VisionTransformer``.
 
     Args:
-        arch: Shape, one of ``deit-tiny``, ``deit-small``, ``deit-base``, ``lvvit-small`` and
-            ``lvvit-medium``: what ``embed_dims``, ``num_layers``, ``num_heads``, ``mlp_ratio``,
-            ``stem``, ``residual_scale`` and ``norm_cfg`` are where they are None.
+        arch: Shape, one of ``deit-tiny``, ``deit-small``, ``deit-base``, ``lvvit-small``,
+            ``lvvit-medium``, ``dinov2-small``, ``dinov2-base`` and ``dinov2-large``: what arguments
+            are that are None here, ``policy`` and ``init_cfg`` apart.
         img_size: Image size in pixels of the position table, which is resized to each image.
         patch_size: Side of a token in pixels.
         stem: ``patch`` (one convolution) or ``conv`` (LV-ViT's three before it).
         residual_scale: Factor of both branches of a block (LV-ViT, arXiv 2104.10858: 1 / 2).
+        layer_scale: What the learned factors of each channel of both branches (arXiv 2103.17239)
+            begin with; 0 for none.
         out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
         with_cls_token: Whether there is a class token.
+        num_registers: Tokens beside the class token (arXiv 2309.16588), always active and never
+            counted. Where there are some, the class token has no place in the position table.
         output_cls_token: Whether each output is a list of the map and the class token (B, C).
         patch_norm: Whether the patch embedding has a norm.
         patch_bias: Whether the patch embedding has a bias.
         final_norm: Whether a norm follows the last block.
-        interpolate_mode: How the position table is resized.
+        interpolate_mode: How the position table is resized: a mode of torch's, or one with ``-aa``
+            behind it, which smooths where the table shrinks.
 
     Further arguments, and errors, are those of ``IdleBackbone``.
 
@@ -134,13 +130,13 @@ class IdleVisionTransformer(IdleBackbone):
 
     family = 'vit'
     DENSE = (('mmseg', 'VisionTransformer'),)
-    FORMATS = names.FORMATS
+    FORMATS = (*vit.FORMATS, *dinov2.FORMATS)
 
     def __init__(
         self,
         arch: str = 'deit-small',
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | None = None,
         in_channels: int = 3,
         embed_dims: int | None = None,
         num_layers: int | None = None,
@@ -148,19 +144,21 @@ class IdleVisionTransformer(IdleBackbone):
         mlp_ratio: float | None = None,
         stem: str | None = None,
         residual_scale: float | None = None,
+        layer_scale: float | None = None,
         out_indices: int | Sequence[int] = -1,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         with_cls_token: bool = True,
+        num_registers: int = 0,
         output_cls_token: bool = False,
         act_cfg: dict = GELU,
         norm_cfg: dict | None = None,
         patch_norm: bool = False,
         patch_bias: bool = True,
         final_norm: bool = True,
-        interpolate_mode: str = 'bicubic',
+        interpolate_mode: str | None = None,
         with_cp: bool = False,
         pretrained: str | None = None,
         convert_weights: bool = False,
@@ -170,50 +168,64 @@ class IdleVisionTransformer(IdleBackbone):
         idle_where: str = 'always',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        shape = _shape(
+        shape = shape_of(
             arch,
+            img_size=img_size,
+            patch_size=patch_size,
             embed_dims=embed_dims,
             num_layers=num_layers,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
             stem=stem,
             residual_scale=residual_scale,
+            layer_scale=layer_scale,
+            num_registers=num_registers,
             norm_cfg=norm_cfg,
+            interpolate_mode=interpolate_mode,
         )
-        norm_cfg = shape['norm_cfg']
+        norm_cfg, patch_size = shape['norm_cfg'], shape['patch_size']
         channels, depth = shape['embed_dims'], shape['num_layers']
         indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         indices = tuple(depth - 1 if index == -1 else index for index in indices)
         super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
-        if output_cls_token and not with_cls_token:
-            raise ValueError('output_cls_token=True needs with_cls_token=True')
+        besides = dict(output_cls_token=output_cls_token, num_registers=num_registers)
+        for name, value in besides.items():
+            if value and not with_cls_token:
+                raise ValueError(f'{name}={value} needs with_cls_token=True')
         self.shape = shape
         self.strides = (patch_size,)
-        self.num_class = int(with_cls_token)
+        self.num_class = int(with_cls_token) + num_registers
+        # Class tokens with a place in the position table.
+        self.num_placed = int(with_cls_token and not num_registers)
         self.output_cls_token = output_cls_token
-        self.interpolate_mode = interpolate_mode
+        self.interpolate_mode = shape['interpolate_mode']
         if shape['stem'] == 'conv':
             self.patch_embed = ConvStemEmbed(in_channels, channels, patch_size)
         else:
             patch = dict(kernel_size=patch_size, stride=patch_size, bias=patch_bias)
             patch_norm_cfg = norm_cfg if patch_norm else None
             self.patch_embed = PatchEmbed(in_channels, channels, norm_cfg=patch_norm_cfg, **patch)
-        self.pos_shape = table_size(img_size, patch_size)
-        places = self.num_class + math.prod(self.pos_shape)
+        self.pos_shape = table_size(shape['img_size'], patch_size)
+        places = self.num_placed + math.prod(self.pos_shape)
         if with_cls_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
+        if num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, places, channels))
         self.drop_after_pos = nn.Dropout(p=drop_rate)
         attention = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias)
+        attention |= dict(num_heads=shape['num_heads'], layer_scale=shape['layer_scale'])
         hidden = int(shape['mlp_ratio'] * channels)
+        feedforward = dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg)
+        feedforward['layer_scale_init_value'] = shape['layer_scale']
         self.layers = ModuleList(
             IdleViTBlock(
                 channels,
                 norm_cfg=norm_cfg,
                 drop_path_rate=rate,
                 residual_scale=shape['residual_scale'],
-                attention=dict(attention, num_heads=shape['num_heads']),
-                feedforward=dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg),
+                attention=attention,
+                feedforward=feedforward,
                 policy=policy,
                 with_cp=with_cp,
                 num_class=self.num_class,
@@ -235,8 +247,7 @@ class IdleVisionTransformer(IdleBackbone):
         x, hw_shape = self.patch_embed(x)
         x = x + self._resized(hw_shape)
         if self.num_class:
-            first = self.pos_embed[:, : self.num_class]
-            x = torch.cat([x, (self.cls_token + first).expand(x.shape[0], -1, -1)], dim=1)
+            x = torch.cat([x, self._behind().expand(x.shape[0], -1, -1)], dim=1)
         x = self.drop_after_pos(x)
         taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
         last = self.record_inputs, taps, extents.at(0, hw_shape, x)
@@ -246,17 +257,23 @@ class IdleVisionTransformer(IdleBackbone):
 
     def fold_table(self, hw_shape: tuple[int, int]) -> None:
         """Resize the position table for good, so that maps of this size need no resizing."""
-        first = self.pos_embed[:, : self.num_class]
+        first = self.pos_embed[:, : self.num_placed]
         self.pos_embed = nn.Parameter(torch.cat([first, self._resized(hw_shape)], dim=1).detach())
         self.pos_shape = hw_shape
 
+    def _behind(self) -> Tensor:
+        """Class token and registers (1, P, C)."""
+        if self.num_placed:
+            return self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([self.cls_token, self.register_tokens], dim=1)
+
     def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
-        table = self.pos_embed[:, self.num_class :]
+        table = self.pos_embed[:, self.num_placed :]
         return resize_position_table(table, self.pos_shape, hw_shape, self.interpolate_mode)
 
     def _output(self, index: int, x: Tensor, hw_shape: tuple[int, int]) -> Any:
         count = hw_shape[0] * hw_shape[1]
-        # Rows behind the class token are fused ones.
+        # Rows behind the class token and registers are fused ones.
         x = x[:, : count + self.num_class]
         if self.final_norm and index == len(self.layers) - 1:
             x = self.ln1(x)
@@ -270,6 +287,8 @@ class IdleVisionTransformer(IdleBackbone):
         trunc_normal_(self.pos_embed, std=0.02)
         if self.num_class:
             trunc_normal_(self.cls_token, std=0.02)
+        if self.num_class > 1:
+            nn.init.normal_(self.register_tokens, std=1e-6)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -285,6 +304,8 @@ class IdleVisionTransformer(IdleBackbone):
             yield from (self.patch_embed, self.drop_after_pos, self.pos_embed)
             if self.num_class:
                 yield self.cls_token
+            if self.num_class > 1:
+                yield self.register_tokens
         yield from self.layers[: max(self.frozen_stages, 0)]
 
     @classmethod
@@ -300,29 +321,19 @@ class IdleVisionTransformer(IdleBackbone):
     def fit_tables(
         cls, state: StateDict, shapes: Mapping[str, Size], window_size: int | None, is_foreign: bool
     ) -> Fitted:
-        num_prefix = int('cls_token' in state)
-        return fit_tables(state, shapes, num_prefix=num_prefix, is_square=is_foreign)
+        num_prefix = int('cls_token' in state and 'register_tokens' not in state)
+        mode = 'bicubic-aa' if SCALE in state else 'bicubic'
+        return fit_tables(state, shapes, mode, None, num_prefix, is_foreign)
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        check_kind(state, self.state_dict())
         # Files of timm and of releases are of square images.
         shapes, mode = {'pos_embed': self.pos_shape}, self.interpolate_mode
-        return fit_tables(state, shapes, mode, None, self.num_class, is_foreign)
+        return fit_tables(state, shapes, mode, None, self.num_placed, is_foreign)
 
     def dense_twin(self, cfg: Mapping[str, Any]) -> tuple[dict[str, Any], StateDict]:
         shape = dict(self.shape)
-        for key, plain in (('stem', 'patch'), ('residual_scale', 1.0)):
-            if shape[key] != plain:
-                raise ValueError(
-                    f'backbone=IdleVisionTransformer with {key}={shape[key]!r} (as LV-ViT has it) '
-                    f"has no dense class: mmseg's VisionTransformer is {key}={plain!r} alone. "
-                    'Compare with keep_ratios=1.0 instead'
-                )
-        if shape['mlp_ratio'] != int(shape['mlp_ratio']):
-            raise ValueError(
-                f'backbone=IdleVisionTransformer with mlp_ratio={shape["mlp_ratio"]} has no dense '
-                "class: mmseg's VisionTransformer takes whole numbers. Compare with "
-                'keep_ratios=1.0 instead'
-            )
+        check_dense(shape)
         # The dense class has other defaults.
         settings = {name: one.default for name, one in arguments_of(type(self)).items()}
         settings |= {**cfg, **shape, 'mlp_ratio': int(shape['mlp_ratio'])}
@@ -334,17 +345,3 @@ class IdleVisionTransformer(IdleBackbone):
             state['cls_token'] = state['pos_embed'].new_zeros(1, 1, shape['embed_dims'])
             state['pos_embed'] = torch.cat([state['cls_token'], state['pos_embed']], dim=1)
         return settings, state
-
-
-def _shape(arch: str, **given: Any) -> dict[str, Any]:
-    """Shape of an architecture, with the given values in place of its own."""
-    if arch not in ARCHS:
-        raise ValueError(f'arch={arch!r} is unknown; allowed: {", ".join(ARCHS)}')
-    shape = ARCHS[arch] | {key: value for key, value in given.items() if value is not None}
-    if shape['stem'] not in ('patch', 'conv'):
-        raise ValueError(f'stem={shape["stem"]!r} is unknown; allowed: patch, conv')
-    if shape['embed_dims'] % shape['num_heads']:
-        raise ValueError(
-            f'embed_dims={shape["embed_dims"]} must be a multiple of num_heads={shape["num_heads"]}'
-        )
-    return shape

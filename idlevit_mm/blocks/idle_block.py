@@ -42,7 +42,7 @@ class IdleBlock(BaseModule, ABC):
         embed_dims: Channels of the tokens.
         policy: Config of the idling policy; None for the default.
         with_cp: Whether to recompute the block in the backward pass instead of storing it.
-        num_class: P, class tokens behind the map.
+        num_class: P, class tokens behind the map, the first of which policies look at.
 
     In families ``attention`` and ``feedforward`` hold further arguments of the block's two layers.
     """

@@ -11,7 +11,9 @@ PLACES = ('state_dict', 'model', 'module')
 WRAPPER = 'module.'
 BACKBONE = 'backbone.'
 # What pre-training (SimMIM, DINO and others) and trainers put before the names of a backbone.
-_AROUND = ('encoder.', 'student.', 'model.')
+_AROUND = ('encoder.', 'student.', 'model.', 'dinov2.', 'dinov2_with_registers.')
+# Where Hugging Face's networks have their blocks; their embeddings are no part of `encoder`.
+_BLOCKS = 'encoder.layer.'
 
 
 def place_of_weights(checkpoint: dict[str, Any]) -> str:
@@ -42,6 +44,8 @@ def split_backbone(weights: StateDict) -> tuple[StateDict, StateDict]:
 
     Weights of which no name has such a prefix are those of a backbone alone.
     """
+    if any(name.startswith(_BLOCKS) for name in weights):
+        return weights, {}
     for prefix in (BACKBONE, *_AROUND):
         inside = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
         if inside:

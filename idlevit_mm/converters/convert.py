@@ -26,6 +26,8 @@ TARGETS = {
     'official': 'official',
     'evovit': 'evovit',
     'mmpretrain': 'mmpretrain',
+    'dinov2': 'dinov2',
+    'huggingface': 'huggingface',
 }
 
 

@@ -29,8 +29,8 @@ class Format:
 
     Attributes:
         family: What its backbones call themselves.
-        name: Whose names: ``openmmlab``, ``timm``, ``official``, ``evovit`` or
-            ``mmpretrain``.
+        name: Whose names: ``openmmlab``, ``timm``, ``official``, ``evovit``, ``mmpretrain``,
+            ``dinov2`` or ``huggingface``.
         title: In words, for messages.
         matches: Whether weights have these names.
         decode: These names to OpenMMLab's.

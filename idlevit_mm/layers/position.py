@@ -9,16 +9,25 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels import exact
 from ..ops import to_map, to_tokens
 
 
 def resize_position_table(
     table: Tensor, old_shape: tuple[int, int], new_shape: tuple[int, int], mode: str
 ) -> Tensor:
-    """Interpolate an absolute position table of shape (1, N, C) to (1, H' * W', C)."""
+    """Interpolate an absolute position table of shape (1, N, C) to (1, H' * W', C).
+
+    ``mode`` is one of torch's, or with ``-aa`` behind it to smooth where the table shrinks.
+    """
     if old_shape == new_shape:
         return table
-    return to_tokens(F.interpolate(to_map(table, old_shape), size=new_shape, mode=mode))
+    plain = mode.removesuffix('-aa')
+    smooth = plain != mode
+    # The CPU cannot smooth in half precision.
+    grid = to_map(exact(table) if smooth else table, old_shape)
+    resized = F.interpolate(grid, size=new_shape, mode=plain, antialias=smooth)
+    return to_tokens(resized).to(table.dtype)
 
 
 def resize_relative_position_table(table: Tensor, num_places: int) -> Tensor:

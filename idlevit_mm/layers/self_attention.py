@@ -3,16 +3,34 @@
 Shape letters: B images, S rows (the map, then class tokens), T computed rows, C channels.
 """
 
-from torch import Tensor
+from typing import Any
+
+from mmcv.cnn.bricks.scale import LayerScale
+from torch import Tensor, nn
 
 from .attention import PackedAttention
 from .share import kept_share
 
 
 class SelfAttention(PackedAttention):
-    """Attention of a plain ViT among the computed rows; arguments are those of its base."""
+    """Attention of a plain ViT among the computed rows.
 
-    forward = PackedAttention.branch
+    Args:
+        *args: Those of its base, as are further keyword arguments.
+        layer_scale: What the factors of the branch's channels begin with; 0 for none.
+    """
+
+    def __init__(self, *args: Any, layer_scale: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # mmpretrain's name, as is the FFN's gamma2.
+        self.gamma1 = (
+            LayerScale(self.embed_dims, scale=layer_scale) if layer_scale else nn.Identity()
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Compute the branch as ``PackedAttention.branch`` does, and scale its channels."""
+        branch, row = self.branch(*args, **kwargs)
+        return self.gamma1(branch), row
 
     def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
         """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens."""

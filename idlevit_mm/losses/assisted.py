@@ -49,7 +49,8 @@ class AssistedLoss(AuxiliaryLoss):
         losses = []
         for name, backbone in step.backbones.items():
             (x,) = step.calls[self.norms[name]].args
-            logits = _heads(backbone)(backbone.ln1(x[:, :-1].mean(dim=1)), x[:, -1])
+            first = -backbone.num_class
+            logits = _heads(backbone)(backbone.ln1(x[:, :first].mean(dim=1)), x[:, first])
             goal = classes_of(step.samples, logits[0])
             losses += [F.binary_cross_entropy_with_logits(one, goal) for one in logits]
         return self.loss_weight * torch.stack(losses).mean()

@@ -40,7 +40,7 @@ class Step:
 
 
 def last_norm(backbone: Any, name: str, user: str) -> str:
-    """Name of the norm whose one call has map and class token (B, N + 1, C) of the last block.
+    """Name of the norm whose one call has map, class token and registers of the last block.
 
     Raises:
         SettingError: The backbone of this name, which ``user`` looks into, has none.

@@ -107,10 +107,11 @@ class FeatureDistillation(AuxiliaryLoss):
         if self.tokens == 'map':
             return maps
         tokens = maps[-1].flatten(2).transpose(1, 2)
+        count = tokens.shape[1]
         if name in self.norms:
             tokens = calls[self.norms[name]].output
         if self.tokens == 'class':
-            return [tokens[:, -1]]
+            return [tokens[:, count]]
         mask = student.keep_masks[-1][-1].flatten(1)
         classes = mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])
         return [tokens * torch.cat([mask, classes], dim=1)[..., None]]

@@ -130,7 +130,10 @@ def test_dense_mit_of_mmseg_gives_the_same():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(arch='lvvit-small'), r"stem='conv' \(as LV-ViT has it\) has no dense class"),
+        (dict(arch='lvvit-small'), r"stem='conv' \(as LV-ViT or DINOv2 has it\) has no dense"),
+        (dict(arch='dinov2-small'), r'layer_scale=1e-05 .*has no dense class'),
+        (dict(num_registers=4), r'num_registers=4 .*has no dense class'),
+        (dict(interpolate_mode='bicubic-aa'), r"interpolate_mode='bicubic' alone"),
         (dict(residual_scale=0.5), r'residual_scale=0\.5 .*has no dense class.*keep_ratios=1\.0'),
         (dict(mlp_ratio=2.5), r'mlp_ratio=2\.5 has no dense class'),
     ],

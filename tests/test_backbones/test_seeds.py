@@ -340,6 +340,31 @@ def test_evovit(grid, batch, options):
     )
 
 
+WITH_REGISTERS = {
+    'IdleViT': (
+        lambda x, w: seeds.idlevit(x, w, HEADS, [35] * 4 + [18] * 8),
+        dict(scorer='class_query'),
+    ),
+    'EViT': (lambda x, w: seeds.evit(x, w, HEADS, 0.5, range(4, 12)), {}),
+    'EvoViT': (lambda x, w: seeds.evovit(x, w, HEADS), dict(rounding='floor')),
+}
+
+
+@pytest.mark.parametrize('policy', WITH_REGISTERS)
+def test_registers_and_layer_scale(policy):
+    """Registers are always active, are no candidates, and get no share of the class attention."""
+    reference, options = WITH_REGISTERS[policy]
+    assert_as_published(
+        (5, 7),
+        2,
+        reference,
+        policy=dict(type=policy, **options),
+        keep_ratios=[[1.0] * 4 + [0.5] * 8],
+        num_registers=4,
+        layer_scale=0.1,
+    )
+
+
 def build_idlevit(arch, keep_ratio):
     return idle_vit(
         arch=arch,

@@ -331,7 +331,8 @@ WRONG_NUMBERS = {
     **dict.fromkeys(('depths', 'num_layers', 'num_heads', 'embed_dims', 'in_channels'), _NO_COUNT),
     **dict.fromkeys(('window_size', 'patch_size', 'patch_sizes', 'strides'), _NO_COUNT),
     **dict.fromkeys(('sr_ratios', 'img_size', 'pretrain_img_size', 'num_stages'), _NO_COUNT),
-    'paddings': (-1, 0.5),
+    **dict.fromkeys(('paddings', 'num_registers'), (-1, 0.5)),
+    'layer_scale': (-1, 'x'),
     'out_indices': (-2, 99, 0.5, 'x'),
     'frozen_stages': (-2, 99, 'x'),
     **dict.fromkeys(('mlp_ratio', 'mlp_ratios'), (0, -1, 'x')),
@@ -388,6 +389,7 @@ def test_sizes_of_tables_may_be_any_whole_numbers(name, size):
         ('swin', dict(use_abs_pos_embed=True, pretrain_img_size=3), 'pretrain_img_size=3 must be'),
         ('pvt', dict(pretrain_img_size=7), 'pretrain_img_size=7 must be'),
         ('vit', dict(num_heads=3), 'embed_dims=8 must be a multiple of num_heads=3'),
+        ('vit-no-cls', dict(num_registers=4), 'num_registers=4 needs with_cls_token=True'),
     ],
 )
 def test_numbers_that_do_not_go_together(name, options, said):
@@ -395,7 +397,7 @@ def test_numbers_that_do_not_go_together(name, options, said):
         BY_NAME[name].build(**options)
 
 
-@parametrize()
+@parametrize((*FAMILIES, BY_NAME['vit-registers']))
 def test_frozen_stages_are_frozen_in_the_constructor(variant):
     """Optimizers and wrappers of modules see it before any call of train()."""
     blocks = sum(variant.depths)
@@ -420,7 +422,7 @@ def parts(variant, frozen):
     if frozen < 0:
         return []
     if variant.is_vit:
-        first = ['patch_embed.', 'pos_embed', 'cls_token']
+        first = ['patch_embed.', 'pos_embed', 'cls_token', 'register_tokens']
         return [*first, *(f'layers.{block}.' for block in range(frozen))]
     if variant.is_swin:
         stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]

@@ -169,8 +169,7 @@ def test_other_networks_are_told_apart():
 @pytest.mark.parametrize(
     ('kwargs', 'key'),
     [
-        (dict(init_values=0.1), r'blocks\.0\.ls1\.gamma'),
-        (dict(reg_tokens=2), 'reg_token'),
+        (dict(qk_norm=True), r'blocks\.0\.attn\.q_norm\.weight'),
         (dict(pre_norm=True), r'norm_pre\.weight'),
     ],
 )

@@ -22,7 +22,7 @@ def model_of(variant='vit', **kwargs):
 
 
 def last_tokens(model, x):
-    """Tokens after the last norm, (B, T, C), class token last where there is one."""
+    """Tokens after the last norm, (B, T, C), class token behind the map where there is one."""
     seen = []
     handle = model.backbone.ln1.register_forward_hook(lambda *a: seen.append(a[-1]))
     model.backbone(x)
@@ -32,7 +32,11 @@ def last_tokens(model, x):
 
 @pytest.mark.parametrize(
     ('tokens', 'variant'),
-    [('class', 'vit'), ('kept', 'vit'), ('kept', 'vit-no-cls'), ('kept', 'swin')],
+    [
+        ('class', 'vit'),
+        ('class', 'vit-registers'),
+        *(('kept', variant) for variant in ('vit', 'vit-registers', 'vit-no-cls', 'swin')),
+    ],
 )
 def test_distilled_tokens(tokens, variant, tmp_path):
     """The release's mean square errors by loops, times what they are averaged over beyond ours."""
@@ -55,9 +59,10 @@ def test_distilled_tokens(tokens, variant, tmp_path):
     batch, count, channels = own.shape
     for b in range(batch):
         if tokens == 'class':
-            lengths = [math.sqrt(sum(float(v) ** 2 for v in part[b, -1])) for part in (own, other)]
+            one, two = (part[b, mask.shape[1]] for part in (own, other))
+            lengths = [math.sqrt(sum(float(v) ** 2 for v in part)) for part in (one, two)]
             for c in range(channels):
-                total += float(own[b, -1, c] / lengths[0] - other[b, -1, c] / lengths[1]) ** 2
+                total += float(one[c] / lengths[0] - two[c] / lengths[1]) ** 2
             continue
         kept = [t for t in range(count) if t >= mask.shape[1] or mask[b, t]]
         for c in range(channels):
@@ -101,11 +106,11 @@ def samples(kind):
     return found, [BaseDataElement(**one) for one in made]
 
 
-@pytest.mark.parametrize('kind', ['boxes', 'pixels'])
-def test_assisted(kind):
+@pytest.mark.parametrize(('kind', 'variant'), [('boxes', 'vit'), ('pixels', 'vit-registers')])
+def test_assisted(kind, variant):
     """Half by the mean token, normalised after, and half by the class token, with its own norm."""
     policy = dict(type='EvoViT', assist=5)
-    model = model_of(keep_ratios=[1.0, 0.6, 0.5], policy=policy)
+    model = model_of(variant, keep_ratios=[1.0, 0.6, 0.5], policy=policy)
     found, given = samples(kind)
     add_losses(model, build_losses([dict(type='AssistedLoss', loss_weight=2.0)]))
     losses = model.loss(IMAGES, given)
@@ -116,8 +121,9 @@ def test_assisted(kind):
     heads, norm = model.backbone.layers[-1].policy.heads, model.backbone.ln1
     total = 0.0
     for tokens, classes in zip(inputs[0], found, strict=True):
-        mean = norm(sum(tokens[:-1]) / (len(tokens) - 1))
-        for logits in (heads.of_mean(mean), heads.of_class(heads.norm(tokens[-1]))):
+        count = model.backbone.keep_masks[0][0][0].numel()
+        mean = norm(sum(tokens[:count]) / count)
+        for logits in (heads.of_mean(mean), heads.of_class(heads.norm(tokens[count]))):
             for k, logit in enumerate(logits.tolist()):
                 p = 1 / (1 + math.exp(-logit))
                 total -= 0.5 * math.log(p if k in classes else 1 - p)

@@ -140,7 +140,7 @@ def test_autocast_ranks_in_float32(case):
     """A block ranks what enters it as it would without autocast."""
     model = case.build()
     block = stage_blocks(model)[0][-1]
-    x, hw = tokens_for(case, block, (9, 11))
+    x, hw = tokens_for(block, (9, 11))
     exact = block(x, hw, 0.6)[1].plan
     with torch.autocast('cpu', torch.bfloat16):
         rounded = block(x, hw, 0.6)[1].plan
@@ -150,9 +150,9 @@ def test_autocast_ranks_in_float32(case):
         assert_close(rounded.summary, exact.summary, 1e-6)
 
 
-def tokens_for(case, block, hw, batch=2, dtype=torch.float32):
+def tokens_for(block, hw, batch=2, dtype=torch.float32):
     """Tokens that enter a block, and the size of their map."""
-    count = hw[0] * hw[1] + int(case.variant.has_class_token)
+    count = hw[0] * hw[1] + block.num_class
     channels = block.policy.scorer.embed_dims
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(batch, count, channels, generator=generator, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_gradients_of_one_block(case):
     policy = {} if case.by_class_attention else dict(scorer='uniform_grid')
     model = case.build(policy=policy).double()
     block = stage_blocks(model)[0][-1]
-    x, hw = tokens_for(case, block, (3, 5), batch=2, dtype=torch.float64)
+    x, hw = tokens_for(block, (3, 5), batch=2, dtype=torch.float64)
     state = block(x, hw, 1.0)[1].state if case.by_class_attention else None
     state = state.detach() if isinstance(state, torch.Tensor) else state
     names = [name for name, _ in block.named_parameters()]
@@ -220,7 +220,7 @@ def settled(block, x, hw, carried):
 def test_where_all_are_context_active_tokens_are_as_in_the_dense_block(case):
     """Their keys are those of idle tokens too, and nothing else in a block mixes tokens."""
     for block in stage_blocks(case.build().double())[0][-2:]:
-        x, hw = tokens_for(case, block, (9, 11), dtype=torch.float64)
+        x, hw = tokens_for(block, (9, 11), dtype=torch.float64)
         dense = block(x, hw, 1.0)[0]
         out, (_, plan, *_) = block(x, hw, 0.4)
         active = row_mask(plan.rows, x.shape[1])

@@ -1,7 +1,8 @@
 """Published backbones by name, and timm's twins of them.
 
 A preset needs no config file and no mmdet. Settings are those of the papers: Swin arXiv
-2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203.
+2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203, DINOv2
+arXiv 2304.07193.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _W12 = dict(window_size=12, pretrain_img_size=384)
 _PVT = dict(_RATE, type='IdlePyramidVisionTransformer', embed_dims=64)
 _PVTV2 = dict(_RATE, type='IdlePyramidVisionTransformerV2')
 _MIT = dict(_RATE, type='IdleMixVisionTransformer', num_heads=(1, 2, 5, 8))
+_VIT = dict(_RATE, type='IdleVisionTransformer')
 _SMALL, _LARGE = (2, 2, 2, 2), (3, 4, 6, 3)
 
 # Configs of idle backbones; everything not named is the class's default.
@@ -40,6 +42,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     'mit-b3': dict(_MIT, embed_dims=64, num_layers=(3, 4, 18, 3)),
     'mit-b4': dict(_MIT, embed_dims=64, num_layers=(3, 8, 27, 3)),
     'mit-b5': dict(_MIT, embed_dims=64, num_layers=(3, 6, 40, 3)),
+    'dinov2-s': dict(_VIT, arch='dinov2-small'),
+    'dinov2-b': dict(_VIT, arch='dinov2-base'),
+    'dinov2-l': dict(_VIT, arch='dinov2-large'),
 }
 # Names of timm's models of the same architecture, where it has one.
 TIMM = {
@@ -48,18 +53,23 @@ TIMM = {
     'swin-b': 'swin_base_patch4_window7_224',
     'swin-l': 'swin_large_patch4_window12_384',
     **{f'pvtv2-b{number}': f'pvt_v2_b{number}' for number in range(6)},
+    'dinov2-s': 'vit_small_patch14_dinov2',
+    'dinov2-b': 'vit_base_patch14_dinov2',
+    'dinov2-l': 'vit_large_patch14_dinov2',
 }
 
 
 def timm_twin(name: str, shape: tuple[int, int], drop_path_rate: float) -> nn.Module:
     """A model of timm as a backbone for images of a size (H, W) in pixels, with random weights.
 
-    It returns the maps of all four stages. timm's Swin lays its windows out for one size; what is
-    no multiple of 4 is padded, as mmdet's class does.
+    It returns the maps of all stages, of a plain ViT the last one. timm's Swin lays its windows out
+    for one size; what is no multiple of 4 is padded, as mmdet's class does.
     """
     import timm
 
     options: dict[str, Any] = dict(features_only=True, drop_path_rate=drop_path_rate)
+    if name.startswith('vit'):
+        options |= dict(out_indices=[-1], dynamic_img_size=True, dynamic_img_pad=True)
     if not name.startswith('swin'):
         return timm.create_model(name, **options)
     bottom, right = (-side % 4 for side in shape)

@@ -21,6 +21,7 @@ from ...checkpoints import StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
 from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
 
+_OURS = 'layers.{block}.'
 # Parts of a block here, in timm and in mmpretrain.
 _BLOCK = (
     ('ln1', 'norm1', 'ln1'),
@@ -31,20 +32,24 @@ _BLOCK = (
 )
 
 
-def _rules(column: int, projection: str, norm: str, block: str) -> tuple[Rule, ...]:
-    """What all have, by their names of the embedding, the last norm and a block."""
-    ours = 'layers.{block}.'
+def rules(column: int, projection: str, norm: str, block: str) -> tuple[Rule, ...]:
+    """What all have, by their column of ``_BLOCK`` and names of embedding, last norm and block."""
     outer = (('patch_embed.projection', f'patch_embed.{projection}'), ('ln1', norm))
     return (
         Rule('cls_token', 'cls_token'),
         Rule('pos_embed', 'pos_embed'),
         *with_leaves((('patch_embed.norm', 'patch_embed.norm'), *outer)),
-        *with_leaves(((names[0], names[column]) for names in _BLOCK), ours, block),
-        Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{block}attn.qkv.{{leaf}}'),
+        *with_leaves(((names[0], names[column]) for names in _BLOCK), _OURS, block),
+        Rule(f'{_OURS}attn.attn.in_proj_{{leaf}}', f'{block}attn.qkv.{{leaf}}'),
     )
 
 
-_TIMM_RULES = _rules(1, 'proj', 'norm', 'blocks.{block}.')
+TIMM_RULES = rules(1, 'proj', 'norm', 'blocks.{block}.')
+# Factors of the channels of both branches.
+SCALE_RULES = (
+    Rule('layers.{block}.attn.gamma1.weight', 'blocks.{block}.ls1.gamma'),
+    Rule('layers.{block}.ffn.gamma2.weight', 'blocks.{block}.ls2.gamma'),
+)
 # Convolution, norm and activation follow each other in `patch_embed.stem`; only two have weights.
 _STEM_RULES = with_leaves(
     (
@@ -79,8 +84,12 @@ _names = partial(
     before=_without_distillation,
     decoded=with_qkv_biases,
 )
-_TIMM = _names("timm's vit_* and DeiT's", _TIMM_RULES)
-_LVVIT = _names("LV-ViT's", (*_TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
+_TIMM = _names(
+    "timm's vit_* and DeiT's",
+    (*TIMM_RULES, *SCALE_RULES, Rule('register_tokens', 'reg_token')),
+)
+_DEIT = _names("DeiT's", TIMM_RULES)
+_LVVIT = _names("LV-ViT's", (*TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
 _EVO_RULES = (
     Rule('cls_token', 'cls_token'),
     Rule('pos_embed', 'pos_embed'),
@@ -134,16 +143,24 @@ _EVO = KeyMap(
 )
 _MMPRETRAIN = _names(
     "mmpretrain's VisionTransformer",
-    _rules(2, 'projection', 'ln1', 'layers.{block}.'),
+    (
+        *rules(2, 'projection', 'ln1', _OURS),
+        *with_leaves(((name, name) for name in ('attn.gamma1', 'ffn.gamma2')), _OURS, _OURS),
+    ),
     theirs_only=re.compile(r'^head\.'),
 )
 _has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
 _has_stem = with_keys('patch_embed.conv1.weight')
 
 
+def is_dinov2(state: StateDict) -> bool:
+    """Whether names are those of the DINOv2 releases, which have some that timm has not."""
+    return _has_blocks(state) and ('mask_token' in state or 'register_tokens' in state)
+
+
 def is_timm(state: StateDict) -> bool:
     """Whether names are those of timm's plain vision transformers or of the DeiT releases."""
-    return _has_blocks(state) and not _has_stem(state)
+    return _has_blocks(state) and not (_has_stem(state) or is_dinov2(state))
 
 
 def is_lvvit(state: StateDict) -> bool:
@@ -153,7 +170,7 @@ def is_lvvit(state: StateDict) -> bool:
 
 def to_official(state: StateDict) -> Conversion:
     """Names of mmseg's class to those of the DeiT or LV-ViT releases; see ``KeyMap.encode``."""
-    return (_LVVIT if 'patch_embed.stem.0.weight' in state else _TIMM).encode(state)
+    return (_LVVIT if 'patch_embed.stem.0.weight' in state else _DEIT).encode(state)
 
 
 _is_ours = with_keys('layers.0.attn.attn.in_proj_weight')
