@@ -450,17 +450,16 @@ def test_masks_before_the_first_forward_stop_nobody_who_looks_around(variant):
 def test_masks_are_of_the_thread_that_asks(variant):
     model = variant.build(keep_ratios=0.5).eval()
     other = copy.copy(model)
-    # Compiling takes long, and is the same for all.
-    compiled = torch.compile(model, backend='eager') if variant.name == 'swin' else model
     everyone, seen = Barrier(2), {}
 
-    def look(batch, forward):
+    def look(batch):
         with torch.no_grad():
-            forward(image((batch, 3, 48, 64)))
+            model(image((batch, 3, 48, 64)))
         everyone.wait(60)
         seen[batch] = [[len(mask) for mask in stage] for stage in model.keep_masks]
 
-    threads = [Thread(target=look, args=pair) for pair in ((2, model), (3, compiled))]
+    # Not compiled: torch.compile is not safe while another thread computes.
+    threads = [Thread(target=look, args=(batch,)) for batch in (2, 3)]
     for thread in threads:
         thread.start()
     for thread in threads:
