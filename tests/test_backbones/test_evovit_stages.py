@@ -26,7 +26,7 @@ def deployed(tokens, weights, starts, ratio, alphas, representative):
     patches = tokens.shape[1] - 1
     images = []
     for tensor in tokens:
-        x, running, kept = seeds.split(tensor), {}, []
+        x, running, kept = seeds.split(tensor, weights), {}, []
         sequence, placeholders, merged = dict(x), [], None
         for layer in range(LAYERS):
             if layer in starts:

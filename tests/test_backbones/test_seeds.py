@@ -210,7 +210,7 @@ def test_mass_of_the_fused_token():
     """The fused token weighs what the class token paid to those dropped: it is no mean."""
     model = mmseg_vit((5, 7))
     weights = model.state_dict()
-    tokens = seeds.split(seeds.embed(small_images((5, 7), 1), weights)[0])
+    tokens = seeds.split(seeds.embed(small_images((5, 7), 1), weights)[0], weights)
     _, attention = seeds.attention_update(tokens, weights, 3, HEADS)
     x = torch.stack(list(tokens.values()))[None]
     _, row = dense_attention(model.layers[3], x, torch.ones(36, dtype=torch.bool))

@@ -107,12 +107,17 @@ def test_families(family, keep):
 
 
 @inside
-@pytest.mark.parametrize('scorer', ['mean_distance', 'activation_norm'])
-@pytest.mark.parametrize('config', [SWIN, PVT2, dict(SWIN, policy=dict(scope='window_tokens'))])
-def test_padding_of_images(config, scorer):
+@pytest.mark.parametrize(
+    ('config', 'policy'),
+    [
+        (dict(SWIN, depths=(1, 1)), dict(scorer='mean_distance')),
+        (dict(PVT, num_layers=[1, 1]), dict(scorer='activation_norm')),
+        (dict(SWIN, depths=(1, 1)), dict(scope='window_tokens')),
+    ],
+)
+def test_padding_of_images(config, policy):
     x = image(SIZE)
     x[0, :, 20:], x[1, :, :, 17:] = 0, 0
-    policy = dict(config.get('policy', {}), scorer=scorer)
     model = built(config, keep_ratios=0.5, policy=policy)
     assert_same(model, x)
     if 'scope' not in policy:
