@@ -44,9 +44,8 @@ def config(channels, scene_config, tmp_path):
     cfg.custom_imports = dict(imports=['idlevit_mm'])
     cfg.model.backbone.update(in_channels=channels, embed_dims=8, num_layers=[1] * 4)
     cfg.model.neck.in_channels = [8, 16, 32, 64]
-    cfg.model.data_preprocessor.update(
-        mean=[120.0] * channels, std=[60.0] * channels, bgr_to_rgb=False
-    )
+    # One mean serves all channels; mmengine's fork takes no four.
+    cfg.model.data_preprocessor.update(mean=[120.0], std=[60.0], bgr_to_rgb=False)
     for phase in ('train', 'val', 'test'):
         steps = cfg[f'{phase}_dataloader'].dataset.pipeline
         steps.insert(1, dict(type='OfChannels', channels=channels))
