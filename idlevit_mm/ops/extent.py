@@ -31,6 +31,11 @@ class Extent(NamedTuple):
     rows: Tensor
     cols: Tensor
 
+    @property
+    def most(self) -> int:
+        """Tokens of the image that fills most."""
+        return max(height * width for height, width in self.sizes)
+
 
 def filled_sizes(images: Tensor) -> Sizes | None:
     """Height and width in pixels of the part that each of the images (B, C, H, W) fills.
@@ -96,7 +101,7 @@ def units_inside(units: Units, hw_shape: tuple[int, int], extent: Extent | None)
         return units
     sizes = extent.sizes
     if units.in_order:
-        return units._replace(valid=(max(h * w for h, w in sizes),), inside=extent.inside)
+        return units._replace(valid=(extent.most,), inside=extent.inside)
     # By numbers, not by tensors: a device is not waited for.
     rows, cols = (np.arange(side) for side in hw_shape)
     inside = [((rows < h)[:, None] & (cols < w)).reshape(-1) for h, w in sizes]

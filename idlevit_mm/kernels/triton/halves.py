@@ -42,8 +42,9 @@ def choose(
     x, norm = tokens.x, block.norm1
     mean = None
     if scorer == 'MeanDistance':
-        mean = x.mean(dim=1, dtype=torch.float32)
-        if extent is not None:
+        if extent is None:
+            mean = x.mean(dim=1, dtype=torch.float32)
+        else:
             mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
     # Spatial reduction wants the norm of all tokens.
     whole = kind == 'IdlePVTBlock' and _is_norm(norm)
@@ -55,7 +56,7 @@ def choose(
     if policy.scope == 'map':
         number = hw_shape[0] * hw_shape[1]
         if extent is not None:
-            number = max(height * width for height, width in extent.sizes)
+            number = extent.most
             scores = torch.where(extent.inside, scores, torch.finfo(scores.dtype).min)
         count = policy.count(number, keep_ratio)
         chosen = ops.select(scores, count, hw_shape, *layout, None)
