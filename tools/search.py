@@ -216,9 +216,10 @@ def plot(found: Search, lines: Sequence[Line], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for points, label in ((found.points, 'front of the space'), (found.uniform(), 'one ratio')):
         left.plot([p.cost for p in points], [p.damage for p in points], label=label)
-    for name, own in pd.DataFrame(lines).groupby('name', sort=False):
-        left.plot(own['predicted_cost'], own['damage'], 'o', label=f'{name}, measured')
-        right.plot(own['share'], own['score'], 'o', label=name)
+    for number, (name, own) in enumerate(pd.DataFrame(lines).groupby('name', sort=False)):
+        style = dict(marker='o', linestyle='', color=f'C{number + 2}')
+        left.plot(own['predicted_cost'], own['damage'], label=f'{name}, measured', **style)
+        right.plot(own['share'], own['score'], label=name, **style)
     for axes, label in ((left, found.args.proxy), (right, lines[0]['score_name'])):
         axes.axvline(found.cap, color='0.7', linestyle='--', label='budget')
         axes.set(xlabel='cost, share of keep 1.0', ylabel=label)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from typing import Any
 
 import torch
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from mmengine.runner import BaseLoop
+from torch import nn
 
-from ..errors import SettingError, UsageError, likely, one_line
-from .settings import check_number, part_of, with_likely_word
+from ..errors import SettingError, likely
+from .rehearsal import rehearse
+from .settings import check_number, naming, part_of
 from .sharding import optimizers_of
 
 # Least value of what schedulers take.
@@ -26,22 +28,6 @@ _SCHEDULED = {
     **dict.fromkeys(('step_size', 'T_max', 'total_steps'), 1),
     **dict.fromkeys(('eta_min', 'milestones', 'power', 'begin', 'end'), -math.inf),
 }
-
-
-@contextlib.contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Name the part of a config that an exception is about.
-
-    Raises:
-        SettingError: In place of any other exception.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        text = with_likely_word(one_line(error, 300))
-        raise SettingError(f'{key} does not build: {text}') from error
 
 
 def build_first(runner: Any) -> None:
@@ -71,9 +57,10 @@ def build_first(runner: Any) -> None:
                     raise SettingError(f'{key}={value!r} must be a number above 0')
     for optimizer in optimizers_of(runner.optim_wrapper):
         _check_optimizer(optimizer)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    _tell_custom_keys(runner, model)
     for key in ('activation_checkpointing', 'efficient_conv_bn_eval'):
         names = runner.cfg.get(key) or []
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         with naming(key):
             for name in [names] if isinstance(names, str) else names:
                 attrgetter(name)(model)
@@ -93,9 +80,22 @@ def build_first(runner: Any) -> None:
                     if name not in _OF_IOU:  # known when the first validation is done
                         allowed = ', '.join(_OF_IOU)
                         raise ValueError(f'iou_metrics has {name!r}; allowed: {allowed}')
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and hook.save_best:
-                _check_save_best(hook.key_indicators, runner._val_evaluator.metrics)
+        _check_scores(runner, runner._val_evaluator.metrics)
+        rehearse(model)
+
+
+def _tell_custom_keys(runner: Any, model: nn.Module) -> None:
+    """Say which custom keys are no part of a weight's name but resemble one.
+
+    Others, such as that of a table that a model may have, are right where they are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    words = {word for name in names for word in name.split('.')}
+    for key in part_of(runner.cfg, 'optim_wrapper.paramwise_cfg.custom_keys'):
+        hint = likely(key.rpartition('.')[2] or key, words, 0.85)
+        if hint and not any(key in name for name in names):
+            text = f'optim_wrapper.paramwise_cfg.custom_keys: {key!r} is in the name of no weight'
+            print_log(text + hint, 'current', logging.WARNING)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -155,7 +155,24 @@ def _scores(metric: Any) -> list[str] | None:
     return None
 
 
-def _check_save_best(keys: Collection[str], metrics: Collection[Any]) -> None:
+def _check_scores(runner: Any, metrics: Collection[Any]) -> None:
+    """Check the scores that hooks and schedulers wait for."""
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and hook.save_best:
+            _check_score('default_hooks.checkpoint.save_best', hook.key_indicators, metrics)
+        elif isinstance(hook, EarlyStoppingHook):
+            key = 'custom_hooks.EarlyStoppingHook.monitor'
+            _check_score(key, [hook.monitor], metrics, needed=hook.strict)
+    schedulers = runner.param_schedulers
+    for one in [schedulers] if isinstance(schedulers, Mapping) else schedulers or ():
+        if isinstance(one, Mapping) and isinstance(monitor := one.get('monitor'), str):
+            _check_score('param_scheduler.monitor', [monitor], metrics, needed=False)
+
+
+def _check_score(
+    setting: str, keys: Collection[str], metrics: Collection[Any], needed: bool = True
+) -> None:
+    """Check that metrics give the scores of a setting, or say that they do not."""
     known: list[str] = []
     unknown: list[str] = []
     for metric in metrics:
@@ -167,15 +184,14 @@ def _check_save_best(keys: Collection[str], metrics: Collection[Any]) -> None:
     for key in keys:
         if key == 'auto' or key in known or (by_class and key.endswith('_precision')):
             continue
-        said = f'default_hooks.checkpoint.save_best={key!r}'
+        said = f'{setting}={key!r}'
         if not unknown:
-            raise SettingError(
-                f'{said} is no score of val_evaluator{likely(key, known)}; allowed: auto, '
-                f'{", ".join(known)}'
-            )
-        print_log(
-            f'{said}: only the first validation shows whether {", ".join(unknown)} gives it'
-            f'{likely(key, known)}',
-            'current',
-            logging.WARNING,
-        )
+            text = f'{said} is no score of val_evaluator{likely(key, known)}; allowed: '
+            text += ', '.join(['auto'] * needed + known)
+            if needed:
+                raise SettingError(text)
+        else:
+            names = ', '.join(unknown)
+            text = f'{said}: only the first validation shows whether {names} gives it'
+            text += likely(key, known)
+        print_log(text, 'current', logging.WARNING)

@@ -28,9 +28,10 @@ from .assembly import assembled
 from .bad_samples import guard
 from .checks import class_of, find_resumable
 from .data_sets import check_built, naming_the_data
-from .first import build_first, naming
+from .first import build_first
 from .mends import mend_class_weights
-from .settings import part_of
+from .rehearsal import first_step
+from .settings import naming, part_of
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 from .start import locked
 
@@ -142,7 +143,8 @@ class ResumableRunner(Runner):
             with locked(self.work_dir) if is_main_process() else contextlib.nullcontext():
                 if self._train_loop is not None:
                     build_first(self)
-                return super().train()
+                with first_step(self):
+                    return super().train()
         finally:
             for hook in self.hooks:
                 if isinstance(hook, OrderlyEndHook):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, MODELS, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, TestLoop, ValLoop
 
-from ..errors import SettingError, UsageError, likely
+from ..errors import SettingError, UsageError, likely, one_line
 from ..registry import arguments_of
 from .checks import class_of
 
@@ -100,6 +101,22 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     _check_arguments('test_cfg', cfg.get('test_cfg'), LOOPS, TestLoop, (), scope)
     wrapper = cfg.get('model_wrapper_cfg')
     _check_arguments('model_wrapper_cfg', wrapper, MODEL_WRAPPERS, None, (), scope)
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Name the part of a config that an exception is about.
+
+    Raises:
+        SettingError: In place of any other exception.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = with_likely_word(one_line(error, 300))
+        raise SettingError(f'{key} does not build: {text}') from error
 
 
 def part_of(cfg: Mapping[str, Any] | Config, key: str) -> Mapping[str, Any]:

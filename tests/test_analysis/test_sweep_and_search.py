@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from idlevit_mm.analysis.flops import count_multiply_adds
+from idlevit_mm.analysis.flops import MultiplyAddCounter
 from idlevit_mm.analysis.models import load_model
 from idlevit_mm.engine.launch import evaluate_from_config
 from idlevit_mm.policies.schedule import normalize_keep_ratios
@@ -137,16 +137,19 @@ def test_images_that_are_not_shown_are_not_missed(nets, tmp_path, count, want, r
 @pytest.fixture
 def paced(monkeypatch):
     """Times are multiply-adds, and those of whole idle models so much more than their parts."""
-    trials, more = importlib.import_module('trials'), [0.0]
+    measures, more = importlib.import_module('measures'), [0.0]
 
-    def seconds(self, calls):
-        counts = {name: count_multiply_adds(call) / 1e9 for name, call in calls.items()}
+    @torch.no_grad()
+    def compare(calls, rounds, warmup, max_seconds, timer):
+        counts = {name: (timer or measures.seconds_of)(call) for name, call in calls.items()}
         if 'own' in counts:
             counts['own'] += more[0] * (counts['dense'] - counts['own'])
         return {name: [count] * 3 for name, count in counts.items()}
 
-    monkeypatch.setattr(trials.Trials, 'seconds', seconds)
-    return more
+    monkeypatch.setattr(measures, 'compare', compare)
+    with MultiplyAddCounter() as counter:
+        monkeypatch.setattr(measures, 'moment', lambda: counter.multiply_adds / 1e9)
+        yield more
 
 
 def best_of_all(lines, cap):

@@ -197,14 +197,14 @@ def test_scores_of_more_metrics_are_known(monkeypatch):
         ('coco/person_precision', [CocoMetric()]),
     ]
     for key, metrics in right:
-        first._check_save_best([key], metrics)
+        first._check_score('save_best', [key], metrics)
     wrong = [('mAP', VOCMetric()), ('coco/PQ', CocoPanopticMetric()), ('coco/mAP', CocoMetric())]
     for key, metric in wrong:
         with pytest.raises(SettingError, match=f'save_best={key!r} is no score'):
-            first._check_save_best([key], [metric, DumpResults()])
+            first._check_score('save_best', [key], [metric, DumpResults()])
     assert not said
     # A run whose scores cannot be known is left alone.
-    first._check_save_best(['toy/accc', 'auto'], [ToyMetric(), CocoMetric()])
+    first._check_score('save_best', ['toy/accc', 'auto'], [ToyMetric(), CocoMetric()])
     assert len(said) == 1
     assert re.search(r"save_best='toy/accc': only the first validation .* ToyMetric", said[0])
 

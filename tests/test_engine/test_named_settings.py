@@ -9,9 +9,10 @@ from test_launch import config, told  # noqa: F401 (a fixture)
 from toy import ToyData, ToyMetric, toy_runner
 
 from idlevit_mm.analysis.models import load_model
-from idlevit_mm.engine import SettingError, UsageError
-from idlevit_mm.engine.first import _check_save_best
+from idlevit_mm.engine import ResumableRunner, SettingError, UsageError
+from idlevit_mm.engine.first import _check_score
 from idlevit_mm.engine.launch import load_config, train_from_config
+from idlevit_mm.engine.rehearsal import rehearse
 from idlevit_mm.engine.settings import check_settings
 
 WRONG = [
@@ -109,6 +110,60 @@ def test_heads_of_segmentors_that_do_not_fit(scene_config, changes, message):
     )
     with pytest.raises(SettingError, match=message):
         load_model(cfg)
+
+
+UNTESTED = [
+    ('retinanet_idle-swin_digits', {'test_cfg': None}, r'NoneType.*get.* \(base_dense_head\.py:'),
+    ('retinanet_idle-swin_digits', {'test_cfg.score_thr': 'x'}, r'cannot be tested: .*str'),
+    ('retinanet_idle-swin_digits', {'test_cfg.nms_pre': 'x'}, r'cannot be tested: .*str'),
+    ('retinanet_idle-swin_digits', {'test_cfg.nms.type': 'mns'}, r"^model\.test_cfg\.nms .*'mns'"),
+    (
+        'retinanet_idle-swin_digits',
+        {'test_cfg.nms.iou_thrs': 1},
+        r'^model\.test_cfg\.nms .*iou_thrs',
+    ),
+    ('mask-rcnn_idle-swin_digits', {'test_cfg.rcnn.score_thr': 'x'}, r'cannot be tested: .*str'),
+    ('fpn_idle-pvt_digits', {'test_cfg': None}, r'NoneType.*get.* \(encoder_decoder\.py:'),
+]
+
+
+@pytest.mark.parametrize(('name', 'changes', 'message'), UNTESTED)
+def test_what_only_a_test_reads_is_tried(scene_config, name, changes, message):
+    cfg = scene_config(name)
+    rehearse(load_model(cfg))
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
+    model = load_model(cfg).train()
+    state = torch.get_rng_state()
+    with pytest.raises(SettingError, match=message) as error:
+        rehearse(model)
+    assert '\n' not in str(error.value)
+    assert model.training
+    assert model.backbone.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ('name', 'changes', 'message'),
+    [
+        (
+            'retinanet_idle-swin_digits',
+            {'train_cfg': None},
+            r'does not train: TypeError: .*None.* \(anchor_head\.py:',
+        ),
+        (
+            'fpn_idle-pvt_digits',
+            {'decode_head.ignore_index': 'x'},
+            r'does not train: TypeError: .*str',
+        ),
+    ],
+)
+def test_what_a_loss_cannot_work_with(scene_config, tmp_path, name, changes, message):
+    cfg = scene_config(name)
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
+    cfg.work_dir = str(tmp_path)
+    with pytest.raises(SettingError, match=message) as error:
+        ResumableRunner.from_cfg(cfg).train()
+    assert '\n' not in str(error.value)
 
 
 def test_a_neck_that_takes_some_of_the_maps_is_right(config):  # noqa: F811
@@ -235,7 +290,7 @@ def test_scores_that_decide_which_checkpoint_is_best():
         ('coco/segm_mAP_50', of_coco),
         ('mine/x', ToyMetric()),
     ]:
-        _check_save_best([key], [metric])
+        _check_score('save_best', [key], [metric])
     for key, metric, hint in [
         ('mIou', of_iou, 'did you mean mIoU'),
         ('mDice', of_iou, 'allowed: auto, aAcc, mIoU, mAcc'),
@@ -243,7 +298,7 @@ def test_scores_that_decide_which_checkpoint_is_best():
         ('coco/mask_mAP', of_coco, 'no score of val_evaluator'),
     ]:
         with pytest.raises(SettingError, match=hint):
-            _check_save_best([key], [metric])
+            _check_score('save_best', [key], [metric])
 
 
 def test_a_score_that_only_the_validation_shows_to_be_missing(tmp_path):

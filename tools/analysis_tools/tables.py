@@ -10,13 +10,16 @@ import measures
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from trials import Trials, progress
 
 from idlevit_mm.analysis import search
-from idlevit_mm.analysis.flops import count_multiply_adds
+from idlevit_mm.analysis.flops import MultiplyAddCounter
 from idlevit_mm.analysis.models import idle_backbone
 from idlevit_mm.analysis.results import Line, add_line
-from idlevit_mm.blocks import run_blocks
 from idlevit_mm.errors import UsageError, one_line
 
 PROXIES = ('distance', 'loss', 'metric')
@@ -71,39 +74,37 @@ class Tables:
 
     @torch.no_grad()
     def costs(self) -> Line:
-        """Seconds and multiply-adds of keep 1.0, and of each unit at each ratio."""
-        backbone, inputs, units = idle_backbone(self.dense), dict[int, Any](), self.space.units
-        blocks = [[backbone.idle_blocks[stage][at] for at in own] for stage, own in units]
-        hooks = [
-            own[0].register_forward_pre_hook(lambda _, x, u=unit: inputs.update({u: x[:2]}))
-            for unit, own in enumerate(blocks)
-        ]
-        backbone(self.trials.images)
-        for hook in hooks:
-            hook.remove()
-        # Of units of equal blocks on the same map one is timed.
-        kinds: dict[Any, int] = {}
-        alike = [
-            kinds.setdefault((stage, kind_of(own)), unit)
-            for unit, ((stage, _), own) in enumerate(zip(units, blocks, strict=True))
-        ]
-        calls = {'whole': self.trials.call(self.dense)}
-        for unit in kinds.values():
-            for ratio in self.space.ratios:
-                own, (x, hw_shape) = blocks[unit], inputs[unit]
-                calls[f'{unit} {ratio}'] = lambda own=own, x=x, hw=hw_shape, r=ratio: run_blocks(
-                    own, x, hw, [r] * len(own)
-                )
-        print(f'timing {len(kinds)} of {len(blocks)} units at {len(self.space.ratios)} ratios')
-        taken = self.trials.seconds(calls)
-        # The lower quartile: whoever shares the machine can only make a call slower.
-        times = {name: measures.spread(own)[1] for name, own in taken.items()}
-        counts = {name: count_multiply_adds(calls[name]) for name in calls if name != 'whole'}
-        tables = [
-            [[found[f'{unit} {ratio}'] for ratio in self.space.ratios] for unit in alike]
-            for found in (times, counts)
-        ]
-        return dict(whole=[times['whole'], self.trials.multiply_adds(self.dense)], units=tables)
+        """Seconds and multiply-adds of keep 1.0, and of each unit at each ratio, where it is.
+
+        In a pass all units have the same ratio, so that one ratio everywhere is predicted as it is
+        measured.
+        """
+        model = self.trials.variant(1.0)
+        backbone, call = idle_backbone(model), self.trials.call(model)
+        units = [[backbone.idle_blocks[stage][at] for at in own] for stage, own in self.space.units]
+
+        def at(ratio: float) -> None:
+            backbone.set_keep_ratios(ratio)
+            call()
+
+        calls = {str(ratio): partial(at, ratio) for ratio in self.space.ratios}
+        rows = {one: list[list[float]]() for one in calls.values()}
+
+        def timer(one: partial[None]) -> float:
+            rows[one].append(spent(one, units, measures.moment, measures.seconds_between))
+            return rows[one][-1][-1]
+
+        print(f'timing {len(units)} units at {len(calls)} ratios')
+        self.trials.seconds(calls, timer)
+        taken = np.array([*rows.values()])  # (R, rounds, U + 1)
+        whole = np.median(taken[-1, :, -1])
+        shares = np.median(taken / taken[-1:, :, -1:], axis=1)[:, :-1]
+        counts: list[list[int]] = []
+        for one in calls.values():
+            with MultiplyAddCounter() as counter:
+                counts.append(spent(one, units, lambda: counter.multiply_adds, lambda a, b: b - a))
+        tables = [(whole * shares).T.tolist(), np.array(counts).T[:-1].tolist()]
+        return dict(whole=[whole, self.trials.multiply_adds(self.dense)], units=tables)
 
     def damage_of_unit(self, unit: int) -> Line:
         """What a unit does at each ratio."""
@@ -157,9 +158,35 @@ class Tables:
         return dict(ms=measures.spread(seconds['own'], 1e-3)[0], multiply_adds=count, **shares)
 
 
-def kind_of(blocks: Sequence[nn.Module]) -> tuple[tuple[str, int], ...]:
-    """What units have in common that take the same time on the same map."""
-    return tuple((repr(block), getattr(block.attn, 'shift_size', 0)) for block in blocks)
+def spent(
+    call: Callable[[], Any],
+    units: Sequence[Sequence[nn.Module]],
+    moment: Callable[[], Any],
+    between: Callable[[Any, Any], Any],
+) -> list[Any]:
+    """What passes between moments of a call in units, each a sequence of blocks, and in all."""
+    first = {own[0]: unit for unit, own in enumerate(units)}
+    last = {own[-1]: unit for unit, own in enumerate(units)}
+    begun: list[Any] = []
+    spans: list[tuple[int, Any, Any]] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if module in first:
+            begun.append(moment())
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in last:
+            spans.append((last[module], begun[-1], moment()))
+
+    # Hooks of all modules at once: those of a block would keep it from its fast ways.
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
+        start = moment()
+        call()
+        end = moment()
+    total = between(start, end)
+    # Windows of a large image pass one after the other.
+    own = [[between(a, b) for at, a, b in spans if at == unit] for unit in range(len(units))]
+    return [*map(sum, own), total]
 
 
 def distance(out: Tensor, want: Tensor) -> float:

@@ -80,6 +80,7 @@ class Trials:
             raise UsageError(f'--shape {args.shape}: one size')
         self.args, (self.shape,) = args, shapes
         self.device = measures.started(args.device)
+        measures.keep_freed_memory()
         if args.threads:
             torch.set_num_threads(args.threads)
         self.cfg = load_config(args.config, args.cfg_options)
@@ -177,9 +178,13 @@ class Trials:
         *_, total = model_multiply_adds(model, self.shape, self.args.part == 'backbone').values()
         return total
 
-    def seconds(self, calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    def seconds(
+        self,
+        calls: dict[str, Callable[[], Any]],
+        timer: Callable[[Callable[[], Any]], float] | None = None,
+    ) -> dict[str, list[float]]:
         """Those of each round; all take turns."""
-        return measures.compare(calls, self.args.rounds, 1, self.args.max_seconds)
+        return measures.compare(calls, self.args.rounds, 1, self.args.max_seconds, timer)
 
     def read(self, path: Path) -> list[Line]:
         """Lines of a file that were measured under the same circumstances."""
