@@ -9,10 +9,10 @@ from test_launch import config, told  # noqa: F401 (a fixture)
 from toy import ToyData, ToyMetric, toy_runner
 
 from idlevit_mm.analysis.models import load_model
-from idlevit_mm.engine import ResumableRunner, SettingError, UsageError
+from idlevit_mm.engine import ResumableRunner, SettingError, UsageError, first
 from idlevit_mm.engine.first import _check_score
 from idlevit_mm.engine.launch import load_config, train_from_config
-from idlevit_mm.engine.rehearsal import rehearse
+from idlevit_mm.engine.rehearsal import _batch, rehearse
 from idlevit_mm.engine.settings import check_settings
 
 WRONG = [
@@ -140,6 +140,16 @@ def test_what_only_a_test_reads_is_tried(scene_config, name, changes, message):
     assert model.training
     assert model.backbone.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_wants_more_than_an_image_is_not_tried(scene_config):
+    cfg = scene_config('mask-rcnn_idle-swin_digits')
+    cfg.model.type = 'FastRCNN'
+    del cfg.model.rpn_head
+    model = load_model(cfg)
+    with pytest.raises(AttributeError, match='rpn_head'):
+        model.test_step(_batch('mmdet', 3))
+    rehearse(model)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +309,29 @@ def test_scores_that_decide_which_checkpoint_is_best():
     ]:
         with pytest.raises(SettingError, match=hint):
             _check_score('save_best', [key], [metric])
+
+
+def test_what_would_wait_in_vain_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(first, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(first, '_scores', lambda _: ['acc'])
+    stop = dict(type='EarlyStoppingHook', monitor='toy/accc')
+    runner = toy_runner(
+        tmp_path,
+        hooks=[stop],
+        param_scheduler=dict(type='ReduceOnPlateauLR', monitor='acc'),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+    )
+    runner.cfg.optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbnoe': {}, 'table': {}}))
+    runner.train()
+    assert [text.partition(';')[0] for text in said] == [
+        "optim_wrapper.paramwise_cfg.custom_keys: 'backbnoe' is in the name of no weight",
+        "custom_hooks.EarlyStoppingHook.monitor='toy/accc' is no score of val_evaluator",
+        "param_scheduler.monitor='acc' is no score of val_evaluator",
+    ]
+    stopping = toy_runner(tmp_path, hooks=[dict(stop, strict=True)])
+    with pytest.raises(SettingError, match=r"monitor='toy/accc' .*allowed: auto, toy/acc"):
+        stopping.train()
 
 
 def test_a_score_that_only_the_validation_shows_to_be_missing(tmp_path):
