@@ -72,36 +72,38 @@ READERS = ('load_checkpoint', 'CheckpointLoader', 'strip')
 WORST = ('payload', 'object field', 'program', 'view of one number')
 
 
-@pytest.mark.parametrize(
-    ('tool', 'name'),
-    [
-        (tool, name)
-        for tool in (*TOOLS, *LENIENT)
-        for name in (*BESIDE, *WHOLE)
-        if tool in READERS or name in WORST
-    ],
-)
-def test_refused_by_everything_that_opens_it(hostile, tmp_path, tool, name):
+@pytest.mark.parametrize('name', [*BESIDE, *WHOLE])
+def test_refused_by_everything_that_opens_it(hostile, tmp_path, name):
     path, made = hostile(name)
-    if tool in LENIENT and name in BESIDE:
-        if tool == 'strip':
-            assert LENIENT[tool](path, tmp_path)[0] == len(WEIGHTS)
-            assert load_checkpoint(tmp_path / 'stripped.pth')['state_dict'].keys() == WEIGHTS.keys()
+    for number, (tool, call) in enumerate({**TOOLS, **LENIENT}.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if tool not in READERS and name not in WORST:
+            continue
+        if tool == 'strip' and name in BESIDE:
+            assert call(path, folder)[0] == len(WEIGHTS)
+            stripped = load_checkpoint(folder / 'stripped.pth')['state_dict']
+            assert stripped.keys() == WEIGHTS.keys()
         else:
-            with pytest.raises(UsageError, match='holds no config'):
-                LENIENT[tool](path, tmp_path)
-        assert not made.exists()
-        return
-    with pytest.raises(UsageError) as error:
-        {**TOOLS, **LENIENT}[tool](path, tmp_path)
-    assert not made.exists()
-    message = str(error.value)
+            with pytest.raises(UsageError) as error:
+                call(path, folder)
+            of_weights = tool in LENIENT and name in BESIDE
+            check_refusal(error.value, name, 'holds no config' if of_weights else '')
+        assert not made.exists(), tool
+
+
+def check_refusal(error, name, other):
+    """Check what is said of a hostile checkpoint; something other if only part of it was read."""
+    message = str(error)
+    assert other in message
     assert message.count('checkpoint ') >= 1
-    assert 'hostile.pth' in message or 'epoch_1.pth' in message
     assert 'weights_only' not in message, "torch's advice to read it all the same"
     assert '\n' not in message
+    if other:
+        return
+    assert 'hostile.pth' in message or 'epoch_1.pth' in message
     if name not in ('tar', 'large storage, older'):  # as if cut off
-        assert isinstance(error.value, UnsafeCheckpointError) or 'can be resumed' in message
+        assert isinstance(error, UnsafeCheckpointError) or 'can be resumed' in message
         assert ('strip_checkpoint' in message) == (name in BESIDE)
 
 
