@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 from idlevit_mm.analysis import export
@@ -27,6 +27,7 @@ from idlevit_mm.analysis.models import (
     with_keep_ratios,
 )
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError, one_line
 
 # What tools of analysis share.
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add('--time', action='store_true', help='against eager and the exported dense model, in turns')
     add('--rounds', type=int, default=20, help='of timing')
     add('--threads', type=int, help='computing threads')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides, model.… of presets')
+    add('--cfg-options', nargs='+', action=Overrides, help='overrides, model.… of presets')
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -34,7 +34,7 @@ from .checks import (
     resuming_problem,
 )
 from .faults import naming_the_remedy
-from .options import augment, paint, scale_lr, set_precision, write_predictions
+from .options import Overrides, augment, paint, scale_lr, set_precision, write_predictions
 from .processes import (
     LAUNCHERS,
     end_now,
@@ -98,7 +98,7 @@ def run_config_tool(function: Callable[..., Any], parser: argparse.ArgumentParse
         'override entries of the config, e.g. model.backbone.keep_ratios=0.5 '
         'train_cfg.max_epochs=3; lists as key="[a,b]", without spaces'
     )
-    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help=options_help)
+    add('--cfg-options', nargs='+', action=Overrides, metavar='KEY=VALUE', help=options_help)
     launcher_help = 'what started this process; see tools/dist_*.sh and tools/slurm_*.sh'
     add('--launcher', choices=['none', *LAUNCHERS], default='none', help=launcher_help)
     add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)

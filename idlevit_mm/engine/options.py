@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 
 from ..errors import UsageError
@@ -15,6 +17,28 @@ from .processes import say
 
 _PICKLES = ('.pkl', '.pickle')
 _FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
+
+
+class Overrides(DictAction):
+    """``KEY=VALUE ...`` as mmengine reads it; what it cannot read ends the tool in one line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, argparse.Namespace(), [value])
+            except (ValueError, AssertionError, IndexError, RecursionError):
+                parser.error(
+                    f'{option_string} {value}: allowed are KEY=VALUE with numbers, words, True, '
+                    'False, None, and lists and tuples of them; dicts go by KEY.NAME=VALUE, or '
+                    'into a config'
+                )
+        super().__call__(parser, namespace, values, option_string)
 
 
 def set_precision(cfg: Config, amp: bool) -> None:

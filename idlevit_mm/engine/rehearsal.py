@@ -17,6 +17,7 @@ from .settings import naming
 
 _LIBRARIES = ('mmdet', 'mmseg', 'mmcv')
 _SIDE = 256
+_NUMBERS = {'score_thr', 'nms_pre', 'max_per_img', 'min_bbox_size', 'mask_thr_binary'}
 # What wrong settings raise; a size that a model cannot take, or data that it wants besides, do not.
 _OF_SETTINGS = (AttributeError, NameError, TypeError, AssertionError, KeyError)
 
@@ -34,7 +35,7 @@ def rehearse(model: nn.Module) -> None:
     first = next(convolutions, None)
     if library not in _LIBRARIES or first is None:
         return
-    _check_nms(model)
+    _check_boxes(model)
     was = {part: part.training for part in model.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -86,13 +87,17 @@ def _batch(library: str, channels: int) -> dict[str, list[Any]]:
     return dict(inputs=[torch.zeros(channels, *side, dtype=torch.uint8)], data_samples=[sample])
 
 
-def _check_nms(model: Any) -> None:
-    """Try what drops overlapping boxes; there are none in an empty image."""
+def _check_boxes(model: Any) -> None:
+    """Check what chooses among boxes, of which an empty image has none."""
     for keys, part, _ in parts_of(getattr(model, 'test_cfg', None), ('model', 'test_cfg')):
+        key = '.'.join(map(str, keys))
+        for name in _NUMBERS & part.keys():
+            if isinstance(part[name], str):
+                raise SettingError(f'{key}.{name}={part[name]!r} must be a number')
         if keys[-1] == 'nms' and part:
             from mmcv.ops import batched_nms
 
-            with naming('.'.join(map(str, keys))):
+            with naming(key):
                 batched_nms(torch.ones(1, 4), torch.ones(1), torch.zeros(1), part)
 
 

@@ -1,5 +1,6 @@
 """The options of the tools, and the errors they give."""
 
+import argparse
 import json
 import os
 import pickle
@@ -89,6 +90,17 @@ def test_options_that_do_not_fit(config):
     assert load_config(config, {'train_cfg.max_epochs': 3}).train_cfg.max_epochs == 3
     with pytest.raises(UsageError, match='--cfg-options does not fit'):
         load_config(config, {'test_evaluator.metric.x': 1})
+
+
+@pytest.mark.parametrize('option', ['abc', "h=[dict(a='x',b=1)]", 'x=1,2,(3', 'h=[1,2))'])
+def test_options_that_cannot_be_read(capsys, option):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=options.Overrides)
+    given = parser.parse_args(['--cfg-options', 'a.b=1', 'c=[1,2]', 'd=(x,True)']).cfg_options
+    assert given == {'a.b': 1, 'c': [1, 2], 'd': ('x', True)}
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--cfg-options', 'a=1', option])
+    assert f'--cfg-options {option}: allowed are KEY=VALUE' in capsys.readouterr().err
 
 
 def test_a_user_error_is_one_line(config, capsys, monkeypatch):

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import benchmark_report as report
 import measures
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from presets import PRESETS, TIMM, timm_twin
 from torch import Tensor, nn
 
 from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError, reason
 
 
@@ -62,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--against-own', action='store_true', help='the reference is keep 1, not the dense class')
     add('--timm', action='store_true', help="timm's twins of presets take part")
     add('--checkpoints', nargs='+', type=Path, help='one per config (default: random weights)')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides, model.… of presets')
+    add('--cfg-options', nargs='+', action=Overrides, help='overrides, model.… of presets')
     add('--part', default='backbone', choices=('backbone', 'model'))
     add('--mode', nargs='+', default=['inference'], choices=('inference', 'train'))
     add('--shapes', nargs='+', default=['800x1280'], metavar='HxW')

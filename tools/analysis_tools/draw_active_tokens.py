@@ -10,7 +10,6 @@ from typing import Any, Literal
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
@@ -18,6 +17,7 @@ from torch import nn
 
 from idlevit_mm.analysis.models import idle_backbone, load_model
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.visualization.data_samples import content_size, prediction_of, truth_of
 from idlevit_mm.visualization.sheets import Sheet, active_shares, draw_sheet
 
@@ -153,7 +153,7 @@ def main() -> None:
     beside_help = 'another idle model or policy, shown beside with its active tokens'
     add('--beside', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help=beside_help)
     add('--device', default='cpu')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides')
+    add('--cfg-options', nargs='+', action=Overrides, help='overrides')
     args = parser.parse_args()
     sources = {'Idle' if args.dense else 'Prediction': (args.config, args.checkpoint)}
     if args.beside:

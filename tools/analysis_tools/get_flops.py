@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
@@ -18,6 +18,7 @@ from idlevit_mm.analysis import flops
 from idlevit_mm.analysis.models import load_model, parse_shapes, with_keep_ratios
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.engine.checks import check_datasets
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError
 
 
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add('--backbone-only', action='store_true', help='no neck, no heads')
     add('--device', default='cpu')
     add('--out', type=Path, help='write the counts to this JSON file')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides')
+    add('--cfg-options', nargs='+', action=Overrides, help='overrides')
     return parser.parse_args()
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import pandas as pd
 import torch
 from measures import machine, versions
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -28,6 +28,7 @@ import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.analysis.models import idle_backbone, load_model, noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError
 from idlevit_mm.kernels import BACKENDS, PACES, convolution, pace_of
 
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     add('--device', default='cpu')
     add('--predict', nargs='+', choices=sorted(PACES), help='speed-ups in bf16 on these devices')
     add('--out', type=Path, help='write the figures to this JSON file')
-    add('--cfg-options', nargs='+', action=DictAction, help='overrides')
+    add('--cfg-options', nargs='+', action=Overrides, help='overrides')
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import measures
 import torch
 from benchmark import call_of, positive
-from mmengine.config import ConfigDict, DictAction
+from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from torch import nn
 
@@ -35,6 +35,7 @@ from idlevit_mm.analysis.results import Line, read_lines
 from idlevit_mm.engine.checks import leaf_datasets
 from idlevit_mm.engine.faults import naming_the_remedy
 from idlevit_mm.engine.launch import runner_of_test
+from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError
 from idlevit_mm.policies import KeepRatios
 
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add('--rounds', type=positive, default=15, help='of timing')
     add('--max-seconds', type=float, default=60.0, help='of timing, after three rounds')
     add('--work-dir', type=Path, help='for logs (default: work_dirs/<name of the config>)')
-    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='overrides')
+    add('--cfg-options', nargs='+', action=Overrides, metavar='KEY=VALUE', help='overrides')
 
 
 class Trials:
