@@ -72,6 +72,14 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
         value = (part_of(cfg, holder) if holder else cfg).get(name)
         if not isinstance(value, (*allowed, type(None))):
             raise UsageError(f'{key}={value!r} must be {what}')
+    for phase in ('train', 'val', 'test'):
+        name = f'{phase}_dataloader'
+        for key, value in (
+            (name, cfg.get(name)),
+            (f'{name}.dataset', part_of(cfg, name).get('dataset')),
+        ):
+            _check_dict(key, value)
+    _check_dict('optim_wrapper', cfg.get('optim_wrapper'))
     for key, least in _WHOLE.items():
         for name in least.keys() & part_of(cfg, key).keys():
             check_number(f'{key}.{name}', cfg[key][name], least[name])
@@ -137,6 +145,12 @@ def check_number(key: str, value: Any, least: float = -math.inf, whole: bool = T
     if not number >= least or (whole and number % 1):
         what = f'a {"whole " if whole else ""}number'
         raise SettingError(f'{key}={value!r} must be {what} from {least:g} on')
+
+
+def _check_dict(key: str, value: Any) -> None:
+    """Check a part of a config that may also be built already."""
+    if isinstance(value, (str, Real, list, tuple)):
+        raise UsageError(f'{key}={value!r} must be a dict')
 
 
 def _check_names(key: str, part: Any, names: Collection[str]) -> None:
