@@ -30,7 +30,7 @@ class Format:
     Attributes:
         family: What its backbones call themselves.
         name: Whose names: ``openmmlab``, ``timm``, ``official``, ``evovit``, ``mmpretrain``,
-            ``dinov2``, ``huggingface`` or ``mmdet``.
+            ``dinov2``, ``huggingface`` or ``detectron2``.
         title: In words, for messages.
         matches: Whether weights have these names.
         decode: These names to OpenMMLab's.

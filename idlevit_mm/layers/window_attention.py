@@ -56,8 +56,8 @@ class WindowAttention(Projections, BaseModule):
         """Add the parameters of positions, in the place that optimizers know them by."""
         raise NotImplementedError
 
-    def position_bias(self) -> Tensor:
-        """What is added to the logits of all slot pairs, whatever is there: (1, A, L, L)."""
+    def position_bias(self, x: Tensor) -> Tensor:
+        """What is added to the logits of all slot pairs: (1, A, L, L), on the device of x."""
         raise NotImplementedError
 
     def pairs(self, hw_shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
@@ -91,7 +91,7 @@ class WindowAttention(Projections, BaseModule):
         blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
         sizes = self.window_size, self.num_heads, self.scale
         pairs = self.pairs((self.window_size, self.window_size))
-        return WindowCore(self.position_bias(), blank, *sizes, *self.dropping(), pairs)
+        return WindowCore(self.position_bias(x), blank, *sizes, *self.dropping(), pairs)
 
     def dropping(self) -> tuple[float, nn.Module | None]:
         """Dropout of the attention weights, and the module in its place if that is no plain one."""
@@ -123,7 +123,7 @@ class WindowAttention(Projections, BaseModule):
     def _mean_bias(self, layout: WindowLayout, query: Tensor) -> Tensor:
         """Head mean of the bias, padding keys and other regions hidden: (M, L, L) or per image."""
         padding, dtype = layout.token_ids < 0, query.dtype
-        bias = self.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
+        bias = self.position_bias(query).mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
         inner = len(bias) - len(layout.regions)
         bias = torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
         pairs = self.pairs((self.window_size, self.window_size))
@@ -168,7 +168,7 @@ class WindowMSA(WindowAttention):
         """Draw the bias table from a truncated normal distribution."""
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def position_bias(self) -> Tensor:
+    def position_bias(self, x: Tensor) -> Tensor:
         """Relative position bias of all slot pairs: (1, A, L, L)."""
         # The same as indexing the table by relative_position_index, whose rows are sliding windows
         # over the table. Sliding is a view, and unlike indexing its backward is deterministic.

@@ -263,7 +263,7 @@ def test_idle_rows_are_bit_identical(case):
 # Compilation takes seconds. IdleViT in Swin and MiT: tests/test_backbones/test_running.py
 def shallow(case):
     """A model that compiles fast."""
-    if case.variant.is_vit:
+    if case.variant.is_plain:
         return case.build([[1.0, 0.5]], num_layers=2, out_indices=(1,), drop_path_rate=0.0)
     swin = dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,), drop_path_rate=0.0)
     return case.build(0.5, **swin)

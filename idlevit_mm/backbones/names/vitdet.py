@@ -85,7 +85,7 @@ def _as_row(conversion: Conversion) -> Conversion:
 
 
 _names = partial(KeyMap, before=_bare)
-_MMDET = _names(
+_DETECTRON2 = _names(
     "ViTDet's of mmdet and detectron2, or MAE's",
     _rules('mlp.fc1', 'mlp.fc2'),
     theirs_only=re.compile(r'^(cls_token|mask_token|norm\.|head\.|decoder|fc_norm\.)'),
@@ -115,11 +115,11 @@ FORMATS = (
     Format('vitdet', OPENMMLAB, 'mmpretrain ViTSAM', is_vitdet, place='state_dict'),
     Format(
         'vitdet',
-        'mmdet',
-        'mmdet or detectron2 ViTDet, or MAE',
+        'detectron2',
+        'detectron2 or mmdet ViTDet, or MAE',
         _matches('blocks.0.mlp.fc1.weight', has_map=False),
-        _MMDET.decode,
-        _MMDET.encode,
+        _DETECTRON2.decode,
+        _DETECTRON2.encode,
         'model',
     ),
     Format(
