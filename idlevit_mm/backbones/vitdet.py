@@ -46,14 +46,15 @@ class IdleViTDetBlock(WindowBlock, IdleViTBlock):
     ATTENTION = RelativeAttention
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        work = super().computing(batch, hw_shape, rows)
+        work, attn = super().computing(batch, hw_shape, rows), self.attn
         # Windows are filled up, whoever is idle.
-        slots, tokens = self.attn.window_size**2, batch * math.prod(hw_shape)
-        queries, keys = (tokens, slots) if slots else (rows, rows / batch)
-        pairs = queries * keys
-        work = work._replace(pairs=2 * self.embed_dims * pairs)
+        queries, keys, sides = rows, rows / batch, sum(hw_shape)
+        if side := attn.window_size:
+            queries, keys, sides = batch * math.prod(hw_shape), side**2, 2 * side
+        products = self.embed_dims * queries * (2 * keys + sides * attn.use_rel_pos)
         # Position biases are added up, and to the logits.
-        return work + moves(6 * self.attn.num_heads * pairs * self.attn.use_rel_pos, 8)
+        added = moves(6 * attn.num_heads * queries * keys * attn.use_rel_pos, 8)
+        return work._replace(pairs=products) + added
 
 
 @MODELS.register_module()

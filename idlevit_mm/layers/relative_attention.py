@@ -166,5 +166,5 @@ def relative_bias(
 def _steps(query: Tensor, table: Tensor, places: Tensor, key_places: Tensor) -> Tensor:
     """Of one axis, by places of queries (B, T) and keys (B, K): (B, A, T, K)."""
     steps = places[:, :, None] - key_places[:, None] + len(table) // 2
-    known = query @ table.t()
+    known = torch.einsum('batd,pd->batp', query, table)
     return known.gather(-1, steps[:, None].expand(*known.shape[:-1], -1))
