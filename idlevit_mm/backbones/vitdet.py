@@ -21,6 +21,7 @@ from ..layers import LayerNorm2d, RelativeAttention, resize_axis_table, resize_p
 from ..policies import KeepRatios
 from .arguments import table_size
 from .base import GELU
+from .extents import ImgShapes
 from .names import vitdet
 from .plain import PlainBackbone, blocks_of
 from .vit import IdleViTBlock
@@ -191,9 +192,9 @@ class IdleViTDet(PlainBackbone):
         self.reduces = bool(out_channels)
         self.built(keep_ratios, idle_where)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> Any:
         """As ``PlainBackbone.forward``; the first map alone with ``single_output``."""
-        outs = super().forward(*args, **kwargs)
+        outs = super().forward(x, img_shapes)
         return outs[0] if self.single_output else outs
 
     def fold_table(self, hw_shape: tuple[int, int]) -> None:

@@ -103,8 +103,8 @@ class RelativeAttention(WindowAttention):
         if pairs is not None:
             ids = None if rows is None else rows.ids
             mask = pairs(query, ids=ids, key_ids=None if context is not None else ids)
-            summaries = key.shape[2] - mask.shape[3]
-            mask = F.pad(mask, (0, summaries, 0, query.shape[2] - mask.shape[2]))
+            if more := query.shape[2] - mask.shape[2]:  # a summary
+                mask = F.pad(mask, (0, key.shape[2] - mask.shape[3], 0, more))
         out = join_heads(attend_pairs(query, key, value, mask, self.scale, *self.dropping()))
         return self.drop(self.proj_drop(backend_at(x).linear(out, self.proj)))
 

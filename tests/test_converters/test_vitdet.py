@@ -79,11 +79,11 @@ def test_release_of_sam_and_other_sizes(tmp_path):
 
 @pytest.mark.parametrize(('dtype', 'tol'), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_same_features_as_timm(dtype, tol, tmp_path):
-    from timm.models.vision_transformer_sam import VisionTransformerSAM
+    sam = pytest.importorskip('timm.models.vision_transformer_sam')
 
     sizes = dict(img_size=52, patch_size=4, embed_dim=8, depth=3, num_heads=2, mlp_ratio=2)
     windows = dict(window_size=3, global_attn_indexes=(2,), use_rel_pos=True, neck_chans=6)
-    theirs = randomize(VisionTransformerSAM(num_classes=0, **sizes, **windows)).eval()
+    theirs = randomize(sam.VisionTransformerSAM(num_classes=0, **sizes, **windows)).eval()
     for module in theirs.modules():
         # Its class has 1e-5, SAM and ViTDet have 1e-6.
         if isinstance(module, torch.nn.LayerNorm):
