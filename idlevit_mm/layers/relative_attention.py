@@ -99,14 +99,23 @@ class RelativeAttention(WindowAttention):
         else:
             parts = self.project(x, 0, 1), *self.project(context, 1, 3).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in parts)
-        pairs, mask = self.pairs(hw_shape), None
-        if pairs is not None:
-            ids = None if rows is None else rows.ids
-            mask = pairs(query, ids=ids, key_ids=None if context is not None else ids)
-            if more := query.shape[2] - mask.shape[2]:  # a summary
-                mask = F.pad(mask, (0, key.shape[2] - mask.shape[3], 0, more))
-        out = join_heads(attend_pairs(query, key, value, mask, self.scale, *self.dropping()))
-        return self.drop(self.proj_drop(backend_at(x).linear(out, self.proj)))
+        ids, backend = None if rows is None else rows.ids, backend_at(x)
+        pairs, known = self.pairs(hw_shape), None if context is not None else ids
+        # Logits of all queries at once would go through main memory.
+        pieces = backend.channel_parts(query.shape[2], key[..., 0].numel(), self.training)
+        if ids is None and len(pieces) > 1:
+            ids = torch.arange(query.shape[2], device=x.device)[None]
+        outs = []
+        for piece in pieces:
+            some, mask = query[:, :, piece], None
+            if pairs is not None:
+                mask = pairs(some, ids=None if ids is None else ids[:, piece], key_ids=known)
+                if key.shape[2] > mask.shape[3] or some.shape[2] > mask.shape[2]:  # a summary
+                    more = key.shape[2] - mask.shape[3], some.shape[2] - mask.shape[2]
+                    mask = F.pad(mask, (0, more[0], 0, more[1]))
+            outs.append(attend_pairs(some, key, value, mask, self.scale, *self.dropping()))
+        out = join_heads(torch.cat(outs, dim=2))
+        return self.drop(self.proj_drop(backend.linear(out, self.proj)))
 
     def kept_share(
         self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor, shift_size: int = 0
@@ -150,9 +159,13 @@ def relative_bias(
     height, width = ((len(table) + 1) // 2 for table in tables)
     if ids is not None:
         query = query[..., : ids.shape[1], :]
-        keys = torch.arange(height * width, device=ids.device)[None] if key_ids is None else key_ids
-        by_row = _steps(query, tables[0], ids // width, keys // width)
-        return by_row + _steps(query, tables[1], ids % width, keys % width)
+        if key_ids is not None:
+            by_row = _steps(query, tables[0], ids // width, key_ids // width)
+            return by_row + _steps(query, tables[1], ids % width, key_ids % width)
+        sides = (torch.arange(side, device=ids.device)[None] for side in (height, width))
+        places = ids // width, ids % width
+        by_row, by_col = map(_steps, (query, query), tables, places, sides)
+        return (by_row[..., :, None] + by_col[..., None, :]).flatten(-2)
     grid = query[..., : height * width, :].unflatten(-2, (height, width))
     # Sliding is a view, and unlike indexing its backward is deterministic.
     rows, cols = (table.unfold(0, (len(table) + 1) // 2, 1).flip(-1) for table in tables)
