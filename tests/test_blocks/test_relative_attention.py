@@ -5,6 +5,7 @@ import torch
 from backbone_zoo import BY_NAME, assert_close, randomize
 
 from idlevit_mm.kernels import use_backend
+from idlevit_mm.kernels.cpu import pieces
 from idlevit_mm.ops import Rows
 
 HW = 7, 11
@@ -41,10 +42,12 @@ def expected(attn, x, active):
 
 @pytest.mark.parametrize('where', ['windows', 'map'])
 @pytest.mark.parametrize('backend', ['cpu', 'reference'])
-def test_idle_tokens_are_no_keys(where, backend):
+def test_idle_tokens_are_no_keys(where, backend, monkeypatch):
+    # The CPU takes the queries of large maps in pieces, and so these.
+    monkeypatch.setattr(pieces, '_PIECE', 2**10)
     attn = attention()[where]
     x = torch.randn(2, 77, 8, dtype=DOUBLE)
-    ids = torch.stack([torch.randperm(77)[:30] for _ in range(2)])
+    ids = torch.stack([torch.randperm(77)[:40] for _ in range(2)])
     active = torch.zeros(2, 77, dtype=torch.bool).scatter(1, ids, True)
     index = ids[..., None].expand(-1, -1, 8)
     with use_backend(backend), torch.no_grad():
@@ -54,6 +57,23 @@ def test_idle_tokens_are_no_keys(where, backend):
     assert_close(dense, expected(attn, x, torch.ones_like(active)), 1e-12)
     assert_close(idle, expected(attn, x, active).gather(1, index), 1e-12)
     assert_close(with_context, dense.gather(1, index), 1e-12)
+
+
+def test_a_summary_of_idle_tokens_has_no_place(monkeypatch):
+    """It attends and is seen without position bias, in pieces of queries as in one."""
+    attn, x = attention()['map'], torch.randn(2, 41, 8, dtype=DOUBLE)
+    ids = torch.stack([torch.randperm(77)[:40] for _ in range(2)])
+    query, key, value = (
+        part.unflatten(-1, (2, 4)).transpose(1, 2) for part in attn.qkv(x).split(8, -1)
+    )
+    bias = torch.zeros(2, 2, 41, 41, dtype=DOUBLE)
+    bias[..., :40, :40] = attn.pairs(HW)(query, ids=ids, key_ids=ids)
+    weights = (query @ key.transpose(-1, -2) * attn.scale + bias).softmax(-1)
+    want = attn.proj((weights @ value).transpose(1, 2).flatten(2))
+    monkeypatch.setattr(pieces, '_PIECE', 2**10)
+    for backend in ('cpu', 'reference'):
+        with use_backend(backend), torch.no_grad():
+            assert_close(attn(x, HW, Rows(ids)), want, 1e-12, backend)
 
 
 @pytest.mark.parametrize('where', ['windows', 'map'])
