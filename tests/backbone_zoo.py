@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.blocks import Carried, Tokens
+from idlevit_mm.registry import arguments_of
 
 SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
 DETERMINISTIC_SCORERS = tuple(s for s in SCORERS if s != 'random')
@@ -50,6 +51,15 @@ _VIT = dict(
 )
 
 
+_VITDET = dict(
+    {key: value for key, value in _VIT.items() if key not in ('patch_bias', 'final_norm')},
+    window_size=3,
+    window_block_indexes=(0, 1),
+)
+# Dense classes that the wheels lack.
+PROJECTS = (('mmdet', 'ViT'),)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A small model of one backbone class.
@@ -73,7 +83,8 @@ class Variant:
     @property
     def twins(self) -> dict[str, str]:
         """Names of the dense twins by library."""
-        return dict(MODELS.get(self.type).DENSE) if self.has_twin else {}
+        found = dict(MODELS.get(self.type).DENSE) if self.has_twin else {}
+        return {library: name for library, name in found.items() if (library, name) not in PROJECTS}
 
     @property
     def is_swin(self) -> bool:
@@ -82,6 +93,14 @@ class Variant:
     @property
     def is_vit(self) -> bool:
         return self.type == 'IdleVisionTransformer'
+
+    @property
+    def is_vitdet(self) -> bool:
+        return self.type == 'IdleViTDet'
+
+    @property
+    def is_plain(self) -> bool:
+        return self.is_vit or self.is_vitdet
 
     @property
     def has_class_token(self) -> bool:
@@ -109,7 +128,12 @@ class Variant:
         if library not in self.twins:
             pytest.skip(f'{library} has no {self.type.removeprefix("Idle")} like {self.name}')
         twin = getattr(importlib.import_module(f'{library}.models'), self.twins[library])
-        return twin(**{**self.kwargs, **overrides})
+        settings = {**self.kwargs, **overrides}
+        if self.is_vitdet:
+            # Its shape is an argument of its own.
+            settings, _ = self.build(**overrides).dense_twin(settings)
+            settings = {k: v for k, v in settings.items() if k in arguments_of(twin)}
+        return twin(**settings)
 
 
 _SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
@@ -171,6 +195,17 @@ def _vit(name: str, has_twin: bool = True, **kwargs: Any) -> Variant:
     )
 
 
+def _vitdet(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleViTDet',
+        kwargs={**_VITDET, **kwargs},
+        scopes=('map',),
+        # First that of the table: the dense class resizes it in single precision.
+        sizes=((1, 3, 36, 52), *_VIT_SIZES[1:]),
+    )
+
+
 # PyramidVisionTransformerV2 fixes four patch sizes, so its small model has four stages.
 _FOUR_STAGES = dict(
     num_stages=4,
@@ -205,6 +240,7 @@ FAMILIES = (
     _pvt2('pvtv2', **_FOUR_STAGES),
     _mit('mit'),
     _vit('vit'),
+    _vitdet('vitdet'),
 )
 _OTHERS = (
     _swin('swin-w7', window_size=7, depths=(2, 3)),
@@ -222,6 +258,7 @@ _OTHERS = (
     _vit('vit-conv-stem', has_twin=False, stem='conv', residual_scale=0.5, mlp_ratio=3),
     _vit('vit-scaled', has_twin=False, layer_scale=0.1, interpolate_mode='bicubic-aa'),
     _vit('vit-registers', has_twin=False, layer_scale=0.1, num_registers=3),
+    _vitdet('vitdet-sam', out_channels=6, use_rel_pos=False, qkv_bias=False, out_indices=2),
 )
 VARIANTS = FAMILIES + _OTHERS
 BY_NAME = {v.name: v for v in VARIANTS}
@@ -245,7 +282,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             if p.ndim == 1:
                 value = 0.2 * noise + (1.0 if _is_norm_weight(model, name) else 0.0)
-            elif 'pos_embed' in name or 'bias_table' in name:
+            elif 'pos_embed' in name or 'bias_table' in name or 'rel_pos' in name:
                 value = 0.5 * noise
             else:
                 value = noise * p[0].numel() ** -0.5

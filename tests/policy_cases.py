@@ -10,7 +10,7 @@ import pytest
 from backbone_zoo import BY_NAME, Variant, randomize
 from torch import nn
 
-FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls')
+FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls', 'vitdet')
 # MiT is PVTv2 with other numbers.
 CASE_FAMILIES = tuple(name for name in FAMILY_NAMES if name != 'mit')
 
@@ -39,7 +39,7 @@ class Case:
 
     def ratios(self, keep: float = 0.6) -> list[list[float]]:
         """A ratio per block that the policy can follow; idle blocks follow one another."""
-        first = 1.0 if self.variant.is_vit else keep
+        first = 1.0 if self.variant.is_plain else keep
         return [[first] + [keep] * (depth - 1) for depth in self.variant.depths]
 
     def build(self, keep: Any = None, seed: int = 0, **kwargs: Any) -> nn.Module:

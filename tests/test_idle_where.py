@@ -12,7 +12,7 @@ from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.blocks import Work, cost, seconds
 from idlevit_mm.kernels import PACES, Pace, pace_of, use_backend
 
-FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls')
+FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls', 'vitdet')
 # Where choosing is free idling always pays, where it takes a second never.
 FREE = Pace(10**9, 10**9, 10**9, 10**9, 0, 0)
 DEAR = FREE._replace(choice=10**9)

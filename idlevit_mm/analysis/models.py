@@ -28,7 +28,7 @@ from ..registry import arguments_of
 # Precisions by the names that options have for them.
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-_PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation'}
+_PROJECTS = {'mmdet': 'mmdetection', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 
 
 def load_config(config: str | Path | Config, cfg_options: dict[str, Any] | None = None) -> Config:

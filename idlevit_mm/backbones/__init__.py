@@ -8,3 +8,4 @@ from .swin import IdleSwinTransformer
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
 from .vit import IdleVisionTransformer
+from .vitdet import IdleViTDet

@@ -279,7 +279,7 @@ class IdleBackbone(BaseModule, ABC):
                 "dict(type='Pretrained', checkpoint=...)"
             )
         state, _ = split_backbone(read_weights(path, logger))
-        found = detect(state)
+        found = detect(state, self.family)
         if misfit := self._format_misfit(found):
             raise SettingError(f'checkpoint {path!r} {misfit}')
         dropped: list[str] = []

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import BaseModule, ModuleList
@@ -16,22 +15,11 @@ from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_norma
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import (
-    IdleBlock,
-    Relay,
-    StageRecord,
-    Tokens,
-    Work,
-    layers,
-    moves,
-    run_blocks,
-    weighted_mean,
-)
+from ..blocks import Relay, StageRecord, WindowBlock, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
-from ..kernels import backend_at
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
-from ..ops import Extent, Rows, Units, WindowLayout, map_units, window_layout, window_units
+from ..ops import Extent, Units, map_units, window_units
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU, IdleBackbone
@@ -41,10 +29,11 @@ from .names import swin as names
 LAYER_NORM = dict(type='LN')
 
 
-class IdleSwinBlock(IdleBlock):
+class IdleSwinBlock(WindowBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES = ('map', 'window_tokens', 'windows')
+    FIRST_NORM = 'norm1'
 
     def __init__(
         self,
@@ -62,20 +51,8 @@ class IdleSwinBlock(IdleBlock):
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
 
-    def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
-        idle = plan.keys == 'all' and plan.rows is not None
-        context = self.norm1(tokens.x) if idle else None
-        padding = self.norm1.bias if plan.pads_first else None
-        now = self.norm1(tokens.now)
-        return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
-
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
-
-    def planned(self, *args: Any) -> tuple[Plan, Any]:
-        plan, state = super().planned(*args)
-        # Windows of the next block hold other tokens, and their summaries mean others.
-        return (plan if plan.summary is None else plan.but(hold=False)), state
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
@@ -85,34 +62,6 @@ class IdleSwinBlock(IdleBlock):
 
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
         return self.attn.w_msa.mean_query_attention(self.norm1(x), hw_shape, extent)
-
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.norm1(x), hw_shape, mask)
-
-    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Weighted mean of the idle tokens of each window: (B, M, C)."""
-        layout = self._windows(hw_shape, x.device)
-        slots = layout.token_ids.flatten().expand(x.shape[0], -1)
-        tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
-        tokens = tokens.unflatten(1, layout.token_ids.shape)
-        # Padding has weight 0, whatever was read there.
-        return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
-
-    def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        layout = self._windows(hw_shape, summaries.device)
-        return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
-
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        width, hidden = self.embed_dims, self.ffn.feedforward_channels
-        # Keys of a query: what is active of its window.
-        keys = self.attn.window_size**2 * rows / (batch * math.prod(hw_shape))
-        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
-        return (
-            linear + Work(pairs=2 * width * rows * keys) + moves(rows * (9 * width + 2 * hidden), 8)
-        )
-
-    def _windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
-        return window_layout(*hw_shape, self.attn.window_size, self.attn.shift_size, device)
 
 
 class IdleSwinStage(BaseModule):

@@ -6,7 +6,6 @@ rows of both and of what a policy has appended, T computed rows, C channels.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,23 +17,25 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves, run_blocks
+from ..blocks import IdleBlock, Tokens, Work, layers, moves
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
-from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table, to_map
+from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
 from .arguments import table_size
-from .base import GELU, IdleBackbone
-from .extents import Extents, ImgShapes
+from .base import GELU
 from .names import dinov2, vit
-from .vit_shapes import SCALE, check_dense, check_kind, shape_of
+from .plain import PlainBackbone, blocks_of
+from .vit_shapes import ARCHS, SCALE, check_dense, check_kind, shape_of
 
 
 class IdleViTBlock(IdleBlock):
     """One block of a plain ViT on the active tokens of a map, the class token and registers."""
+
+    ATTENTION: type[nn.Module] = SelfAttention
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class IdleViTBlock(IdleBlock):
         drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.residual_scale = residual_scale
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SelfAttention(embed_dims, drop_path_rate=drop_path_rate, **attention)
+        self.attn = self.ATTENTION(embed_dims, drop_path_rate=drop_path_rate, **attention)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(
             embed_dims, dropout_layer=drop_path, add_identity=False, **feedforward
@@ -96,7 +97,7 @@ class IdleViTBlock(IdleBlock):
 
 
 @MODELS.register_module()
-class IdleVisionTransformer(IdleBackbone):
+class IdleVisionTransformer(PlainBackbone):
     """Plain Vision Transformer that computes only active tokens: DeiT, LV-ViT, DINOv2.
 
     It is one stage of ``num_layers`` blocks, mmseg's ``VisionTransformer``.
@@ -170,6 +171,7 @@ class IdleVisionTransformer(IdleBackbone):
     ) -> None:
         shape = shape_of(
             arch,
+            ARCHS,
             img_size=img_size,
             patch_size=patch_size,
             embed_dims=embed_dims,
@@ -185,8 +187,7 @@ class IdleVisionTransformer(IdleBackbone):
         )
         norm_cfg, patch_size = shape['norm_cfg'], shape['patch_size']
         channels, depth = shape['embed_dims'], shape['num_layers']
-        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        indices = tuple(depth - 1 if index == -1 else index for index in indices)
+        indices = blocks_of(out_indices, depth)
         super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
         besides = dict(output_cls_token=output_cls_token, num_registers=num_registers)
         for name, value in besides.items():
@@ -237,35 +238,21 @@ class IdleVisionTransformer(IdleBackbone):
             self.ln1 = build_norm_layer(norm_cfg, channels)[1]
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Any]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
-
-        With ``output_cls_token`` each is a list of the map and the class token (B, C).
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
-        extents = Extents.of(self, x, img_shapes)
-        x, hw_shape = self.patch_embed(x)
-        x = x + self._resized(hw_shape)
-        if self.num_class:
-            x = torch.cat([x, self._behind().expand(x.shape[0], -1, -1)], dim=1)
-        x = self.drop_after_pos(x)
-        taps = {i: partial(self._output, i, hw_shape=hw_shape) for i in self.out_indices}
-        last = self.record_inputs, taps, extents.at(0, hw_shape, x)
-        outs, record = run_blocks(self.layers, x, hw_shape, self.keep_ratios[0], *last)
-        self.records = [record]
-        return outs
-
     def fold_table(self, hw_shape: tuple[int, int]) -> None:
         """Resize the position table for good, so that maps of this size need no resizing."""
         first = self.pos_embed[:, : self.num_placed]
         self.pos_embed = nn.Parameter(torch.cat([first, self._resized(hw_shape)], dim=1).detach())
         self.pos_shape = hw_shape
 
-    def _behind(self) -> Tensor:
-        """Class token and registers (1, P, C)."""
+    def _placed(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        x = x + self._resized(hw_shape)
+        if not self.num_class:
+            return x
         if self.num_placed:
-            return self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([self.cls_token, self.register_tokens], dim=1)
+            behind = self.cls_token + self.pos_embed[:, :1]
+        else:
+            behind = torch.cat([self.cls_token, self.register_tokens], dim=1)
+        return torch.cat([x, behind.expand(x.shape[0], -1, -1)], dim=1)
 
     def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
         table = self.pos_embed[:, self.num_placed :]
@@ -277,11 +264,8 @@ class IdleVisionTransformer(IdleBackbone):
         x = x[:, : count + self.num_class]
         if self.final_norm and index == len(self.layers) - 1:
             x = self.ln1(x)
-        out = to_map(x[:, :count], hw_shape).contiguous()
+        out = super()._output(index, x, hw_shape)
         return [out, x[:, count]] if self.output_cls_token else out
-
-    def _stages(self) -> Iterable[nn.Module]:
-        return [self.layers]
 
     def _init_from_scratch(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
@@ -300,13 +284,11 @@ class IdleVisionTransformer(IdleBackbone):
                 constant_init(module, val=1.0, bias=0.0)
 
     def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
-        if self.frozen_stages >= 0:
-            yield from (self.patch_embed, self.drop_after_pos, self.pos_embed)
-            if self.num_class:
-                yield self.cls_token
-            if self.num_class > 1:
-                yield self.register_tokens
-        yield from self.layers[: max(self.frozen_stages, 0)]
+        yield from super()._frozen_modules()
+        if self.frozen_stages >= 0 and self.num_class:
+            yield self.cls_token
+        if self.frozen_stages >= 0 and self.num_class > 1:
+            yield self.register_tokens
 
     @classmethod
     def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:

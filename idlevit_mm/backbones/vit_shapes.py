@@ -1,5 +1,6 @@
 """Shapes of plain vision transformers by name, and which of them mmseg's class has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoints import StateDict
@@ -34,16 +35,20 @@ ARCHS: dict[str, dict[str, Any]] = {
 }
 
 
-def shape_of(arch: str, **given: Any) -> dict[str, Any]:
-    """Shape of an architecture, with the given values in place of its own.
+def shape_of(
+    arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]], **given: Any
+) -> dict[str, Any]:
+    """Shape of an architecture by name or itself, with the given values in place of its own.
 
     Raises:
         ValueError: A name is unknown, or widths do not fit.
     """
-    if arch not in ARCHS:
-        raise ValueError(f'arch={arch!r} is unknown; allowed: {", ".join(ARCHS)}')
-    shape = ARCHS[arch] | {key: value for key, value in given.items() if value is not None}
-    if shape['stem'] not in ('patch', 'conv'):
+    if isinstance(arch, str):
+        if arch not in archs:
+            raise ValueError(f'arch={arch!r} is unknown; allowed: {", ".join(archs)}')
+        arch = archs[arch]
+    shape = {**arch, **{key: value for key, value in given.items() if value is not None}}
+    if shape.get('stem', 'patch') not in ('patch', 'conv'):
         raise ValueError(f'stem={shape["stem"]!r} is unknown; allowed: patch, conv')
     if shape['embed_dims'] % shape['num_heads']:
         raise ValueError(

@@ -5,3 +5,4 @@ from .functions import weighted_mean
 from .idle_block import IdleBlock
 from .stage import Relay, StageRecord, run_blocks
 from .tokens import Carried, Pack, Tokens
+from .window_block import WindowBlock

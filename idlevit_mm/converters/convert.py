@@ -28,6 +28,7 @@ TARGETS = {
     'mmpretrain': 'mmpretrain',
     'dinov2': 'dinov2',
     'huggingface': 'huggingface',
+    'detectron2': 'detectron2',
 }
 
 

@@ -30,7 +30,7 @@ class Format:
     Attributes:
         family: What its backbones call themselves.
         name: Whose names: ``openmmlab``, ``timm``, ``official``, ``evovit``, ``mmpretrain``,
-            ``dinov2`` or ``huggingface``.
+            ``dinov2``, ``huggingface`` or ``detectron2``.
         title: In words, for messages.
         matches: Whether weights have these names.
         decode: These names to OpenMMLab's.
@@ -59,9 +59,10 @@ def all_formats() -> tuple[Format, ...]:
     return tuple(dict.fromkeys(known for cls in idle_backbones() for known in cls.FORMATS))
 
 
-def detect(state: StateDict) -> Format | None:
-    """The format of a backbone's weights; None where it is unknown."""
-    return next((known for known in all_formats() if known.matches(state)), None)
+def detect(state: StateDict, family: str = '') -> Format | None:
+    """The format of a backbone's weights, of a family if it may be; None where it is unknown."""
+    known = sorted(all_formats(), key=lambda known: known.family != family)
+    return next((one for one in known if one.matches(state)), None)
 
 
 def format_of(family: str, name: str) -> Format:

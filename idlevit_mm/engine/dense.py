@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import compare
+from ..converters import detect
 from ..errors import UsageError, one_line, shortened
 from ..registry import arguments_of, idle_backbones
 from .checks import class_of, parts_of
@@ -101,17 +102,17 @@ def make_idle(
     if any(isinstance(key, int) for key in backbone.path):
         why = 'which a config that inherits can replace only as a whole'
         raise UsageError(f'{kind} stands in a list, {why}')
-    try:
-        models = importlib.import_module(f'{backbone.library}.models')
-    except ImportError as error:
-        why = f'is a class of {backbone.library}, which cannot be imported: {error}'
-        raise UsageError(f'{backbone.name} {why}') from error
-    dense_class, idle_class = getattr(models, backbone.dense), MODELS.get(twin)
+    dense_class, idle_class = _dense_class(backbone), MODELS.get(twin)
+    original = {key: value for key, value in config.items() if key not in ('type', '_scope_')}
+    renamed = getattr(idle_class, 'RENAMED', {}).get(backbone.dense, {})
+    for old, new in renamed.items():
+        if old in config:
+            config[new] = config.pop(old)
     dense, idle = (
-        {name: argument.default for name, argument in arguments_of(cls).items()}
+        {renamed.get(name, name): argument.default for name, argument in arguments_of(cls).items()}
         for cls in (dense_class, idle_class)
     )
-    given = {key: value for key, value in config.items() if key not in ('type', '_scope_')}
+    given = {renamed.get(key, key): value for key, value in original.items()}
     foreign = [name for name in given if name not in idle]
     different = (n for n in foreign if n not in dense or not _equal(given[n], dense[n]))
     if needed := [f'{name}={given[name]!r}' for name in different]:
@@ -124,13 +125,33 @@ def make_idle(
         if name in idle and name not in given and not _equal(default, idle[name]):
             config[name] = list(default) if isinstance(default, tuple) else default
     config |= dict(type=twin, keep_ratios=keep_ratios)
+    config |= getattr(idle_class, 'AS_DENSE', {}).get(backbone.dense, {})
     if policy:
         config['policy'] = dict(policy)
     if idle_where != 'always':
         config['idle_where'] = idle_where
     network = _built(f'{kind}: {twin}', idle_class, config)
-    _check_weights(kind, _built(kind, dense_class, given), network)
+    _check_weights(kind, _built(kind, dense_class, original), network)
     return network
+
+
+def _dense_class(backbone: Backbone) -> type[nn.Module]:
+    """The class that a config names, of a library or registered there by what the config imports.
+
+    Raises:
+        UsageError: The library cannot be imported, or lacks the class.
+    """
+    try:
+        models = importlib.import_module(f'{backbone.library}.models')
+    except ImportError as error:
+        why = f'is a class of {backbone.library}, which cannot be imported: {error}'
+        raise UsageError(f'{backbone.name} {why}') from error
+    registry = importlib.import_module(f'{backbone.library}.registry').MODELS
+    found = getattr(models, backbone.dense, None) or registry.get(backbone.dense)
+    if found is None:
+        why = f'{backbone.library} has not; allowed: custom_imports of the project that has it'
+        raise UsageError(f'{backbone.name} is a {backbone.dense}, which {why}')
+    return found
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -178,8 +199,12 @@ def _built(kind: str, cls: type[nn.Module], config: Mapping[str, Any]) -> Any:
 
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
-    report = compare(idle.state_dict(), dense.state_dict(), policy_too=False)
-    shapes = {name: tuple(w.shape) for m in (dense, idle) for name, w in m.state_dict().items()}
+    theirs = dense.state_dict()
+    if (found := detect(theirs, getattr(idle, 'family', ''))) is not None:
+        # A class of a project may have other names.
+        theirs = found.decode(theirs).state
+    report = compare(idle.state_dict(), theirs, policy_too=False)
+    shapes = {k: tuple(w.shape) for state in (theirs, idle.state_dict()) for k, w in state.items()}
     differ: dict[str, tuple[Any, Any]] = dict(report.mismatched)
     differ |= {name: (shapes[name], 'absent') for name in report.unexpected}
     differ |= {name: ('absent', shapes[name]) for name in report.missing}

@@ -16,5 +16,5 @@ from .plain import LINEAR, all_plain, is_plain, kind_of, known_plain
 from .reference import Reference, split_heads
 from .rows import put_rows, take_rows
 from .site import Site, exact, full_precision, ranking_precision, reads_values, site_of
-from .slots import WindowCore, hide, region_mask
+from .slots import WindowCore, attend_pairs, hide, join_heads, region_mask
 from .triton import Triton

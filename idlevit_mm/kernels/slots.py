@@ -7,6 +7,7 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels, A heads, M windows, L slots of a window, E border windows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class WindowCore(NamedTuple):
         scale: Factor of the logits.
         dropout: Of the attention weights.
         drop: A module that is to see the attention weights, in place of ``dropout``.
+        pairs: Bias that depends on queries: (windows, A, L, C / A) to (windows, A, L, L).
     """
 
     bias: Tensor
@@ -37,6 +39,7 @@ class WindowCore(NamedTuple):
     scale: float
     dropout: float = 0.0
     drop: nn.Module | None = None
+    pairs: Callable[[Tensor], Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""
@@ -115,14 +118,31 @@ def join_heads(heads: Tensor) -> Tensor:
 def _attend(qkv: Tensor, core: WindowCore, mask: Tensor) -> Tensor:
     """Attention within windows: qkv (windows, L, 3 * C), mask (windows or 1, A, L, L)."""
     query, key, value = qkv.unflatten(2, (3, core.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if core.drop is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=core.dropout, scale=core.scale
+    if core.pairs is not None:
+        mask = mask + core.pairs(query)
+    return join_heads(attend_pairs(query, key, value, mask, core.scale, core.dropout, core.drop))
+
+
+def attend_pairs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    drop: nn.Module | None = None,
+) -> Tensor:
+    """Attention of heads of queries (B, A, T, D) to keys and values (B, A, K, D): (B, A, T, D).
+
+    The mask is added to the logits; ``drop`` is a module that is to see the attention weights, in
+    place of ``dropout``.
+    """
+    if drop is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
         )
-    else:
-        weights = (query * core.scale @ key.transpose(-1, -2) + mask).softmax(dim=-1)
-        out = core.drop(weights) @ value
-    return join_heads(out)
+    logits = query * scale @ key.transpose(-1, -2)
+    return drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
 
 
 def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch: int) -> Tensor:

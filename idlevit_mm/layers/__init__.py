@@ -10,6 +10,7 @@ from .position import (
     resize_relative_position_table,
 )
 from .reduction_attention import SpatialReductionAttention
+from .relative_attention import RelativeAttention, resize_axis_table
 from .self_attention import SelfAttention
 from .share import cell_means, kept_share
 from .window_attention import ShiftWindowMSA, relative_position_index

@@ -4,6 +4,7 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from .attention import Projections
 from .share import kept_share
 
 
-class WindowMSA(Projections, BaseModule):
-    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
+class WindowAttention(Projections, BaseModule):
+    """Attention within windows for packed tokens; heirs say what positions add to the logits.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -45,26 +46,23 @@ class WindowMSA(Projections, BaseModule):
         self.window_size = window_size
         self.num_heads = num_heads
         self.scale = qk_scale or (embed_dims // num_heads) ** -0.5
-        places = (2 * window_size - 1) ** 2
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(places, num_heads))
-        self.register_buffer('relative_position_index', relative_position_index(window_size))
+        self._add_tables(embed_dims // num_heads)
         self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
-    def init_weights(self) -> None:
-        """Draw the bias table from a truncated normal distribution."""
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
+    def _add_tables(self, head_dims: int) -> None:
+        """Add the parameters of positions, in the place that optimizers know them by."""
+        raise NotImplementedError
 
-    def position_bias(self) -> Tensor:
-        """Relative position bias of all slot pairs: (1, A, L, L)."""
-        # The same as indexing the table by relative_position_index, whose rows are sliding windows
-        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
-        side = self.window_size
-        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
-        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
-        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
+    def position_bias(self, x: Tensor) -> Tensor:
+        """What is added to the logits of all slot pairs: (1, A, L, L), on the device of x."""
+        raise NotImplementedError
+
+    def pairs(self, hw_shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        """What is added besides and depends on queries; see ``WindowCore``."""
+        return None
 
     def forward(
         self,
@@ -91,16 +89,49 @@ class WindowMSA(Projections, BaseModule):
     ) -> WindowCore:
         """What attention within windows needs beside queries, keys and values."""
         blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
+        sizes = self.window_size, self.num_heads, self.scale
+        pairs = self.pairs((self.window_size, self.window_size))
+        return WindowCore(self.position_bias(x), blank, *sizes, *self.dropping(), pairs)
+
+    def dropping(self) -> tuple[float, nn.Module | None]:
+        """Dropout of the attention weights, and the module in its place if that is no plain one."""
         plain = is_plain(self.attn_drop, nn.Dropout)
-        return WindowCore(
-            self.position_bias(),
-            blank,
-            self.window_size,
-            self.num_heads,
-            self.scale,
+        return (
             self.attn_drop.p if plain and self.training else 0.0,
             None if plain else self.attn_drop,
         )
+
+    def kept_share(
+        self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor, shift_size: int = 0
+    ) -> Tensor:
+        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
+
+        Logits are those of the dense block: position bias added, other regions hidden. Padding
+        slots are neither keys nor rows, since padding is neither active nor idle.
+        """
+        layout = window_layout(*hw_shape, self.window_size, shift_size, x.device)
+        query, key = _fill_slots(self.project(x, 0, 2), layout).chunk(2, dim=-1)
+        share = kept_share(
+            query,
+            key,
+            _fill_slots(mask.reshape(*mask.shape[:2], -1), layout),
+            self.scale / self.num_heads,
+            self._mean_bias(layout, query),
+        )
+        return share.flatten(1, 2).index_select(1, layout.slot_ids).view(mask.shape)
+
+    def _mean_bias(self, layout: WindowLayout, query: Tensor) -> Tensor:
+        """Head mean of the bias, padding keys and other regions hidden: (M, L, L) or per image."""
+        padding, dtype = layout.token_ids < 0, query.dtype
+        bias = self.position_bias(query).mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
+        inner = len(bias) - len(layout.regions)
+        bias = torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
+        pairs = self.pairs((self.window_size, self.window_size))
+        if pairs is None:
+            return bias
+        # Linear in the query: the mean over heads is that of the mean query.
+        mean = query.unflatten(-1, (self.num_heads, -1)).mean(dim=-2)
+        return bias + pairs(mean)
 
     def weights(self) -> tuple[Tensor, Tensor | None] | None:
         plain = is_plain(self.qkv, *LINEAR)
@@ -123,6 +154,28 @@ class WindowMSA(Projections, BaseModule):
         # What stands in the places of idle queries is computed and thrown away.
         blank = torch.zeros_like(key_value[..., : x.shape[-1]])
         return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
+
+
+class WindowMSA(WindowAttention):
+    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens."""
+
+    def _add_tables(self, head_dims: int) -> None:
+        places = (2 * self.window_size - 1) ** 2
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(places, self.num_heads))
+        self.register_buffer('relative_position_index', relative_position_index(self.window_size))
+
+    def init_weights(self) -> None:
+        """Draw the bias table from a truncated normal distribution."""
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def position_bias(self, x: Tensor) -> Tensor:
+        """Relative position bias of all slot pairs: (1, A, L, L)."""
+        # The same as indexing the table by relative_position_index, whose rows are sliding windows
+        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
+        side = self.window_size
+        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
+        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
+        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
 
 
 class ShiftWindowMSA(BaseModule):
@@ -180,28 +233,8 @@ class ShiftWindowMSA(BaseModule):
         return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context, padding))
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
-
-        Logits are those of the dense block: position bias added, other regions hidden. Padding
-        slots are neither keys nor rows, since padding is neither active nor idle.
-        """
-        layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
-        query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)
-        share = kept_share(
-            query,
-            key,
-            _fill_slots(mask.reshape(*mask.shape[:2], -1), layout),
-            self.w_msa.scale / self.w_msa.num_heads,
-            self._mean_bias(layout, query.dtype),
-        )
-        return share.flatten(1, 2).index_select(1, layout.slot_ids).view(mask.shape)
-
-    def _mean_bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
-        """Head mean of the position bias, padding keys and other regions hidden: (M, L, L)."""
-        padding = layout.token_ids < 0
-        bias = self.w_msa.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
-        inner = len(bias) - len(layout.regions)
-        return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
+        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens."""
+        return self.w_msa.kept_share(x, hw_shape, mask, self.shift_size)
 
 
 def relative_position_index(window_size: int) -> Tensor:

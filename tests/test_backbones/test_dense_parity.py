@@ -248,6 +248,8 @@ def test_initialisation_from_scratch_follows_the_twin(variant):
     for key, value in model.state_dict().items():
         if 'bias_table' in key:
             continue  # mmdet leaves the table at zero, the paper draws it at random
+        if variant.is_vitdet and not key.startswith(('pos_embed', 'patch_embed')):
+            continue  # mmpretrain leaves layers to PyTorch, the paper draws them
         if not value.is_floating_point():
             assert torch.equal(value, want[key])
         elif want[key].numel() > 500:

@@ -4,7 +4,15 @@ import importlib
 
 import pytest
 import torch
-from backbone_zoo import FAMILIES, VARIANTS, assert_close, image, parametrize, randomize
+from backbone_zoo import (
+    FAMILIES,
+    PROJECTS,
+    VARIANTS,
+    assert_close,
+    image,
+    parametrize,
+    randomize,
+)
 from mmengine.registry import MODELS
 
 from idlevit_mm.analysis.models import host_backbone
@@ -21,6 +29,8 @@ TWINS = {
     ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
     ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
     ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
+    ('mmpretrain', 'ViTSAM'): 'IdleViTDet',
+    ('mmdet', 'ViT'): 'IdleViTDet',
 }
 CLASSES = idle_backbones()
 
@@ -40,6 +50,8 @@ def test_dense_twins_are_there(cls):
     assert cls.DENSE
     for library, name in cls.DENSE:
         pytest.importorskip(library)
+        if (library, name) in PROJECTS:
+            continue
         dense = getattr(importlib.import_module(f'{library}.models'), name)
         assert dense.__name__ == name
         assert dense not in CLASSES
@@ -99,7 +111,8 @@ def test_tables_fit_weights_with_and_without_a_backbone(variant):
     # Only tables of square images can be told.
     for key, (height, width) in cls.table_shapes(state, (64, 64)).items():
         first = int('cls_token' in state)
-        state[key] = torch.randn(1, first + height * width, state[key].shape[-1])
+        places = (height, width) if state[key].dim() == 4 else (first + height * width,)
+        state[key] = torch.randn(1, *places, state[key].shape[-1])
     bare = cls.fit_tables(state, shapes, window_size, False)
     if shapes:
         overrides['img_size' if cls.family == 'vit' else 'pretrain_img_size'] = sides

@@ -65,7 +65,7 @@ def assert_runs_under_autocast(variant, scope, dtype, keep):
 
 @pytest.mark.parametrize(
     ('variant', 'scorer'),
-    list(zip(FAMILIES, SCORERS, strict=True)),
+    list(zip(FAMILIES, (*SCORERS, 'mean_query'), strict=True)),
     ids=lambda value: getattr(value, 'name', value),
 )
 def test_autocast_with_large_values(variant, scorer):

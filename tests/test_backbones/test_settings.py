@@ -397,11 +397,11 @@ def test_numbers_that_do_not_go_together(name, options, said):
         BY_NAME[name].build(**options)
 
 
-@parametrize((*FAMILIES, BY_NAME['vit-registers']))
+@parametrize((*FAMILIES, BY_NAME['vit-registers'], BY_NAME['vitdet-sam']))
 def test_frozen_stages_are_frozen_in_the_constructor(variant):
     """Optimizers and wrappers of modules see it before any call of train()."""
     blocks = sum(variant.depths)
-    for frozen in range(-1, (blocks if variant.is_vit else len(variant.depths)) + 1):
+    for frozen in range(-1, (blocks if variant.is_plain else len(variant.depths)) + 1):
         model = variant.build(frozen_stages=frozen)
         built = {name: p.requires_grad for name, p in model.named_parameters()}
         expected = {
@@ -412,7 +412,7 @@ def test_frozen_stages_are_frozen_in_the_constructor(variant):
         assert {name: p.requires_grad for name, p in model.named_parameters()} == built
         modes = {name: module.training for name, module in model.named_modules()}
         for stage in range(min(max(frozen, 0), len(variant.depths))):
-            if not variant.is_vit:
+            if not variant.is_plain:
                 prefix = f'stages.{stage}' if variant.is_swin else f'layers.{stage}'
                 assert not any(on for name, on in modes.items() if name.startswith(prefix))
 
@@ -421,8 +421,10 @@ def parts(variant, frozen):
     """What the names of frozen parameters begin with."""
     if frozen < 0:
         return []
-    if variant.is_vit:
+    if variant.is_plain:
         first = ['patch_embed.', 'pos_embed', 'cls_token', 'register_tokens']
+        if frozen == sum(variant.depths):
+            first.append('channel_reduction.')
         return [*first, *(f'layers.{block}.' for block in range(frozen))]
     if variant.is_swin:
         stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]

@@ -240,6 +240,119 @@ for size in (f'b{number}' for number in range(6)):
         )
     )
 
+
+def vitdet() -> Config:
+    """What mmdet's project ViTDet resolves to, which the wheel lacks: its changes to what it has.
+
+    Its constructor of optimisers is the project's own: test_rates_of_vitdet is about what it does.
+    """
+    cfg = load_reference(mmdet, 'common/lsj-100e_coco-instance.py')
+    cfg.model = load_reference(mmdet, '_base_/models/mask-rcnn_r50_fpn.py').model
+    size, norm = (1024, 1024), dict(type='LN2d', requires_grad=True)
+    pad = dict(type='Pad', size=size, pad_val=dict(img=(114, 114, 114)))
+    load_image, annotations, resize, crop, keep, flip, pack = (
+        cfg.train_dataloader.dataset.dataset.pipeline
+    )
+    cfg.train_dataloader.dataset = cfg.train_dataloader.dataset.dataset
+    cfg.train_dataloader.update(batch_size=4, num_workers=8)
+    cfg.train_dataloader.dataset.pipeline = [
+        *(load_image, annotations, flip, resize, crop, keep, pad, pack)
+    ]
+    load_image, _, *rest = cfg.val_dataloader.dataset.pipeline
+    resize = dict(type='Resize', scale=size, keep_ratio=True)
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.pipeline = [load_image, resize, pad, *rest]
+    batch_augments = [dict(type='BatchFixedSizePad', size=size, pad_mask=True)]
+    cfg.model.data_preprocessor.update(pad_size_divisor=32, batch_augments=batch_augments)
+    cfg.model.backbone = dict(
+        type='ViT',
+        img_size=1024,
+        patch_size=16,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        drop_path_rate=0.1,
+        window_size=14,
+        mlp_ratio=4,
+        qkv_bias=True,
+        norm_cfg=dict(type='LN', requires_grad=True),
+        window_block_indexes=[0, 1, 3, 4, 6, 7, 9, 10],
+        use_rel_pos=True,
+        init_cfg=dict(type='Pretrained', checkpoint='mae_pretrain_vit_base.pth'),
+    )
+    cfg.model.neck = dict(
+        type='SimpleFPN',
+        backbone_channel=768,
+        in_channels=[192, 384, 768, 768],
+        out_channels=256,
+        num_outs=5,
+        norm_cfg=norm,
+    )
+    cfg.model.rpn_head.num_convs = 2
+    four = dict(type='Shared4Conv1FCBBoxHead', conv_out_channels=256, norm_cfg=norm)
+    cfg.model.roi_head.bbox_head.update(four)
+    cfg.model.roi_head.mask_head.norm_cfg = norm
+    cfg.optim_wrapper = dict(
+        type='AmpOptimWrapper',
+        paramwise_cfg=load(VITDET).optim_wrapper.paramwise_cfg,
+        optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.1),
+    )
+    warmup = dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=250)
+    steps = dict(type='MultiStepLR', begin=0, end=184375, by_epoch=False, gamma=0.1)
+    cfg.param_scheduler = [warmup, dict(steps, milestones=[163889, 177546])]
+    loop = dict(type='IterBasedTrainLoop', max_iters=184375, val_interval=5000)
+    cfg.train_cfg = dict(loop, dynamic_intervals=[(180001, 184375)])
+    saved = dict(by_epoch=False, save_last=True, interval=5000, max_keep_ckpts=5)
+    cfg.default_hooks.checkpoint.update(saved)
+    cfg.log_processor.by_epoch = False
+    return cfg
+
+
+VITDET = 'coco/mask_rcnn/mask-rcnn_idle-vitdet-b_simple-fpn_lsj-100e-dense_coco.py'
+RECIPES[VITDET] = Recipe(
+    vitdet,
+    {
+        **IDLING,
+        'model.backbone.type': ('ViT', 'IdleViTDet'),
+        'model.backbone.embed_dim': (768, ABSENT),
+        'model.backbone.embed_dims': (ABSENT, 768),
+        'model.backbone.depth': (12, ABSENT),
+        'model.backbone.num_layers': (ABSENT, 12),
+        # The dense class's default.
+        'model.backbone.pretrain_img_size': (ABSENT, 224),
+        'model.backbone.convert_weights': (ABSENT, True),
+        # The project wants the file beside it.
+        'model.backbone.init_cfg.checkpoint': (
+            'mae_pretrain_vit_base.pth',
+            'https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth',
+        ),
+        'model.neck.type': ('SimpleFPN', 'SimpleFeaturePyramid'),
+        'model.neck.backbone_channel': (768, ABSENT),
+        'model.neck.in_channels': ((192, 384, 768, 768), 768),
+        'auto_scale_lr.enable': (ABSENT, False),
+    },
+)
+
+
+def test_rates_of_vitdet() -> None:
+    """0.7 to the power of the blocks above, and no decay of norms, biases and positions."""
+    cfg = load(VITDET)
+    with Uninitialised():
+        model = build(cfg)
+    settings = dict(cfg.optim_wrapper, type='OptimWrapper')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        groups = build_optim_wrapper(model, settings).optimizer.param_groups
+    found = {id(group['params'][0]): (group['lr'], group['weight_decay']) for group in groups}
+    for name, parameter in model.named_parameters():
+        above = 0
+        if name.startswith('backbone.'):
+            block = name.split('.')[2] if '.layers.' in name else -1
+            above = 12 - int(block)
+        free = parameter.ndim == 1 or 'pos_embed' in name
+        expected = (1e-4 * 0.7**above, 0.0 if free else 0.1)
+        assert found[id(parameter)] == pytest.approx(expected), name
+
+
 # Keep 0.7 from the weights of the backbone alone: the dense recipe with this one difference.
 FROM_BACKBONE = {
     'coco/mask-rcnn_idle-swin-t_fpn_1x_coco.py': (
@@ -331,7 +444,7 @@ def mode_of(dense: str, mode: str) -> str:
 
 def test_all_recipes_are_there() -> None:
     families = {mode_of(name, mode) for name in RECIPES for mode in MODES}
-    assert len(RECIPES) == 37
+    assert len(RECIPES) == 38
     assert set(FULL_SIZE) == families | set(FROM_BACKBONE) | set(PLAIN)
 
 
@@ -393,6 +506,11 @@ def assert_fine_tuning(before: Config, after: Config, has_conv: bool) -> None:
     evaluated = {'train_cfg.val_interval', 'default_hooks.checkpoint.interval'} & changes.keys()
     for key in evaluated:
         del changes[key]
+    if dynamic := changes.pop('train_cfg.dynamic_intervals', None):
+        # The last iteration is evaluated and kept, whatever the intervals.
+        ((_, interval),), _ = dynamic
+        assert interval == length
+        length -= length % before.train_cfg.val_interval
     for cfg, end in ((before, length), (after, shorter)):
         assert end % cfg.train_cfg.val_interval == 0
         assert end % cfg.default_hooks.checkpoint.interval == 0
@@ -470,7 +588,8 @@ def assert_builds(name: str, cfg: Config, model: torch.nn.Module) -> None:
     assert type(model.backbone).__name__ == cfg.model.backbone.type
     assert type(model.backbone).__name__.startswith('Idle')
     assert not cfg.auto_scale_lr.enable
-    assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size
+    gpus = 16 if 'vitdet' in name else 8
+    assert cfg.auto_scale_lr.base_batch_size == gpus * cfg.train_dataloader.batch_size
     settings = copy.deepcopy(cfg.optim_wrapper)
     if settings.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
         # mmengine builds it on accelerators only.

@@ -289,7 +289,8 @@ def test_dense_twins_read_what_we_write(variant, tmp_path):
     torch.save(dict(model=released), tmp_path / 'released.pth')
     for library in variant.twins:
         path = tmp_path / f'{library}.pth'
-        convert_file(tmp_path / 'released.pth', path, library)
+        # ViTSAM's names are OpenMMLab's here.
+        convert_file(tmp_path / 'released.pth', path, library.replace('mmpretrain', 'mmdet'))
         init_cfg = ConfigDict(type='Pretrained', checkpoint=str(path))
         # mmdet's PVT would take the names for those of the release.
         options = dict(convert_weights=False) if 'pvt' in variant.name else {}

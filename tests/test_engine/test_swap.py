@@ -182,6 +182,70 @@ def test_twin_takes_the_dense_weights_and_computes_the_same(name, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
 
 
+# The arguments of mmdet's project ViTDet, which the wheel lacks, and its names of weights.
+VITDET_PROJECT = """
+import torch
+from mmdet.registry import MODELS
+from idlevit_mm.backbones import IdleViTDet
+from idlevit_mm.converters import convert_weights
+
+
+@MODELS.register_module(force=True)
+class ViT(torch.nn.Module):
+    def __init__(self, img_size=1024, patch_size=16, in_chans=3, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, use_abs_pos=True, use_rel_pos=False, window_size=0,
+                 window_block_indexes=(0, 1), pretrain_img_size=224, pretrain_use_cls_token=True,
+                 init_cfg=None):
+        super().__init__()
+        self.twin = IdleViTDet(
+            img_size=img_size, patch_size=patch_size, in_channels=in_chans, embed_dims=embed_dim,
+            num_layers=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, use_rel_pos=use_rel_pos,
+            window_size=window_size, window_block_indexes=window_block_indexes,
+            pretrain_img_size=pretrain_img_size)
+
+    def state_dict(self):
+        return convert_weights(self.twin.state_dict(), 'detectron2').weights
+"""
+VITDETS = [
+    (
+        'dict(type="ViT", embed_dim=24, depth=3, num_heads=2, window_size=5, use_rel_pos=True, '
+        'window_block_indexes=[0, 2], img_size=320, use_abs_pos=True)',
+        dict(embed_dims=24, num_layers=3, single_output=True, pretrain_img_size=224),
+    ),
+    (
+        'dict(type="mmpretrain.ViTSAM", arch="base", img_size=224, out_channels=0)',
+        dict(arch='base', out_channels=0),
+    ),
+    ('dict(type="mmpretrain.ViTSAM", use_abs_pos=True)', dict(img_size=224, out_channels=256)),
+]
+
+
+@pytest.mark.parametrize(('source', 'changed'), VITDETS, ids=['mmdet', 'mmpretrain', 'sam'])
+def test_vitdet_of_mmdets_project_and_of_mmpretrain(source, changed, write, tmp_path, monkeypatch):
+    if 'mmpretrain' in source:
+        pytest.importorskip('mmpretrain.models')
+    monkeypatch.syspath_prepend(tmp_path)
+    write(VITDET_PROJECT, 'vitdet_project.py')
+    text = 'default_scope = "mmdet"\ncustom_imports = dict(imports="vitdet_project")\n'
+    swapped = idle_config(write(f'{text}model = dict(backbone={source})'), KEEP)
+    cfg = Config.fromfile(swapped.file).model.backbone
+    assert cfg.type == 'IdleViTDet'
+    assert {key: cfg[key] for key in changed} == changed
+    assert not {'embed_dim', 'depth', 'use_abs_pos'} & cfg.keys()
+
+
+def test_a_class_that_no_library_has_is_named(write):
+    text = 'default_scope = "mmdet"\nmodel = dict(backbone=dict(type="mmdet.ViT", depth=3))'
+    registry = importlib.import_module('mmdet.registry').MODELS
+    known = registry.module_dict.pop('ViT', None)
+    try:
+        with pytest.raises(UsageError, match='is a ViT, which mmdet has not; allowed: custom_impo'):
+            idle_config(write(text), KEEP)
+    finally:
+        if known:
+            registry.module_dict['ViT'] = known
+
+
 def test_refused_with_the_reason(tmp_path):
     for name, reason in REFUSED:
         with pytest.raises(UsageError, match=reason):

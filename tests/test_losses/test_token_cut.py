@@ -325,7 +325,8 @@ def test_reaches_queries_and_keys_only_of_attention(variant, scope):
     loss.backward()
     for block in (block for stage in model.idle_blocks for block in stage):
         attn = block.attn
-        weight = attn.w_msa.qkv.weight if hasattr(attn, 'w_msa') else attn.attn.in_proj_weight
+        attn = getattr(attn, 'w_msa', attn)
+        weight = attn.qkv.weight if hasattr(attn, 'qkv') else attn.attn.in_proj_weight
         for part in weight.grad.chunk(3)[:2]:
             assert part.isfinite().all()
             assert part.abs().sum() > 0

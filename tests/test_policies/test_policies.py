@@ -263,13 +263,16 @@ def test_idle_rows_are_bit_identical(case):
 # Compilation takes seconds. IdleViT in Swin and MiT: tests/test_backbones/test_running.py
 def shallow(case):
     """A model that compiles fast."""
-    if case.variant.is_vit:
-        return case.build([[1.0, 0.5]], num_layers=2, out_indices=(1,), drop_path_rate=0.0)
+    if case.variant.is_plain:
+        few = dict(num_layers=2, out_indices=(1,), drop_path_rate=0.0)
+        if case.variant.is_vitdet:
+            return case.build(0.5, window_block_indexes=(0,), **few)
+        return case.build([[1.0, 0.5]], **few)
     swin = dict(depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,), drop_path_rate=0.0)
     return case.build(0.5, **swin)
 
 
-@each(['swin-idlevit-windows', 'swin-evovit', 'vit-evit'])
+@each(['swin-idlevit-windows', 'swin-evovit', 'vit-evit', 'vitdet-evovit'])
 def test_compiled_trains_as_eager(case):
     torch._dynamo.reset()
     model, x = shallow(case).train(), image((2, 3, 45, 58))

@@ -2,7 +2,7 @@
 
 A preset needs no config file and no mmdet. Settings are those of the papers: Swin arXiv
 2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203, DINOv2
-arXiv 2304.07193.
+arXiv 2304.07193, ViTDet arXiv 2203.16527.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'dinov2-s': dict(_VIT, arch='dinov2-small'),
     'dinov2-b': dict(_VIT, arch='dinov2-base'),
     'dinov2-l': dict(_VIT, arch='dinov2-large'),
+    'vitdet-b': dict(_RATE, type='IdleViTDet', arch='vitdet-base'),
+    'vitdet-l': dict(_RATE, type='IdleViTDet', arch='vitdet-large'),
 }
 # Names of timm's models of the same architecture, where it has one.
 TIMM = {

@@ -151,6 +151,7 @@ _MMPRETRAIN = _names(
 )
 _has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
 _has_stem = with_keys('patch_embed.conv1.weight')
+_is_mmpretrain = with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight')
 
 
 def is_dinov2(state: StateDict) -> bool:
@@ -158,9 +159,23 @@ def is_dinov2(state: StateDict) -> bool:
     return _has_blocks(state) and ('mask_token' in state or 'register_tokens' in state)
 
 
+def has_windows(state: StateDict) -> bool:
+    """Whether weights are those of ViTDet, whose names are those of others: by its tables."""
+    table = state.get('pos_embed')
+    return any('.0.attn.rel_pos_h' in key for key in state) or (
+        table is not None and table.dim() == 4
+    )
+
+
+def is_vitdet(state: StateDict) -> bool:
+    """Whether names are those of mmpretrain's ViTSAM."""
+    return _is_mmpretrain(state) and has_windows(state)
+
+
 def is_timm(state: StateDict) -> bool:
     """Whether names are those of timm's plain vision transformers or of the DeiT releases."""
-    return _has_blocks(state) and not (_has_stem(state) or is_dinov2(state))
+    others = _has_stem(state) or is_dinov2(state) or has_windows(state)
+    return _has_blocks(state) and not others
 
 
 def is_lvvit(state: StateDict) -> bool:
@@ -191,7 +206,7 @@ FORMATS = (
         'vit',
         'mmpretrain',
         'mmpretrain ViT',
-        with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight'),
+        lambda state: _is_mmpretrain(state) and not has_windows(state),
         _MMPRETRAIN.decode,
         _MMPRETRAIN.encode,
         'state_dict',

@@ -50,7 +50,7 @@ def usable(x: Tensor, grad: bool = False) -> bool:
 def attends(qkv: Tensor, core: WindowCore) -> bool:
     """Whether the kernel of attention in windows may compute with (B, T, 3 * C)."""
     depth = qkv.shape[2] // 3 // core.num_heads
-    plain = not core.dropout and core.drop is None
+    plain = not core.dropout and core.drop is None and core.pairs is None
     return plain and depth % _LANES == 0 and usable(qkv, grad=True)
 
 
