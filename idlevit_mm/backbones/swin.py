@@ -31,7 +31,7 @@ from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
-from ..ops import Extent, Rows, Units, WindowLayout, map_units, window_layout, window_units
+from ..ops import Extent, Rows, Units, map_units, window_units
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU, IdleBackbone
@@ -44,7 +44,10 @@ LAYER_NORM = dict(type='LN')
 class IdleSwinBlock(IdleBlock):
     """One Swin block on the active tokens of a map."""
 
-    SCOPES = ('map', 'window_tokens', 'windows')
+    SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
+    # Windows of the next block hold other tokens.
+    holds_summaries = False
+    ATTENTION: type = ShiftWindowMSA
 
     def __init__(
         self,
@@ -58,7 +61,8 @@ class IdleSwinBlock(IdleBlock):
         super().__init__(embed_dims, **kwargs)
         drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = ShiftWindowMSA(embed_dims, drop_path_rate=drop_path_rate, **attention)
+        attention = dict(drop_path_rate=drop_path_rate) | attention
+        self.attn = self.ATTENTION(embed_dims, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
 
@@ -72,11 +76,6 @@ class IdleSwinBlock(IdleBlock):
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
 
-    def planned(self, *args: Any) -> tuple[Plan, Any]:
-        plan, state = super().planned(*args)
-        # Windows of the next block hold other tokens, and their summaries mean others.
-        return (plan if plan.summary is None else plan.but(hold=False)), state
-
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
             return map_units(*hw_shape, device)
@@ -84,14 +83,14 @@ class IdleSwinBlock(IdleBlock):
         return window_units(*hw_shape, *windows, scope == 'windows', device)
 
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.w_msa.mean_query_attention(self.norm1(x), hw_shape, extent)
+        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.norm1(x), hw_shape, mask)
 
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Weighted mean of the idle tokens of each window: (B, M, C)."""
-        layout = self._windows(hw_shape, x.device)
+        layout = self.attn.windows(hw_shape, x.device)
         slots = layout.token_ids.flatten().expand(x.shape[0], -1)
         tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
         tokens = tokens.unflatten(1, layout.token_ids.shape)
@@ -99,7 +98,7 @@ class IdleSwinBlock(IdleBlock):
         return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
 
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        layout = self._windows(hw_shape, summaries.device)
+        layout = self.attn.windows(hw_shape, summaries.device)
         return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
@@ -110,9 +109,6 @@ class IdleSwinBlock(IdleBlock):
         return (
             linear + Work(pairs=2 * width * rows * keys) + moves(rows * (9 * width + 2 * hidden), 8)
         )
-
-    def _windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
-        return window_layout(*hw_shape, self.attn.window_size, self.attn.shift_size, device)
 
 
 class IdleSwinStage(BaseModule):

@@ -28,6 +28,7 @@ class WindowCore(NamedTuple):
         scale: Factor of the logits.
         dropout: Of the attention weights.
         drop: A module that is to see the attention weights, in place of ``dropout``.
+        hides_padding: Whether padding is no key.
     """
 
     bias: Tensor
@@ -37,6 +38,7 @@ class WindowCore(NamedTuple):
     scale: float
     dropout: float = 0.0
     drop: nn.Module | None = None
+    hides_padding: bool = False
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""

@@ -6,10 +6,11 @@ from .norm import LayerNorm2d
 from .patch import ConvStemEmbed, MergePatches
 from .position import (
     AbsolutePositionEmbedding,
+    ConditionalPositionEncoding,
     resize_position_table,
     resize_relative_position_table,
 )
 from .reduction_attention import SpatialReductionAttention
 from .self_attention import SelfAttention
 from .share import cell_means, kept_share
-from .window_attention import ShiftWindowMSA, relative_position_index
+from .window_attention import LocallyGroupedAttention, ShiftWindowMSA, relative_position_index

@@ -18,8 +18,8 @@ from .attention import Projections
 from .share import kept_share
 
 
-class WindowMSA(Projections, BaseModule):
-    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
+class WindowAttention(Projections, BaseModule):
+    """Attention within windows, for packed tokens.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -30,6 +30,9 @@ class WindowMSA(Projections, BaseModule):
         attn_drop_rate: Dropout of the attention weights.
         proj_drop_rate: Dropout of the output.
     """
+
+    # Cyclic shift of the windows in tokens.
+    shift_size = 0
 
     def __init__(
         self,
@@ -45,45 +48,41 @@ class WindowMSA(Projections, BaseModule):
         self.window_size = window_size
         self.num_heads = num_heads
         self.scale = qk_scale or (embed_dims // num_heads) ** -0.5
-        places = (2 * window_size - 1) ** 2
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(places, num_heads))
-        self.register_buffer('relative_position_index', relative_position_index(window_size))
         self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
-    def init_weights(self) -> None:
-        """Draw the bias table from a truncated normal distribution."""
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
+    def bias_like(self, x: Tensor) -> Tensor:
+        """What is added to the logits of all slot pairs: (1, A, L, L)."""
+        return x.new_zeros(()).expand(1, self.num_heads, *(self.window_size**2,) * 2)
 
-    def position_bias(self) -> Tensor:
-        """Relative position bias of all slot pairs: (1, A, L, L)."""
-        # The same as indexing the table by relative_position_index, whose rows are sliding windows
-        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
-        side = self.window_size
-        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
-        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
-        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
+    def hides_padding(self, hw_shape: tuple[int, int]) -> bool:
+        """Whether padding of a map is no key."""
+        return False
 
-    def forward(
+    def windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
+        """How the windows lie on a map."""
+        hidden = (True,) * self.hides_padding(hw_shape)
+        return window_layout(*hw_shape, self.window_size, self.shift_size, *hidden, device)
+
+    def branch(
         self,
         x: Tensor,
         hw_shape: tuple[int, int],
-        shift_size: int,
-        rows: Rows | None = None,
+        rows: Rows | None,
         context: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
+        """The branch, without the identity and stochastic depth; see ``ShiftWindowMSA.forward``."""
         core, backend = self.core(x, hw_shape, padding), backend_at(x)
         if rows is not None and context is not None:
             qkv = self._project_queries(x, context, rows)
-            out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
+            out = backend.attend_windows(qkv, core, hw_shape, self.shift_size, None)
             out = backend.take(out, rows)
         else:
             qkv = backend.linear(x, self.qkv)
-            out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
+            out = backend.attend_windows(qkv, core, hw_shape, self.shift_size, rows)
         return self.proj_drop(backend.linear(out, self.proj))
 
     def core(
@@ -93,13 +92,14 @@ class WindowMSA(Projections, BaseModule):
         blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
         plain = is_plain(self.attn_drop, nn.Dropout)
         return WindowCore(
-            self.position_bias(),
+            self.bias_like(x),
             blank,
             self.window_size,
             self.num_heads,
             self.scale,
             self.attn_drop.p if plain and self.training else 0.0,
             None if plain else self.attn_drop,
+            self.hides_padding(hw_shape),
         )
 
     def weights(self) -> tuple[Tensor, Tensor | None] | None:
@@ -123,6 +123,83 @@ class WindowMSA(Projections, BaseModule):
         # What stands in the places of idle queries is computed and thrown away.
         blank = torch.zeros_like(key_value[..., : x.shape[-1]])
         return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
+
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
+        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
+
+        Logits are those of the dense block: position bias added, other regions hidden. Padding
+        slots are neither keys nor rows, since padding is neither active nor idle.
+        """
+        layout = self.windows(hw_shape, x.device)
+        query, key = _fill_slots(self.project(x, 0, 2), layout).chunk(2, dim=-1)
+        share = kept_share(
+            query,
+            key,
+            _fill_slots(mask.reshape(*mask.shape[:2], -1), layout),
+            self.scale / self.num_heads,
+            self._mean_bias(layout, query),
+        )
+        return share.flatten(1, 2).index_select(1, layout.slot_ids).view(mask.shape)
+
+    def _mean_bias(self, layout: WindowLayout, x: Tensor) -> Tensor:
+        """Head mean of the position bias, padding keys and other regions hidden: (M, L, L)."""
+        padding = layout.token_ids < 0
+        bias = self.bias_like(x).mean(dim=1).to(x.dtype) + hide(padding, x.dtype)[:, None]
+        inner = len(bias) - len(layout.regions)
+        return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, x.dtype)[:, 0]])
+
+
+class WindowMSA(WindowAttention):
+    """Window attention with relative position bias (arXiv 2103.14030)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        table = torch.zeros((2 * self.window_size - 1) ** 2, self.num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        self.register_buffer('relative_position_index', relative_position_index(self.window_size))
+
+    def init_weights(self) -> None:
+        """Draw the bias table from a truncated normal distribution."""
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def bias_like(self, x: Tensor) -> Tensor:
+        return self.position_bias()
+
+    def position_bias(self) -> Tensor:
+        """Relative position bias of all slot pairs: (1, A, L, L)."""
+        # The same as indexing the table by relative_position_index, whose rows are sliding windows
+        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
+        side = self.window_size
+        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
+        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
+        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
+
+    def forward(self, *args: Any) -> Tensor:
+        """See ``WindowAttention.branch``."""
+        return self.branch(*args)
+
+
+class LocallyGroupedAttention(WindowAttention):
+    """Window attention of Twins-SVT (arXiv 2104.13840), without shift and without position bias.
+
+    mmseg hides padding as a key where a map is padded both at the bottom and at the right; where it
+    is padded at one side, padding is seen as in Swin.
+
+    Args:
+        *args: Those of ``WindowAttention``, as are further keyword arguments.
+        drop_path_rate: Stochastic depth of the branch.
+    """
+
+    def __init__(self, *args: Any, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+
+    def hides_padding(self, hw_shape: tuple[int, int]) -> bool:
+        return all(side % self.window_size for side in hw_shape)
+
+    def forward(self, *args: Any) -> Tensor:
+        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
+        return self.drop(self.branch(*args))
 
 
 class ShiftWindowMSA(BaseModule):
@@ -156,6 +233,7 @@ class ShiftWindowMSA(BaseModule):
         self.window_size = window_size
         self.shift_size = shift_size
         self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
+        self.w_msa.shift_size = shift_size
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(
@@ -177,31 +255,19 @@ class ShiftWindowMSA(BaseModule):
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
             padding: (C,), what stands for padding among normalised tokens; None for zeros.
         """
-        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context, padding))
+        return self.drop(self.w_msa(x, hw_shape, rows, context, padding))
+
+    def windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
+        """How the windows lie on a map."""
+        return self.w_msa.windows(hw_shape, device)
+
+    def mean_query_attention(self, *args: Any) -> Tensor:
+        """See ``Projections.mean_query_attention``."""
+        return self.w_msa.mean_query_attention(*args)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
-
-        Logits are those of the dense block: position bias added, other regions hidden. Padding
-        slots are neither keys nor rows, since padding is neither active nor idle.
-        """
-        layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
-        query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)
-        share = kept_share(
-            query,
-            key,
-            _fill_slots(mask.reshape(*mask.shape[:2], -1), layout),
-            self.w_msa.scale / self.w_msa.num_heads,
-            self._mean_bias(layout, query.dtype),
-        )
-        return share.flatten(1, 2).index_select(1, layout.slot_ids).view(mask.shape)
-
-    def _mean_bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
-        """Head mean of the position bias, padding keys and other regions hidden: (M, L, L)."""
-        padding = layout.token_ids < 0
-        bias = self.w_msa.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
-        inner = len(bias) - len(layout.regions)
-        return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
+        """See ``WindowAttention.kept_share``."""
+        return self.w_msa.kept_share(x, hw_shape, mask)
 
 
 def relative_position_index(window_size: int) -> Tensor:
