@@ -65,7 +65,7 @@ class _Twins(IdlePyramid):
         strides: Sequence[int] = (4, 2, 2, 2),
         num_heads: Sequence[int] = (1, 2, 4, 8),
         mlp_ratios: Sequence[int] = (4, 4, 4, 4),
-        out_indices: Sequence[int] | None = None,
+        out_indices: Sequence[int] = (),
         qkv_bias: bool = False,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -84,7 +84,7 @@ class _Twins(IdlePyramid):
         idle_where: str = 'always',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        out_indices = range(len(depths)) if out_indices is None else out_indices
+        out_indices = out_indices or range(len(depths))
         super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
         per_stage = dict(
             embed_dims=embed_dims,
@@ -96,9 +96,11 @@ class _Twins(IdlePyramid):
             windiow_sizes=depths if windows is None else windows,
         )
         for name, values in per_stage.items():
-            if len(values) < len(depths):
+            # mmseg's SVT has three stages by default, and four of these.
+            known = values[: len(depths)] if name in ('patch_sizes', 'strides') else values
+            if len(known) != len(depths):
                 raise ValueError(f'{name}={values} must have an entry for each of depths={depths}')
-        if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=False)):
+        if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f'num_heads={num_heads} must divide embed_dims={embed_dims}')
         self.strides = tuple(strides[: len(depths)])
 
@@ -167,13 +169,12 @@ class IdlePCPVT(_Twins):
 
     Args:
         in_channels: Channels of the image.
-        embed_dims: Channels of each stage; this and other lists may have more entries than there
-            are stages, as in mmseg.
-        patch_sizes: Kernel size of the patch embedding of each stage.
-        strides: Stride of the patch embedding of each stage.
+        embed_dims: Channels of each stage.
+        patch_sizes: Kernel size of the patch embedding of each stage; there may be more of them.
+        strides: Stride of the patch embedding of each stage; there may be more of them.
         depths: Number of blocks of each stage.
         sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
-        out_indices: Stages whose maps are returned; None for all.
+        out_indices: Stages whose maps are returned, all by default.
         norm_cfg: Norm layers of patch embeddings and of outputs; others are LayerNorm.
         norm_after_stage: Whether a norm follows each stage.
 

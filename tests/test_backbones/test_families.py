@@ -20,6 +20,8 @@ TWINS = {
     ('mmdet', 'PyramidVisionTransformer'): 'IdlePyramidVisionTransformer',
     ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
     ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
+    ('mmseg', 'PCPVT'): 'IdlePCPVT',
+    ('mmseg', 'SVT'): 'IdleSVT',
     ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
 }
 CLASSES = idle_backbones()
