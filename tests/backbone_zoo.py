@@ -190,7 +190,7 @@ def _twins(name: str, **kwargs: Any) -> Variant:
         type='IdleSVT' if 'windiow_sizes' in kwargs else 'IdlePCPVT',
         kwargs={**_TWINS, **kwargs},
         scopes=('map',),
-        sizes=_TWINS_SIZES,
+        sizes=_TWINS_SIZES if name in ('pcpvt', 'svt') else _MIT_SIZES[:3],
     )
 
 
