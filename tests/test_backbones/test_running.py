@@ -111,15 +111,6 @@ SHALLOW = {
         sr_ratios=[2],
         out_indices=(0,),
     ),
-    'svt': dict(
-        depths=[2],
-        embed_dims=[8],
-        num_heads=[1],
-        mlp_ratios=[2],
-        sr_ratios=[2],
-        windiow_sizes=[4],
-        out_indices=(0,),
-    ),
 }
 
 
