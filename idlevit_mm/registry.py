@@ -26,7 +26,8 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
             continue
         parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
         for parameter in parameters:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            by_name = parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY
+            if parameter.kind in by_name:
                 found.setdefault(parameter.name, parameter)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break

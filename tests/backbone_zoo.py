@@ -36,6 +36,17 @@ _PVT = dict(
 _PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
 _MIT = {key: value for key, value in _PVT.items() if key != 'mlp_ratios'}
 _MIT |= dict(patch_sizes=[7, 3], mlp_ratio=2)
+_TWINS = dict(
+    embed_dims=[8, 16],
+    depths=[2, 2],
+    num_heads=[1, 2],
+    strides=[4, 2],
+    patch_sizes=[4, 2],
+    sr_ratios=[2, 1],
+    mlp_ratios=[2, 3],
+    qkv_bias=True,
+    out_indices=(0, 1),
+)
 # Nothing in a plain ViT needs whole multiples: an odd grid of 9 by 13 patches.
 _VIT = dict(
     img_size=(36, 52),
@@ -103,6 +114,10 @@ class Variant:
         return self.is_vit or self.is_vitdet
 
     @property
+    def is_twins(self) -> bool:
+        return self.type in ('IdlePCPVT', 'IdleSVT')
+
+    @property
     def has_class_token(self) -> bool:
         return self.is_vit and self.kwargs.get('with_cls_token', True)
 
@@ -114,6 +129,13 @@ class Variant:
 
     def config(self, **overrides: Any) -> dict[str, Any]:
         return dict(type=self.type, **{**self.kwargs, **overrides})
+
+    def wide(self, embed_dims: int) -> dict[str, Any]:
+        """Arguments for other channels, of the first stage where stages differ."""
+        if not self.is_twins:
+            return dict(embed_dims=embed_dims)
+        own = self.kwargs['embed_dims']
+        return dict(embed_dims=[width * embed_dims // own[0] for width in own])
 
     def build(self, **overrides: Any) -> nn.Module:
         return MODELS.build(self.config(**overrides))
@@ -141,6 +163,8 @@ _V2_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (2, 3, 40, 17), (1, 3, 17, 17))
 # The second stage of the last two is one row of tokens, and one token.
 _MIT_SIZES = (*_V2_SIZES[:2], (2, 3, 40, 17), (2, 3, 5, 40), (1, 3, 5, 8))
 _VIT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
+# The dense classes need a whole cell of the spatial reduction.
+_TWINS_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 5, 8))
 _PVT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 8, 8))
 
 
@@ -181,6 +205,16 @@ def _mit(name: str, **kwargs: Any) -> Variant:
         kwargs={**_MIT, **kwargs},
         scopes=('map',),
         sizes=_MIT_SIZES,
+    )
+
+
+def _twins(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleSVT' if 'windiow_sizes' in kwargs else 'IdlePCPVT',
+        kwargs={**_TWINS, **kwargs},
+        scopes=('map',),
+        sizes=_TWINS_SIZES if name in ('pcpvt', 'svt') else _MIT_SIZES[:3],
     )
 
 
@@ -234,11 +268,30 @@ _ODD_MIT = dict(
     out_indices=(0, 2),
 )
 
+# Patches that overlap, more of their sizes than stages, no bias, heads as wide as kernels want.
+_ODD_SVT = dict(
+    embed_dims=[16, 32, 48],
+    depths=[1, 3, 2],
+    num_heads=[1, 2, 3],
+    patch_sizes=[5, 3, 2, 2],
+    strides=[4, 2, 2, 2],
+    sr_ratios=[4, 2, 1],
+    mlp_ratios=[2, 2, 2],
+    windiow_sizes=[7, 5, 2],
+    qkv_bias=False,
+    drop_path_rate=0.4,
+    norm_cfg=dict(type='LN', eps=1e-6),
+    norm_after_stage=False,
+    out_indices=(0, 2),
+)
+
 FAMILIES = (
     _swin('swin', window_size=4),
     _pvt('pvt'),
     _pvt2('pvtv2', **_FOUR_STAGES),
     _mit('mit'),
+    _twins('pcpvt', depths=[3, 2]),
+    _twins('svt', windiow_sizes=[4, 3]),
     _vit('vit'),
     _vitdet('vitdet'),
 )
@@ -251,6 +304,7 @@ _OTHERS = (
     _pvt('pvt-conv-norm', use_conv_ffn=True, norm_after_stage=True),
     _pvt2('pvtv2-plain', **{**_FOUR_STAGES, 'qkv_bias': False, 'norm_cfg': dict(type='LN')}),
     _mit('mit-odd', **_ODD_MIT),
+    _twins('svt-odd', **_ODD_SVT),
     _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
     _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
     # mmseg's class without class token embeds one all the same; LV-ViT and DINOv2 it has not.
@@ -307,6 +361,8 @@ def stage_blocks(model: nn.Module) -> list[list[nn.Module]]:
     """Blocks of each stage. State-dict compatibility with mmdet fixes where they sit."""
     if hasattr(model, 'stages'):
         return [list(stage.blocks) for stage in model.stages]
+    if hasattr(model, 'position_encodings'):
+        return [list(stage) for stage in model.layers]
     if hasattr(model.layers[0], 'ffn'):
         return [list(model.layers)]
     return [[b for b in layer[1] if hasattr(b, 'ffn')] for layer in model.layers]

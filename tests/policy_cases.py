@@ -10,7 +10,7 @@ import pytest
 from backbone_zoo import BY_NAME, Variant, randomize
 from torch import nn
 
-FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls', 'vitdet')
+FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'svt', 'vit', 'vit-no-cls', 'vitdet')
 # MiT is PVTv2 with other numbers.
 CASE_FAMILIES = tuple(name for name in FAMILY_NAMES if name != 'mit')
 
@@ -64,7 +64,7 @@ def _cases() -> list[Case]:
         policies['idlevit-summary'] = dict(type='IdleViT', context='summary')
         policies['evit'] = dict(type='EViT', fuse=True)
         policies['evovit'] = dict(type='EvoViT', representative=True)
-        if name in ('pvtv2', 'vit'):
+        if name in ('pvtv2', 'svt', 'vit'):
             policies['evovit-stages'] = dict(type='EvoViT', rank_at='stage')
         if name in ('swin', 'vit'):
             policies['evit-dropping'] = dict(type='EViT', fuse=False)

@@ -15,7 +15,7 @@ from idlevit_mm.engine.swap import Settings, find_backbones, idle_config
 from idlevit_mm.errors import UsageError
 
 # Backbones without idle twin that one may look for in the table; those of convolutions are not.
-OTHERS = ('BEiT', 'MAE', 'PCPVT', 'SVT', 'VPD', 'TIMMBackbone', 'PoolFormer')
+OTHERS = ('BEiT', 'MAE', 'VPD', 'TIMMBackbone', 'PoolFormer')
 
 
 def shipped_configs(package: str) -> Iterator[tuple[str, Path]]:

@@ -12,7 +12,7 @@ from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.blocks import Work, cost, seconds
 from idlevit_mm.kernels import PACES, Pace, pace_of, use_backend
 
-FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'vit', 'vit-no-cls', 'vitdet')
+FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'svt', 'vit', 'vit-no-cls', 'vitdet')
 # Where choosing is free idling always pays, where it takes a second never.
 FREE = Pace(10**9, 10**9, 10**9, 10**9, 0, 0)
 DEAR = FREE._replace(choice=10**9)
@@ -122,9 +122,10 @@ def test_compiled_and_exported(pace):
 def test_work_is_what_pytorch_counts(variant):
     """At keep ratio 1.0, on a map that windows and cells divide."""
     model = variant.build().eval()
-    side = 4 * variant.kwargs.get('window_size', 7)
-    for stage in model.idle_blocks:
-        block = stage[-1]
+    side = 24 if variant.is_twins else 4 * variant.kwargs.get('window_size', 7)
+    for block in (stage[place] for stage in model.idle_blocks for place in {0, len(stage) - 1}):
+        if side % getattr(block.attn, 'window_size', 1):
+            continue
         x = torch.randn(1, side**2 + block.num_class, block.embed_dims)
         counter = FlopCounterMode(display=False)
         # PyTorch has no formula for its fused attention on the CPU.

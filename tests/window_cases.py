@@ -23,6 +23,7 @@ class Problem:
         shift: Cyclic shift of the windows in tokens.
         active: (B, T), ids of the active tokens of each image.
         summarised: Whether each window has a row for the summary of its idle tokens.
+        hides_padding: Whether padding is no key.
     """
 
     hw_shape: tuple[int, int]
@@ -30,10 +31,11 @@ class Problem:
     shift: int
     active: Tensor
     summarised: bool = False
+    hides_padding: bool = False
 
     @property
     def layout(self) -> WindowLayout:
-        return window_layout(*self.hw_shape, self.window, self.shift, CPU)
+        return window_layout(*self.hw_shape, self.window, self.shift, self.hides_padding, CPU)
 
     @property
     def slots(self) -> int:
@@ -59,6 +61,7 @@ class Problem:
                 mine = [slot for slot, token in enumerate(tokens) if token in chosen]
                 padding = [slot for slot, token in enumerate(tokens) if token < 0]
                 idle = len(mine) + len(padding) < slots
+                padding = [] if self.hides_padding else padding
                 summary = [slots] if self.summarised and idle else []
                 if mine or summary:
                     found[image, window] = sorted(mine + padding) + summary
@@ -89,13 +92,14 @@ def problem(
     count: int | None = None,
     batch: int = 1,
     summarised: bool = False,
+    hides_padding: bool = False,
     seed: int = 0,
 ) -> Problem:
     """``count`` random tokens of each image are active; all where it is None."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch, height * width, generator=generator)
     active = scores.topk(height * width if count is None else count).indices.sort().values
-    return Problem((height, width), window, shift, active, summarised)
+    return Problem((height, width), window, shift, active, summarised, hides_padding)
 
 
 @st.composite
@@ -104,11 +108,15 @@ def problems(draw: st.DrawFn, most: int = 15, windows: tuple[int, int] = (1, 7))
     height, width = draw(st.integers(1, most)), draw(st.integers(1, most))
     window = draw(st.integers(*windows))
     tokens = height * width
+    # Padding is hidden where both sides are padded and windows are not shifted.
+    shift = draw(st.sampled_from((0, window // 2)))
+    hidden = shift == 0 and height % window > 0 and width % window > 0 and draw(st.booleans())
     return problem(
         height,
         width,
         window,
-        shift=draw(st.sampled_from((0, window // 2))),
+        shift=shift,
+        hides_padding=hidden,
         count=draw(st.one_of(st.just(1), st.just(tokens), st.integers(1, tokens))),
         batch=draw(st.integers(1, 3)),
         summarised=draw(st.booleans()),

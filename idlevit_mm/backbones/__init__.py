@@ -7,5 +7,6 @@ from .swin import IdleSwinTransformer
 # isort: split
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
+from .twins import IdlePCPVT, IdleSVT
 from .vit import IdleVisionTransformer
 from .vitdet import IdleViTDet

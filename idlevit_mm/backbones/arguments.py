@@ -19,6 +19,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(('depths', 'num_layers', 'num_stages', 'num_heads', 'embed_dims'), _whole(1)),
     **dict.fromkeys(('in_channels', 'window_size', 'patch_size', 'patch_sizes'), _whole(1)),
     **dict.fromkeys(('strides', 'sr_ratios', 'img_size', 'pretrain_img_size'), _whole(1)),
+    'windiow_sizes': _whole(1),
     **dict.fromkeys(
         ('paddings', 'num_registers', 'out_channels', 'window_block_indexes'), _whole(0)
     ),

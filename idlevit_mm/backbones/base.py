@@ -59,7 +59,7 @@ class IdleBackbone(BaseModule, ABC):
         embed_dims: Channels of the tokens.
         num_layers, num_heads: Blocks (in Swin ``depths``) and attention heads of each stage.
         mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
-        qkv_bias: Whether query, key and value have a bias; but for Swin, the output has it too.
+        qkv_bias: Whether query, key and value have a bias; but in windows, the output has it too.
         drop_rate: Dropout.
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.

@@ -11,21 +11,20 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
-from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, Relay, Tokens, Work, layers, moves, run_blocks
+from ..blocks import IdleBlock, Tokens, Work, layers, moves
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
-from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to, to_map
+from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
-from .base import GELU, IdleBackbone
-from .extents import Extents, ImgShapes
+from .base import GELU
 from .names import pvt as names
+from .pyramid import IdlePyramid
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 _TABLE = 'layers.{}.1.0.pos_embed'
@@ -46,13 +45,17 @@ class IdlePVTBlock(IdleBlock):
         **kwargs: Any,
     ) -> None:
         super().__init__(embed_dims, **kwargs)
-        both: dict[str, Any] = dict(drop_path_rate=drop_path_rate)
+        attention = dict(drop_path_rate=drop_path_rate) | attention
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **both, **attention)
+        self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = MixFFN(embed_dims, **both, **feedforward)
+        self.ffn = self.feed_forward(drop_path_rate, feedforward)
         # All idle tokens are among the keys, so only the convolution has use for their summary.
-        self.uses_summaries = self.ffn.use_conv
+        self.uses_summaries = feedforward.get('use_conv', False)
+
+    def feed_forward(self, drop_path_rate: float, feedforward: dict[str, Any]) -> nn.Module:
+        """The layer of the second half."""
+        return MixFFN(self.embed_dims, drop_path_rate=drop_path_rate, **feedforward)
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         context = queries = self.norm1(tokens.x)
@@ -67,7 +70,7 @@ class IdlePVTBlock(IdleBlock):
         def function(x: Tensor) -> Tensor:
             return x + self.ffn(self.norm2(x), hw_shape, plan.rows)
 
-        if self.ffn.use_conv:
+        if self.uses_summaries:
             return function(now)
         return self.by_tokens(function, now, self.norm2, self.ffn)
 
@@ -84,7 +87,7 @@ class IdlePVTBlock(IdleBlock):
         linear += layers(batch * cells, (width, 2 * width))
         if ratio > 1:
             linear += layers(batch * cells, (ratio**2 * width, width))
-        taps = 9 if self.ffn.use_conv else 0
+        taps = 9 if self.uses_summaries else 0
         pairs = rows * (2 * width * cells + taps * hidden)
         # The norm before the reduction is that of the whole map.
         numbers = rows * (9 * width + (5 if taps else 2) * hidden)
@@ -93,7 +96,7 @@ class IdlePVTBlock(IdleBlock):
 
 
 @MODELS.register_module()
-class IdlePyramidVisionTransformer(IdleBackbone):
+class IdlePyramidVisionTransformer(IdlePyramid):
     """Pyramid Vision Transformer of mmdet that computes only active tokens.
 
     A map smaller than a patch or a cell of the spatial reduction, which mmdet's class refuses, is
@@ -211,45 +214,17 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             in_channels = channels
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
+    def _embedded(self, index: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        patch_embed, blocks, _ = self.layers[index]
+        side = self.least_sides[index]
+        x, hw_shape = patch_embed(pad_to(x, side, side))
+        return (blocks[0](x, hw_shape) if self.use_abs_pos_embed else x), hw_shape
 
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
-        extents = Extents.of(self, x, img_shapes)
-        outs, records, relay = [], [], Relay()
-        for index, (stage, ratios) in enumerate(zip(self.layers, self.keep_ratios, strict=True)):
-            patch_embed, blocks, norm = stage
-            side = self.least_sides[index]
-            x, hw_shape = patch_embed(pad_to(x, side, side))
-            if self.use_abs_pos_embed:
-                # Not a slice, which makes a new ModuleList, and which torch.compile cannot trace.
-                position, *blocks = blocks
-                x = position(x, hw_shape)
-            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
-            relay = relay.after
-            records.append(record)
-            x = to_map(norm(x), hw_shape)
-            if index in self.out_indices:
-                outs.append(x.contiguous())
-        self.records = records
-        return outs
-
-    def _stages(self) -> Iterable[nn.Module]:
-        return self.layers
-
-    def _init_from_scratch(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=0.02, bias=0.0)
-            elif isinstance(module, nn.LayerNorm):
-                constant_init(module, 1.0)
-            elif isinstance(module, nn.Conv2d):
-                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-                normal_init(module, 0, math.sqrt(2.0 / fan_out))
-            elif isinstance(module, AbsolutePositionEmbedding):
-                module.init_weights()
+    def _parts(self, index: int) -> tuple[Iterable[IdleBlock], nn.Module | None, nn.Module]:
+        _, blocks, norm = self.layers[index]
+        # Not a slice, which makes a new ModuleList, and which torch.compile cannot trace.
+        first, *others = blocks
+        return (others if self.use_abs_pos_embed else blocks), None, norm
 
     def _frozen_modules(self) -> Iterable[nn.Module]:
         if self.frozen_stages == 0:

@@ -32,8 +32,9 @@ LAYER_NORM = dict(type='LN')
 class IdleSwinBlock(WindowBlock):
     """One Swin block on the active tokens of a map."""
 
-    SCOPES = ('map', 'window_tokens', 'windows')
+    SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
     FIRST_NORM = 'norm1'
+    ATTENTION: type = ShiftWindowMSA
 
     def __init__(
         self,
@@ -47,7 +48,8 @@ class IdleSwinBlock(WindowBlock):
         super().__init__(embed_dims, **kwargs)
         drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = ShiftWindowMSA(embed_dims, drop_path_rate=drop_path_rate, **attention)
+        attention = dict(drop_path_rate=drop_path_rate) | attention
+        self.attn = self.ATTENTION(embed_dims, **attention)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
 
@@ -61,7 +63,7 @@ class IdleSwinBlock(WindowBlock):
         return window_units(*hw_shape, *windows, scope == 'windows', device)
 
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.w_msa.mean_query_attention(self.norm1(x), hw_shape, extent)
+        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
 
 
 class IdleSwinStage(BaseModule):

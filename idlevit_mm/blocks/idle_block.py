@@ -48,8 +48,9 @@ class IdleBlock(BaseModule, ABC):
     """
 
     SCOPES: tuple[str, ...] = ('map',)
-    # Whether a summary of idle tokens changes what active ones become.
+    # Whether summaries of idle tokens change active ones, and mean the same in the next block.
     uses_summaries: bool = True
+    holds_summaries: bool = True
     # Whether the attention looks at the whole map, whatever is computed.
     reads_map: bool = False
     # Says where idling pays; None where it always idles.
@@ -175,8 +176,7 @@ class IdleBlock(BaseModule, ABC):
         """``look``, then ``planned``: tokens, plan, state, and keys if they are known."""
         done = backend_at(tokens.x).choose(self, tokens, keep_ratio, carried.extent)
         if done is not None:
-            tokens, rows = done
-            return tokens, Plan(rows), None, None
+            return done[0], Plan(done[1]), None, None
         tokens, scores, keys = self.look(tokens, keep_ratio, carried)
         plan, state = self.planned(tokens, scores, keep_ratio, carried)
         return tokens, plan, state, keys
@@ -215,8 +215,9 @@ class IdleBlock(BaseModule, ABC):
         wanted = self.policy.wants_scores(keep_ratio, carried.state)
         numbers = None if scores is None or not wanted else scores.detach()
         plan, state = self.policy.plan(numbers, units, keep_ratio, carried.plan, carried.state)
-        if plan.summary is not None and not (plan.spread or self.uses_summaries):
-            plan = plan.but(summary=None)
+        if plan.summary is not None:
+            used = plan.summary if plan.spread or self.uses_summaries else None
+            plan = plan.but(summary=used, hold=plan.hold and self.holds_summaries)
         if self.policy.scorer.learns and self.training:
             plan = plan.but(gate=straight_through(scores, plan.rows))
         return plan, state

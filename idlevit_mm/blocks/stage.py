@@ -71,6 +71,7 @@ def run_blocks(
     taps: Mapping[int, Callable[[Tensor], Any]] | None = None,
     extent: Extent | None = None,
     relay: Relay | None = None,
+    encode: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
 ) -> tuple[list[Any], StageRecord]:
     """Run the blocks of a stage on the tokens x (B, S, C).
 
@@ -85,6 +86,7 @@ def run_blocks(
         extent: Which tokens belong to their images, the others being padding; None where all do.
         relay: What the stage before has left; None where there is none. What this one leaves is
             its ``after``.
+        encode: What all tokens go through after the first block, idle or not.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
@@ -107,6 +109,9 @@ def run_blocks(
         plans.append(carried.plan.but(summary=None, gate=None))
         if record_inputs:
             inputs.append(None if carried.plan.rows is None else before)
+        if encode is not None and index == 0:
+            x = encode(block.settled(Tokens(x, hw_shape, carried.pack)), hw_shape)
+            carried = Carried(None, carried.plan, carried.state, extent=extent)
         if index in taps:
             carried = Carried(carried.pack, carried.plan, carried.state, extent=extent)
             outs.append(taps[index](block.settled(Tokens(x, hw_shape, carried.pack))))

@@ -4,14 +4,12 @@ Shape letters: B images, M windows, N tokens of the map (H * W), R summaries, C 
 """
 
 import math
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import backend_at
-from ..ops import Rows, WindowLayout, window_layout
+from ..ops import Rows
 from ..policies import Plan
 from .cost import Work, layers, moves
 from .functions import weighted_mean
@@ -24,6 +22,8 @@ class WindowBlock(IdleBlock):
 
     # Name of the norm before the attention.
     FIRST_NORM: str
+    # Windows of the next block hold other tokens.
+    holds_summaries = False
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         norm = getattr(self, self.FIRST_NORM)
@@ -32,11 +32,6 @@ class WindowBlock(IdleBlock):
         padding = norm.bias if plan.pads_first else None
         return self.attn(norm(tokens.now), tokens.hw_shape, plan.rows, context, padding), None
 
-    def planned(self, *args: Any) -> tuple[Plan, Any]:
-        plan, state = super().planned(*args)
-        # Windows of the next block hold other tokens, and their summaries mean others.
-        return (plan if plan.summary is None else plan.but(hold=False)), state
-
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(getattr(self, self.FIRST_NORM)(x), hw_shape, mask)
 
@@ -44,7 +39,7 @@ class WindowBlock(IdleBlock):
         """Weighted mean of the idle tokens of each window: (B, M, C)."""
         if not self.attn.window_size:
             return super().summarize(x, weights, hw_shape)
-        layout = self._windows(hw_shape, x.device)
+        layout = self.attn.windows(hw_shape, x.device)
         slots = layout.token_ids.flatten().expand(x.shape[0], -1)
         tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
         tokens = tokens.unflatten(1, layout.token_ids.shape)
@@ -54,7 +49,7 @@ class WindowBlock(IdleBlock):
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         if not self.attn.window_size:
             return super().spread(summaries, hw_shape)
-        layout = self._windows(hw_shape, summaries.device)
+        layout = self.attn.windows(hw_shape, summaries.device)
         return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
@@ -66,6 +61,3 @@ class WindowBlock(IdleBlock):
         return (
             linear + Work(pairs=2 * width * rows * keys) + moves(rows * (9 * width + 2 * hidden), 8)
         )
-
-    def _windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
-        return window_layout(*hw_shape, self.attn.window_size, self.attn.shift_size, device)

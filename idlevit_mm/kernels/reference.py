@@ -149,7 +149,8 @@ class Reference:
         Behind the tokens may be a summary for each window (R). All tokens of the map are there
         where ``rows`` is None.
         """
-        layout = window_layout(*hw_shape, core.window_size, shift_size, qkv.device)
+        sizes = (*hw_shape, core.window_size, shift_size, *(True,) * core.hides_padding)
+        layout = window_layout(*sizes, qkv.device)
         if rows is not None and rows.windows is not None:
             return attend_whole_windows(qkv, core, layout, rows)
         return attend_slots(qkv, core, layout, None if rows is None else rows.ids)

@@ -30,6 +30,7 @@ class WindowCore(NamedTuple):
         dropout: Of the attention weights.
         drop: A module that is to see the attention weights, in place of ``dropout``.
         pairs: Bias that depends on queries: (windows, A, L, C / A) to (windows, A, L, L).
+        hides_padding: Whether padding is no key.
     """
 
     bias: Tensor
@@ -40,6 +41,7 @@ class WindowCore(NamedTuple):
     dropout: float = 0.0
     drop: nn.Module | None = None
     pairs: Callable[[Tensor], Tensor] | None = None
+    hides_padding: bool = False
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""
@@ -68,7 +70,7 @@ def attend_slots(
     if token_ids is None:
         out = _attend_dense(filled, core, layout, batch)
         return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
-    mask = _active_mask(core.bias, layout, rows, batch, summaries.shape[1] > 0)
+    mask = _active_mask(core, layout, rows, batch, summaries.shape[1] > 0)
     if summaries.shape[1]:
         extra = summaries.transpose(0, 1).reshape(batch * windows, 1, channels)
         filled = torch.cat([filled, extra], dim=1)
@@ -157,13 +159,13 @@ def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch:
 
 
 def _active_mask(
-    bias: Tensor, layout: WindowLayout, rows: Tensor, batch: int, summarised: bool
+    core: WindowCore, layout: WindowLayout, rows: Tensor, batch: int, summarised: bool
 ) -> Tensor:
     """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L).
 
     With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
     """
-    windows, slots = layout.token_ids.shape
+    bias, (windows, slots) = core.bias, layout.token_ids.shape
     inside = _per_image(layout.token_ids >= 0, batch)
     keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
     mask = bias + keys[:, None, None]
@@ -171,8 +173,11 @@ def _active_mask(
         mask[-len(layout.regions) * batch :] += _per_image(region_mask(layout, bias.dtype), batch)
     if summarised:
         mask = F.pad(mask, (0, 1, 0, 1))
-        mask[..., -1, :-1] += keys[:, None]
         nothing_idle = (keys == 0.0).all(dim=1)
+        if core.hides_padding:
+            # A summary is of no region.
+            keys = keys + hide(~inside, bias.dtype)
+        mask[..., -1, :-1] += keys[:, None]
         mask[..., -1] += hide(nothing_idle, bias.dtype)[:, None, None]
     return mask
 

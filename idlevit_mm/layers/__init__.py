@@ -6,6 +6,7 @@ from .norm import LayerNorm2d
 from .patch import ConvStemEmbed, MergePatches
 from .position import (
     AbsolutePositionEmbedding,
+    ConditionalPositionEncoding,
     resize_position_table,
     resize_relative_position_table,
 )
@@ -13,4 +14,4 @@ from .reduction_attention import SpatialReductionAttention
 from .relative_attention import RelativeAttention, resize_axis_table
 from .self_attention import SelfAttention
 from .share import cell_means, kept_share
-from .window_attention import ShiftWindowMSA, relative_position_index
+from .window_attention import LocallyGroupedAttention, ShiftWindowMSA, relative_position_index

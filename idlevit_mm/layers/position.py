@@ -66,3 +66,22 @@ class AbsolutePositionEmbedding(BaseModule):
 
     def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
         return resize_position_table(self.pos_embed, self.pos_shape, hw_shape, mode='bilinear')
+
+
+class ConditionalPositionEncoding(BaseModule):
+    """A depth-wise convolution of the map, added to it (arXiv 2102.10882).
+
+    Args:
+        embed_dims: Channels of the tokens.
+    """
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Encode the map among tokens (B, S, C); rows behind it have no position."""
+        count = hw_shape[0] * hw_shape[1]
+        tokens, others = x[:, :count], x[:, count:]
+        tokens = tokens + to_tokens(self.proj(to_map(tokens, hw_shape)))
+        return torch.cat([tokens, others], dim=1) if others.shape[1] else tokens

@@ -36,8 +36,6 @@ class RelativeAttention(WindowAttention):
         **kwargs: Further arguments of ``WindowAttention``.
     """
 
-    shift_size = 0
-
     def __init__(
         self,
         embed_dims: int,
@@ -80,7 +78,7 @@ class RelativeAttention(WindowAttention):
                 table = resize_axis_table(getattr(self, name), side).detach()
                 setattr(self, name, nn.Parameter(table.clone()))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         hw_shape: tuple[int, int],
@@ -93,7 +91,7 @@ class RelativeAttention(WindowAttention):
         Of the whole map there is one summary (B, T + 1, C).
         """
         if self.window_size:
-            return self.drop(super().forward(x, hw_shape, 0, rows, context, padding))
+            return self.drop(super().forward(x, hw_shape, rows, context, padding))
         if context is None:
             parts = self.project(x, 0, 3).chunk(3, dim=-1)
         else:
@@ -117,12 +115,10 @@ class RelativeAttention(WindowAttention):
         out = join_heads(torch.cat(outs, dim=2))
         return self.drop(self.proj_drop(backend.linear(out, self.proj)))
 
-    def kept_share(
-        self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor, shift_size: int = 0
-    ) -> Tensor:
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens."""
         if self.window_size:
-            return super().kept_share(x, hw_shape, mask, shift_size)
+            return super().kept_share(x, hw_shape, mask)
         query, key = self.project(x, 0, 2).chunk(2, dim=-1)
         pairs, bias = self.pairs(hw_shape), None
         if pairs is not None:

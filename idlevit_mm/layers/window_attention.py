@@ -32,6 +32,9 @@ class WindowAttention(Projections, BaseModule):
         proj_drop_rate: Dropout of the output.
     """
 
+    # Cyclic shift of the windows in tokens.
+    shift_size = 0
+
     def __init__(
         self,
         embed_dims: int,
@@ -54,27 +57,40 @@ class WindowAttention(Projections, BaseModule):
 
     def _add_tables(self, head_dims: int) -> None:
         """Add the parameters of positions, in the place that optimizers know them by."""
-        raise NotImplementedError
 
     def position_bias(self, x: Tensor) -> Tensor:
         """What is added to the logits of all slot pairs: (1, A, L, L), on the device of x."""
-        raise NotImplementedError
+        return x.new_zeros(()).expand(1, self.num_heads, *(self.window_size**2,) * 2)
 
     def pairs(self, hw_shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
         """What is added besides and depends on queries; see ``WindowCore``."""
         return None
 
+    def hides_padding(self, hw_shape: tuple[int, int]) -> bool:
+        """Whether padding of a map is no key."""
+        return False
+
+    def shift_at(self, hw_shape: tuple[int, int]) -> int:
+        """Cyclic shift of the windows on a map of this size."""
+        return self.shift_size
+
+    def windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
+        """How the windows lie on a map."""
+        hidden = (True,) * self.hides_padding(hw_shape)
+        shift = self.shift_at(hw_shape)
+        return window_layout(*hw_shape, self.window_size, shift, *hidden, device)
+
     def forward(
         self,
         x: Tensor,
         hw_shape: tuple[int, int],
-        shift_size: int,
         rows: Rows | None = None,
         context: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
         """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
         core, backend = self.core(x, hw_shape, padding), backend_at(x)
+        shift_size = self.shift_at(hw_shape)
         if rows is not None and context is not None:
             qkv = self._project_queries(x, context, rows)
             out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
@@ -91,7 +107,8 @@ class WindowAttention(Projections, BaseModule):
         blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
         sizes = self.window_size, self.num_heads, self.scale
         pairs = self.pairs((self.window_size, self.window_size))
-        return WindowCore(self.position_bias(x), blank, *sizes, *self.dropping(), pairs)
+        hides = self.hides_padding(hw_shape)
+        return WindowCore(self.position_bias(x), blank, *sizes, *self.dropping(), pairs, hides)
 
     def dropping(self) -> tuple[float, nn.Module | None]:
         """Dropout of the attention weights, and the module in its place if that is no plain one."""
@@ -101,15 +118,13 @@ class WindowAttention(Projections, BaseModule):
             None if plain else self.attn_drop,
         )
 
-    def kept_share(
-        self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor, shift_size: int = 0
-    ) -> Tensor:
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
 
         Logits are those of the dense block: position bias added, other regions hidden. Padding
         slots are neither keys nor rows, since padding is neither active nor idle.
         """
-        layout = window_layout(*hw_shape, self.window_size, shift_size, x.device)
+        layout = self.windows(hw_shape, x.device)
         query, key = _fill_slots(self.project(x, 0, 2), layout).chunk(2, dim=-1)
         share = kept_share(
             query,
@@ -178,6 +193,29 @@ class WindowMSA(WindowAttention):
         return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
 
 
+class LocallyGroupedAttention(WindowAttention):
+    """Window attention of Twins-SVT (arXiv 2104.13840), without shift and without position bias.
+
+    mmseg hides padding as a key where a map is padded both at the bottom and at the right; where it
+    is padded at one side, padding is seen as in Swin.
+
+    Args:
+        *args: Those of ``WindowAttention``, as are further keyword arguments.
+        drop_path_rate: Stochastic depth of the branch.
+    """
+
+    def __init__(self, *args: Any, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+
+    def hides_padding(self, hw_shape: tuple[int, int]) -> bool:
+        return all(side % self.window_size for side in hw_shape)
+
+    def forward(self, *args: Any) -> Tensor:
+        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
+        return self.drop(super().forward(*args))
+
+
 class ShiftWindowMSA(BaseModule):
     """Window attention of the active tokens of a map.
 
@@ -209,6 +247,7 @@ class ShiftWindowMSA(BaseModule):
         self.window_size = window_size
         self.shift_size = shift_size
         self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
+        self.w_msa.shift_size = shift_size
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(
@@ -230,11 +269,19 @@ class ShiftWindowMSA(BaseModule):
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
             padding: (C,), what stands for padding among normalised tokens; None for zeros.
         """
-        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context, padding))
+        return self.drop(self.w_msa(x, hw_shape, rows, context, padding))
+
+    def windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
+        """How the windows lie on a map."""
+        return self.w_msa.windows(hw_shape, device)
+
+    def mean_query_attention(self, *args: Any) -> Tensor:
+        """See ``Projections.mean_query_attention``."""
+        return self.w_msa.mean_query_attention(*args)
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens."""
-        return self.w_msa.kept_share(x, hw_shape, mask, self.shift_size)
+        """See ``WindowAttention.kept_share``."""
+        return self.w_msa.kept_share(x, hw_shape, mask)
 
 
 def relative_position_index(window_size: int) -> Tensor:

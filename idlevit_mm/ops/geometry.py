@@ -111,20 +111,24 @@ def _tensors(tables: Any, device: torch.device) -> Any:
 
 
 @lru_cache(CACHED_TABLES)
-def window_numbers(height: int, width: int, window_size: int, shift_size: int) -> WindowLayout:
+def window_numbers(
+    height: int, width: int, window_size: int, shift_size: int, hides_padding: bool = False
+) -> WindowLayout:
     """Lay windows over a map, padded bottom and right and rolled up and left by ``shift_size``.
 
-    All sizes are in tokens.
+    All sizes are in tokens. Where padding is hidden it is a region of its own.
     """
     rows, row_region = _axis(height, window_size, shift_size)
     cols, col_region = _axis(width, window_size, shift_size)
     inside = (rows < height)[:, None] & (cols < width)[None, :]
     tokens = np.where(inside, rows[:, None] * width + cols[None, :], -1)
     regions = 3 * row_region[:, None] + col_region[None, :]
+    if hides_padding:
+        regions = np.where(inside, regions, -1)
     # Each (M, L), windows row by row.
     tokens, regions = _partition(tokens, window_size), _partition(regions, window_size)
     bordering = (regions != regions[:, :1]).any(axis=1)
-    if shift_size > 0:
+    if bordering.any():
         order = np.argsort(bordering, kind='stable')
         tokens, regions = tokens[order], regions[order]
     flat = tokens.reshape(-1)

@@ -93,7 +93,7 @@ def test_peak_of_a_call():
 
 def test_twins_of_timm_have_the_architecture_and_take_odd_sizes():
     pytest.importorskip('timm')
-    for name in ('swin-t', 'swin-l', 'pvtv2-b0', 'pvtv2-b5', 'dinov2-s'):
+    for name in ('swin-t', 'swin-l', 'pvtv2-b0', 'pvtv2-b5', 'pcpvt-s', 'svt-s', 'dinov2-s'):
         own = MODELS.build(dict(PRESETS[name]))
         with torch.device('meta'):
             twin = timm_twin(TIMM[name], (384, 384), 0.0)

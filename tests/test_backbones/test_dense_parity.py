@@ -239,8 +239,8 @@ def test_dropout_acts_in_training_only(variant):
 
 @parametrize()
 def test_initialisation_from_scratch_follows_the_twin(variant):
-    twin = variant.build_twin(embed_dims=32)
-    model = variant.build(embed_dims=32)
+    twin = variant.build_twin(**variant.wide(32))
+    model = variant.build(**variant.wide(32))
     for m in (twin, model):
         torch.manual_seed(1)
         m.init_weights()

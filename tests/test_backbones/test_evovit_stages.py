@@ -14,7 +14,7 @@ from idlevit_mm.policies import EVERYTHING, Plan, build_policy
 
 C, HEADS, LAYERS, GRID = 48, 3, 12, (5, 7)
 DEIT = [1.0] * 4 + [0.5] * 8
-PYRAMIDS = ('swin', 'pvt', 'pvtv2', 'mit', 'vit-no-cls')
+PYRAMIDS = ('swin', 'pvt', 'pvtv2', 'mit', 'pcpvt', 'svt', 'vit-no-cls')
 
 
 def deployed(tokens, weights, starts, ratio, alphas, representative):

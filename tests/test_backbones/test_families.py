@@ -28,6 +28,8 @@ TWINS = {
     ('mmdet', 'PyramidVisionTransformer'): 'IdlePyramidVisionTransformer',
     ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
     ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
+    ('mmseg', 'PCPVT'): 'IdlePCPVT',
+    ('mmseg', 'SVT'): 'IdleSVT',
     ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
     ('mmpretrain', 'ViTSAM'): 'IdleViTDet',
     ('mmdet', 'ViT'): 'IdleViTDet',

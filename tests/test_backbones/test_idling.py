@@ -1,7 +1,7 @@
 """Below 1.0: who is active, that idle rows pass unchanged, and that the work shrinks."""
 
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ SCOPES_AND_SCORERS = [
     *(pytest.param(*p.values, 'mean_distance', id=f'{p.id}-mean_distance') for p in SCOPES),
     *(
         pytest.param(variant, 'map', scorer, id=f'{variant.name}-{scorer}')
-        for variant, scorer in zip(FAMILIES, SCORERS, strict=False)
+        for variant, scorer in zip(FAMILIES, cycle(SCORERS), strict=False)
         if scorer != 'mean_distance'
     ),
     *(
@@ -281,7 +281,8 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     params = dict(block.named_parameters())
     (h, w), c = hw, x.shape[-1]
     assert h % window == w % window == 0
-    qkv = linear(norm(x, params, 'norm1', 1e-5), params, 'attn.w_msa.qkv')
+    attn = 'attn.w_msa' if hasattr(block.attn, 'w_msa') else 'attn'
+    qkv = linear(norm(x, params, 'norm1', 1e-5), params, f'{attn}.qkv')
     q, k, v = (heads_of(t, heads) for t in qkv.chunk(3, -1))
     rows = torch.arange(h).repeat_interleave(w)
     cols = torch.arange(w).repeat(h)
@@ -292,7 +293,8 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     for place, length in ((rows, h), (cols, w)):
         rolled = (place - shift) % length
         near &= (place[:, None] - place) == (rolled[:, None] - rolled)
-    table = params['attn.w_msa.relative_position_bias_table']
+    no_table = torch.zeros((2 * window - 1) ** 2, heads, dtype=x.dtype)
+    table = params.get(f'{attn}.relative_position_bias_table', no_table)
     dr = (rows[:, None] - rows).clamp(1 - window, window - 1) + window - 1
     dc = (cols[:, None] - cols).clamp(1 - window, window - 1) + window - 1
     bias = table[dr * (2 * window - 1) + dc].permute(2, 0, 1)
@@ -301,7 +303,7 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     # An active query always sees itself, so that no active row is empty; idle rows are not used.
     visible = (same_window & near) & mask.flatten(1)[:, None, None, :]
     weights = logits.masked_fill(~visible, -math.inf).softmax(-1)
-    y = x + linear((weights @ v).transpose(1, 2).flatten(2), params, 'attn.w_msa.proj')
+    y = x + linear((weights @ v).transpose(1, 2).flatten(2), params, f'{attn}.proj')
     hidden = linear(norm(y, params, 'norm2', 1e-5), params, 'ffn.layers.0.0')
     y = y + linear(torch.nn.functional.gelu(hidden), params, 'ffn.layers.1')
     return torch.where(mask.flatten(1)[..., None], y, x)
@@ -327,18 +329,18 @@ def test_swin_equals_masked_reference(name, scope, scorer):
                 assert_close(out, want, 1e-9, f'stage {s} block {b}')
 
 
-def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn):
+def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn, eps=1e-6):
     """Queries from every token, keys from the reduced whole map; idle rows restored at the end."""
     params = dict(block.named_parameters())
     b, n, c = x.shape
-    normed = norm(x, params, 'norm1', 1e-6)
+    normed = norm(x, params, 'norm1', eps)
     source = normed
     if reduction > 1:
         grid = normed.transpose(1, 2).reshape(b, c, *hw)
         grid = torch.nn.functional.conv2d(
             grid, params['attn.sr.weight'], params['attn.sr.bias'], stride=reduction
         )
-        source = norm(grid.flatten(2).transpose(1, 2), params, 'attn.norm', 1e-6)
+        source = norm(grid.flatten(2).transpose(1, 2), params, 'attn.norm', eps)
     wq, wk, wv = params['attn.attn.in_proj_weight'].chunk(3)
     bq, bk, bv = params['attn.attn.in_proj_bias'].chunk(3)
     q, k, v = (
@@ -347,7 +349,10 @@ def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn):
     )
     weights = (q @ k.transpose(-2, -1) * (c // heads) ** -0.5).softmax(-1)
     y = x + linear((weights @ v).transpose(1, 2).flatten(2), params, 'attn.attn.out_proj')
-    hidden = linear(norm(y, params, 'norm2', 1e-6), params, 'ffn.layers.0')
+    first, last = 'ffn.layers.0', 'ffn.layers.4' if conv_ffn else 'ffn.layers.3'
+    if f'{first}.0.weight' in params:
+        first, last = 'ffn.layers.0.0', 'ffn.layers.1'
+    hidden = linear(norm(y, params, 'norm2', eps), params, first)
     if conv_ffn:
         # Idle tokens have no hidden features in this block: zero in the neighbourhood of others.
         hidden = hidden * mask.flatten(1)[..., None]
@@ -358,7 +363,7 @@ def reference_pvt_block(block, x, mask, hw, heads, reduction, conv_ffn):
         )
         hidden = canvas.flatten(2).transpose(1, 2)
     hidden = torch.nn.functional.gelu(hidden)
-    y = y + linear(hidden, params, 'ffn.layers.4' if conv_ffn else 'ffn.layers.3')
+    y = y + linear(hidden, params, last)
     return torch.where(mask.flatten(1)[..., None], y, x)
 
 
@@ -384,6 +389,32 @@ def test_pvt_equals_masked_reference(name, scorer, size):
                     conv_ffn=name != 'pvt',
                 )
                 assert_close(out, want, 1e-9, f'stage {s} block {b}')
+
+
+@pytest.mark.usefixtures('each_window_path')
+@pytest.mark.parametrize('name', ['pcpvt', 'svt'])
+def test_twins_equal_masked_reference(name):
+    """And positions are encoded after the first block of a stage, for idle tokens too."""
+    variant = BY_NAME[name]
+    model = build(variant).double()
+    with BlockTrace(model) as trace, torch.no_grad():
+        model(image((2, 3, 96, 192), dtype=torch.float64))
+        for s, stage in enumerate(model.keep_masks):
+            heads = variant.kwargs['num_heads'][s]
+            for b, mask in enumerate(stage):
+                x, out, hw = trace.calls[s][b]
+                block = stage_blocks(model)[s][b]
+                if name == 'svt' and b % 2 == 0:
+                    window = variant.kwargs['windiow_sizes'][s]
+                    want = reference_swin_block(block, x, mask, hw, heads, window, 0)
+                else:
+                    reduction = variant.kwargs['sr_ratios'][s]
+                    want = reference_pvt_block(block, x, mask, hw, heads, reduction, False, 1e-5)
+                assert_close(out, want, 1e-9, f'stage {s} block {b}')
+            (_, out, hw), (x, _, _) = trace.calls[s][:2]
+            grid = out.transpose(1, 2).unflatten(2, hw)
+            conv = model.position_encodings[s].proj
+            assert_close(x, out + conv(grid).flatten(2).transpose(1, 2), 1e-12)
 
 
 @pytest.mark.usefixtures('each_window_path')
@@ -442,7 +473,7 @@ def test_work_shrinks(variant, scope):
     Counted on a map without padding, by operator, as the difference of dense and idle, so that
     what lies outside the blocks drops out.
     """
-    options = dict(embed_dims=16, mlp_ratio=4) if variant.is_swin else dict(embed_dims=16)
+    options = variant.wide(16) | (dict(mlp_ratio=4) if variant.is_swin else {})
     x = image((1, 3, 128, 128))
     for train in (False, True):
         full, half = (
@@ -468,7 +499,8 @@ def token_wise_flops(variant, options, size):
             c, depth, mlp = kwargs['embed_dims'] * 2**s, kwargs['depths'][s], kwargs['mlp_ratio']
             per_token = (4 + 2 * mlp) * c * c  # qkv, projection, MLP
         else:
-            c, depth = kwargs['embed_dims'] * kwargs['num_heads'][s], kwargs['num_layers'][s]
+            c, depth = kwargs['embed_dims'], variant.depths[s]
+            c = c[s] if variant.is_twins else c * kwargs['num_heads'][s]
             mlp = kwargs['mlp_ratios'][s] if 'mlp_ratios' in kwargs else kwargs['mlp_ratio']
             per_token = (2 + 2 * mlp) * c * c  # query, projection, MLP
         total += 2 * depth * n * per_token
@@ -532,7 +564,7 @@ def test_image_does_not_depend_on_its_batch(variant, scope):
 
 @pytest.mark.parametrize(
     ('variant', 'scorer'),
-    list(zip(FAMILIES[1:], DETERMINISTIC_SCORERS * 2, strict=False)),
+    list(zip(FAMILIES[1:], cycle(DETERMINISTIC_SCORERS), strict=False)),
     ids=lambda value: getattr(value, 'name', value),
 )
 def test_same_input_same_output(variant, scorer):
@@ -576,11 +608,13 @@ def test_checkpointing_changes_nothing(variant, scope):
             assert torch.equal(mask, cp_mask)
 
 
-# MiT's blocks are PVTv2's, which has more of them.
-@pytest.mark.parametrize(('variant', 'scope'), [p for p in SCOPES if p.values[0].name != 'pvtv2'])
+# MiT's blocks are PVTv2's, which has more of them, and SVT has those of PCPVT.
+@pytest.mark.parametrize(
+    ('variant', 'scope'), [p for p in SCOPES if p.values[0].name not in ('pvtv2', 'pcpvt')]
+)
 def test_gradients_are_right(variant, scope):
     """Numerical against analytical gradients; the grid keeps the selection fixed."""
-    options = dict(embed_dims=4)
+    options = variant.wide(4)
     if variant.is_swin:
         options.update(window_size=2, num_heads=(1, 2), mlp_ratio=1)
     model = build(variant, scope, 'uniform_grid', **options).double()

@@ -429,6 +429,10 @@ def parts(variant, frozen):
     if variant.is_swin:
         stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]
         return ['patch_embed.', 'absolute_pos_embed', *stages]
+    if variant.is_twins:
+        lists = 'patch_embeds', 'layers', 'position_encodings', 'norm_list'
+        stages = [f'{name}.{stage}.' for stage in range(frozen) for name in lists]
+        return ['patch_embeds.0.', *stages]
     return [f'layers.{stage}.' for stage in range(frozen)] if frozen else ['layers.0.0.']
 
 

@@ -6,7 +6,7 @@ from backbone_zoo import BY_NAME, assert_close, image, randomize
 from mmengine.analysis import get_model_complexity_info
 
 # MiT is PVTv2 with other numbers.
-NAMES = ('swin', 'pvt', 'pvtv2', 'vit', 'vit-no-cls')
+NAMES = ('swin', 'pvt', 'pvtv2', 'svt', 'vit', 'vit-no-cls')
 FAMILIES = pytest.mark.parametrize('name', NAMES)
 SIZE = (3, 21, 30)
 
@@ -19,6 +19,7 @@ FEW = {
     'pvt': dict(num_layers=[1, 1]),
     'pvtv2': dict(num_layers=[1, 1, 1, 1]),
     'mit': dict(num_layers=[1, 1]),
+    'svt': dict(depths=[2, 1]),
     'vit': {},
     'vit-no-cls': dict(num_layers=2, out_indices=(0, 1)),
 }

@@ -284,7 +284,7 @@ def test_channels_are_adapted_in_known_ways_only(tmp_path):
 def test_files_of_another_width_are_refused(name, tmp_path):
     write_weights(state_of(name), tmp_path / 'w.pth')
     with pytest.raises(SettingError, match='has another shape than'):
-        pretrained(tmp_path / 'w.pth', name, embed_dims=16)
+        pretrained(tmp_path / 'w.pth', name, **BY_NAME[name].wide(16))
 
 
 @pytest.mark.parametrize('name', ['swin', 'pvt', 'vit'])

@@ -3,7 +3,9 @@
 import itertools
 import re
 import runpy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,10 @@ timm = pytest.importorskip('timm')
 
 FOREIGN = ('timm', 'official', 'evovit', 'mmpretrain', 'dinov2', 'huggingface')
 # What a format has no place for, by family and format; nothing else may be lost.
-NO_PLACE = {('swin', 'timm'): r'norm\d+\.(weight|bias)'}
+NO_PLACE = {
+    ('swin', 'timm'): r'norm\d+\.(weight|bias)',
+    ('twins', 'timm'): r'norm_list\.\d\.(weight|bias)',
+}
 # Architectures that a project has not.
 REFUSED = {
     'timm': {'pvt', 'pvt-no-abs', 'pvt-conv-norm', 'vit-conv-stem'},
@@ -86,9 +91,10 @@ def test_there_and_back(variant, name):
     assert_same(state, before)  # the input is left alone
     found = detect(foreign.state)
     assert found.is_foreign
-    # DeiT's releases have timm's names.
-    is_deit = family == 'vit' and name == 'official' and variant.name != 'vit-conv-stem'
-    assert (found.family, found.name) == (family, 'timm' if is_deit else name)
+    # DeiT's releases have timm's names, and so has Twins's without norms of the outputs.
+    is_timms = name == 'official' and variant.name in ('pcpvt', 'svt-odd')
+    is_timms |= family == 'vit' and name == 'official' and variant.name != 'vit-conv-stem'
+    assert (found.family, found.name) == (family, 'timm' if is_timms else name)
     no_place = NO_PLACE.get((family, name), r'(?!)')
     assert sorted(foreign.dropped) == sorted(state.keys() - without(state, no_place).keys())
     back = found.decode(foreign.state)
@@ -163,6 +169,10 @@ def mmdet_pvt(state):
     return pytest.importorskip('mmdet.models.backbones.pvt').pvt_convert(state)
 
 
+def mmseg_twins(name, state):
+    return mmseg_tool('twins2mmseg', 'convert_twins')(SimpleNamespace(model=name), state)
+
+
 REFERENCES = {
     'mmdet-swin': ('swin', mmdet_swin),
     'mmseg-swin': ('swin', lambda state: mmseg_tool('swin2mmseg', 'convert_swin')(state)),
@@ -170,6 +180,8 @@ REFERENCES = {
     'mmdet-pvt-no-abs': ('pvt-no-abs', mmdet_pvt),
     'mmdet-pvtv2': ('pvtv2', mmdet_pvt),
     'mmseg-mit': ('mit', lambda state: mmseg_tool('mit2mmseg', 'convert_mit')(state)),
+    'mmseg-pcpvt': ('pcpvt', lambda state: mmseg_twins('pcpvt', state)),
+    'mmseg-svt': ('svt', lambda state: mmseg_twins('svt', state)),
     'mmseg-vit': ('vit', lambda state: mmseg_tool('vit2mmseg', 'convert_vit')(state)),
 }
 
@@ -221,10 +233,37 @@ def timm_pvt():
     return randomize(PyramidVisionTransformerV2(num_classes=5, **TIMM_PVT)).eval()
 
 
-TIMM = {'swin': (timm_swin, OUR_SWIN), 'pvtv2': (timm_pvt, OUR_PVT)}
+# In the second stage one row of windows is padded, at the bottom alone: mmseg's mask hides nothing.
+TWINS = dict(depths=(3, 2), num_heads=(1, 2), mlp_ratios=(2, 3), sr_ratios=(2, 1))
+WINDOWS = {'pcpvt': None, 'svt': (4, 3)}
 
 
-@pytest.mark.parametrize('name', TIMM)
+def timm_twins(name):
+    from timm.models.twins import Twins
+
+    options = dict(TWINS, embed_dims=(8, 16), wss=WINDOWS[name])
+    return randomize(Twins(num_classes=5, **options)).eval()
+
+
+def our_twins(name):
+    return dict(
+        TWINS,
+        type='IdlePCPVT' if name == 'pcpvt' else 'IdleSVT',
+        embed_dims=[8, 16],
+        qkv_bias=True,
+        norm_after_stage=False,
+        **(dict(windiow_sizes=WINDOWS[name]) if WINDOWS[name] else {}),
+    )
+
+
+TIMM = {
+    'swin': (timm_swin, OUR_SWIN),
+    'pvtv2': (timm_pvt, OUR_PVT),
+    **{name: (partial(timm_twins, name), our_twins(name)) for name in WINDOWS},
+}
+
+
+@pytest.mark.parametrize('name', ['swin', 'pvtv2'])
 def test_same_as_the_filters_of_timm(name):
     """timm reads the releases' files as well: the two ways to its names must meet."""
     from timm.models import pvt_v2, swin_transformer
@@ -265,15 +304,16 @@ def test_same_features_as_timm(name, dtype, tol, tmp_path):
     make, config = TIMM[name]
     theirs = make()
     for module in theirs.modules():
-        # timm and the release have 1e-5 in some norms of PVTv2, where mmdet has 1e-6 everywhere.
-        if isinstance(module, torch.nn.LayerNorm) and name == 'pvtv2':
-            module.eps = 1e-6
+        # timm and the releases mix both, mmdet and mmseg have one everywhere.
+        if isinstance(module, torch.nn.LayerNorm) and name != 'swin':
+            module.eps = 1e-6 if name == 'pvtv2' else 1e-5
     torch.save(theirs.state_dict(), tmp_path / 'timm.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'timm.pth'))
     ours = MODELS.build(dict(config, convert_weights=True, init_cfg=init_cfg)).eval()
     ours.init_weights()
-    # Swin of timm is built for one size of image.
-    x = image((2, 3, 64, 64) if name == 'swin' else (2, 3, 75, 107), dtype=dtype)
+    # Swin of timm is built for one size of image; Twins leaves out what fills no patch.
+    sizes = dict(swin=(2, 3, 64, 64), pvtv2=(2, 3, 75, 107))
+    x = image(sizes.get(name, (2, 3, 64, 96)), dtype=dtype)
     expected = timm_maps(theirs.to(dtype), x)
     actual = our_maps(ours.to(dtype), x)
     assert len(actual) == len(expected)
@@ -293,7 +333,7 @@ def test_dense_twins_read_what_we_write(variant, tmp_path):
         convert_file(tmp_path / 'released.pth', path, library.replace('mmpretrain', 'mmdet'))
         init_cfg = ConfigDict(type='Pretrained', checkpoint=str(path))
         # mmdet's PVT would take the names for those of the release.
-        options = dict(convert_weights=False) if 'pvt' in variant.name else {}
+        options = dict(convert_weights=False) if variant.name in ('pvt', 'pvtv2') else {}
         twin = variant.build_twin(library, init_cfg=init_cfg, **options)
         randomize(twin, 99)
         twin.init_weights()

@@ -85,11 +85,11 @@ TWIN_OUTPUTS = [
     'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
     'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py',
+    'mmseg::twins/twins_svt-s_uperhead_8xb2-160k_ade20k-512x512.py',
 ]
 REFUSED = [
     ('mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py', 'model.backbone is mmseg.BEiT'),
     ('mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py', 'is mmseg.MAE'),
-    ('mmseg::twins/twins_svt-s_uperhead_8xb2-160k_ade20k-512x512.py', 'is mmseg.SVT'),
     ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'model.backbone is mmdet.ResNet'),
     (
         'mmseg::san/san-vit-b16_coco-stuff164k-640x640.py',

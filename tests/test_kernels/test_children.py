@@ -20,7 +20,7 @@ from idlevit_mm.policies.scorers import Scorer
 
 IMAGES = image((3, 3, 13, 18))
 # PVTv2's blocks are MiT's, which has fewer here.
-NAMES = ('swin', 'pvt', 'mit', 'vit', 'vit-conv-stem')
+NAMES = ('swin', 'pvt', 'mit', 'svt', 'vit', 'vit-conv-stem')
 FAMILIES = pytest.mark.parametrize('name', NAMES)
 
 
@@ -37,6 +37,8 @@ def build(name, keep, **kwargs):
         few = dict(num_layers=1, out_indices=0)
     elif name == 'swin':
         few = dict(depths=(1, 1))
+    elif name == 'svt':
+        few = dict(depths=[2, 1])
     elif name == 'mit':
         # Hidden features of a convolution are cut by channels, and 32 of them no further.
         few = dict(num_layers=[1, 1], mlp_ratio=9)

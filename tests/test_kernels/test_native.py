@@ -46,7 +46,9 @@ def tensors(case, dtype=torch.float32):
 
 
 def attend(case, qkv, blank, bias, scale=0.7):
-    core = WindowCore(bias[None], blank, case.window, HEADS, scale)
+    core = WindowCore(
+        bias[None], blank, case.window, HEADS, scale, hides_padding=case.hides_padding
+    )
     rows, qkv = Rows(case.active), qkv.unflatten(0, (case.batch, -1))
     return CPU().attend_windows(qkv, core, case.hw_shape, case.shift, rows).flatten(0, 1)
 
@@ -96,6 +98,7 @@ def assert_equals_naive(case, dtype=torch.float32, tol=1e-4):
 @example(problem(13, 11, 7, 3, count=90, batch=2))
 @example(problem(13, 11, 7, 3, count=30, batch=2, summarised=True))
 @example(problem(5, 9, 4, 2, batch=3, summarised=True))
+@example(problem(13, 11, 7, count=60, batch=2, summarised=True, hides_padding=True))
 @example(full_and_idle_windows(3))
 @example(full_and_idle_windows(7))
 @quick
@@ -254,7 +257,7 @@ def test_rows_are_put_back(padded, calls):
 
 @pytest.mark.parametrize('size', [(1, 3, 97, 131), (3, 3, 40, 17), (1, 3, 1, 70)])
 @pytest.mark.parametrize('policy', ['IdleViT', 'EvoViT'])
-@pytest.mark.parametrize('name', ['swin-w7', 'pvt', 'pvtv2', 'mit', 'vit'])
+@pytest.mark.parametrize('name', ['swin-w7', 'pvt', 'pvtv2', 'mit', 'svt-odd', 'vit'])
 def test_families(name, policy, size, calls):
     wide = dict(embed_dims=32) if name == 'swin-w7' else {}
     # Two tokens are equally far from their mean: another scorer than the default.

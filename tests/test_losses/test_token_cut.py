@@ -12,7 +12,12 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from idlevit_mm.layers import ShiftWindowMSA, SpatialReductionAttention, kept_share
+from idlevit_mm.layers import (
+    LocallyGroupedAttention,
+    ShiftWindowMSA,
+    SpatialReductionAttention,
+    kept_share,
+)
 from idlevit_mm.losses import TokenCutLoss
 from idlevit_mm.losses.token_cut import kept_shares, token_cut
 from idlevit_mm.ops import Rows
@@ -57,7 +62,7 @@ def naive_cut(weights, m_rows, m_keys, kind, class_token=None):
 
 def naive_window_weights(attn, x, hw):
     """W (N, N) of every image, by padding, rolling and looping over pairs of slots."""
-    (h, w), side, shift, msa = hw, attn.window_size, attn.shift_size, attn.w_msa
+    (h, w), side, shift, msa = hw, attn.window_size, attn.shift_size, getattr(attn, 'w_msa', attn)
     channels = x.shape[-1]
     weight, bias = msa.qkv.weight, msa.qkv.bias
     bias = torch.zeros(3 * channels, dtype=F64) if bias is None else bias
@@ -83,7 +88,7 @@ def naive_window_weights(attn, x, hw):
             same_region = (ri[2], ci[2]) == (rj[2], cj[2])
             seen[i, j] = same_window and same_region
             row, col = ri[1] - rj[1] + side - 1, ci[1] - cj[1] + side - 1
-            if seen[i, j]:
+            if seen[i, j] and msa is not attn:
                 table = msa.relative_position_bias_table
                 offset[i, j] = table[row * (2 * side - 1) + col].mean()
     return (logits + offset).masked_fill(~seen, float('-inf')).softmax(-1)
@@ -91,15 +96,25 @@ def naive_window_weights(attn, x, hw):
 
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
-    st.integers(1, 3), st.sampled_from([0, 2]), st.integers(1, 9), st.integers(1, 9), st.booleans()
+    st.integers(1, 3),
+    st.sampled_from([None, 0, 2]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
 )
+@example(2, None, 5, 7, True)
 @example(3, 2, 4, 8, True)
 @example(1, 2, 5, 7, False)
 @example(3, 0, 9, 4, True)
 @example(1, 0, 3, 2, False)
 def test_windows(batch, shift, height, width, bias):
+    """Swin's, and where the shift is None those of Twins."""
     hw = height, width
-    attn = randomize(ShiftWindowMSA(8, 2, 4, shift, qkv_bias=bias).double())
+    if shift is None:
+        attn = LocallyGroupedAttention(8, 2, 4, qkv_bias=bias)
+    else:
+        attn = ShiftWindowMSA(8, 2, 4, shift, qkv_bias=bias)
+    randomize(attn.double())
     x = noise(batch, hw[0] * hw[1], 8)
     mask = random_mask(batch, hw[0] * hw[1])
     share = attn.kept_share(x, hw, mask)
@@ -325,8 +340,8 @@ def test_reaches_queries_and_keys_only_of_attention(variant, scope):
     loss.backward()
     for block in (block for stage in model.idle_blocks for block in stage):
         attn = block.attn
-        attn = getattr(attn, 'w_msa', attn)
-        weight = attn.qkv.weight if hasattr(attn, 'qkv') else attn.attn.in_proj_weight
+        msa = getattr(attn, 'w_msa', attn)
+        weight = msa.qkv.weight if hasattr(msa, 'qkv') else attn.attn.in_proj_weight
         for part in weight.grad.chunk(3)[:2]:
             assert part.isfinite().all()
             assert part.abs().sum() > 0
@@ -396,7 +411,7 @@ def test_activation_checkpointing_changes_nothing(variant):
 
 @pytest.mark.parametrize(
     ('variant', 'dtype'),
-    list(zip(FAMILIES, (torch.bfloat16, torch.float16) * 3, strict=False)),
+    list(zip(FAMILIES, (torch.bfloat16, torch.float16) * 4, strict=False)),
     ids=lambda value: getattr(value, 'name', str(value)),
 )
 def test_half_precision(variant, dtype):

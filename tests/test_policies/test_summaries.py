@@ -297,7 +297,7 @@ def test_who_leaves_never_comes_back_within_a_stage(case):
     if variant.is_plain:
         options = dict(num_layers=5)
         depths = (5,)
-    elif variant.is_swin:
+    elif variant.is_swin or variant.is_twins:
         options = dict(depths=(3, 3))
         depths = (3, 3)
     else:

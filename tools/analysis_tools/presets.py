@@ -1,8 +1,8 @@
 """Published backbones by name, and timm's twins of them.
 
 A preset needs no config file and no mmdet. Settings are those of the papers: Swin arXiv
-2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203, DINOv2
-arXiv 2304.07193, ViTDet arXiv 2203.16527.
+2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203,
+Twins arXiv 2104.13840, DINOv2 arXiv 2304.07193, ViTDet arXiv 2203.16527.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ _W12 = dict(window_size=12, pretrain_img_size=384)
 _PVT = dict(_RATE, type='IdlePyramidVisionTransformer', embed_dims=64)
 _PVTV2 = dict(_RATE, type='IdlePyramidVisionTransformerV2')
 _MIT = dict(_RATE, type='IdleMixVisionTransformer', num_heads=(1, 2, 5, 8))
+_PCPVT = dict(_RATE, type='IdlePCPVT', embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8))
+_PCPVT |= dict(mlp_ratios=(8, 8, 4, 4), qkv_bias=True)
+_SVT = dict(_RATE, type='IdleSVT', mlp_ratios=(4,) * 4, windiow_sizes=(7,) * 4, qkv_bias=True)
+_SVT |= dict(sr_ratios=(8, 4, 2, 1))
 _VIT = dict(_RATE, type='IdleVisionTransformer')
 _SMALL, _LARGE = (2, 2, 2, 2), (3, 4, 6, 3)
 
@@ -42,6 +46,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     'mit-b3': dict(_MIT, embed_dims=64, num_layers=(3, 4, 18, 3)),
     'mit-b4': dict(_MIT, embed_dims=64, num_layers=(3, 8, 27, 3)),
     'mit-b5': dict(_MIT, embed_dims=64, num_layers=(3, 6, 40, 3)),
+    'pcpvt-s': dict(_PCPVT, depths=_LARGE),
+    'svt-s': dict(
+        _SVT, embed_dims=(64, 128, 256, 512), depths=(2, 2, 10, 4), num_heads=(2, 4, 8, 16)
+    ),
     'dinov2-s': dict(_VIT, arch='dinov2-small'),
     'dinov2-b': dict(_VIT, arch='dinov2-base'),
     'dinov2-l': dict(_VIT, arch='dinov2-large'),
@@ -55,6 +63,8 @@ TIMM = {
     'swin-b': 'swin_base_patch4_window7_224',
     'swin-l': 'swin_large_patch4_window12_384',
     **{f'pvtv2-b{number}': f'pvt_v2_b{number}' for number in range(6)},
+    'pcpvt-s': 'twins_pcpvt_small',
+    'svt-s': 'twins_svt_small',
     'dinov2-s': 'vit_small_patch14_dinov2',
     'dinov2-b': 'vit_base_patch14_dinov2',
     'dinov2-l': 'vit_large_patch14_dinov2',

@@ -15,7 +15,7 @@ from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_q
 from ...errors import SettingError
 
 _QUERY = re.compile(r'(.+\.attn\.)q\.(weight|bias)')
-_QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)qkv\.(weight|bias)')
+_QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)q_kv\.(weight|bias)')
 # The position table of PVT that has a row for the class token, and its places then.
 _CLASS_TABLE = 'pos_embed4'
 _CLASS_PLACES = 50
@@ -37,13 +37,13 @@ def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
     shapes = (lambda x: x[:, :, None, None], lambda x: x[:, :, 0, 0])
     return (
         *with_leaves(same_kind, ours, theirs),
-        Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{theirs}attn.qkv.{{leaf}}'),
+        Rule(f'{ours}attn.attn.in_proj_{{leaf}}', f'{theirs}attn.q_kv.{{leaf}}'),
         *(Rule(f'{ours}{a}.weight', f'{theirs}{b}.weight', *shapes) for a, b in linear),
         *(Rule(f'{ours}{a}.bias', f'{theirs}{b}.bias') for a, b in linear),
     )
 
 
-def _joined(state: StateDict) -> StateDict:
+def joined(state: StateDict) -> StateDict:
     """Join query (C, C) and key-value (2C, C) projections to one (3C, C)."""
     queries = {key for key in state if '.attn.q.' in key}
     others = {key.replace('.attn.kv.', '.attn.q.') for key in state if '.attn.kv.' in key}
@@ -56,14 +56,14 @@ def _joined(state: StateDict) -> StateDict:
         if key.replace('.attn.kv.', '.attn.q.') != key:
             continue  # comes with its query
         if match := _QUERY.fullmatch(key):
-            key = f'{match[1]}qkv.{match[2]}'
+            key = f'{match[1]}q_kv.{match[2]}'
             value = torch.cat([value, state[f'{match[1]}kv.{match[2]}']])
         joined[key] = value
     return joined
 
 
-def _split(conversion: Conversion) -> Conversion:
-    """The inverse of ``_joined``, on weights that have their names already."""
+def split(conversion: Conversion) -> Conversion:
+    """The inverse of ``joined``, on weights that have their names already."""
     split = {}
     for key, value in conversion.state.items():
         if match := _QUERY_KEY_VALUE.fullmatch(key):
@@ -78,9 +78,9 @@ def _split(conversion: Conversion) -> Conversion:
 _names = partial(
     KeyMap,
     theirs_only=re.compile(r'^head\.|^norm\.|^cls_token$'),  # the classifier
-    before=_joined,
+    before=joined,
     decoded=with_qkv_biases,
-    encoded=_split,
+    encoded=split,
 )
 
 

@@ -49,7 +49,7 @@ static inline float sum_of(vec x) {
 
 // How windows lie on the map, padded bottom and right and rolled up and left by `shift`.
 typedef struct {
-    int height, width, side, shift, rows, cols;
+    int height, width, side, shift, rows, cols, hides;
 } Layout;
 
 typedef struct {
@@ -60,9 +60,9 @@ static inline int region_of(int shifted, int padded, const Layout *l) {
     return l->shift ? (shifted >= padded - l->side) + (shifted >= padded - l->shift) : 0;
 }
 
-// Whether a window may hold several regions, which do not see one another.
+// Whether a window may hold several regions, which do not see one another; hidden padding is one.
 static inline int is_border(int window, const Layout *l) {
-    return l->shift && (window / l->cols == l->rows - 1 || window % l->cols == l->cols - 1);
+    return (l->shift || l->hides) && (window / l->cols == l->rows - 1 || window % l->cols == l->cols - 1);
 }
 
 static Place place_of(int y, int x, const Layout *l) {
@@ -254,13 +254,15 @@ static int padding_of(int window, const Layout *l, Place *found) {
 }
 
 // Attention in windows of packed rows (B, T + R, 3 * C): adds to out (B, T + R, C). Ids (B, T) of the
-// tokens, -1 for padding, NULL where all are there; blank (3 * C); bias (A, L + 1, L + 1), 0 for
-// summaries. Where there is grad_qkv, out is the gradient of what was attended, and the gradients
-// (B, T + R, 3 * C), (3 * C,) and (A, L + 1, L + 1) are added to.
+// tokens, -1 for padding, NULL where all are there; blank (3 * C), what padding is as a key unless
+// `hides`; bias (A, L + 1, L + 1), 0 for summaries. Where there is grad_qkv, out is the gradient of
+// what was attended, and the gradients (B, T + R, 3 * C), (3 * C,) and (A, L + 1, L + 1) are added to.
 int attend(const float *qkv, const float *blank, const float *bias, float *out, float *grad_qkv,
            float *grad_blank, float *grad_bias, const int64_t *ids, int batch, int count, int total,
-           int height, int width, int side, int shift, int heads, int channels, float scale) {
-    Layout l = {height, width, side, shift, (height + side - 1) / side, (width + side - 1) / side};
+           int height, int width, int side, int shift, int heads, int hides, int channels,
+           float scale) {
+    int rows = (height + side - 1) / side, cols = (width + side - 1) / side;
+    Layout l = {height, width, side, shift, rows, cols, hides};
     int windows = l.rows * l.cols, slots = side * side, summarised = total > count;
     Core core = {channels, heads, channels / heads, slots, bias, scale};
     int failed = 0, threads = omp_get_max_threads(), most = slots + 1, padded = round_up(most);
@@ -318,7 +320,7 @@ int attend(const float *qkv, const float *blank, const float *bias, float *out, 
                         (Place){window, slots, -1});
             }
             w.queries = w.keys;
-            for (int j = 0; j < padding; j++) add_key(&w, blank, none, spare[j]);
+            for (int j = 0; j < padding && !hides; j++) add_key(&w, blank, none, spare[j]);
             if (grad_qkv)
                 attend_window_back(&w, &core, is_border(window, &l), own_bias);
             else

@@ -61,7 +61,7 @@ def attend_windows(
     # Summaries have no bias.
     tensors = qkv, core.blank, F.pad(core.bias[0], (0, 1, 0, 1))
     ids = None if rows is None else rows.ids.expand(len(qkv), -1).contiguous()
-    sizes = [*hw_shape, core.window_size, shift_size, core.num_heads]
+    sizes = [*hw_shape, core.window_size, shift_size, core.num_heads, int(core.hides_padding)]
     out = _Attend.apply(*(part.float() for part in tensors), ids, sizes, core.scale)
     return out.to(qkv.dtype)
 
@@ -111,7 +111,7 @@ def _pairs(qkv: Tensor, ids: Tensor | None, sizes: list[int]) -> int:
     if ids is not None and qkv.shape[1] > ids.shape[1]:
         summaries = (active + padding < slots).astype(int)
     queries = active + summaries
-    return int((queries * (queries + padding)).sum())
+    return int((queries * (queries + (not sizes[5]) * padding)).sum())
 
 
 def _attention_flops(
@@ -150,7 +150,8 @@ def attend_packed(
     """Attention in windows of packed rows (B, T + R, 3 * C), of all without ids: (B, T + R, C).
 
     Blank (3 * C,) is padding, bias (A, L + 1, L + 1) that of slots and of summaries; sizes are
-    height and width of the map, side and shift of windows, and the number of heads.
+    height and width of the map, side and shift of windows, the number of heads, and 1 where padding
+    is hidden.
     """
     out = qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] // 3)
     _attend(qkv, blank, bias, out, (None, None, None), ids, sizes, scale)

@@ -1,0 +1,63 @@
+"""What PVT, PVTv2, MiT and Twins share: stages of patches, blocks, positions and a norm.
+
+Shape letters: B images, N tokens of a stage's map (H * W), C channels.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+
+from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
+from torch import Tensor, nn
+
+from ..blocks import IdleBlock, Relay, run_blocks
+from ..layers import AbsolutePositionEmbedding, to_map
+from .base import IdleBackbone
+from .extents import Extents, ImgShapes
+
+
+class IdlePyramid(IdleBackbone):
+    """A backbone whose stages are alike."""
+
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
+
+        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
+        """
+        extents = Extents.of(self, x, img_shapes)
+        outs, records, relay = [], [], Relay()
+        for index, ratios in enumerate(self.keep_ratios):
+            x, hw_shape = self._embedded(index, x)
+            blocks, encode, norm = self._parts(index)
+            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay, encode
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
+            relay = relay.after
+            records.append(record)
+            x = to_map(norm(x), hw_shape)
+            if index in self.out_indices:
+                outs.append(x.contiguous())
+        self.records = records
+        return outs
+
+    @abstractmethod
+    def _embedded(self, index: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, N, C) of a stage and (H, W), of the map before it (B, C, height, width)."""
+
+    @abstractmethod
+    def _parts(self, index: int) -> tuple[Iterable[IdleBlock], nn.Module | None, nn.Module]:
+        """Of a stage its blocks, what encodes positions after the first, and its norm."""
+
+    def _stages(self) -> Iterable[nn.Module]:
+        return self.layers
+
+    def _init_from_scratch(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02, bias=0.0)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1.0)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                normal_init(module, 0, math.sqrt(2.0 / fan_out))
+            elif isinstance(module, AbsolutePositionEmbedding):
+                module.init_weights()
