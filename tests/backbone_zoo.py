@@ -32,6 +32,9 @@ _PVT = dict(
     mlp_ratios=[2, 3],
     out_indices=(0, 1),
 )
+_ARCH = ('embed_dims', 'depths', 'num_heads', 'extra_norm_every_n_blocks')
+_SWIN2 = dict(embed_dims=8, depths=(2, 2), num_heads=(2, 4), extra_norm_every_n_blocks=0)
+_SWIN2 |= dict(window_size=4, pad_small_map=True, out_indices=(0, 1))
 _PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
 _MIT = {key: value for key, value in _PVT.items() if key != 'mlp_ratios'}
 _MIT |= dict(patch_sizes=[7, 3], mlp_ratio=2)
@@ -93,8 +96,15 @@ class Variant:
         depths = self.kwargs.get('depths', self.kwargs.get('num_layers'))
         return (depths,) if isinstance(depths, int) else tuple(depths)
 
+    def arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Of a constructor, of which Swin V2's has the numbers of its architecture in one."""
+        given = {**self.kwargs, **overrides}
+        if self.type == 'IdleSwinTransformerV2':
+            given['arch'] = {name: given.pop(name) for name in _ARCH}
+        return given
+
     def config(self, **overrides: Any) -> dict[str, Any]:
-        return dict(type=self.type, **{**self.kwargs, **overrides})
+        return dict(type=self.type, **self.arguments(**overrides))
 
     def build(self, **overrides: Any) -> nn.Module:
         return MODELS.build(self.config(**overrides))
@@ -109,7 +119,7 @@ class Variant:
         if library not in self.twins:
             pytest.skip(f'{library} has no {self.type.removeprefix("Idle")} like {self.name}')
         twin = getattr(importlib.import_module(f'{library}.models'), self.twins[library])
-        return twin(**{**self.kwargs, **overrides})
+        return twin(**self.arguments(**overrides))
 
 
 _SWIN_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 4, 40), (2, 3, 40, 4), (1, 3, 4, 4))
@@ -125,6 +135,16 @@ def _swin(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdleSwinTransformer',
         kwargs={**_SWIN, **kwargs},
+        scopes=('map', 'window_tokens', 'windows'),
+        sizes=_SWIN_SIZES,
+    )
+
+
+def _swin2(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleSwinTransformerV2',
+        kwargs={**_SWIN2, **kwargs},
         scopes=('map', 'window_tokens', 'windows'),
         sizes=_SWIN_SIZES,
     )
@@ -205,7 +225,9 @@ FAMILIES = (
     _pvt2('pvtv2', **_FOUR_STAGES),
     _mit('mit'),
     _vit('vit'),
+    _swin2('swinv2'),
 )
+_NORM3 = dict(extra_norm_every_n_blocks=2, depths=(2, 3), pretrained_window_sizes=(3, 9))
 _OTHERS = (
     _swin('swin-w7', window_size=7, depths=(2, 3)),
     _swin('swin-plain', window_size=4, patch_norm=False, qkv_bias=False, qk_scale=0.3),
@@ -221,6 +243,7 @@ _OTHERS = (
     _vit('vit-no-cls', has_twin=False, with_cls_token=False),
     _vit('vit-conv-stem', has_twin=False, stem='conv', residual_scale=0.5, mlp_ratio=3),
     _vit('vit-scaled', has_twin=False, layer_scale=0.1, interpolate_mode='bicubic-aa'),
+    _swin2('swinv2-norm3', window_size=5, drop_path_rate=0.4, **_NORM3),
     _vit('vit-registers', has_twin=False, layer_scale=0.1, num_registers=3),
 )
 VARIANTS = FAMILIES + _OTHERS

@@ -7,4 +7,5 @@ from .swin import IdleSwinTransformer
 # isort: split
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
+from .swin_v2 import IdleSwinTransformerV2
 from .vit import IdleVisionTransformer

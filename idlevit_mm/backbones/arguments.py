@@ -19,7 +19,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(('depths', 'num_layers', 'num_stages', 'num_heads', 'embed_dims'), _whole(1)),
     **dict.fromkeys(('in_channels', 'window_size', 'patch_size', 'patch_sizes'), _whole(1)),
     **dict.fromkeys(('strides', 'sr_ratios', 'img_size', 'pretrain_img_size'), _whole(1)),
-    **dict.fromkeys(('paddings', 'num_registers'), _whole(0)),
+    **dict.fromkeys(('paddings', 'num_registers', 'pretrained_window_sizes'), _whole(0)),
     'layer_scale': ('numbers from 0 on', lambda value: value >= 0),
     **dict.fromkeys(('out_indices', 'frozen_stages'), _whole(-1)),
     **dict.fromkeys(('mlp_ratio', 'mlp_ratios'), ('numbers above 0', lambda value: value > 0)),

@@ -4,7 +4,8 @@ Shape letters: B images, N tokens of the map (H * W), T active tokens, R summari
 C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn.bricks.drop import build_dropout
@@ -18,7 +19,115 @@ from .attention import Projections
 from .share import kept_share
 
 
-class WindowMSA(Projections, BaseModule):
+class WindowAttention(Projections, BaseModule, ABC):
+    """What attention within windows has in common, whatever its logits are.
+
+    Buffers follow from the window alone: those of a checkpoint are not looked at.
+
+    Args:
+        num_heads: Attention heads.
+        window_size: Side of a window in tokens.
+        scale: Factor of the logits.
+    """
+
+    def __init__(self, num_heads: int, window_size: int, scale: float) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.num_heads = num_heads
+        self.scale = scale
+
+    def add_layers(
+        self, embed_dims: int, qkv_bias: bool, attn_drop_rate: float, proj_drop_rate: float
+    ) -> None:
+        """To be called last by a constructor, for weights have that order in OpenMMLab."""
+        self.register_buffer('relative_position_index', relative_position_index(self.window_size))
+        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop_rate)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    @abstractmethod
+    def bias_table(self) -> Tensor:
+        """Bias of each step from one slot to another: ((2 * window_size - 1) ** 2, A)."""
+
+    def position_bias(self) -> Tensor:
+        """Relative position bias of all slot pairs: (1, A, L, L)."""
+        # The same as indexing the table by relative_position_index, whose rows are sliding windows
+        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
+        side = self.window_size
+        table = self.bias_table().view(2 * side - 1, 2 * side - 1, -1)
+        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
+        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
+
+    def forward(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        shift_size: int,
+        rows: Rows | None = None,
+        context: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
+        core, backend = self.core(x, hw_shape, padding), backend_at(x)
+        if rows is not None and context is not None:
+            qkv = self._project_queries(x, context, rows)
+            out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
+            out = backend.take(out, rows)
+        else:
+            qkv = self.projected(x)
+            out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
+        return self.proj_drop(backend.linear(out, self.proj))
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens (B, T, C): (B, T, 3 * C)."""
+        return backend_at(x).linear(x, self.qkv)
+
+    def core(
+        self, x: Tensor, hw_shape: tuple[int, int], padding: Tensor | None = None
+    ) -> WindowCore:
+        """What attention within windows needs beside queries, keys and values."""
+        blank = self._blank(x, hw_shape) if padding is None else self.project(padding, 0, 3)
+        plain = is_plain(self.attn_drop, nn.Dropout)
+        return WindowCore(
+            self.position_bias(),
+            blank,
+            self.window_size,
+            self.num_heads,
+            self.scale,
+            self.attn_drop.p if plain and self.training else 0.0,
+            None if plain else self.attn_drop,
+        )
+
+    def weights(self) -> tuple[Tensor, Tensor | None] | None:
+        plain = is_plain(self.qkv, *LINEAR)
+        return (self.qkv.weight, self.qkv.bias) if plain else None
+
+    def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
+        weights = self.weights()
+        if weights is None:
+            padded = any(side % self.window_size for side in hw_shape)
+            zero = x.new_zeros(1, 1, x.shape[-1])
+            return self.called(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
+        weight, bias = weights
+        return weight.new_zeros(len(weight)) if bias is None else bias
+
+    def _project_queries(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
+        """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
+        key_value = self.project(context, 1, 3)
+        query = self.project(x, 0, 1)
+        # What stands in the places of idle queries is computed and thrown away.
+        blank = torch.zeros_like(key_value[..., : x.shape[-1]])
+        return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        own = self.named_buffers(recurse=False)
+        state_dict |= {f'{prefix}{name}': buffer for name, buffer in own}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WindowMSA(WindowAttention):
     """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
 
     Args:
@@ -41,88 +150,17 @@ class WindowMSA(Projections, BaseModule):
         attn_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.num_heads = num_heads
-        self.scale = qk_scale or (embed_dims // num_heads) ** -0.5
+        super().__init__(num_heads, window_size, qk_scale or (embed_dims // num_heads) ** -0.5)
         places = (2 * window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.zeros(places, num_heads))
-        self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop_rate)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
+        self.add_layers(embed_dims, qkv_bias, attn_drop_rate, proj_drop_rate)
 
     def init_weights(self) -> None:
         """Draw the bias table from a truncated normal distribution."""
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def position_bias(self) -> Tensor:
-        """Relative position bias of all slot pairs: (1, A, L, L)."""
-        # The same as indexing the table by relative_position_index, whose rows are sliding windows
-        # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
-        side = self.window_size
-        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
-        pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
-        return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
-
-    def forward(
-        self,
-        x: Tensor,
-        hw_shape: tuple[int, int],
-        shift_size: int,
-        rows: Rows | None = None,
-        context: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``."""
-        core, backend = self.core(x, hw_shape, padding), backend_at(x)
-        if rows is not None and context is not None:
-            qkv = self._project_queries(x, context, rows)
-            out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
-            out = backend.take(out, rows)
-        else:
-            qkv = backend.linear(x, self.qkv)
-            out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
-        return self.proj_drop(backend.linear(out, self.proj))
-
-    def core(
-        self, x: Tensor, hw_shape: tuple[int, int], padding: Tensor | None = None
-    ) -> WindowCore:
-        """What attention within windows needs beside queries, keys and values."""
-        blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
-        plain = is_plain(self.attn_drop, nn.Dropout)
-        return WindowCore(
-            self.position_bias(),
-            blank,
-            self.window_size,
-            self.num_heads,
-            self.scale,
-            self.attn_drop.p if plain and self.training else 0.0,
-            None if plain else self.attn_drop,
-        )
-
-    def weights(self) -> tuple[Tensor, Tensor | None] | None:
-        plain = is_plain(self.qkv, *LINEAR)
-        return (self.qkv.weight, self.qkv.bias) if plain else None
-
-    def _blank(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Query, key and value of padding, which is zero after the norm: (3 * C,)."""
-        weights = self.weights()
-        if weights is None:
-            padded = any(side % self.window_size for side in hw_shape)
-            zero = x.new_zeros(1, 1, x.shape[-1])
-            return self.qkv(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
-        weight, bias = weights
-        return weight.new_zeros(len(weight)) if bias is None else bias
-
-    def _project_queries(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
-        """Keys and values of the whole map, queries of the active tokens: (B, N, 3 * C)."""
-        key_value = self.project(context, 1, 3)
-        query = self.project(x, 0, 1)
-        # What stands in the places of idle queries is computed and thrown away.
-        blank = torch.zeros_like(key_value[..., : x.shape[-1]])
-        return torch.cat([backend_at(x).put(blank, rows, query), key_value], dim=-1)
+    def bias_table(self) -> Tensor:
+        return self.relative_position_bias_table
 
 
 class ShiftWindowMSA(BaseModule):
@@ -140,8 +178,10 @@ class ShiftWindowMSA(BaseModule):
         window_size: Side of a window in tokens.
         shift_size: Cyclic shift of the windows in tokens; 0 for a regular partition.
         drop_path_rate: Stochastic depth of the branch.
-        **kwargs: Further arguments of ``WindowMSA``.
+        **kwargs: Further arguments of ``CORE``.
     """
+
+    CORE: ClassVar[type[WindowAttention]] = WindowMSA
 
     def __init__(
         self,
@@ -155,7 +195,7 @@ class ShiftWindowMSA(BaseModule):
         super().__init__()
         self.window_size = window_size
         self.shift_size = shift_size
-        self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
+        self.w_msa = self.CORE(embed_dims, num_heads, window_size, **kwargs)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(
@@ -177,7 +217,12 @@ class ShiftWindowMSA(BaseModule):
             context: (B, N, C), the normalised map, if idle tokens serve as keys and values too.
             padding: (C,), what stands for padding among normalised tokens; None for zeros.
         """
-        return self.drop(self.w_msa(x, hw_shape, self.shift_size, rows, context, padding))
+        shift = self.shift_at(hw_shape)
+        return self.drop(self.w_msa(x, hw_shape, shift, rows, context, padding))
+
+    def shift_at(self, hw_shape: tuple[int, int]) -> int:
+        """Cyclic shift of the windows on a map of this size."""
+        return self.shift_size
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of attention in windows as in ``IdleBlock.kept_share``, of normalised tokens.
@@ -185,7 +230,8 @@ class ShiftWindowMSA(BaseModule):
         Logits are those of the dense block: position bias added, other regions hidden. Padding
         slots are neither keys nor rows, since padding is neither active nor idle.
         """
-        layout = window_layout(*hw_shape, self.window_size, self.shift_size, x.device)
+        shift = self.shift_at(hw_shape)
+        layout = window_layout(*hw_shape, self.window_size, shift, x.device)
         query, key = _fill_slots(self.w_msa.project(x, 0, 2), layout).chunk(2, dim=-1)
         share = kept_share(
             query,

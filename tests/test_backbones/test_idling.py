@@ -1,7 +1,7 @@
 """Below 1.0: who is active, that idle rows pass unchanged, and that the work shrinks."""
 
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ SCOPES_AND_SCORERS = [
     *(pytest.param(*p.values, 'mean_distance', id=f'{p.id}-mean_distance') for p in SCOPES),
     *(
         pytest.param(variant, 'map', scorer, id=f'{variant.name}-{scorer}')
-        for variant, scorer in zip(FAMILIES, SCORERS, strict=True)
+        for variant, scorer in zip(FAMILIES, cycle(SCORERS), strict=False)
         if scorer != 'mean_distance'
     ),
     pytest.param(BY_NAME['vit'], 'map', 'mean_query', id='vit-mean_query'),
@@ -529,7 +529,7 @@ def test_image_does_not_depend_on_its_batch(variant, scope):
 
 @pytest.mark.parametrize(
     ('variant', 'scorer'),
-    list(zip(FAMILIES[1:], DETERMINISTIC_SCORERS, strict=True)),
+    list(zip(FAMILIES[1:], cycle(DETERMINISTIC_SCORERS), strict=False)),
     ids=lambda value: getattr(value, 'name', value),
 )
 def test_same_input_same_output(variant, scorer):

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def assert_runs_under_autocast(variant, scope, dtype, keep):
 
 @pytest.mark.parametrize(
     ('variant', 'scorer'),
-    list(zip(FAMILIES, SCORERS, strict=True)),
+    list(zip(FAMILIES, cycle(SCORERS), strict=False)),
     ids=lambda value: getattr(value, 'name', value),
 )
 def test_autocast_with_large_values(variant, scorer):
