@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.blocks import Carried, Tokens
+from idlevit_mm.checkpoints import FOLLOWING
 
 SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
 DETERMINISTIC_SCORERS = tuple(s for s in SCORERS if s != 'random')
@@ -89,6 +90,11 @@ class Variant:
     @property
     def has_class_token(self) -> bool:
         return self.is_vit and self.kwargs.get('with_cls_token', True)
+
+    @property
+    def frozen_first(self) -> int:
+        """What ``frozen_stages`` is for the first stage alone; mmpretrain counts from 0."""
+        return 0 if self.type == 'IdleSwinTransformerV2' else 1
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -375,6 +381,15 @@ def assert_close(actual: Tensor, expected: Tensor, tol: float, what: str = '') -
     diff = (actual - expected).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     assert diff <= tol * scale, f'{what}: differs by {diff:.3g} at scale {scale:.3g}'
+
+
+def load_twin(twin: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load all weights of a dense model; mmpretrain's Swin V2 drops its buffers as it loads."""
+    report = twin.load_state_dict(state, strict=False)
+    assert not report.unexpected_keys
+    assert all(key.endswith(FOLLOWING) for key in report.missing_keys), report.missing_keys
+    twin.eval()  # returns None in mmdet
+    return twin
 
 
 def weighted_sum(outputs, seed: int = 7) -> Tensor:

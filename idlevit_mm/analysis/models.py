@@ -119,10 +119,10 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """The first of an idle backbone's dense classes, in mmdet or mmseg, with its weights.
+    """The first of an idle backbone's dense classes, with all of its weights.
 
-    It has all of its weights, is in the same mode and on the same device. ``backbone_cfg`` is what the
-    idle backbone was built from.
+    It is in the same mode and on the same device. ``backbone_cfg`` is what the idle backbone was
+    built from.
 
     Raises:
         ValueError: there is no dense class with these settings, or its library is not installed.

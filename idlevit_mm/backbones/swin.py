@@ -174,8 +174,8 @@ class IdleSwinTransformer(SwinBackbone):
         widths = self.num_features = self.widths(embed_dims, num_heads)
         self.window_size = window_size
         pos_shape = table_size(pretrain_img_size, patch_size) if use_abs_pos_embed else None
-        patch_norm = norm_cfg if patch_norm else None
-        self.put_embedding(in_channels, embed_dims, patch_size, patch_norm, pos_shape, drop_rate)
+        merge_norm = norm_cfg if patch_norm else None
+        self.put_embedding(in_channels, embed_dims, patch_size, merge_norm, pos_shape, drop_rate)
 
         attention = dict(
             window_size=window_size,
@@ -201,7 +201,7 @@ class IdleSwinTransformer(SwinBackbone):
         def stage(index: int, blocks: Iterable[IdleBlock]) -> SwinStage:
             merge = None
             if index < len(depths) - 1:
-                options = dict(stride=strides[index + 1], norm_cfg=patch_norm)
+                options = dict(stride=strides[index + 1], norm_cfg=merge_norm)
                 merge = MergePatches(widths[index], 2 * widths[index], **options)
             return SwinStage(blocks, merge)
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ..blocks import IdleBlock, Tokens, Work, layers
+from ..blocks import IdleBlock, Tokens, Work, moves
 from ..checkpoints import StateDict
 from ..converters import Fitted
 from ..layers import MergeThenNorm, ShiftCosineMSA
@@ -66,9 +66,11 @@ class IdleSwinBlockV2(IdleSwinBlock):
         return self.by_tokens(half, now, self.norm2, self.ffn, self.norm3)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        steps = (2 * self.attn.window_size - 1) ** 2
-        bias = layers(steps, (2, HIDDEN), (HIDDEN, self.attn.w_msa.num_heads))
-        return super().computing(batch, hw_shape, rows) + bias
+        steps, heads = (2 * self.attn.window_size - 1) ** 2, self.attn.w_msa.num_heads
+        bias = Work(products=steps * HIDDEN * (2 + heads))
+        # Lengths of queries and keys, and what is divided by them.
+        lengths = moves(8 * self.embed_dims * rows, 14)
+        return super().computing(batch, hw_shape, rows) + bias + lengths
 
 
 class SwinStageV2(SwinStage):

@@ -28,6 +28,8 @@ class WindowCore(NamedTuple):
         scale: Factor of the logits.
         dropout: Of the attention weights.
         drop: A module that is to see the attention weights, in place of ``dropout``.
+        apart: What is added to logits of tokens that the shift alone brought into one window; None
+            hides them.
     """
 
     bias: Tensor
@@ -37,6 +39,7 @@ class WindowCore(NamedTuple):
     scale: float
     dropout: float = 0.0
     drop: nn.Module | None = None
+    apart: float | None = None
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""
@@ -65,7 +68,7 @@ def attend_slots(
     if token_ids is None:
         out = _attend_dense(filled, core, layout, batch)
         return out.flatten(0, 1).index_select(0, rows).view(batch, -1, channels // 3)
-    mask = _active_mask(core.bias, layout, rows, batch, summaries.shape[1] > 0)
+    mask = _active_mask(core, layout, rows, batch, summaries.shape[1] > 0)
     if summaries.shape[1]:
         extra = summaries.transpose(0, 1).reshape(batch * windows, 1, channels)
         filled = torch.cat([filled, extra], dim=1)
@@ -82,15 +85,16 @@ def attend_whole_windows(qkv: Tensor, core: WindowCore, layout: WindowLayout, ro
         qkv = torch.where((rows.ids < 0)[..., None], core.blank, qkv)
     mask = core.bias
     if len(layout.regions):
-        mask = mask + _regions_of(layout, rows.windows, qkv.dtype)
+        mask = mask + _regions_of(layout, rows.windows, core)
     windows = qkv.view(-1, layout.token_ids.shape[1], qkv.shape[2])
     return _attend(windows, core, mask).view(*qkv.shape[:2], -1)
 
 
-def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+def region_mask(layout: WindowLayout, dtype: torch.dtype, apart: float | None = None) -> Tensor:
     """Mask of slot pairs of different regions of the border windows: (E, 1, L, L)."""
     different = layout.regions[:, :, None] != layout.regions[:, None, :]
-    return hide(different, dtype)[:, None]
+    mask = hide(different, dtype) if apart is None else apart * different.to(dtype)
+    return mask[:, None]
 
 
 def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,7 +133,7 @@ def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch:
     if not len(layout.regions):
         return _attend(filled, core, core.bias)
     inner = (len(layout.token_ids) - len(layout.regions)) * batch
-    regions = _per_image(region_mask(layout, core.bias.dtype), batch)
+    regions = _per_image(region_mask(layout, core.bias.dtype, core.apart), batch)
     parts = [_attend(filled[inner:], core, core.bias + regions)]
     if len(layout.token_ids) > len(layout.regions):
         parts.insert(0, _attend(filled[:inner], core, core.bias))
@@ -137,18 +141,19 @@ def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch:
 
 
 def _active_mask(
-    bias: Tensor, layout: WindowLayout, rows: Tensor, batch: int, summarised: bool
+    core: WindowCore, layout: WindowLayout, rows: Tensor, batch: int, summarised: bool
 ) -> Tensor:
     """Bias of all windows with idle keys and other regions masked: (M * B, A, L, L).
 
     With summaries (M * B, A, L + 1, L + 1): the last key is hidden where no token is idle.
     """
-    windows, slots = layout.token_ids.shape
+    (windows, slots), bias = layout.token_ids.shape, core.bias
     inside = _per_image(layout.token_ids >= 0, batch)
     keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
     mask = bias + keys[:, None, None]
     if len(layout.regions):
-        mask[-len(layout.regions) * batch :] += _per_image(region_mask(layout, bias.dtype), batch)
+        regions = region_mask(layout, bias.dtype, core.apart)
+        mask[-len(layout.regions) * batch :] += _per_image(regions, batch)
     if summarised:
         mask = F.pad(mask, (0, 1, 0, 1))
         mask[..., -1, :-1] += keys[:, None]
@@ -163,8 +168,8 @@ def _per_image(table: Tensor, batch: int) -> Tensor:
     return table[:, None].expand(-1, batch, *table.shape[1:]).flatten(0, 1)
 
 
-def _regions_of(layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:
+def _regions_of(layout: WindowLayout, windows: Tensor, core: WindowCore) -> Tensor:
     """Region mask of the given windows (B, K): (B * K, 1, L, L); zero inside the map."""
     inner = len(layout.token_ids) - len(layout.regions)
-    regions = F.pad(region_mask(layout, dtype), (0, 0, 0, 0, 0, 0, 1, 0))
+    regions = F.pad(region_mask(layout, core.bias.dtype, core.apart), (0, 0, 0, 0, 0, 0, 1, 0))
     return regions[(windows.flatten() - (inner - 1)).clamp(min=0)]

@@ -30,6 +30,9 @@ class WindowAttention(Projections, BaseModule, ABC):
         scale: Factor of the logits.
     """
 
+    # As in ``WindowCore``.
+    apart: float | None = None
+
     def __init__(self, num_heads: int, window_size: int, scale: float) -> None:
         super().__init__()
         self.window_size = window_size
@@ -97,6 +100,7 @@ class WindowAttention(Projections, BaseModule, ABC):
             self.scale,
             self.attn_drop.p if plain and self.training else 0.0,
             None if plain else self.attn_drop,
+            self.apart,
         )
 
     def weights(self) -> tuple[Tensor, Tensor | None] | None:
@@ -247,7 +251,8 @@ class ShiftWindowMSA(BaseModule):
         padding = layout.token_ids < 0
         bias = self.w_msa.position_bias().mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
         inner = len(bias) - len(layout.regions)
-        return torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
+        regions = region_mask(layout, dtype, self.w_msa.apart)[:, 0]
+        return torch.cat([bias[:inner], bias[inner:] + regions])
 
 
 def relative_position_index(window_size: int) -> Tensor:

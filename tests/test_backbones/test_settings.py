@@ -425,7 +425,8 @@ def parts(variant, frozen):
         first = ['patch_embed.', 'pos_embed', 'cls_token', 'register_tokens']
         return [*first, *(f'layers.{block}.' for block in range(frozen))]
     if variant.is_swin:
-        stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]
+        count = frozen + 1 - variant.frozen_first
+        stages = [f'{name}{stage}.' for stage in range(count) for name in ('stages.', 'norm')]
         return ['patch_embed.', 'absolute_pos_embed', *stages]
     return [f'layers.{stage}.' for stage in range(frozen)] if frozen else ['layers.0.0.']
 

@@ -22,7 +22,7 @@ def _rules(ours: str, theirs: str) -> tuple[Rule, ...]:
     ours, theirs = f'stages.{ours}.downsample.', f'layers.{theirs}.downsample.'
     return (
         *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
-        *with_leaves((*BLOCK, ('norm3', 'norm3')), _OURS, _THEIRS),
+        *with_leaves(BLOCK, _OURS, _THEIRS),
         *(Rule(f'{_OURS}attn.w_msa.{name}', f'{_THEIRS}attn.{name}') for name in _ATTENTION),
         *with_leaves(
             [('reduction', 'reduction')], ours, theirs, from_release_order, to_release_order
