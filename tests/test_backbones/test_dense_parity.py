@@ -49,7 +49,7 @@ def test_equals_its_twin_in_float32(variant, size):
     model, twin = pair(variant)
     # Gradients of Swin V2's logit scales are small sums of large numbers: mmpretrain's are off the
     # ones in float64 by 2e-5, as ours.
-    grad_tol = 1e-4 if variant.type == 'IdleSwinTransformerV2' else 1e-5
+    grad_tol = 3e-5 if variant.type == 'IdleSwinTransformerV2' else 1e-5
     assert_equal_to_twin(model, twin, image(size), 1e-5, grad_tol)
 
 
