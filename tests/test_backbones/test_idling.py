@@ -592,13 +592,15 @@ def test_checkpointing_changes_nothing(variant, scope):
             assert torch.equal(mask, cp_mask)
 
 
-# MiT's blocks are PVTv2's, which has more of them.
-@pytest.mark.parametrize(('variant', 'scope'), [p for p in SCOPES if p.values[0].name != 'pvtv2'])
+# MiT's blocks are PVTv2's, which has more of them; Swin V2's gradients are held against others'.
+@pytest.mark.parametrize(
+    ('variant', 'scope'), [p for p in SCOPES if p.values[0].name not in ('pvtv2', 'swinv2')]
+)
 def test_gradients_are_right(variant, scope):
     """Numerical against analytical gradients; the grid keeps the selection fixed."""
     options = dict(embed_dims=4)
     if variant.is_swin:
-        options.update(window_size=2, num_heads=(1, 2))
+        options.update(window_size=2, num_heads=(1, 2), mlp_ratio=1)
     model = build(variant, scope, 'uniform_grid', **options).double()
     x = image((1, 3, 21, 25), dtype=torch.float64)
     names = [n for n, _ in model.named_parameters()]
