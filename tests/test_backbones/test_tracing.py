@@ -117,7 +117,7 @@ def test_an_exported_program_is_right_or_refuses(name, dynamic):
                     run(images(batch))
 
 
-@pytest.mark.parametrize('name', (*NAMES, 'swinv2'))
+@pytest.mark.parametrize('name', [*NAMES, 'swinv2'])
 def test_compiled_whole(name):
     """Without a break of the graph, for images of a size that the backbone has not seen."""
     model = build(name, 0.5)
