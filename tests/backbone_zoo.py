@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import idlevit_mm  # noqa: F401  (registers the backbones)
 from idlevit_mm.blocks import Carried, Tokens
+from idlevit_mm.checkpoints import FOLLOWING
 from idlevit_mm.registry import arguments_of
 
 SCORERS = ('mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid')
@@ -33,6 +34,9 @@ _PVT = dict(
     mlp_ratios=[2, 3],
     out_indices=(0, 1),
 )
+_ARCH = ('embed_dims', 'depths', 'num_heads', 'extra_norm_every_n_blocks')
+_SWIN2 = dict(embed_dims=8, depths=(2, 2), num_heads=(2, 4), extra_norm_every_n_blocks=0)
+_SWIN2 |= dict(window_size=4, pad_small_map=True, out_indices=(0, 1))
 _PVT1 = dict(_PVT, patch_sizes=[4, 2], paddings=[0, 0], pretrain_img_size=32)
 _MIT = {key: value for key, value in _PVT.items() if key != 'mlp_ratios'}
 _MIT |= dict(patch_sizes=[7, 3], mlp_ratio=2)
@@ -122,13 +126,25 @@ class Variant:
         return self.is_vit and self.kwargs.get('with_cls_token', True)
 
     @property
+    def frozen_first(self) -> int:
+        """What ``frozen_stages`` is for the first stage alone; mmpretrain counts from 0."""
+        return 0 if self.type == 'IdleSwinTransformerV2' else 1
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """Blocks of each stage."""
         depths = self.kwargs.get('depths', self.kwargs.get('num_layers'))
         return (depths,) if isinstance(depths, int) else tuple(depths)
 
+    def arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Of a constructor, of which Swin V2's has the numbers of its architecture in one."""
+        given = {**self.kwargs, **overrides}
+        if self.type == 'IdleSwinTransformerV2':
+            given['arch'] = {name: given.pop(name) for name in _ARCH}
+        return given
+
     def config(self, **overrides: Any) -> dict[str, Any]:
-        return dict(type=self.type, **{**self.kwargs, **overrides})
+        return dict(type=self.type, **self.arguments(**overrides))
 
     def wide(self, embed_dims: int) -> dict[str, Any]:
         """Arguments for other channels, of the first stage where stages differ."""
@@ -150,7 +166,7 @@ class Variant:
         if library not in self.twins:
             pytest.skip(f'{library} has no {self.type.removeprefix("Idle")} like {self.name}')
         twin = getattr(importlib.import_module(f'{library}.models'), self.twins[library])
-        settings = {**self.kwargs, **overrides}
+        settings = self.arguments(**overrides)
         if self.is_vitdet:
             # Its shape is an argument of its own.
             settings, _ = self.build(**overrides).dense_twin(settings)
@@ -173,6 +189,16 @@ def _swin(name: str, **kwargs: Any) -> Variant:
         name=name,
         type='IdleSwinTransformer',
         kwargs={**_SWIN, **kwargs},
+        scopes=('map', 'window_tokens', 'windows'),
+        sizes=_SWIN_SIZES,
+    )
+
+
+def _swin2(name: str, **kwargs: Any) -> Variant:
+    return Variant(
+        name=name,
+        type='IdleSwinTransformerV2',
+        kwargs={**_SWIN2, **kwargs},
         scopes=('map', 'window_tokens', 'windows'),
         sizes=_SWIN_SIZES,
     )
@@ -294,7 +320,9 @@ FAMILIES = (
     _twins('svt', windiow_sizes=[4, 3]),
     _vit('vit'),
     _vitdet('vitdet'),
+    _swin2('swinv2'),
 )
+_NORM3 = dict(extra_norm_every_n_blocks=2, depths=(2, 3), pretrained_window_sizes=(3, 9))
 _OTHERS = (
     _swin('swin-w7', window_size=7, depths=(2, 3)),
     _swin('swin-plain', window_size=4, patch_norm=False, qkv_bias=False, qk_scale=0.3),
@@ -311,6 +339,7 @@ _OTHERS = (
     _vit('vit-no-cls', has_twin=False, with_cls_token=False),
     _vit('vit-conv-stem', has_twin=False, stem='conv', residual_scale=0.5, mlp_ratio=3),
     _vit('vit-scaled', has_twin=False, layer_scale=0.1, interpolate_mode='bicubic-aa'),
+    _swin2('swinv2-norm3', window_size=5, drop_path_rate=0.4, **_NORM3),
     _vit('vit-registers', has_twin=False, layer_scale=0.1, num_registers=3),
     _vitdet('vitdet-sam', out_channels=6, use_rel_pos=False, qkv_bias=False, out_indices=2),
 )
@@ -445,6 +474,15 @@ def assert_close(actual: Tensor, expected: Tensor, tol: float, what: str = '') -
     diff = (actual - expected).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     assert diff <= tol * scale, f'{what}: differs by {diff:.3g} at scale {scale:.3g}'
+
+
+def load_twin(twin: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load all weights of a dense model; mmpretrain's Swin V2 drops its buffers as it loads."""
+    report = twin.load_state_dict(state, strict=False)
+    assert not report.unexpected_keys
+    assert all(key.endswith(FOLLOWING) for key in report.missing_keys), report.missing_keys
+    twin.eval()  # returns None in mmdet
+    return twin
 
 
 def weighted_sum(outputs, seed: int = 7) -> Tensor:

@@ -119,10 +119,10 @@ def idle_backbone(model: nn.Module) -> Any:
 
 
 def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Module:
-    """The first of an idle backbone's dense classes, in mmdet or mmseg, with its weights.
+    """The first of an idle backbone's dense classes, with all of its weights.
 
-    It is loaded strictly, in the same mode and on the same device. ``backbone_cfg`` is what the
-    idle backbone was built from.
+    It is in the same mode and on the same device. ``backbone_cfg`` is what the idle backbone was
+    built from.
 
     Raises:
         ValueError: there is no dense class with these settings, or its library is not installed.
@@ -145,7 +145,10 @@ def host_backbone(backbone: nn.Module, backbone_cfg: dict[str, Any]) -> nn.Modul
     dense = dense_class(**arguments)
     # What idling learns or knows a dense class has no place for.
     state = {key: value for key, value in state.items() if not of_policy(key)}
-    dense.load_state_dict(state, strict=True)
+    if misfit := compare(dense.state_dict(), state).misfit():
+        raise ValueError(f'{twin} of {_PROJECTS[library]} does not take the weights: it {misfit}')
+    # Not strictly: mmpretrain's Swin V2 drops its buffers as it loads, and misses them then.
+    dense.load_state_dict(state, strict=False)
     dense.to(next(backbone.parameters()).device)
     dense.train(backbone.training)  # on a line of its own: mmdet's Swin returns None here
     return dense

@@ -7,6 +7,7 @@ from .swin import IdleSwinTransformer
 # isort: split
 from .mit import IdleMixVisionTransformer
 from .pvt import IdlePyramidVisionTransformer, IdlePyramidVisionTransformerV2
+from .swin_v2 import IdleSwinTransformerV2
 from .twins import IdlePCPVT, IdleSVT
 from .vit import IdleVisionTransformer
 from .vitdet import IdleViTDet

@@ -23,6 +23,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ('paddings', 'num_registers', 'out_channels', 'window_block_indexes'), _whole(0)
     ),
+    'pretrained_window_sizes': _whole(0),
     'layer_scale': ('numbers from 0 on', lambda value: value >= 0),
     **dict.fromkeys(('out_indices', 'frozen_stages'), _whole(-1)),
     **dict.fromkeys(('mlp_ratio', 'mlp_ratios'), ('numbers above 0', lambda value: value > 0)),

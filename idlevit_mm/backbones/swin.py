@@ -3,28 +3,25 @@
 Shape letters: B images, N tokens of a stage's map (H * W), T active tokens, C channels, A heads.
 """
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import PatchEmbed
-from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..blocks import Relay, StageRecord, WindowBlock, run_blocks
+from ..blocks import IdleBlock, WindowBlock
 from ..checkpoints import StateDict
-from ..converters import Fitted, Size, in_tokens
-from ..layers import FeedForward, MergePatches, ShiftWindowMSA, resize_position_table, to_map
+from ..converters import Fitted
+from ..layers import FeedForward, MergePatches, ShiftWindowMSA
 from ..ops import Extent, Units, map_units, window_units
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
-from .base import GELU, IdleBackbone
-from .extents import Extents, ImgShapes
+from .base import GELU
 from .names import swin as names
+from .windowed import SwinBackbone, SwinStage
 
 LAYER_NORM = dict(type='LN')
 
@@ -34,7 +31,7 @@ class IdleSwinBlock(WindowBlock):
 
     SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
     FIRST_NORM = 'norm1'
-    ATTENTION: type = ShiftWindowMSA
+    ATTENTION: ClassVar[type[nn.Module]] = ShiftWindowMSA
 
     def __init__(
         self,
@@ -59,29 +56,15 @@ class IdleSwinBlock(WindowBlock):
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
             return map_units(*hw_shape, device)
-        windows = self.attn.window_size, self.attn.shift_size
+        windows = self.attn.window_size, self.attn.shift_at(hw_shape)
         return window_units(*hw_shape, *windows, scope == 'windows', device)
 
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
-
-
-class IdleSwinStage(BaseModule):
-    """Blocks of one resolution, then the merge to the next, which the last stage lacks."""
-
-    def __init__(self, blocks: Iterable[IdleSwinBlock], downsample: MergePatches | None) -> None:
-        super().__init__()
-        self.blocks = ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, StageRecord]:
-        """Run the blocks on the map x (B, N, C); further arguments are those of ``run_blocks``."""
-        (x,), record = run_blocks(self.blocks, x, *args, **kwargs)
-        return x, record
+        return self.attn.mean_query_attention(self.entering(x), hw_shape, extent)
 
 
 @MODELS.register_module()
-class IdleSwinTransformer(IdleBackbone):
+class IdleSwinTransformer(SwinBackbone):
     """Swin Transformer of mmdet and mmseg that computes only active tokens.
 
     Args:
@@ -142,23 +125,11 @@ class IdleSwinTransformer(IdleBackbone):
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
         self.strides = tuple(strides)
-        self.num_features = [embed_dims * 2**index for index in range(len(depths))]
-        for channels, heads in zip(self.num_features, num_heads, strict=True):
-            if channels % heads:
-                raise ValueError(
-                    f'num_heads={num_heads} must divide the channels of the stages, '
-                    f'{self.num_features} with embed_dims={embed_dims}'
-                )
+        widths = self.num_features = self.widths(embed_dims, num_heads)
         self.window_size = window_size
-        self.use_abs_pos_embed = use_abs_pos_embed
-        patch_norm_cfg = norm_cfg if patch_norm else None
-        patch = dict(kernel_size=patch_size, stride=patch_size)
-        self.patch_embed = PatchEmbed(in_channels, embed_dims, norm_cfg=patch_norm_cfg, **patch)
-        if use_abs_pos_embed:
-            self.pos_shape = table_size(pretrain_img_size, patch_size)
-            table = torch.zeros(1, math.prod(self.pos_shape), embed_dims)
-            self.absolute_pos_embed = nn.Parameter(table)
-        self.drop_after_pos = nn.Dropout(p=drop_rate)
+        pos_shape = table_size(pretrain_img_size, patch_size) if use_abs_pos_embed else None
+        merge_norm = norm_cfg if patch_norm else None
+        self.put_embedding(in_channels, embed_dims, patch_size, merge_norm, pos_shape, drop_rate)
 
         attention = dict(
             window_size=window_size,
@@ -168,70 +139,28 @@ class IdleSwinTransformer(IdleBackbone):
             proj_drop_rate=drop_rate,
         )
         feedforward = dict(ffn_drop=drop_rate, act_cfg=act_cfg)
-        settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)
         shifts = 0, window_size // 2
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
-        self.stages = ModuleList()
-        for index, (channels, depth) in enumerate(zip(self.num_features, depths, strict=True)):
+
+        def block(index: int, place: int, rate: float) -> IdleSwinBlock:
+            return IdleSwinBlock(
+                widths[index],
+                norm_cfg,
+                rate,
+                dict(attention, num_heads=num_heads[index], shift_size=shifts[place % 2]),
+                dict(feedforward, feedforward_channels=int(mlp_ratio * widths[index])),
+                with_cp=with_cp,
+                policy=policy,
+            )
+
+        def stage(index: int, blocks: Iterable[IdleBlock]) -> SwinStage:
             merge = None
             if index < len(depths) - 1:
-                stride = strides[index + 1]
-                merge = MergePatches(channels, 2 * channels, stride=stride, norm_cfg=patch_norm_cfg)
-            attention['num_heads'] = num_heads[index]
-            feedforward['feedforward_channels'] = int(mlp_ratio * channels)
-            blocks = [
-                IdleSwinBlock(
-                    channels,
-                    drop_path_rate=next(rates),
-                    attention=dict(attention, shift_size=shifts[block % 2]),
-                    feedforward=feedforward,
-                    **settings,
-                )
-                for block in range(depth)
-            ]
-            self.stages.append(IdleSwinStage(blocks, merge))
-        for index in out_indices:
-            norm = build_norm_layer(norm_cfg, self.num_features[index])[1]
-            self.add_module(f'norm{index}', norm)
+                options = dict(stride=strides[index + 1], norm_cfg=merge_norm)
+                merge = MergePatches(widths[index], 2 * widths[index], **options)
+            return SwinStage(blocks, merge)
+
+        self.put_stages(block, stage, drop_path_rate, norm_cfg)
         self.built(keep_ratios, idle_where)
-
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
-
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
-        extents = Extents.of(self, x, img_shapes)
-        x, hw_shape = self.patch_embed(x)
-        if self.use_abs_pos_embed:
-            x = x + self._resized(hw_shape)
-        x = self.drop_after_pos(x)
-        outs, records, relay = [], [], Relay()
-        for index, (stage, ratios) in enumerate(zip(self.stages, self.keep_ratios, strict=True)):
-            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
-            x, record = stage(x, hw_shape, ratios, *last)
-            relay = relay.after
-            records.append(record)
-            if index in self.out_indices:
-                norm = getattr(self, f'norm{index}')
-                outs.append(to_map(norm(x), hw_shape).contiguous())
-            if stage.downsample is not None:
-                x, hw_shape = stage.downsample(x, hw_shape)
-        self.records = records
-        return outs
-
-    def fold_table(self, hw_shape: tuple[int, int]) -> None:
-        """Resize the absolute position table, if there is one, for good."""
-        if self.use_abs_pos_embed:
-            self.absolute_pos_embed = nn.Parameter(self._resized(hw_shape).detach())
-            self.pos_shape = hw_shape
-
-    def _resized(self, hw_shape: tuple[int, int]) -> Tensor:
-        return resize_position_table(
-            self.absolute_pos_embed, self.pos_shape, hw_shape, mode='bicubic'
-        )
-
-    def _stages(self) -> Iterable[nn.Module]:
-        return self.stages
 
     def _init_from_scratch(self) -> None:
         if self.use_abs_pos_embed:
@@ -251,13 +180,6 @@ class IdleSwinTransformer(IdleBackbone):
             yield self.stages[index]
             if index in self.out_indices:
                 yield getattr(self, f'norm{index}')
-
-    @classmethod
-    def table_shapes(cls, state: StateDict, img_size: Size) -> dict[str, Size]:
-        if 'absolute_pos_embed' not in state:
-            return {}
-        stride = state['patch_embed.projection.weight'].shape[-1]
-        return {'absolute_pos_embed': in_tokens(img_size, stride)}
 
     def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
         shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}

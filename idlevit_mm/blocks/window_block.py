@@ -25,15 +25,19 @@ class WindowBlock(IdleBlock):
     # Windows of the next block hold other tokens.
     holds_summaries = False
 
+    def entering(self, x: Tensor) -> Tensor:
+        """What attention sees of tokens (..., C)."""
+        return getattr(self, self.FIRST_NORM)(x)
+
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
-        norm = getattr(self, self.FIRST_NORM)
         idle = plan.keys == 'all' and plan.rows is not None
-        context = norm(tokens.x) if idle else None
-        padding = norm.bias if plan.pads_first else None
-        return self.attn(norm(tokens.now), tokens.hw_shape, plan.rows, context, padding), None
+        context = self.entering(tokens.x) if idle else None
+        padding = self.entering(tokens.x.new_zeros(self.embed_dims)) if plan.pads_first else None
+        now = self.entering(tokens.now)
+        return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(getattr(self, self.FIRST_NORM)(x), hw_shape, mask)
+        return self.attn.kept_share(self.entering(x), hw_shape, mask)
 
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Weighted mean of the idle tokens of each window: (B, M, C)."""

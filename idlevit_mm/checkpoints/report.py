@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import shortened
-from .weights import StateDict
+from .weights import FOLLOWING, StateDict
 
 Shape = tuple[int, ...]
 
@@ -87,10 +87,14 @@ def compare(own: StateDict, given: StateDict, policy_too: bool = True) -> Weight
         own: Weights of the model.
         given: Weights of the checkpoint.
         policy_too: Whether the checkpoint must have weights of idling policies.
+
+    What follows from the window, and is made anew, may be absent or of another shape.
     """
     report = WeightsReport(unexpected=[key for key in given if key not in own])
     for key, value in own.items():
-        if key not in given:
+        if key.endswith(FOLLOWING):
+            report.matched += [key] * (key in given)
+        elif key not in given:
             if policy_too or not of_policy(key):
                 report.missing.append(key)
         elif given[key].shape != value.shape:

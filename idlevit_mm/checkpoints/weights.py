@@ -10,6 +10,8 @@ StateDict = dict[str, Tensor]
 PLACES = ('state_dict', 'model', 'module')
 WRAPPER = 'module.'
 BACKBONE = 'backbone.'
+# Ends of names of buffers that follow from the window: made anew, whatever a checkpoint has.
+FOLLOWING = '.relative_position_index', '.relative_coords_table'
 # What pre-training (SimMIM, DINO and others) and trainers put before the names of a backbone.
 _AROUND = ('encoder.', 'student.', 'model.', 'dinov2.', 'dinov2_with_registers.')
 # Where Hugging Face's networks have their blocks; their embeddings are no part of `encoder`.

@@ -1,7 +1,7 @@
 """Checkpoint files from one format to another."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..checkpoints import (
     BACKBONE,
@@ -84,12 +84,14 @@ def convert_weights(
         raise SettingError(f'to={to!r} is unknown; allowed: {", ".join(TARGETS)}')
     state, others = split_backbone(weights)
     found = known_format(state, source)
-    goal = format_of(found.family, TARGETS[to])
+    family = next(cls for cls in idle_backbones() if found in cls.FORMATS)
+    # OpenMMLab's names are those of the libraries of dense twins.
+    goal = format_of(found.family, OPENMMLAB if to in dict(family.DENSE) else TARGETS[to])
     try:
         decoded = found.decode(state)
     except SettingError as error:
         raise SettingError(f'{source}: {error}') from error
-    fitted = _resized(decoded.state, found, window_size, img_size)
+    fitted = _resized(decoded.state, found, family, window_size, img_size)
     encoded = goal.encode(fitted.state)
     report = WeightsReport(
         resized=fitted.resized,
@@ -112,14 +114,17 @@ def convert_weights(
 
 
 def _resized(
-    state: StateDict, found: Format, window_size: int | None, img_size: Size | None
+    state: StateDict,
+    found: Format,
+    family: Any,
+    window_size: int | None,
+    img_size: Size | None,
 ) -> Fitted:
     has_windows = any(key.endswith(TABLE_OF_BIAS) for key in state)
     if window_size is not None and (not has_windows or window_size < 1):
         raise SettingError(
             f'window_size={window_size} for {found.title}; allowed: positive, and for Swin alone'
         )
-    family = next(cls for cls in idle_backbones() if found in cls.FORMATS)
     shapes = {} if img_size is None else family.table_shapes(state, img_size)
     if img_size is not None and not shapes:
         raise SettingError(

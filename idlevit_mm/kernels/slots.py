@@ -31,6 +31,8 @@ class WindowCore(NamedTuple):
         drop: A module that is to see the attention weights, in place of ``dropout``.
         pairs: Bias that depends on queries: (windows, A, L, C / A) to (windows, A, L, L).
         hides_padding: Whether padding is no key.
+        apart: What is added to logits of tokens that the shift alone brought into one window; None
+            hides them.
     """
 
     bias: Tensor
@@ -42,6 +44,7 @@ class WindowCore(NamedTuple):
     drop: nn.Module | None = None
     pairs: Callable[[Tensor], Tensor] | None = None
     hides_padding: bool = False
+    apart: float | None = None
 
     def to(self, dtype: torch.dtype) -> 'WindowCore':
         """The same in another precision."""
@@ -87,15 +90,16 @@ def attend_whole_windows(qkv: Tensor, core: WindowCore, layout: WindowLayout, ro
         qkv = torch.where((rows.ids < 0)[..., None], core.blank, qkv)
     mask = core.bias
     if len(layout.regions):
-        mask = mask + _regions_of(layout, rows.windows, qkv.dtype)
+        mask = mask + _regions_of(layout, rows.windows, core)
     windows = qkv.view(-1, layout.token_ids.shape[1], qkv.shape[2])
     return _attend(windows, core, mask).view(*qkv.shape[:2], -1)
 
 
-def region_mask(layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+def region_mask(layout: WindowLayout, dtype: torch.dtype, apart: float | None = None) -> Tensor:
     """Mask of slot pairs of different regions of the border windows: (E, 1, L, L)."""
     different = layout.regions[:, :, None] != layout.regions[:, None, :]
-    return hide(different, dtype)[:, None]
+    mask = hide(different, dtype) if apart is None else apart * different.to(dtype)
+    return mask[:, None]
 
 
 def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +155,7 @@ def _attend_dense(filled: Tensor, core: WindowCore, layout: WindowLayout, batch:
     if not len(layout.regions):
         return _attend(filled, core, core.bias)
     inner = (len(layout.token_ids) - len(layout.regions)) * batch
-    regions = _per_image(region_mask(layout, core.bias.dtype), batch)
+    regions = _per_image(region_mask(layout, core.bias.dtype, core.apart), batch)
     parts = [_attend(filled[inner:], core, core.bias + regions)]
     if len(layout.token_ids) > len(layout.regions):
         parts.insert(0, _attend(filled[:inner], core, core.bias))
@@ -170,7 +174,8 @@ def _active_mask(
     keys = hide(inside.flatten(), bias.dtype).index_fill(0, rows, 0.0).view(windows * batch, slots)
     mask = bias + keys[:, None, None]
     if len(layout.regions):
-        mask[-len(layout.regions) * batch :] += _per_image(region_mask(layout, bias.dtype), batch)
+        regions = region_mask(layout, bias.dtype, core.apart)
+        mask[-len(layout.regions) * batch :] += _per_image(regions, batch)
     if summarised:
         mask = F.pad(mask, (0, 1, 0, 1))
         nothing_idle = (keys == 0.0).all(dim=1)
@@ -188,8 +193,8 @@ def _per_image(table: Tensor, batch: int) -> Tensor:
     return table[:, None].expand(-1, batch, *table.shape[1:]).flatten(0, 1)
 
 
-def _regions_of(layout: WindowLayout, windows: Tensor, dtype: torch.dtype) -> Tensor:
+def _regions_of(layout: WindowLayout, windows: Tensor, core: WindowCore) -> Tensor:
     """Region mask of the given windows (B, K): (B * K, 1, L, L); zero inside the map."""
     inner = len(layout.token_ids) - len(layout.regions)
-    regions = F.pad(region_mask(layout, dtype), (0, 0, 0, 0, 0, 0, 1, 0))
+    regions = F.pad(region_mask(layout, core.bias.dtype, core.apart), (0, 0, 0, 0, 0, 0, 1, 0))
     return regions[(windows.flatten() - (inner - 1)).clamp(min=0)]

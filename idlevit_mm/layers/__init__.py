@@ -1,9 +1,10 @@
 """Dense maths on packed tokens, with the parameter names of mmdet and mmseg."""
 
 from ..ops import pad_to, to_map, to_tokens
+from .cosine_attention import ShiftCosineMSA
 from .ffn import FeedForward, MixFFN
 from .norm import LayerNorm2d
-from .patch import ConvStemEmbed, MergePatches
+from .patch import ConvStemEmbed, MergePatches, MergeThenNorm
 from .position import (
     AbsolutePositionEmbedding,
     ConditionalPositionEncoding,

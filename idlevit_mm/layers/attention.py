@@ -19,6 +19,8 @@ class Projections:
     num_heads: int
     scale: float
     qkv: nn.Module
+    # Whether logits are products of queries and keys, so that layers fold into one another.
+    folds: bool = True
 
     def weights(self) -> tuple[Tensor, Tensor | None] | None:
         """Those of queries, keys and values: (3 * C, C), and (3 * C,) or None.
@@ -32,9 +34,13 @@ class Projections:
         part = slice(first * x.shape[-1], last * x.shape[-1])
         weights = self.weights()
         if weights is None:
-            return self.qkv(x)[..., part]
+            return self.called(x)[..., part]
         weight, bias = weights
         return backend_at(x).product(x, weight[part], None if bias is None else bias[part])
+
+    def called(self, x: Tensor) -> Tensor:
+        """Queries, keys and values by the layer as a module: (..., C) to (..., 3 * C)."""
+        return self.qkv(x)
 
     def mean_query_attention(
         self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None = None
@@ -47,7 +53,7 @@ class Projections:
         2; the key bias adds the same to all tokens of a head and drops out of the softmax.
         """
         weights, mean = self.weights(), mean_inside(x, hw_shape, extent)
-        if weights is None:
+        if weights is None or not self.folds:
             query = split_heads(self.project(mean, 0, 1), self.num_heads)
             keys = split_heads(self.project(x, 1, 2), self.num_heads)
             return _softmax((query * self.scale @ keys.transpose(-1, -2)).squeeze(2), extent)

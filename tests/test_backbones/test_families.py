@@ -33,6 +33,7 @@ TWINS = {
     ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
     ('mmpretrain', 'ViTSAM'): 'IdleViTDet',
     ('mmdet', 'ViT'): 'IdleViTDet',
+    ('mmpretrain', 'SwinTransformerV2'): 'IdleSwinTransformerV2',
 }
 CLASSES = idle_backbones()
 

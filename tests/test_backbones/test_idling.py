@@ -281,8 +281,12 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     params = dict(block.named_parameters())
     (h, w), c = hw, x.shape[-1]
     assert h % window == w % window == 0
-    attn = 'attn.w_msa' if hasattr(block.attn, 'w_msa') else 'attn'
-    qkv = linear(norm(x, params, 'norm1', 1e-5), params, f'{attn}.qkv')
+    msa = 'attn.w_msa.' if hasattr(block.attn, 'w_msa') else 'attn.'
+    is_second = f'{msa}logit_scale' in params  # version, whose norms come last
+    qkv = linear(x if is_second else norm(x, params, 'norm1', 1e-5), params, f'{msa}qkv')
+    if is_second:
+        biases = params[f'{msa}q_bias'], torch.zeros(c), params[f'{msa}v_bias']
+        qkv = qkv + torch.cat(biases)
     q, k, v = (heads_of(t, heads) for t in qkv.chunk(3, -1))
     rows = torch.arange(h).repeat_interleave(w)
     cols = torch.arange(w).repeat(h)
@@ -293,25 +297,40 @@ def reference_swin_block(block, x, mask, hw, heads, window, shift):
     for place, length in ((rows, h), (cols, w)):
         rolled = (place - shift) % length
         near &= (place[:, None] - place) == (rolled[:, None] - rolled)
-    no_table = torch.zeros((2 * window - 1) ** 2, heads, dtype=x.dtype)
-    table = params.get(f'{attn}.relative_position_bias_table', no_table)
+    if is_second:
+        hidden = linear(block.attn.w_msa.relative_coords_table, params, f'{msa}cpb_mlp.0').relu()
+        table = 16 * linear(hidden, params, f'{msa}cpb_mlp.2').sigmoid().view(-1, heads)
+    else:
+        no_table = torch.zeros((2 * window - 1) ** 2, heads, dtype=x.dtype)
+        table = params.get(f'{msa}relative_position_bias_table', no_table)
     dr = (rows[:, None] - rows).clamp(1 - window, window - 1) + window - 1
     dc = (cols[:, None] - cols).clamp(1 - window, window - 1) + window - 1
     bias = table[dr * (2 * window - 1) + dc].permute(2, 0, 1)
     scale = (c // heads) ** -0.5
+    if is_second:
+        q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
+        scale = params[f'{msa}logit_scale'].exp().clamp(max=100)
     logits = q @ k.transpose(-2, -1) * scale + bias
     # An active query always sees itself, so that no active row is empty; idle rows are not used.
     visible = (same_window & near) & mask.flatten(1)[:, None, None, :]
     weights = logits.masked_fill(~visible, -math.inf).softmax(-1)
-    y = x + linear((weights @ v).transpose(1, 2).flatten(2), params, f'{attn}.proj')
-    hidden = linear(norm(y, params, 'norm2', 1e-5), params, 'ffn.layers.0.0')
-    y = y + linear(torch.nn.functional.gelu(hidden), params, 'ffn.layers.1')
+    branch = linear((weights @ v).transpose(1, 2).flatten(2), params, f'{msa}proj')
+    y = x + (norm(branch, params, 'norm1', 1e-5) if is_second else branch)
+    normed = y if is_second else norm(y, params, 'norm2', 1e-5)
+    hidden = torch.nn.functional.gelu(linear(normed, params, 'ffn.layers.0.0'))
+    branch = linear(hidden, params, 'ffn.layers.1')
+    y = y + (norm(branch, params, 'norm2', 1e-5) if is_second else branch)
+    if 'norm3.weight' in params:
+        y = norm(y, params, 'norm3', 1e-5)
     return torch.where(mask.flatten(1)[..., None], y, x)
 
 
 @pytest.mark.usefixtures('each_window_path')
 @pytest.mark.parametrize('scope', ['map', 'window_tokens', 'windows'])
-@pytest.mark.parametrize(('name', 'scorer'), [('swin', 'mean_distance'), ('swin-w7', 'random')])
+@pytest.mark.parametrize(
+    ('name', 'scorer'),
+    [('swin', 'mean_distance'), ('swin-w7', 'random'), ('swinv2-norm3', 'mean_query')],
+)
 def test_swin_equals_masked_reference(name, scope, scorer):
     variant = BY_NAME[name]
     window = variant.kwargs['window_size']
@@ -473,7 +492,7 @@ def test_work_shrinks(variant, scope):
     Counted on a map without padding, by operator, as the difference of dense and idle, so that
     what lies outside the blocks drops out.
     """
-    options = variant.wide(16) | (dict(mlp_ratio=4) if variant.is_swin else {})
+    options = variant.wide(16)
     x = image((1, 3, 128, 128))
     for train in (False, True):
         full, half = (
@@ -496,8 +515,8 @@ def token_wise_flops(variant, options, size):
             c, depth = kwargs['embed_dims'], kwargs['num_layers']
             per_token = (4 + 2 * kwargs['mlp_ratio']) * c * c  # qkv, projection, MLP
         elif variant.is_swin:
-            c, depth, mlp = kwargs['embed_dims'] * 2**s, kwargs['depths'][s], kwargs['mlp_ratio']
-            per_token = (4 + 2 * mlp) * c * c  # qkv, projection, MLP
+            c, depth = kwargs['embed_dims'] * 2**s, kwargs['depths'][s]
+            per_token = 12 * c * c  # qkv, projection, MLP
         else:
             c, depth = kwargs['embed_dims'], variant.depths[s]
             c = c[s] if variant.is_twins else c * kwargs['num_heads'][s]
@@ -608,9 +627,11 @@ def test_checkpointing_changes_nothing(variant, scope):
             assert torch.equal(mask, cp_mask)
 
 
-# MiT's blocks are PVTv2's, which has more of them, and SVT has those of PCPVT.
+# MiT's blocks are PVTv2's, which has more of them, and SVT has those of PCPVT; Swin V2's gradients
+# are held against others'.
 @pytest.mark.parametrize(
-    ('variant', 'scope'), [p for p in SCOPES if p.values[0].name not in ('pvtv2', 'pcpvt')]
+    ('variant', 'scope'),
+    [p for p in SCOPES if p.values[0].name not in ('pvtv2', 'pcpvt', 'swinv2')],
 )
 def test_gradients_are_right(variant, scope):
     """Numerical against analytical gradients; the grid keeps the selection fixed."""

@@ -427,7 +427,8 @@ def parts(variant, frozen):
             first.append('channel_reduction.')
         return [*first, *(f'layers.{block}.' for block in range(frozen))]
     if variant.is_swin:
-        stages = [f'{name}{stage}.' for stage in range(frozen) for name in ('stages.', 'norm')]
+        count = frozen + 1 - variant.frozen_first
+        stages = [f'{name}{stage}.' for stage in range(count) for name in ('stages.', 'norm')]
         return ['patch_embed.', 'absolute_pos_embed', *stages]
     if variant.is_twins:
         lists = 'patch_embeds', 'layers', 'position_encodings', 'norm_list'

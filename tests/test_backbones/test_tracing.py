@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 # Every kind of block once: recording takes long.
 FEW = {
     'swin': dict(depths=(2, 1)),
+    'swinv2': dict(depths=(2, 1)),
     'pvt': dict(num_layers=[1, 1]),
     'pvtv2': dict(num_layers=[1, 1, 1, 1]),
     'mit': dict(num_layers=[1, 1]),
@@ -117,7 +118,7 @@ def test_an_exported_program_is_right_or_refuses(name, dynamic):
                     run(images(batch))
 
 
-@FAMILIES
+@pytest.mark.parametrize('name', [*NAMES, 'swinv2'])
 def test_compiled_whole(name):
     """Without a break of the graph, for images of a size that the backbone has not seen."""
     model = build(name, 0.5)

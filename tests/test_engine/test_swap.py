@@ -253,6 +253,39 @@ def test_refused_with_the_reason(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('given', [{}, dict(pad_small_map=True, out_indices=(0, 1))])
+def test_a_backbone_of_mmpretrain(write, given):
+    """As configs of mmdet name it; what the classes have by default differs."""
+    pytest.importorskip('mmpretrain')
+    numbers = dict(embed_dims=8, depths=[1, 1, 1, 2], num_heads=[1, 1, 2, 2])
+    arch = dict(numbers, extra_norm_every_n_blocks=0)
+    part = dict(type='mmpretrain.SwinTransformerV2', arch=arch, window_size=4, norm_eval=False)
+    imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)
+    config = write(
+        f'default_scope = "mmdet"\ncustom_imports = {imports!r}\n'
+        f'model = dict(backbone={dict(part, **given)!r})'
+    )
+    swapped = idle_config(config, Settings(keep=1.0))
+    defaults = dict(pad_small_map=('(none)', False), out_indices=('(none)', [3]))
+    assert {key.rpartition('.')[2]: pair for key, pair in swapped.changed.items()} == {
+        'type': ('mmpretrain.SwinTransformerV2', 'IdleSwinTransformerV2'),
+        'keep_ratios': ('(none)', 1.0),
+        'norm_eval': (False, '(none)'),
+        '1': ('(none)', 'idlevit_mm'),
+        **({} if given else defaults),
+    }
+    with MODELS.switch_scope_and_registry('mmdet'):
+        dense, idle = (
+            MODELS.build(Config.fromfile(path).model.backbone) for path in (config, swapped.file)
+        )
+    idle.load_state_dict(dense.state_dict(), strict=True)
+    dense.eval(), idle.eval()
+    images = torch.randn(1, 3, 150, 190)
+    with torch.no_grad():
+        for ours, theirs in zip(idle(images), dense(images), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_nested_model_keeps_its_teacher_dense(write):
     part = f'dict(type="FCOS", backbone={swin()})'
     config = write(

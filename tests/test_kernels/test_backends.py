@@ -14,6 +14,7 @@ from backbone_zoo import (
     assert_same_gradients,
     gradients,
     image,
+    load_twin,
     parametrize,
     randomize,
 )
@@ -202,9 +203,7 @@ def test_static_windows_equal_the_twin(variant, keep):
     model = build(variant, keep)
     with use_backend('reference'):
         if keep == 1.0:
-            twin = variant.build_twin().double()
-            twin.eval()  # returns None in mmdet
-            twin.load_state_dict(model.state_dict(), strict=True)
+            twin = load_twin(variant.build_twin().double(), model.state_dict())
             outs, grads = gradients(model, x)
             want, want_grads = gradients(twin, x)
             for a, b in zip(outs, want, strict=True):

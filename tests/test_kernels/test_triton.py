@@ -68,6 +68,9 @@ PVT2 = dict(
 )
 MIT = dict(PYRAMID, type='IdleMixVisionTransformer', patch_sizes=[7, 3], mlp_ratio=2)
 FAMILIES = dict(swin=SWIN, pvt=PVT, pvtv2=PVT2, mit=MIT)
+# The same widths and windows; nothing covers its attention.
+SWIN2 = {'depths': (2, 1), 'num_heads': (1, 2), 'extra_norm_every_n_blocks': 0, 'embed_dims': 16}
+SWIN2 = dict(type='IdleSwinTransformerV2', arch=SWIN2, window_size=4, out_indices=(0, 1))
 # Maps of 9 x 6 and 5 x 3 tokens: no whole number of windows, cells or tiles.
 SIZE = 2, 3, 36, 24
 
@@ -146,6 +149,13 @@ def test_scopes(scope, keep):
 @pytest.mark.parametrize('family', ['swin', 'pvtv2'])
 def test_what_is_not_covered_goes_through_the_modules(family, policy):
     assert_same(built(FAMILIES[family], keep_ratios=0.5, policy=policy), image(SIZE))
+
+
+@inside
+@pytest.mark.parametrize('keep', [0.5, 1.0])
+def test_swin_v2_never_has_the_attention_of_swin(keep, monkeypatch):
+    monkeypatch.setattr(ops, 'window_attention', None)
+    assert_same(built(SWIN2, keep_ratios=keep), image(SIZE))
 
 
 @inside

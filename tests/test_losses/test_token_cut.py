@@ -375,7 +375,7 @@ def assert_shares(variant, policy):
 
 @parametrize()
 def test_frozen_stages_stay_frozen(variant):
-    model = run(variant, frozen_stages=1)
+    model = run(variant, frozen_stages=variant.frozen_first)
     TokenCutLoss().of_backbones([model]).backward()
     frozen = {id(p) for p in model._frozen_parameters()}
     assert frozen

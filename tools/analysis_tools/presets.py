@@ -1,8 +1,8 @@
 """Published backbones by name, and timm's twins of them.
 
 A preset needs no config file and no mmdet. Settings are those of the papers: Swin arXiv
-2103.14030, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer) arXiv 2105.15203,
-Twins arXiv 2104.13840, DINOv2 arXiv 2304.07193, ViTDet arXiv 2203.16527.
+2103.14030, Swin V2 arXiv 2111.09883, PVT arXiv 2102.12122, PVTv2 arXiv 2106.13797, MiT (SegFormer)
+arXiv 2105.15203, Twins arXiv 2104.13840, DINOv2 arXiv 2304.07193, ViTDet arXiv 2203.16527.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'swin-s': dict(_SWIN, depths=(2, 2, 18, 2)),
     'swin-b': dict(_SWIN, embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     'swin-l': dict(_SWIN, embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), **_W12),
+    'swinv2-t': dict(_RATE, type='IdleSwinTransformerV2', arch='tiny'),
     'pvt-t': dict(_PVT, num_layers=_SMALL),
     'pvt-s': dict(_PVT, num_layers=_LARGE),
     'pvtv2-b0': dict(_PVTV2, embed_dims=32, num_layers=_SMALL),
@@ -62,6 +63,7 @@ TIMM = {
     'swin-s': 'swin_small_patch4_window7_224',
     'swin-b': 'swin_base_patch4_window7_224',
     'swin-l': 'swin_large_patch4_window12_384',
+    'swinv2-t': 'swinv2_tiny_window8_256',
     **{f'pvtv2-b{number}': f'pvt_v2_b{number}' for number in range(6)},
     'pcpvt-s': 'twins_pcpvt_small',
     'svt-s': 'twins_svt_small',

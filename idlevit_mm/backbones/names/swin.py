@@ -15,7 +15,7 @@ from ...converters.formats import OPENMMLAB, Format, with_keys
 from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves
 from ...converters.tables import INDEX_OF_BIAS, TABLE_OF_BIAS, index_of_table, window_of_table
 
-_BLOCK = (
+BLOCK = (
     ('norm1', 'norm1'),
     ('attn.w_msa.qkv', 'attn.qkv'),
     ('attn.w_msa.proj', 'attn.proj'),
@@ -25,7 +25,7 @@ _BLOCK = (
 )
 
 
-def _from_release_order(value: Tensor) -> Tensor:
+def from_release_order(value: Tensor) -> Tensor:
     """Reorder the last dimension of a merge's norm (4C,) or reduction (2C, 4C).
 
     The release concatenates the four patches of a merge as (top left, bottom left, top right,
@@ -36,8 +36,8 @@ def _from_release_order(value: Tensor) -> Tensor:
     return patches.transpose(-1, -2).flatten(-2)
 
 
-def _to_release_order(value: Tensor) -> Tensor:
-    """The inverse of ``_from_release_order``."""
+def to_release_order(value: Tensor) -> Tensor:
+    """The inverse of ``from_release_order``."""
     patches = value.unflatten(-1, (-1, 4)).transpose(-1, -2)
     return patches[..., [0, 2, 1, 3], :].flatten(-2)
 
@@ -47,14 +47,14 @@ def _rules(merge: str) -> tuple[Rule, ...]:
     ours, theirs = 'stages.{stage}.blocks.{block}.', 'layers.{stage}.blocks.{block}.'
     return (
         *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
-        *with_leaves(_BLOCK, ours, theirs),
+        *with_leaves(BLOCK, ours, theirs),
         Rule(f'{ours}attn.w_msa.{TABLE_OF_BIAS}', f'{theirs}attn.{TABLE_OF_BIAS}'),
         *with_leaves(
             (('norm', 'norm'), ('reduction', 'reduction')),
             'stages.{stage}.downsample.',
             f'layers.{merge}.downsample.',
-            _from_release_order,
-            _to_release_order,
+            from_release_order,
+            to_release_order,
         ),
     )
 
@@ -112,7 +112,7 @@ _TIMM = _names(
     ours_only=re.compile(rf'{_LEFTOVERS}|^norm\d+\.'),
     encoded=_without_indices,
 )
-_is_ours = with_keys('stages.0.blocks.0.attn.w_msa.qkv.weight')
+_is_ours = with_keys(f'stages.0.blocks.0.attn.w_msa.{TABLE_OF_BIAS}')
 FORMATS = (
     Format(
         'swin',

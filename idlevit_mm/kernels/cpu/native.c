@@ -152,7 +152,7 @@ static void softmax(float *row, int keys, int padded) {
 typedef struct {
     int channels, heads, depth, slots;
     const float *bias;
-    float scale;
+    float scale, apart;
 } Core;
 
 // Attention weights of a head: (queries, padded).
@@ -169,7 +169,7 @@ static void weigh(const Window *w, const Core *c, int head, int bordering) {
         for (int j = 0; j < w->keys; j++) row[j] += own[w->slot[j]];
         if (bordering && w->region[i] >= 0)
             for (int j = 0; j < w->keys; j++)
-                if (w->region[j] >= 0 && w->region[j] != w->region[i]) row[j] = HIDDEN;
+                if (w->region[j] >= 0 && w->region[j] != w->region[i]) row[j] += c->apart;
         softmax(row, w->keys, padded);
     }
 }
@@ -255,16 +255,17 @@ static int padding_of(int window, const Layout *l, Place *found) {
 
 // Attention in windows of packed rows (B, T + R, 3 * C): adds to out (B, T + R, C). Ids (B, T) of the
 // tokens, -1 for padding, NULL where all are there; blank (3 * C), what padding is as a key unless
-// `hides`; bias (A, L + 1, L + 1), 0 for summaries. Where there is grad_qkv, out is the gradient of
-// what was attended, and the gradients (B, T + R, 3 * C), (3 * C,) and (A, L + 1, L + 1) are added to.
+// `hides`; bias (A, L + 1, L + 1), 0 for summaries; apart is added to logits of pairs in two regions.
+// Where there is grad_qkv, out is the gradient of what was attended, and the gradients
+// (B, T + R, 3 * C), (3 * C,) and (A, L + 1, L + 1) are added to.
 int attend(const float *qkv, const float *blank, const float *bias, float *out, float *grad_qkv,
            float *grad_blank, float *grad_bias, const int64_t *ids, int batch, int count, int total,
            int height, int width, int side, int shift, int heads, int hides, int channels,
-           float scale) {
+           float scale, float apart) {
     int rows = (height + side - 1) / side, cols = (width + side - 1) / side;
     Layout l = {height, width, side, shift, rows, cols, hides};
     int windows = l.rows * l.cols, slots = side * side, summarised = total > count;
-    Core core = {channels, heads, channels / heads, slots, bias, scale};
+    Core core = {channels, heads, channels / heads, slots, bias, scale, apart};
     int failed = 0, threads = omp_get_max_threads(), most = slots + 1, padded = round_up(most);
     int pairs = grad_qkv ? heads * most * most : 0, spread = pairs + (grad_qkv ? 3 * channels : 0);
     int *starts = malloc(sizeof(int) * (batch * windows + 1));

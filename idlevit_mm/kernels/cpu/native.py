@@ -36,6 +36,8 @@ _FLAGS = ('-O3', '-march=native', '-fopenmp', '-fPIC', '-std=gnu11')
 # Set to 0, it switches the kernels off.
 _SWITCH = 'IDLEVIT_MM_NATIVE'
 _LANES = 16
+# What hides a key there.
+_HIDDEN = -1e30
 # Halves are computed as float32.
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -62,7 +64,8 @@ def attend_windows(
     tensors = qkv, core.blank, F.pad(core.bias[0], (0, 1, 0, 1))
     ids = None if rows is None else rows.ids.expand(len(qkv), -1).contiguous()
     sizes = [*hw_shape, core.window_size, shift_size, core.num_heads, int(core.hides_padding)]
-    out = _Attend.apply(*(part.float() for part in tensors), ids, sizes, core.scale)
+    factors = [core.scale, _HIDDEN if core.apart is None else core.apart]
+    out = _Attend.apply(*(part.float() for part in tensors), ids, sizes, factors)
     return out.to(qkv.dtype)
 
 
@@ -88,14 +91,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.ids, ctx.sizes, ctx.scale = inputs
+        *tensors, ctx.ids, ctx.sizes, ctx.factors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = map(_single, (*ctx.saved_tensors, grad))
-        return (*attend_packed_backward(*tensors, ctx.ids, ctx.sizes, ctx.scale), None, None, None)
+        grads = attend_packed_backward(*tensors, ctx.ids, ctx.sizes, ctx.factors)
+        return (*grads, None, None, None)
 
 
 def _pairs(qkv: Tensor, ids: Tensor | None, sizes: list[int]) -> int:
@@ -134,27 +138,31 @@ def _attend(
     grads: Sequence[Tensor | None],
     ids: Tensor | None,
     sizes: list[int],
-    scale: float,
+    factors: list[float],
 ) -> None:
     batch, total, width = qkv.shape
     count = total if ids is None else ids.shape[1]
-    _call(
-        'attend', qkv, blank, bias, out, *grads, ids, batch, count, total, *sizes, width // 3, scale
-    )
+    numbers = batch, count, total, *sizes, width // 3, *factors
+    _call('attend', qkv, blank, bias, out, *grads, ids, *numbers)
 
 
 @operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
 def attend_packed(
-    qkv: Tensor, blank: Tensor, bias: Tensor, ids: Tensor | None, sizes: list[int], scale: float
+    qkv: Tensor,
+    blank: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    sizes: list[int],
+    factors: list[float],
 ) -> Tensor:
     """Attention in windows of packed rows (B, T + R, 3 * C), of all without ids: (B, T + R, C).
 
     Blank (3 * C,) is padding, bias (A, L + 1, L + 1) that of slots and of summaries; sizes are
     height and width of the map, side and shift of windows, the number of heads, and 1 where padding
-    is hidden.
+    is hidden; factors are that of the logits and what is added to those of pairs in two regions.
     """
     out = qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] // 3)
-    _attend(qkv, blank, bias, out, (None, None, None), ids, sizes, scale)
+    _attend(qkv, blank, bias, out, (None, None, None), ids, sizes, factors)
     return out
 
 
@@ -169,11 +177,11 @@ def attend_packed_backward(
     grad: Tensor,
     ids: Tensor | None,
     sizes: list[int],
-    scale: float,
+    factors: list[float],
 ) -> list[Tensor]:
     """Gradients of the first three arguments of ``attend_packed``."""
     grads = [torch.zeros_like(part) for part in (qkv, blank, bias)]
-    _attend(qkv, blank, bias, grad, grads, ids, sizes, scale)
+    _attend(qkv, blank, bias, grad, grads, ids, sizes, factors)
     return grads
 
 

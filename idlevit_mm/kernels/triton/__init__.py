@@ -19,7 +19,7 @@ class Triton(Reference):
     """Window attention on packed rows, fused moves of rows; products stay the library's.
 
     It covers the policy IdleViT with scores that need no weights, in Swin, PVT, PVTv2 and MiT;
-    halves of other blocks and plans go through their modules.
+    halves of other blocks, those of Swin V2 too, and of other plans go through their modules.
     """
 
     name = 'triton'
