@@ -63,6 +63,8 @@ def load_model(
     """
     cfg = load_config(config, cfg_options)
     model_cfg = copy.deepcopy(cfg.model)
+    if isinstance(preprocessor := cfg.get('data_preprocessor'), dict):
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(preprocessor))
     if checkpoint is not None and model_cfg.get('backbone', {}).get('init_cfg') is not None:
         # The checkpoint overwrites them: do not fetch ImageNet weights first.
         model_cfg.backbone.init_cfg = None
@@ -207,9 +209,9 @@ def noise_image(
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
     """Data samples without annotations for a detector and full-size images (B, C, H, W).
 
-    None for a segmentor, which makes its own.
+    None for a segmentor or a classifier, which makes its own.
     """
-    if hasattr(model, 'decode_head'):
+    if hasattr(model, 'decode_head') or hasattr(model, 'head'):
         return None
     from mmdet.structures import DetDataSample
 

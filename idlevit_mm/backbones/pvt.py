@@ -148,6 +148,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -166,7 +167,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
-        self.strides = tuple(strides)
+        self.strides, self.padded_images = tuple(strides), padded_images
         self.use_abs_pos_embed = use_abs_pos_embed
         # Sides in pixels of the smallest map that each patch embedding takes.
         self.least_sides = [
@@ -211,7 +212,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             in_channels = channels
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
@@ -234,7 +235,7 @@ class IdlePyramidVisionTransformer(IdleBackbone):
             if index in self.out_indices:
                 outs.append(x.contiguous())
         self.records = records
-        return outs
+        return tuple(outs)
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.layers

@@ -180,6 +180,7 @@ class IdleSwinTransformer(IdleBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
@@ -190,7 +191,7 @@ class IdleSwinTransformer(IdleBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
-        self.strides = tuple(strides)
+        self.strides, self.padded_images = tuple(strides), padded_images
         self.num_features = [embed_dims * 2**index for index in range(len(depths))]
         for channels, heads in zip(self.num_features, num_heads, strict=True):
             if channels % heads:
@@ -244,7 +245,7 @@ class IdleSwinTransformer(IdleBackbone):
             self.add_module(f'norm{index}', norm)
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
@@ -266,7 +267,7 @@ class IdleSwinTransformer(IdleBackbone):
             if stage.downsample is not None:
                 x, hw_shape = stage.downsample(x, hw_shape)
         self.records = records
-        return outs
+        return tuple(outs)
 
     def fold_table(self, hw_shape: tuple[int, int]) -> None:
         """Resize the absolute position table, if there is one, for good."""

@@ -166,6 +166,7 @@ class IdleVisionTransformer(IdleBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         shape = shape_of(
@@ -193,7 +194,7 @@ class IdleVisionTransformer(IdleBackbone):
             if value and not with_cls_token:
                 raise ValueError(f'{name}={value} needs with_cls_token=True')
         self.shape = shape
-        self.strides = (patch_size,)
+        self.strides, self.padded_images = (patch_size,), padded_images
         self.num_class = int(with_cls_token) + num_registers
         # Class tokens with a place in the position table.
         self.num_placed = int(with_cls_token and not num_registers)
@@ -237,7 +238,7 @@ class IdleVisionTransformer(IdleBackbone):
             self.ln1 = build_norm_layer(norm_cfg, channels)[1]
         self.built(keep_ratios, idle_where)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Any]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Any, ...]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         With ``output_cls_token`` each is a list of the map and the class token (B, C).
@@ -253,7 +254,7 @@ class IdleVisionTransformer(IdleBackbone):
         last = self.record_inputs, taps, extents.at(0, hw_shape, x)
         outs, record = run_blocks(self.layers, x, hw_shape, self.keep_ratios[0], *last)
         self.records = [record]
-        return outs
+        return tuple(outs)
 
     def fold_table(self, hw_shape: tuple[int, int]) -> None:
         """Resize the position table for good, so that maps of this size need no resizing."""
