@@ -72,8 +72,9 @@ class Variant:
 
     @property
     def twins(self) -> dict[str, str]:
-        """Names of the dense twins by library."""
-        return dict(MODELS.get(self.type).DENSE) if self.has_twin else {}
+        """Names of the dense twins by library; in mmpretrain weights have other names."""
+        twins = dict(MODELS.get(self.type).DENSE) if self.has_twin else {}
+        return {library: name for library, name in twins.items() if library != 'mmpretrain'}
 
     @property
     def is_swin(self) -> bool:

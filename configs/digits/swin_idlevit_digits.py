@@ -1,6 +1,6 @@
 _base_ = ['./swin_dense_digits.py', '../_base_/schedules/finetune_digits.py']
 
-load_from = 'work_dirs/swin_dense_digits/epoch_12.pth'
+load_from = 'work_dirs/swin_dense_digits/epoch_20.pth'
 model = dict(
     backbone=dict(
         keep_ratios=dict(type='powers', keep_ratio=0.7, first_idle=1, groups=1),

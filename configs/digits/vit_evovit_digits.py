@@ -1,6 +1,6 @@
 _base_ = ['./vit_dense_digits.py', '../_base_/schedules/finetune_digits.py']
 
-load_from = 'work_dirs/vit_dense_digits/epoch_12.pth'
+load_from = 'work_dirs/vit_dense_digits/epoch_20.pth'
 model = dict(
     backbone=dict(
         # These blocks have the ratio, the others are dense.

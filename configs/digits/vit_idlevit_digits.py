@@ -1,6 +1,6 @@
 _base_ = ['./vit_dense_digits.py', '../_base_/schedules/finetune_digits.py']
 
-load_from = 'work_dirs/vit_dense_digits/epoch_12.pth'
+load_from = 'work_dirs/vit_dense_digits/epoch_20.pth'
 model = dict(
     backbone=dict(
         keep_ratios=dict(type='3+3+2', keep_ratio=0.7),
@@ -16,7 +16,7 @@ custom_hooks = [
         losses=[
             dict(type='TokenCutLoss', weighting='published', loss_weight=20.0),
             dict(type='LogitDistillation', modules=('head',), loss_weight=10.0),
-            dict(type='FeatureDistillation', tokens='class', loss_weight=1000 / 64),
+            dict(type='FeatureDistillation', tokens='class', loss_weight=1000 / 48),
         ],
     )
 ]

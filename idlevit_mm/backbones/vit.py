@@ -129,7 +129,7 @@ class IdleVisionTransformer(IdleBackbone):
     """
 
     family = 'vit'
-    DENSE = (('mmseg', 'VisionTransformer'),)
+    DENSE = (('mmseg', 'VisionTransformer'), ('mmpretrain', 'VisionTransformer'))
     FORMATS = (*vit.FORMATS, *dinov2.FORMATS)
 
     def __init__(

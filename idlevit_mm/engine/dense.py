@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import compare
+from ..converters import detect
 from ..errors import UsageError, one_line, shortened
 from ..registry import arguments_of, idle_backbones
 from .checks import class_of, parts_of
@@ -20,6 +21,8 @@ from .launch import library_of
 
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
+# What is otherwise in a backbone of mmpretrain, whose heads take class tokens of whole images.
+_OF_CLASSIFIERS = dict(output_cls_token=True, padded_images=False)
 # Arguments that say where weights come from.
 WEIGHTS = ('init_cfg', 'pretrained')
 
@@ -124,6 +127,8 @@ def make_idle(
         if name in idle and name not in given and not _equal(default, idle[name]):
             config[name] = list(default) if isinstance(default, tuple) else default
     config |= dict(type=twin, keep_ratios=keep_ratios)
+    if backbone.library == 'mmpretrain':
+        config |= _OF_CLASSIFIERS
     if policy:
         config['policy'] = dict(policy)
     if idle_where != 'always':
@@ -178,8 +183,11 @@ def _built(kind: str, cls: type[nn.Module], config: Mapping[str, Any]) -> Any:
 
 def _check_weights(kind: str, dense: nn.Module, idle: nn.Module) -> None:
     """Check that the weights of both have the same names and shapes."""
-    report = compare(idle.state_dict(), dense.state_dict(), policy_too=False)
-    shapes = {name: tuple(w.shape) for m in (dense, idle) for name, w in m.state_dict().items()}
+    own, theirs = idle.state_dict(), dense.state_dict()
+    if (found := detect(theirs)) is not None:
+        theirs = found.decode(theirs).state
+    report = compare(own, theirs, policy_too=False)
+    shapes = {name: tuple(w.shape) for state in (theirs, own) for name, w in state.items()}
     differ: dict[str, tuple[Any, Any]] = dict(report.mismatched)
     differ |= {name: (shapes[name], 'absent') for name in report.unexpected}
     differ |= {name: ('absent', shapes[name]) for name in report.missing}

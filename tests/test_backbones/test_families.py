@@ -21,6 +21,7 @@ TWINS = {
     ('mmdet', 'PyramidVisionTransformerV2'): 'IdlePyramidVisionTransformerV2',
     ('mmseg', 'MixVisionTransformer'): 'IdleMixVisionTransformer',
     ('mmseg', 'VisionTransformer'): 'IdleVisionTransformer',
+    ('mmpretrain', 'VisionTransformer'): 'IdleVisionTransformer',
 }
 CLASSES = idle_backbones()
 
