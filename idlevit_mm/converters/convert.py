@@ -95,7 +95,7 @@ def convert_weights(
     heads = {k: v for k, v in state.items() if with_head and re.fullmatch(_HEADS, k)}
     if with_head and (found.family != 'vit' or goal.is_foreign or not heads):
         raise SettingError(
-            f'with_head with to={to!r} and {source}; allowed: to mmseg or mmdet, from a release of '
+            f'with_head with to={to!r} and {source}; allowed: to mmseg, from a release of '
             'a plain ViT with its classifier'
         )
     others |= {f'head.layers.{key}': value for key, value in heads.items()}

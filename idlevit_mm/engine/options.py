@@ -12,6 +12,7 @@ from mmengine.device import get_device
 from ..errors import UsageError
 from .checks import class_of, evaluators_of, leaf_datasets
 from .processes import say
+from .settings import part_of
 
 _PICKLES = ('.pkl', '.pickle')
 # Prefix of the hook that paints, and the visualiser, of each task.
@@ -103,6 +104,8 @@ def paint(cfg: Config, task: str, show_dir: str) -> None:
 def augment(cfg: Config, task: str) -> None:
     """Wrap the model and the pipeline for test time augmentation, as ``--tta`` says."""
     detection = task == 'detection'
+    if task == 'classification' and part_of(cfg, 'default_hooks.visualization').get('enable'):
+        raise UsageError('--tta and --show-dir: mmpretrain paints single images, no augmented ones')
     metrics = [evaluator.get('metric') or () for evaluator in evaluators_of(cfg, 'test')]
     if detection and any('segm' in metric for metric in metrics):
         raise UsageError(

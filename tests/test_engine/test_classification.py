@@ -179,16 +179,14 @@ def test_digits_are_learned_and_idle_models_fine_tuned(digits: Path, tmp_path: P
     dense = config('swin_dense', digits, **small, **brief)
     train_from_config(write(dense, tmp_path / 'dense.py'), str(tmp_path / 'dense'))
     start = str(tmp_path / 'dense' / 'epoch_2.pth')
-    scores = evaluate_from_config(
-        str(tmp_path / 'dense.py'),
-        start,
-        str(tmp_path / 'test'),
-        out=str(tmp_path / 'scores.pkl'),
-        show_dir=str(tmp_path / 'shown'),
-        tta=True,
-        cfg_options={'test_dataloader.dataset.indices': 50},
-    )
-    assert len(list((tmp_path / 'shown').rglob('*.png'))) == 50
+    tested = str(tmp_path / 'dense.py'), start, str(tmp_path / 'test')
+    shown = str(tmp_path / 'shown')
+    few = {'test_dataloader.dataset.indices': 20}
+    evaluate_from_config(*tested, show_dir=shown, cfg_options=few)
+    assert len(list(Path(shown).rglob('*.png'))) == 20
+    with pytest.raises(UsageError, match='--show-dir'):
+        evaluate_from_config(*tested, show_dir=shown, tta=True)
+    scores = evaluate_from_config(*tested, out=str(tmp_path / 'scores.pkl'), tta=True)
     assert (tmp_path / 'scores.pkl').is_file()
     assert scores['accuracy/top1'] > 40.0
     idle = config('swin_idlevit', digits, **small, **brief, load_from=start)
@@ -200,7 +198,7 @@ def test_digits_are_learned_and_idle_models_fine_tuned(digits: Path, tmp_path: P
 
 def test_idlevits_losses_teach_a_classifier(digits: Path, tmp_path: Path) -> None:
     """The losses of its recipe, by the teacher that it starts from, beside the classifier's."""
-    narrow = {'model.backbone.embed_dims': 16, 'model.head.in_channels': 16}
+    narrow = {'model.backbone.embed_dims': 24, 'model.head.in_channels': 24}
     few = {'train_dataloader.dataset.indices': 64, 'train_cfg.val_interval': 9}
     brief = {'train_cfg.max_epochs': 1, 'default_hooks.logger.interval': 1}
     model = MODELS.build(dict(config('vit_idlevit', digits, **narrow).model, _scope_='mmpretrain'))
