@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,18 @@ def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
     clone = shared_copy(model)
     idle_backbone(clone).set_keep_ratios(keep_ratios)
     return clone
+
+
+def scheduled(backbone_cfg: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """The schedule by name that a backbone's config has, with another keep ratio.
+
+    Raises:
+        UsageError: it has none that takes a ratio.
+    """
+    own = backbone_cfg.get('keep_ratios')
+    if not isinstance(own, Mapping) or 'keep_ratio' not in own:
+        raise UsageError(f'--schedule: keep_ratios={own!r} of the backbone is none with keep_ratio')
+    return {**own, 'keep_ratio': ratio}
 
 
 def idle_backbone(model: nn.Module) -> Any:
