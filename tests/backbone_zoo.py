@@ -71,8 +71,8 @@ _VITDET = dict(
     window_size=3,
     window_block_indexes=(0, 1),
 )
-# Dense classes that the wheels lack.
-PROJECTS = (('mmdet', 'ViT'),)
+# Dense classes that the wheels lack, or whose weights have other names.
+PROJECTS = (('mmdet', 'ViT'), ('mmpretrain', 'VisionTransformer'))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ def write() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    shipped = 'config file, or one that ships with mmdet or mmseg: mmdet::swin/NAME.py'
+    shipped = 'config file, or one that ships with mmdet, mmseg or mmpretrain: mmdet::swin/NAME.py'
     add('config', help=shipped)
     ratios = 'keep ratio in (0, 1]: one for all blocks, one per stage, or lists in quotes'
     add('--keep', nargs='+', required=True, metavar='RATIO', help=ratios)

@@ -13,8 +13,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    *('backbones', 'policies', 'losses', 'hooks', 'necks', 'kernels', 'blocks', 'layers', 'ops'),
-    *('converters', 'checkpoints', 'engine', 'analysis', 'visualization'),
+    *('backbones', 'policies', 'losses', 'hooks', 'necks', 'heads', 'kernels', 'blocks'),
+    *('layers', 'ops', 'converters', 'checkpoints', 'engine', 'analysis', 'visualization'),
 )
 # Of the repository, not of the site.
 OUTSIDE = re.compile(

@@ -1,4 +1,4 @@
-"""Test a detector or a segmentor."""
+"""Test a detector, a segmentor or a classifier."""
 
 import argparse
 
@@ -14,8 +14,8 @@ def main() -> None:
     folder_help = 'folder for metrics and logs (default: work_dirs/<name of the config>)'
     add('--work-dir', help=folder_help)
     out_help = (
-        'where to write predictions; detection: a .pkl file; segmentation: a folder for PNGs of '
-        'class labels, or a .pkl file'
+        'where to write predictions: a .pkl file; for segmentation also a folder for PNGs of '
+        'class labels'
     )
     add('--out', help=out_help)
     add('--show-dir', help='folder for one painted picture per image')

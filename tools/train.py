@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor from a config file."""
+"""Train a detector, a segmentor or a classifier from a config file."""
 
 import argparse
 

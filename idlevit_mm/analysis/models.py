@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def load_model(
     """
     cfg = load_config(config, cfg_options)
     model_cfg = copy.deepcopy(cfg.model)
+    if isinstance(preprocessor := cfg.get('data_preprocessor'), dict):
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(preprocessor))
     if checkpoint is not None and model_cfg.get('backbone', {}).get('init_cfg') is not None:
         # The checkpoint overwrites them: do not fetch ImageNet weights first.
         model_cfg.backbone.init_cfg = None
@@ -102,6 +104,18 @@ def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
     clone = shared_copy(model)
     idle_backbone(clone).set_keep_ratios(keep_ratios)
     return clone
+
+
+def scheduled(backbone_cfg: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """The schedule by name that a backbone's config has, with another keep ratio.
+
+    Raises:
+        UsageError: it has none that takes a ratio.
+    """
+    own = backbone_cfg.get('keep_ratios')
+    if not isinstance(own, Mapping) or 'keep_ratio' not in own:
+        raise UsageError(f'--schedule: keep_ratios={own!r} of the backbone is none with keep_ratio')
+    return {**own, 'keep_ratio': ratio}
 
 
 def idle_backbone(model: nn.Module) -> Any:
@@ -210,9 +224,9 @@ def noise_image(
 def blank_data_samples(model: nn.Module, shape: Sequence[int]) -> list[Any] | None:
     """Data samples without annotations for a detector and full-size images (B, C, H, W).
 
-    None for a segmentor, which makes its own.
+    None for a segmentor or a classifier, which makes its own.
     """
-    if hasattr(model, 'decode_head'):
+    if hasattr(model, 'decode_head') or hasattr(model, 'head'):
         return None
     from mmdet.structures import DetDataSample
 

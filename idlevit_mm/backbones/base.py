@@ -60,17 +60,16 @@ class IdleBackbone(BaseModule, ABC):
         num_layers, num_heads: Blocks (in Swin ``depths``) and attention heads of each stage.
         mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
         qkv_bias: Whether query, key and value have a bias; but in windows, the output has it too.
-        drop_rate: Dropout.
-        attn_drop_rate: Dropout of the attention weights.
+        drop_rate, attn_drop_rate: Dropout, and dropout of the attention weights.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
-        act_cfg: Activation of the feed-forward networks.
-        norm_cfg: Norm layers.
+        act_cfg, norm_cfg: Activation of the feed-forward networks, and norm layers.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
         keep_ratios: Share of active tokens; see ``set_keep_ratios``. 1.0 is the dense backbone.
         policy: Which tokens are active, such as ``dict(type='IdleViT', scorer='mean_distance')``.
         idle_where: Whether blocks idle ``'always'``, or only where it ``'pays'``: where they are
             predicted to be faster than dense ones for the size of an image and the device of the
             first pass, whose pace is saved with the weights (``blocks.cost``).
+        padded_images: Whether images may be padded to share a batch; a classifier's are not.
 
     Raises:
         TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
@@ -120,6 +119,7 @@ class IdleBackbone(BaseModule, ABC):
         self.depths = tuple(depths)
         self.frozen_stages = frozen_stages
         self.strides: tuple[int, ...] = ()
+        self.padded_images = True
         self.convert_weights = convert_weights
         self._passes = threading.local()
         self.record_inputs = False

@@ -27,8 +27,8 @@ class Extents(NamedTuple):
     @classmethod
     def of(cls, backbone: Any, images: Tensor, img_shapes: ImgShapes) -> 'Extents':
         """Of images (B, C, H, W) for an idle backbone; where nothing idles nobody asks."""
-        idles = min(chain(*backbone.keep_ratios)) < 1.0
-        return cls(filled(images, img_shapes) if idles else None, backbone.strides)
+        asks = backbone.padded_images and min(chain(*backbone.keep_ratios)) < 1.0
+        return cls(filled(images, img_shapes) if asks else None, backbone.strides)
 
     def at(self, stage: int, hw_shape: tuple[int, int], x: Tensor) -> Extent | None:
         """What they fill of the maps of a stage, whose tokens are x; None for all."""

@@ -32,7 +32,7 @@ class PlainBackbone(IdleBackbone):
         last = self.record_inputs, taps, extents.at(0, hw_shape, x)
         outs, record = run_blocks(self.layers, x, hw_shape, self.keep_ratios[0], *last)
         self.records = [record]
-        return outs
+        return tuple(outs)
 
     def _placed(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) with their places added, and with what comes behind them: (B, S, C)."""

@@ -151,6 +151,7 @@ class IdlePyramidVisionTransformer(IdlePyramid):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -169,7 +170,7 @@ class IdlePyramidVisionTransformer(IdlePyramid):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
-        self.strides = tuple(strides)
+        self.strides, self.padded_images = tuple(strides), padded_images
         self.use_abs_pos_embed = use_abs_pos_embed
         # Sides in pixels of the smallest map that each patch embedding takes.
         self.least_sides = [

@@ -19,7 +19,7 @@ from .extents import Extents, ImgShapes
 class IdlePyramid(IdleBackbone):
     """A backbone whose stages are alike."""
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
@@ -37,7 +37,7 @@ class IdlePyramid(IdleBackbone):
             if index in self.out_indices:
                 outs.append(x.contiguous())
         self.records = records
-        return outs
+        return tuple(outs)
 
     @abstractmethod
     def _embedded(self, index: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

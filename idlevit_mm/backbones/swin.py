@@ -114,6 +114,7 @@ class IdleSwinTransformer(SwinBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
@@ -124,7 +125,7 @@ class IdleSwinTransformer(SwinBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
-        self.strides = tuple(strides)
+        self.strides, self.padded_images = tuple(strides), padded_images
         widths = self.num_features = self.widths(embed_dims, num_heads)
         self.window_size = window_size
         pos_shape = table_size(pretrain_img_size, patch_size) if use_abs_pos_embed else None

@@ -134,6 +134,7 @@ class IdleSwinTransformerV2(SwinBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         embed_dims, depths, num_heads, every = _numbers_of(arch)
@@ -145,6 +146,7 @@ class IdleSwinTransformerV2(SwinBackbone):
                 f'must have one entry for each of {len(depths)} stages'
             )
         self.strides = patch_size, *[2] * (len(depths) - 1)
+        self.padded_images = padded_images
         widths = self.num_features = self.widths(embed_dims, num_heads)
         self.interpolate_mode = interpolate_mode
         height, width = (-(-int(side) // patch_size) for side in to_2tuple(img_size))

@@ -82,6 +82,7 @@ class _Twins(IdlePyramid):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         out_indices = out_indices or range(len(depths))
@@ -103,6 +104,7 @@ class _Twins(IdlePyramid):
         if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f'num_heads={num_heads} must divide embed_dims={embed_dims}')
         self.strides = tuple(strides[: len(depths)])
+        self.padded_images = padded_images
 
         self.patch_embeds = ModuleList()
         self.position_encoding_drops = ModuleList()

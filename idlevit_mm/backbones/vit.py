@@ -130,7 +130,7 @@ class IdleVisionTransformer(PlainBackbone):
     """
 
     family = 'vit'
-    DENSE = (('mmseg', 'VisionTransformer'),)
+    DENSE = (('mmseg', 'VisionTransformer'), ('mmpretrain', 'VisionTransformer'))
     FORMATS = (*vit.FORMATS, *dinov2.FORMATS)
 
     def __init__(
@@ -167,6 +167,7 @@ class IdleVisionTransformer(PlainBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         shape = shape_of(
@@ -194,7 +195,7 @@ class IdleVisionTransformer(PlainBackbone):
             if value and not with_cls_token:
                 raise ValueError(f'{name}={value} needs with_cls_token=True')
         self.shape = shape
-        self.strides = (patch_size,)
+        self.strides, self.padded_images = (patch_size,), padded_images
         self.num_class = int(with_cls_token) + num_registers
         # Class tokens with a place in the position table.
         self.num_placed = int(with_cls_token and not num_registers)

@@ -131,6 +131,7 @@ class IdleViTDet(PlainBackbone):
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         shape = shape_of(
@@ -153,6 +154,7 @@ class IdleViTDet(PlainBackbone):
         super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
         self.shape = shape
         self.strides = (patch_size,)
+        self.padded_images = padded_images
         self.interpolate_mode = interpolate_mode
         self.single_output = single_output
         patch = dict(kernel_size=patch_size, stride=patch_size)

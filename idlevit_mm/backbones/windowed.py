@@ -91,7 +91,7 @@ class SwinBackbone(IdleBackbone):
             norm = build_norm_layer(norm_cfg, width)[1] if norm_cfg else nn.Identity()
             self.add_module(f'norm{index}', norm)
 
-    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> list[Tensor]:
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
         """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
 
         ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
@@ -114,7 +114,7 @@ class SwinBackbone(IdleBackbone):
                 norm = getattr(self, f'norm{index}')
                 outs.append(to_map(norm(x), hw_shape).contiguous())
         self.records = records
-        return outs
+        return tuple(outs)
 
     def merges(self) -> list[nn.Module | None]:
         """What comes before each stage."""

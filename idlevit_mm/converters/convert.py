@@ -1,6 +1,7 @@
 """Checkpoint files from one format to another."""
 
 import os
+import re
 from typing import Any, NamedTuple
 
 from ..checkpoints import (
@@ -32,6 +33,10 @@ TARGETS = {
 }
 
 
+# Classifiers of a plain ViT's release: of the class token, and LV-ViT's of every token.
+_HEADS = r'(head|aux_head)\.(weight|bias)'
+
+
 class Converted(NamedTuple):
     """Weights, the formats they had and have, and what became of each."""
 
@@ -47,6 +52,7 @@ def convert_file(
     to: str,
     window_size: int | None = None,
     img_size: Size | None = None,
+    with_head: bool = False,
 ) -> Converted:
     """Write the weights of a checkpoint in another format; see ``convert_weights``.
 
@@ -57,7 +63,7 @@ def convert_file(
         UsageError: The source cannot be read or converted, or the target not written.
     """
     check_target(target)
-    converted = convert_weights(read_weights(source), to, window_size, img_size, source)
+    converted = convert_weights(read_weights(source), to, window_size, img_size, source, with_head)
     write_weights(converted.weights, target, converted.target.place)
     return converted
 
@@ -68,25 +74,35 @@ def convert_weights(
     window_size: int | None = None,
     img_size: Size | None = None,
     source: object = 'weights',
+    with_head: bool = False,
 ) -> Converted:
     """Bring weights to another format.
 
     Weights are of a backbone alone or of a whole model. That keeps necks and heads among
     OpenMMLab's names; of other formats only the backbone exists. Tables are resized for a window in
     tokens (Swin's bias tables) and for height and width in pixels (absolute ones) where these are
-    given. ``source`` is where the weights come from, for messages.
+    given. ``source`` is where the weights come from, for messages. ``with_head`` keeps the
+    classifier of a plain ViT's release, under the names of mmpretrain's ``ImageClassifier``.
 
     Raises:
         SettingError: The format is unknown, the other one cannot hold the weights, or there are no
-            tables of the kind that shall be resized.
+            tables of the kind that shall be resized, or no classifier.
     """
     if to not in TARGETS:
         raise SettingError(f'to={to!r} is unknown; allowed: {", ".join(TARGETS)}')
     state, others = split_backbone(weights)
     found = known_format(state, source)
     family = next(cls for cls in idle_backbones() if found in cls.FORMATS)
-    # OpenMMLab's names are those of the libraries of dense twins.
-    goal = format_of(found.family, OPENMMLAB if to in dict(family.DENSE) else TARGETS[to])
+    # OpenMMLab's names are those of the libraries of dense twins, but for mmpretrain's own of ViT.
+    own = TARGETS[to] in (one.name for one in family.FORMATS) or to not in dict(family.DENSE)
+    goal = format_of(found.family, TARGETS[to] if own else OPENMMLAB)
+    heads = {k: v for k, v in state.items() if with_head and re.fullmatch(_HEADS, k)}
+    if with_head and (found.family != 'vit' or goal.is_foreign or not heads):
+        raise SettingError(
+            f'with_head with to={to!r} and {source}; allowed: to mmseg, from a release of '
+            'a plain ViT with its classifier'
+        )
+    others |= {f'head.layers.{key}': value for key, value in heads.items()}
     try:
         decoded = found.decode(state)
     except SettingError as error:
@@ -96,7 +112,8 @@ def convert_weights(
     report = WeightsReport(
         resized=fitted.resized,
         # A weight that was made up on the way and is not wanted was never there.
-        dropped=decoded.dropped + [key for key in encoded.dropped if key not in decoded.added],
+        dropped=[key for key in decoded.dropped if key not in heads]
+        + [key for key in encoded.dropped if key not in decoded.added],
         added=[key for key in decoded.added if key in encoded.state] + encoded.added,
     )
     prefix = ''

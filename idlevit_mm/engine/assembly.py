@@ -61,7 +61,7 @@ def _place(error: BaseException, config: Any) -> str:
     return 'model'
 
 
-def _check_joints(model: nn.Module, prefix: str) -> None:
+def _check_joints(model: Any, prefix: str) -> None:
     """Check that neck and heads can take what a detector or segmentor hands to them.
 
     What looks wrong is refused only if it fails when it is tried.
@@ -88,11 +88,19 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
         )
     # What somebody's own family or subclass returns need not be as wide as its blocks.
     own = type(backbone).forward.__module__.startswith('idlevit_mm.')
-    if getattr(backbone, 'output_cls_token', False) or not own:
+    if not own:
         return
     widths = [stage[0].embed_dims for stage in backbone.idle_blocks]
     maps = [widths[index if len(widths) > 1 else 0] for index in backbone.out_indices]
     source = f'{prefix}backbone (out_indices={backbone.out_indices})'
+    has_class = getattr(backbone, 'output_cls_token', False)
+    if type(model).__name__ == 'ImageClassifier' and model.head is not None:
+        pooled = has_class or model.neck is not None
+        if not pooled or getattr(model.head, 'in_channels', maps[-1]) != maps[-1]:
+            _check_classifier(model, prefix, maps, source)
+        return
+    if has_class:
+        return
     if (neck := getattr(model, 'neck', None)) is not None:
         wanted = getattr(neck, 'in_channels', maps)
         fits = wanted == maps[-1] if isinstance(wanted, int) else list(wanted) == maps
@@ -114,6 +122,24 @@ def _check_joints(model: nn.Module, prefix: str) -> None:
         elif isinstance(wanted, int):
             _check_joint(name, head, wanted, maps, source, set(maps) == {wanted})
         _check_levels(name, head, len(maps), source)
+
+
+def _check_classifier(model: Any, prefix: str, maps: Sequence[int], source: str) -> None:
+    """Check that a classifier's neck and head take what its backbone gives."""
+    feats: Any = tuple(torch.zeros(1, width, 2, 2) for width in maps)
+    if getattr(model.backbone, 'output_cls_token', False):
+        feats = tuple([one, one[:, :, 0, 0]] for one in feats)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model.head(feats if model.neck is None else model.neck(feats))
+    except (*_MISFITS, TypeError) as error:
+        raise SettingError(
+            f'{prefix}head (in_channels={getattr(model.head, "in_channels", None)}) does not take '
+            f'what {prefix}neck makes of maps of {list(maps)} channels from {source} '
+            f'({one_line(error, 150)}); without class token: neck=dict(type="GlobalAveragePooling")'
+        ) from error
+    except Exception:
+        return  # they want something else besides, and may be right
 
 
 def _check_windows(test_cfg: Any, prefix: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.registry import DATASETS
 
 from ..checkpoints import (
     BACKBONE,
@@ -32,6 +33,8 @@ _COCO = 'COCO 2017 (train2017, val2017, annotations) from https://cocodataset.or
 _ADE = 'ADEChallengeData2016 from http://sceneparsing.csail.mit.edu'
 # What stands in a path, which data set that is, and where it comes from.
 _SOURCES = {'coco': ('coco', _COCO), 'adechallenge': ('ade20k', _ADE), 'ade20k': ('ade20k', _ADE)}
+# Data sets of the package by the folder they are in: what their writer takes besides.
+_WRITTEN = {'digit_scenes': ' --layout coco ade', 'digits': ''}
 
 
 def parts_of(
@@ -94,7 +97,7 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
         if not isinstance(loader, dict):
             continue
         for key, dataset in leaf_datasets(loader.get('dataset'), f'{phase}_dataloader.dataset'):
-            _check_dataset(dataset, key)
+            _check_dataset(dataset, key, cfg.get('default_scope'))
         for evaluator in evaluators_of(cfg, phase):
             path = evaluator.get('ann_file') if isinstance(evaluator, dict) else None
             if path and is_local(path) and not os.path.exists(path):
@@ -104,13 +107,26 @@ def check_datasets(cfg: Any, phases: tuple[str, ...]) -> None:
                 )
 
 
-def _check_dataset(dataset: dict, key: str) -> None:
+def _downloads(kind: Any, scope: str | None) -> bool:
+    """Whether data sets of a class fetch what is not there, as mmpretrain's of CIFAR do."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        cls = registry.get(kind) if isinstance(kind, str) else kind
+    argument = arguments_of(cls).get('download') if isinstance(cls, type) else None
+    return argument is not None and argument.default is True
+
+
+def _check_dataset(dataset: dict, key: str, scope: str | None) -> None:
     backend = (dataset.get('backend_args') or {}).get('backend', 'local')
     root = dataset.get('data_root') or ''
     if backend not in ('local', 'LocalBackend', 'disk') or not is_local(root):
         return
+    if dataset.get('download', _downloads(dataset.get('type'), scope)):
+        return
     inside = {'ann_file': dataset.get('ann_file')}
-    if isinstance(prefix := dataset.get('data_prefix'), dict):
+    prefix = dataset.get('data_prefix')
+    if isinstance(prefix, str):
+        inside['data_prefix'] = prefix
+    elif isinstance(prefix, dict):
         inside |= {f'data_prefix.{name}': value for name, value in prefix.items()}
     paths = {'data_root': root}
     for name, value in inside.items():
@@ -124,10 +140,11 @@ def _check_dataset(dataset: dict, key: str) -> None:
 def _data_hint(path: str, root: str, key: str) -> str:
     """Where the data come from, for those that the package knows."""
     place, lower = root or os.path.dirname(path), path.lower()
-    if 'digit_scenes' in lower:
-        folders = [str(f) for f in (Path(path), *Path(path).parents) if f.name == 'digit_scenes']
-        writer = 'python tools/dataset_converters/digit_scenes.py'
-        return f'Write the digit scenes with: {writer} {(folders or [place])[0]} --layout coco ade'
+    for folder in (Path(path), *Path(path).parents):
+        if folder.name in _WRITTEN:
+            writer = f'python tools/dataset_converters/{folder.name}.py {folder}'
+            name = folder.name.replace('_', ' ')
+            return f'Write the {name} with: {writer}{_WRITTEN[folder.name]}'
     source = f'Put the data at {place}'
     for word, (name, what) in _SOURCES.items():
         if word in lower:

@@ -23,15 +23,17 @@ _NAMED = 3
 # What data sets raise while they read annotations; SyntaxError is that of XML.
 _FAULTS = (
     *(ValueError, KeyError, TypeError, AssertionError, IndexError, OSError),
-    *(AttributeError, SyntaxError),
+    *(AttributeError, SyntaxError, RuntimeError),
 )
 # Modules of this name read text, which says what the classes are: GLIP, Grounding DINO, SAN.
 _READS_TEXT = ('language_model', 'text_encoder')
 # Modules that have a number of classes, but not of those of the data set.
 _OTHERS = re.compile(r'(^|\.)backbone(\.|$)|rpn_head|semantic_head')
 # Heads that index by the labels of the data set, unless somebody else wrote them.
-_LEARNS_LABELS = re.compile(r'((roi_head\.)?(bbox|mask)_head|decode_head)(\.\d+)?|panoptic_head')
-_KNOWN_LIBRARIES = ('mmdet', 'mmseg', 'idlevit_mm', 'torch')
+_LEARNS_LABELS = re.compile(
+    r'((roi_head\.)?(bbox|mask)_head|decode_head)(\.\d+)?|panoptic_head|head'
+)
+_KNOWN_LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'idlevit_mm', 'torch')
 
 
 def warn(text: str) -> None:

@@ -21,6 +21,8 @@ from .launch import library_of
 
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
+# What is otherwise in a backbone of mmpretrain, whose heads take class tokens of whole images.
+_OF_CLASSIFIERS = dict(output_cls_token=True, padded_images=False)
 # Arguments that say where weights come from.
 WEIGHTS = ('init_cfg', 'pretrained')
 
@@ -126,6 +128,8 @@ def make_idle(
             config[name] = list(default) if isinstance(default, tuple) else default
     config |= dict(type=twin, keep_ratios=keep_ratios)
     config |= getattr(idle_class, 'AS_DENSE', {}).get(backbone.dense, {})
+    if (backbone.library, backbone.dense) == ('mmpretrain', 'VisionTransformer'):
+        config |= _OF_CLASSIFIERS
     if policy:
         config['policy'] = dict(policy)
     if idle_where != 'always':

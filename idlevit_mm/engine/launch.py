@@ -1,8 +1,8 @@
 """Train and test from a config file: what ``tools/train.py`` and ``tools/test.py`` call.
 
-One path for detection (mmdet) and segmentation (mmseg). Everything that can be known to be wrong
-is checked before any work and reported as :class:`UsageError`; with :func:`run_tool` that is one
-line and exit code 2.
+One path for detection (mmdet), segmentation (mmseg) and classification (mmpretrain). Everything
+that can be known to be wrong is checked before any work and reported as :class:`UsageError`; with
+:func:`run_tool` that is one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _NEEDED = {
     'trained': ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
     'tested': ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'),
 }
-_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
+_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
 _HEADS = ('bbox_head', 'roi_head', 'rpn_head', 'mask_head')
 
 
@@ -126,22 +126,25 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
 
 def library_of(cfg: Mapping[str, Any]) -> str:
-    """``'mmdet'`` or ``'mmseg'``, by the scope, else by the model's heads; '' if neither tells."""
+    """Name in ``_TASKS``, by the scope, else by the model's heads; '' if neither tells."""
     scope, model = cfg.get('default_scope'), cfg.get('model') or {}
     if scope in _TASKS:
         return scope
     if 'decode_head' in model:
         return 'mmseg'
+    if model.get('type') == 'ImageClassifier':
+        return 'mmpretrain'
     return 'mmdet' if any(head in model for head in _HEADS) else ''
 
 
 def task_of(cfg: Config) -> str:
-    """``'detection'`` or ``'segmentation'``, as ``library_of`` tells; a UsageError if it cannot."""
+    """The task of the library that ``library_of`` tells; a UsageError if it cannot."""
     if library := library_of(cfg):
         return _TASKS[library]
     scope = cfg.get('default_scope')
     raise UsageError(
-        f"default_scope is {scope!r}: set it to 'mmdet' for a detector or 'mmseg' for a segmentor"
+        f"default_scope is {scope!r}: set it to 'mmdet' for a detector, 'mmseg' for a segmentor or "
+        "'mmpretrain' for a classifier"
     )
 
 

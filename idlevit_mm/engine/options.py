@@ -14,8 +14,16 @@ from mmengine.device import get_device
 from ..errors import UsageError
 from .checks import class_of, evaluators_of, leaf_datasets
 from .processes import say
+from .settings import part_of
 
 _PICKLES = ('.pkl', '.pickle')
+# Prefix of the hook that paints, and the visualiser, of each task.
+_PAINTERS = {
+    'detection': ('Det', 'DetLocalVisualizer'),
+    'segmentation': ('Seg', 'SegLocalVisualizer'),
+    'classification': ('', 'UniversalVisualizer'),
+}
+_TTA_MODELS = {'segmentation': 'SegTTAModel', 'classification': 'AverageClsScoreTTA'}
 _FILE_SUFFIXES = ('.json', '.png', '.jpg', '.jpeg', '.csv', '.txt', '.pth', '.npy', '.npz')
 
 
@@ -73,8 +81,8 @@ def scale_lr(cfg: Config) -> None:
 def write_predictions(cfg: Config, task: str, out: str) -> None:
     """Make the evaluator write what ``--out`` asks for: predictions, or label maps as PNGs."""
     is_pickle, meant = out.endswith(_PICKLES), 'a file that ends in .pkl'
-    meant = meant if task == 'detection' else f'a folder for PNGs, or {meant}'
-    if not is_pickle and (task == 'detection' or out.lower().endswith(_FILE_SUFFIXES)):
+    meant = f'a folder for PNGs, or {meant}' if task == 'segmentation' else meant
+    if not is_pickle and (task != 'segmentation' or out.lower().endswith(_FILE_SUFFIXES)):
         raise UsageError(f'--out {out}: for {task} this is {meant}')
     if os.path.isdir(out) if is_pickle else os.path.isfile(out):
         kind = 'folder' if is_pickle else 'file'
@@ -98,12 +106,15 @@ def paint(cfg: Config, task: str, show_dir: str) -> None:
     """Make the visualisation hook paint every test image into the folder of ``--show-dir``."""
     if os.path.isfile(show_dir):
         raise UsageError(f'--show-dir {show_dir} is a file')
-    folder, prefix = os.path.abspath(show_dir), 'Det' if task == 'detection' else 'Seg'
+    folder, (prefix, painter) = os.path.abspath(show_dir), _PAINTERS[task]
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     if hooks.get('visualization') is None:
         hooks['visualization'] = ConfigDict(type=f'{prefix}VisualizationHook')
     if cfg.get('visualizer') is None:
-        cfg.visualizer = ConfigDict(type=f'{prefix}LocalVisualizer', name='visualizer')
+        cfg.visualizer = ConfigDict(type=painter, name='visualizer')
+    if task == 'classification':
+        hooks.visualization.update(enable=True, interval=1, out_dir=folder)
+        return
     hooks.visualization.draw = True
     if task == 'detection':
         hooks.visualization.test_out_dir = folder
@@ -117,6 +128,8 @@ def paint(cfg: Config, task: str, show_dir: str) -> None:
 def augment(cfg: Config, task: str) -> None:
     """Wrap the model and the pipeline for test time augmentation, as ``--tta`` says."""
     detection = task == 'detection'
+    if task == 'classification' and part_of(cfg, 'default_hooks.visualization').get('enable'):
+        raise UsageError('--tta and --show-dir: mmpretrain paints single images, no augmented ones')
     metrics = [evaluator.get('metric') or () for evaluator in evaluators_of(cfg, 'test')]
     if detection and any('segm' in metric for metric in metrics):
         raise UsageError(
@@ -127,7 +140,7 @@ def augment(cfg: Config, task: str) -> None:
     if cfg.get('tta_model') is None:
         nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
         cfg.tta_model = (
-            dict(type='DetTTAModel', tta_cfg=nms) if detection else dict(type='SegTTAModel')
+            dict(type='DetTTAModel', tta_cfg=nms) if detection else dict(type=_TTA_MODELS[task])
         )
         say('The config has no tta_model: using the default.')
     if cfg.get('tta_pipeline') is None:

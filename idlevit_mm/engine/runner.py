@@ -159,7 +159,8 @@ class ResumableRunner(Runner):
         if fn_name != 'before_run':
             return super().call_hook(fn_name, **kwargs)
         for hook in self._hooks:
-            known = type(hook).__module__.startswith(('mmengine.', 'mmdet.', 'mmseg.'))
+            library = type(hook).__module__.partition('.')[0]
+            known = library in ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
             with naming(type(hook).__name__) if known else contextlib.nullcontext():
                 hook.before_run(self)
         return None

@@ -57,9 +57,15 @@ class AssistedLoss(AuxiliaryLoss):
 
 
 def classes_of(samples: Sequence[Any], like: Tensor) -> Tensor:
-    """Which classes are in each image, 1 or 0, from mmdet's or mmseg's samples: ``like`` (B, K)."""
+    """Shares of classes in each image, from samples of OpenMMLab's libraries: ``like`` (B, K)."""
     goal = torch.zeros_like(like)
     for row, sample in zip(goal, samples, strict=True):
+        if 'gt_score' in sample:  # of a mixed image
+            row.copy_(sample.gt_score)
+            continue
+        if 'gt_label' in sample:
+            row[sample.gt_label] = 1.0
+            continue
         is_detected = 'gt_instances' in sample
         labels = sample.gt_instances.labels if is_detected else sample.gt_sem_seg.data
         # Of pixels that count for nothing the label is above all classes.

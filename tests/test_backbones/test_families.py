@@ -34,6 +34,7 @@ TWINS = {
     ('mmpretrain', 'ViTSAM'): 'IdleViTDet',
     ('mmdet', 'ViT'): 'IdleViTDet',
     ('mmpretrain', 'SwinTransformerV2'): 'IdleSwinTransformerV2',
+    ('mmpretrain', 'VisionTransformer'): 'IdleVisionTransformer',
 }
 CLASSES = idle_backbones()
 

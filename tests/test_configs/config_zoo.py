@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -97,11 +98,8 @@ def shipped(package: ModuleType, name: str) -> Path:
 
 def register(cfg: Config) -> None:
     """Fill the registries of the config's scope."""
-    if cfg.default_scope == 'mmdet':
-        from mmdet.utils import register_all_modules
-    else:
-        from mmseg.utils import register_all_modules
-    register_all_modules(init_default_scope=False)
+    utils = importlib.import_module(f'{cfg.default_scope}.utils')
+    utils.register_all_modules(init_default_scope=False)
     if 'mmdet.models' in cfg.custom_imports.imports:
         import mmdet.models  # noqa: F401
 

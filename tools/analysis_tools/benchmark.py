@@ -59,6 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('targets', nargs='*', help=f'config files, or presets: {", ".join(PRESETS)}')
     add('--keep-ratios', nargs='+', type=float, help='each (default: presets 1.0 0.7 0.5)')
+    add('--schedule', action='store_true', help="ratios are of the config's schedule by name")
     add('--as-configured', action='store_true', help="a config's own keep ratios beside them")
     add('--against-own', action='store_true', help='the reference is keep 1, not the dense class')
     add('--timm', action='store_true', help="timm's twins of presets take part")
@@ -160,7 +161,8 @@ def load_target(
             found.append(Candidate("timm's dense", 'timm', built))
     ratios = args.keep_ratios or ([1.0, 0.7, 0.5] if spec in PRESETS else [])
     for ratio in dict.fromkeys([1.0, *ratios] if 1.0 in ratios or not found else ratios):
-        build = always(models.with_keep_ratios(model, ratio))
+        kept = models.scheduled(backbone, ratio) if args.schedule else ratio
+        build = always(models.with_keep_ratios(model, kept))
         kind = 'dense' if ratio == 1 else 'idle'
         found.append(Candidate(f'keep {ratio:g}', kind, build, ratio))
     if found[0].kind != 'host':

@@ -27,7 +27,8 @@ _CAPTION = (
 # Of the table of a case: column, title, format; those of memory last.
 _COLUMNS = (
     *(('name', '', ''), ('ms', 'ms/image', '.2f'), ('ms_low', '25 %', '.2f')),
-    *(('ms_high', '75 %', '.2f'), ('speedup', 'speed-up', '.3f'), ('slow', '25 %', '.3f')),
+    *(('ms_high', '75 %', '.2f'), ('rate', 'images/s', '.1f')),
+    *(('speedup', 'speed-up', '.3f'), ('slow', '25 %', '.3f')),
     *(('fast', '75 %', '.3f'), ('multiply_adds', 'G multiply-adds', '.3f')),
     *(('operations', 'ratio', '.3f'), ('realised', 'realised', '.2f')),
     *(('memory', 'peak MiB', '.1f'), ('memory_ratio', 'ratio', '.3f')),
@@ -94,6 +95,7 @@ def rows_of(lines: Iterable[Line]) -> pd.DataFrame:
     base = rows[rows['is_reference']].set_index('case')
     rows['operations'] = rows['multiply_adds'] / rows['case'].map(base['multiply_adds'])
     rows['memory_ratio'] = rows['memory'] / rows['case'].map(base['memory'])
+    rows['rate'] = 1000 / rows['ms']
     rows[['speedup', 'slow', 'fast']] = 1 / rows[['ratio', 'ratio_high', 'ratio_low']].to_numpy()
     share = rows['speedup'] * rows['operations']
     rows['realised'] = share.where(rows['operations'] < 0.995)

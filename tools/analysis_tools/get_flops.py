@@ -15,7 +15,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
 from idlevit_mm.analysis import flops
-from idlevit_mm.analysis.models import load_model, parse_shapes, with_keep_ratios
+from idlevit_mm.analysis.models import load_model, parse_shapes, scheduled, with_keep_ratios
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.engine.checks import check_datasets
 from idlevit_mm.engine.options import Overrides
@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     add('--num-images', type=int, default=100, help='with --data: as many at least')
     add('--checkpoint', type=Path, help='weights (default: random)')
     add('--keep-ratios', nargs='+', type=float, help='each, the same in all blocks')
+    add('--schedule', action='store_true', help="ratios are of the config's schedule by name")
     add('--backbone-only', action='store_true', help='no neck, no heads')
     add('--device', default='cpu')
     add('--out', type=Path, help='write the counts to this JSON file')
@@ -117,7 +118,9 @@ def main() -> None:
     tables: dict[str, dict[str, dict[str, str]]] = {}
     shapes = parse_shapes(args.shape)
     model = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
-    variants = {f'keep {r:g}': with_keep_ratios(model, r) for r in args.keep_ratios or ()}
+    backbone, ratios = model.cfg.model.get('backbone', model.cfg.model), args.keep_ratios or ()
+    kept = {r: scheduled(backbone, r) if args.schedule else r for r in ratios}
+    variants = {f'keep {r:g}': with_keep_ratios(model, ratio) for r, ratio in kept.items()}
     for name, variant in (variants or {'as configured': model}).items():
         if args.data:
             batches = data_batches(model.cfg, args.data, args.num_images)

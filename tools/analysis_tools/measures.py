@@ -31,7 +31,8 @@ from idlevit_mm.errors import UsageError, one_line, reason
 
 _LIBRARIES = (
     *('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite', 'onedl-mmcv', 'mmdet'),
-    *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'timm', 'numpy'),
+    *('onedl-mmdetection', 'mmsegmentation', 'onedl-mmsegmentation', 'mmpretrain'),
+    *('onedl-mmpretrain', 'timm', 'numpy'),
     *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
 )
 

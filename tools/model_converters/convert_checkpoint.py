@@ -25,6 +25,8 @@ def convert() -> None:
     add('--window-size', type=int, help="resize Swin's relative position tables to this window")
     size_help = 'resize absolute position tables to images of this side, or height and width'
     add('--img-size', type=int, nargs='+', metavar='PIXELS', help=size_help)
+    head_help = "keep a release's classifier, for mmpretrain's ImageClassifier (plain ViT)"
+    add('--with-head', action='store_true', help=head_help)
     add('--config', help='also compare what is written with the model of this config file')
     args = parser.parse_args()
     if args.config is not None and TARGETS[args.to] != OPENMMLAB:
@@ -35,7 +37,8 @@ def convert() -> None:
         # What is wrong with it shows before anything is written.
         model = MODELS.build(load_config(args.config).model)
     size = args.img_size and (args.img_size[0], args.img_size[-1])
-    converted = convert_file(args.source, args.target, args.to, args.window_size, size)
+    how = args.window_size, size, args.with_head
+    converted = convert_file(args.source, args.target, args.to, *how)
     print(f'{args.source}: {converted.source.title}')
     print(f'{args.target}: {converted.target.title}')
     print('\n'.join(converted.report.lines()))

@@ -1,0 +1,4 @@
+_base_ = './default_runtime_det.py'
+
+default_scope = 'mmpretrain'
+visualizer = dict(type='UniversalVisualizer')

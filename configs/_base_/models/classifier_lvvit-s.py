@@ -1,0 +1,3 @@
+_base_ = './classifier_deit-s.py'
+
+model = dict(backbone=dict(arch='lvvit-small'), head=dict(type='LVViTClsHead'))

@@ -1,0 +1,11 @@
+_base_ = ['./vit_dense_digits.py', '../_base_/schedules/finetune_digits.py']
+
+load_from = 'work_dirs/vit_dense_digits/epoch_20.pth'
+model = dict(
+    backbone=dict(
+        keep_ratios=dict(type='evit', keep_ratio=0.7, blocks=[3, 6, 9]), policy=dict(type='EViT')
+    )
+)
+train_cfg = {{_base_.finetune.train_cfg}}
+optim_wrapper = dict(optimizer=dict(lr=0.0003))
+param_scheduler = {{_base_.finetune.param_scheduler}}

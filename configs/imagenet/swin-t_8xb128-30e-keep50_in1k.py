@@ -1,0 +1,3 @@
+_base_ = './swin-t_8xb128-30e-keep70_in1k.py'
+
+model = dict(backbone=dict(keep_ratios=0.5))
