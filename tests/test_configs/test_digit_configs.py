@@ -175,7 +175,8 @@ def assert_strides(model: torch.nn.Module) -> None:
 
 
 def test_what_decays_in_a_plain_vit(subtests: pytest.Subtests) -> None:
-    for name in filter(is_plain, ALL):
+    # ViTDet's decay is its own, and compared with the published.
+    for name in (n for n in ALL if is_plain(n) and 'vitdet' not in n):
         with subtests.test(name), Uninitialised():
             assert_decays(name, read(name))
 

@@ -1,6 +1,7 @@
 """Classifiers of mmpretrain: heads, losses, checks and tools, and digits that are learned."""
 
 import copy
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def config(name: str, data: Path, **changes: Any) -> Config:
     cfg = copy.deepcopy(Config.fromfile(CONFIGS / f'{name}_digits.py'))
     for phase in ('train', 'val', 'test'):
         cfg[f'{phase}_dataloader'].dataset.data_root = str(data)
-    cfg.merge_from_dict(changes)
+    # mmengine keeps visualizers, of other libraries too, by their names.
+    cfg.merge_from_dict({'visualizer.name': uuid.uuid4().hex, **changes})
     return cfg
 
 
