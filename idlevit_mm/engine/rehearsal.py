@@ -94,7 +94,8 @@ def _check_boxes(model: Any) -> None:
         for name in _NUMBERS & part.keys():
             if isinstance(part[name], str):
                 raise SettingError(f'{key}.{name}={part[name]!r} must be a number')
-        if keys[-1] == 'nms' and part:
+        # Boxes of mmrotate have five numbers or eight.
+        if keys[-1] == 'nms' and part and part.get('type') not in ('nms_rotated', 'nms_quadri'):
             from mmcv.ops import batched_nms
 
             with naming(key):

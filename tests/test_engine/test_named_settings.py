@@ -145,6 +145,12 @@ def test_what_only_a_test_reads_is_tried(scene_config, name, changes, message):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_turned_boxes_are_not_tried(scene_config):
+    cfg = scene_config('retinanet_idle-swin_digits')
+    cfg.model.test_cfg.nms.type = 'nms_rotated'
+    rehearse(load_model(cfg))
+
+
 def test_a_model_that_wants_more_than_an_image_is_not_tried(scene_config):
     cfg = scene_config('mask-rcnn_idle-swin_digits')
     cfg.model.type = 'FastRCNN'
