@@ -55,13 +55,6 @@ class RelativeAttention(WindowAttention):
             )
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
-    def _add_tables(self, head_dims: int) -> None:
-        """Those here come last, as in ViTSAM."""
-
-    def position_bias(self, x: Tensor) -> Tensor:
-        slots = self.window_size**2
-        return x.new_zeros(()).expand(1, 1, slots, slots)
-
     def pairs(self, hw_shape: tuple[int, int]) -> Callable[..., Tensor] | None:
         if not self.use_rel_pos:
             return None
