@@ -18,8 +18,8 @@ seen and count 0.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import prod
 from typing import Any
@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from ..engine.assembly import evaluating
 from .models import blank_data_samples, noise_image
 
 Shape = Sequence[int]
@@ -182,18 +183,6 @@ def model_multiply_adds(
         images = noise_image(input_shape, next(model.parameters()).device, model)
         samples = blank_data_samples(model, images.shape)
         return part_multiply_adds(model, images, samples, mode='tensor')
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode and give each its own mode back afterwards."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 def pretty(count: float) -> str:

@@ -55,8 +55,7 @@ class IdleBackbone(BaseModule, ABC):
             or ``'repeat'`` the first convolution is adapted to other channels.
 
     All families take these arguments, and besides:
-        in_channels: Channels of the image.
-        embed_dims: Channels of the tokens.
+        in_channels, embed_dims: Channels of the image, and of the tokens.
         num_layers, num_heads: Blocks (in Swin ``depths``) and attention heads of each stage.
         mlp_ratio: Hidden channels of the feed-forward networks, relative to the tokens'.
         qkv_bias: Whether query, key and value have a bias; but in windows, the output has it too.
@@ -76,10 +75,10 @@ class IdleBackbone(BaseModule, ABC):
         ValueError: A value is not allowed, or lists have different lengths.
 
     Attributes:
-        family: What its checkpoints are called in ``converters``.
-        DENSE: Library and class of each dense twin; the first one is compared with.
+        family, DENSE: Its name in ``converters``; library and class of dense twins, the main first.
         FORMATS: Names that its weights have in OpenMMLab, first of all, and elsewhere.
         TABLE_MODE: How absolute position tables of weights are interpolated.
+        RENAMED, AS_DENSE: Names here of a dense class's arguments, and those to return as it does.
         keep_ratios: One list per stage with one ratio per block; set by ``built``.
         strides: Distance of the tokens of each stage in those, or pixels, before; by the family.
         records: What each stage did in the last forward pass of the thread that asks.
@@ -90,6 +89,8 @@ class IdleBackbone(BaseModule, ABC):
     DENSE: ClassVar[tuple[tuple[str, str], ...]]
     FORMATS: ClassVar[tuple[Format, ...]]
     TABLE_MODE: ClassVar[str] = 'bicubic'
+    RENAMED: ClassVar[dict[str, dict[str, str]]] = {}
+    AS_DENSE: ClassVar[dict[tuple[str, str], dict[str, Any]]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> 'IdleBackbone':
         """Check the numbers that a constructor is about to get, whatever the family."""
@@ -116,8 +117,7 @@ class IdleBackbone(BaseModule, ABC):
         if not -1 <= frozen_stages <= outputs:
             raise ValueError(f'frozen_stages={frozen_stages} must lie in -1 to {outputs}')
         self.out_indices = tuple(out_indices)
-        self.depths = tuple(depths)
-        self.frozen_stages = frozen_stages
+        self.depths, self.frozen_stages = tuple(depths), frozen_stages
         self.strides: tuple[int, ...] = ()
         self.padded_images = True
         self.convert_weights = convert_weights

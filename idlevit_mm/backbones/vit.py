@@ -132,6 +132,8 @@ class IdleVisionTransformer(PlainBackbone):
     family = 'vit'
     DENSE = (('mmseg', 'VisionTransformer'), ('mmpretrain', 'VisionTransformer'))
     FORMATS = (*vit.FORMATS, *dinov2.FORMATS)
+    # mmpretrain's heads take class tokens, of whole images.
+    AS_DENSE = {DENSE[1]: dict(output_cls_token=True, padded_images=False)}
 
     def __init__(
         self,

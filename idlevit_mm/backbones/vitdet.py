@@ -97,7 +97,7 @@ class IdleViTDet(PlainBackbone):
     DENSE = (('mmpretrain', 'ViTSAM'), ('mmdet', 'ViT'))
     FORMATS = vitdet.FORMATS
     RENAMED = {'ViT': dict(embed_dim='embed_dims', depth='num_layers', in_chans='in_channels')}
-    AS_DENSE = {'ViT': dict(single_output=True)}
+    AS_DENSE = {('mmdet', 'ViT'): dict(single_output=True)}
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def assembled(build: Callable[[], nn.Module], config: Any) -> nn.Module:
         if isinstance(getattr(part, 'backbone', None), IdleBackbone):
             _check_joints(part, f'model.{name}.' if name else 'model.')
     return model
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode and give each its own mode back afterwards."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
 
 
 def _place(error: BaseException, config: Any) -> str:
@@ -130,7 +143,7 @@ def _check_classifier(model: Any, prefix: str, maps: Sequence[int], source: str)
     if getattr(model.backbone, 'output_cls_token', False):
         feats = tuple([one, one[:, :, 0, 0]] for one in feats)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
             model.head(feats if model.neck is None else model.neck(feats))
     except (*_MISFITS, TypeError) as error:
         raise SettingError(
@@ -172,20 +185,15 @@ def _check_joint(
     if fits:
         return
     sizes = [max(64 >> level, 2) for level in range(len(maps))]
-    was = part.training
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            part.eval()(
-                tuple(torch.zeros(1, *size) for size in zip(maps, sizes, sizes, strict=True))
-            )
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(part):
+            part(tuple(torch.zeros(1, *size) for size in zip(maps, sizes, sizes, strict=True)))
     except _MISFITS as error:
         raise SettingError(
             f'{name}.in_channels={wanted}, but it gets maps of {list(maps)} channels from {source}'
         ) from error
     except Exception:
         return  # it wants something else besides, and may be right
-    finally:
-        part.train(was)
 
 
 def _check_levels(name: str, head: Any, number: int, source: str) -> None:

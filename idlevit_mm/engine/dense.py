@@ -21,8 +21,6 @@ from .launch import library_of
 
 # Keys under which models hold a backbone.
 _PLACES = ('backbone', 'encoder')
-# What is otherwise in a backbone of mmpretrain, whose heads take class tokens of whole images.
-_OF_CLASSIFIERS = dict(output_cls_token=True, padded_images=False)
 # Arguments that say where weights come from.
 WEIGHTS = ('init_cfg', 'pretrained')
 
@@ -106,7 +104,7 @@ def make_idle(
         raise UsageError(f'{kind} stands in a list, {why}')
     dense_class, idle_class = _dense_class(backbone), MODELS.get(twin)
     original = {key: value for key, value in config.items() if key not in ('type', '_scope_')}
-    renamed = getattr(idle_class, 'RENAMED', {}).get(backbone.dense, {})
+    renamed = idle_class.RENAMED.get(backbone.dense, {})
     for old, new in renamed.items():
         if old in config:
             config[new] = config.pop(old)
@@ -127,9 +125,7 @@ def make_idle(
         if name in idle and name not in given and not _equal(default, idle[name]):
             config[name] = list(default) if isinstance(default, tuple) else default
     config |= dict(type=twin, keep_ratios=keep_ratios)
-    config |= getattr(idle_class, 'AS_DENSE', {}).get(backbone.dense, {})
-    if (backbone.library, backbone.dense) == ('mmpretrain', 'VisionTransformer'):
-        config |= _OF_CLASSIFIERS
+    config |= idle_class.AS_DENSE.get((backbone.library, backbone.dense), {})
     if policy:
         config['policy'] = dict(policy)
     if idle_where != 'always':

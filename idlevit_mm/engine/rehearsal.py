@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import SettingError, UsageError, one_line
+from .assembly import evaluating
 from .checks import parts_of
 from .settings import naming
 
@@ -36,10 +37,9 @@ def rehearse(model: nn.Module) -> None:
     if library not in _LIBRARIES or first is None:
         return
     _check_boxes(model)
-    was = {part: part.training for part in model.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            model.eval().test_step(_batch(library, first.in_channels))
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+            model.test_step(_batch(library, first.in_channels))
     except (AttributeError, NameError, TypeError) as error:
         place, text = _place(error), str(error)
         # Some want more of a sample than an image: texts, or proposals, having no rpn_head.
@@ -50,9 +50,6 @@ def rehearse(model: nn.Module) -> None:
             ) from error
     except Exception:
         return  # perhaps it needs a larger image
-    finally:
-        for part, training in was.items():
-            part.training = training
 
 
 @contextlib.contextmanager
