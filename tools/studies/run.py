@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     add('--jobs', type=int, default=2, help='runs at a time')
     add('--threads', type=int, default=1, help='computing threads per run')
     add('--out-dir', type=Path, default=ROOT / 'work_dirs' / 'policies_study')
-    dense_help = 'folder with the dense runs, MODEL_dense_digits/epoch_6.pth; trained if missing'
+    dense_help = 'folder with the dense runs, MODEL_dense_digits/epoch_N.pth; trained if missing'
     add('--dense-dir', type=Path, default=ROOT / 'work_dirs', help=dense_help)
     add('--cfg-options', nargs='+', action=DictAction, help='further overrides for every run')
     args = parser.parse_args()
@@ -96,35 +96,42 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
 
 def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
     """The fine-tune config of a task and its dense checkpoint, trained first if it is not there."""
-    config = TASKS[task].config('dense')
+    config, epochs = TASKS[task].config('dense'), TASKS[task].dense_epochs
     cfg = load_config(config, args.cfg_options)
+    last(cfg, epochs)
     folder = args.dense_dir.resolve() / config.stem
-    checkpoint = folder / f'epoch_{cfg.train_cfg.max_epochs}.pth'
+    checkpoint = folder / f'epoch_{epochs}.pth'
     if not checkpoint.is_file():
-        print(f'training {config.stem} first ({cfg.train_cfg.max_epochs} epochs)', flush=True)
+        print(f'training {config.stem} first ({epochs} epochs)', flush=True)
         config = dumped(cfg, folder / 'config' / config.name)
         call(folder, args.threads, 'tools/train.py', config, '--resume')
     return load_config(TASKS[task].config('finetune'), args.cfg_options), checkpoint
 
 
+def last(cfg: Config, epochs: int) -> None:
+    """Set the length of a training, and of its schedule."""
+    for scheduler in cfg.param_scheduler:
+        if scheduler.get('by_epoch', True) and scheduler.get('end', 0) >= cfg.train_cfg.max_epochs:
+            scheduler.end = epochs
+    cfg.train_cfg.max_epochs = epochs
+
+
 def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
     """The config of a run: one evaluation and one small checkpoint, at its end."""
-    cfg, planned = copy.deepcopy(base), base.train_cfg.max_epochs
+    cfg = copy.deepcopy(base)
+    last(cfg, epochs)
     saving = dict(interval=epochs, save_optimizer=False, save_best=None)
     loading = dict(num_workers=0, persistent_workers=False)
     cfg.merge_from_dict(
         dict(
             load_from=str(checkpoint),
             randomness=dict(seed=run.seed),
-            train_cfg=dict(max_epochs=epochs, val_interval=epochs),
+            train_cfg=dict(val_interval=epochs),
             default_hooks=dict(checkpoint=saving, logger=dict(interval=50)),
             train_dataloader=loading,
             val_dataloader=loading,
         )
     )
-    for scheduler in cfg.param_scheduler:
-        if scheduler.get('by_epoch', True) and scheduler.get('end', 0) >= planned:
-            scheduler.end = epochs
     cfg.model.backbone.keep_ratios = run.keep_ratios
     if run.policy is not None:
         cfg.model.backbone.policy = dict(run.policy)
@@ -149,19 +156,19 @@ def lines_of(run: Run, cfg: Config) -> list[Line]:
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
     """Train, and test at each ratio to serve; returns the scores."""
-    _, _, metric, _, points = TASKS[run.variant['task']]
+    task = TASKS[run.variant['task']]
     folder = args.out_dir / 'runs' / run.name
     shutil.rmtree(folder, ignore_errors=True)  # an earlier score must not pass for its own
     config = dumped(cfg, folder.parent / f'{run.name}.py')
     call(folder, args.threads, 'tools/train.py', config)
-    scores = [] if run.served else [last_score(folder, metric)]
+    scores = [] if run.served else [last_score(folder, task.metric)]
     for ratio in run.served:
         tested = folder / f'keep{ratio:g}'
         checkpoint = folder / f'epoch_{args.epochs}.pth'
         options = ['--cfg-options', f'model.backbone.keep_ratios={ratio}']
         call(tested, args.threads, 'tools/test.py', config, checkpoint, *options)
-        scores.append(last_score(tested, metric))
-    return [score * points for score in scores]
+        scores.append(last_score(tested, task.metric))
+    return [score * task.points for score in scores]
 
 
 def call(folder: Path, threads: int, *command: str | Path) -> None:
