@@ -96,7 +96,7 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
 
 def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
     """The fine-tune config of a task and its dense checkpoint, trained first if it is not there."""
-    config, epochs = TASKS[task].config('dense'), TASKS[task].dense_epochs
+    config, epochs = TASKS[task].config('dense'), variants.DENSE_EPOCHS
     cfg = load_config(config, args.cfg_options)
     last(cfg, epochs)
     folder = args.dense_dir.resolve() / config.stem
