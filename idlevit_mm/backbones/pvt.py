@@ -33,7 +33,7 @@ _TABLE = 'layers.{}.1.0.pos_embed'
 class IdlePVTBlock(IdleBlock):
     """One PVT block on the active tokens of a map; all tokens serve as keys and values."""
 
-    reads_map = True
+    reads_map = has_cells = True
 
     def __init__(
         self,
@@ -67,8 +67,11 @@ class IdlePVTBlock(IdleBlock):
         return self.attn(queries, context, tokens.hw_shape), None
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
+        layout = None if plan.summary is None else self.groups(hw_shape, now.device)
+        cells = None if layout is None else layout.window_ids
+
         def function(x: Tensor) -> Tensor:
-            return x + self.ffn(self.norm2(x), hw_shape, plan.rows)
+            return x + self.ffn(self.norm2(x), hw_shape, plan.rows, cells)
 
         if self.uses_summaries:
             return function(now)

@@ -47,6 +47,7 @@ class IdleLSABlock(IdleSwinBlock):
 
     SCOPES = ('map',)
     ATTENTION = LocallyGroupedAttention
+    has_cells = True  # those of the blocks between
 
 
 class _Twins(IdlePyramid):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,7 @@ from ..kernels import (
     ranking_precision,
     site_of,
 )
-from ..ops import Extent, Rows, Units, map_units, units_inside
+from ..ops import Extent, Rows, Units, WindowLayout, map_units, units_inside, window_layout
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work, moves
 from .functions import counted, gated, numbers, straight_through, weighted_mean, with_rows
@@ -53,6 +54,8 @@ class IdleBlock(BaseModule, ABC):
     holds_summaries: bool = True
     # Whether the attention looks at the whole map, whatever is computed.
     reads_map: bool = False
+    # Whether there may be a summary of each cell, which is no key then.
+    has_cells: bool = False
     # Says where idling pays; None where it always idles.
     payer: Payer | None = None
 
@@ -68,6 +71,11 @@ class IdleBlock(BaseModule, ABC):
         self.with_cp = with_cp
         self.num_class = num_class
         self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0)
+        if self.policy.summary_size and not self.has_cells:
+            raise ValueError(
+                f'policy.summary_size={self.policy.summary_size}: {type(self).__name__} has no use '
+                'for it; allowed where keys are those of the whole map, as in PVT, PVTv2 and MiT'
+            )
 
     def forward(
         self,
@@ -144,13 +152,26 @@ class IdleBlock(BaseModule, ABC):
         """Units among which the policy chooses."""
         return map_units(*hw_shape, device)
 
+    def groups(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout | None:
+        """Windows or cells whose idle tokens have a summary each; None for one of the map."""
+        side = self.policy.summary_size
+        return window_layout(*hw_shape, side, 0, device) if side else None
+
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Mean of the idle tokens of each group by weights (B, N): (B, R, C); here of the map."""
-        return weighted_mean(x[:, None, : weights.shape[1]], weights[:, None])
+        """Mean of the idle tokens of each group by weights (B, N): (B, R, C)."""
+        layout = self.groups(hw_shape, x.device)
+        if layout is None:
+            return weighted_mean(x[:, None, : weights.shape[1]], weights[:, None])
+        slots = layout.token_ids.flatten().expand(x.shape[0], -1)
+        tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
+        tokens = tokens.unflatten(1, layout.token_ids.shape)
+        # Padding has weight 0, whatever was read there.
+        return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
 
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
-        return summaries
+        layout = self.groups(hw_shape, summaries.device)
+        return summaries if layout is None else summaries[:, layout.window_ids]
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         """What the two halves cost for a batch of maps of which so many rows are computed."""

@@ -5,14 +5,12 @@ Shape letters: B images, M windows, N tokens of the map (H * W), R summaries, C 
 
 import math
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from ..kernels import backend_at
-from ..ops import Rows
+from ..ops import WindowLayout
 from ..policies import Plan
 from .cost import Work, layers, moves
-from .functions import weighted_mean
 from .idle_block import IdleBlock
 from .tokens import Tokens
 
@@ -39,22 +37,10 @@ class WindowBlock(IdleBlock):
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         return self.attn.kept_share(self.entering(x), hw_shape, mask)
 
-    def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Weighted mean of the idle tokens of each window: (B, M, C)."""
+    def groups(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout | None:
         if not self.attn.window_size:
-            return super().summarize(x, weights, hw_shape)
-        layout = self.attn.windows(hw_shape, x.device)
-        slots = layout.token_ids.flatten().expand(x.shape[0], -1)
-        tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
-        tokens = tokens.unflatten(1, layout.token_ids.shape)
-        # Padding has weight 0, whatever was read there.
-        return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
-
-    def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        if not self.attn.window_size:
-            return super().spread(summaries, hw_shape)
-        layout = self.attn.windows(hw_shape, summaries.device)
-        return summaries[:, layout.slot_ids // layout.token_ids.shape[1]]
+            return super().groups(hw_shape, device)
+        return self.attn.windows(hw_shape, device)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         width, hidden = self.embed_dims, self.ffn.feedforward_channels

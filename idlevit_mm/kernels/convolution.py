@@ -35,7 +35,7 @@ class ConvolveRows(torch.autograd.Function):
         hw_shape: tuple[int, int],
         rows: Rows,
     ) -> Tensor:
-        """Convolve x (B, T, C) among a map of blank (B, 1, C): (B, T, C)."""
+        """Convolve x (B, T, C) among a map of blank (B, 1, C), or (B, N, C): (B, T, C)."""
         canvas = fill_map(blank, hw_shape[0] * hw_shape[1], rows, x)
         return take_rows(depthwise(canvas, weight, bias, hw_shape), rows, traced=True)
 
@@ -52,7 +52,8 @@ class ConvolveRows(torch.autograd.Function):
         hw_shape, rows = ctx.hw_shape, Rows(ids)
         num_tokens = hw_shape[0] * hw_shape[1]
         canvas = fill_map(blank, num_tokens, rows, x)
-        grad_map = fill_map(torch.zeros_like(blank), num_tokens, rows, grad)
+        nothing = torch.zeros_like(blank[:, :1])
+        grad_map = fill_map(nothing, num_tokens, rows, grad)
         channels, padding = len(weight), weight.shape[-1] // 2
         grad_canvas, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             to_map(grad_map, hw_shape),
@@ -71,5 +72,6 @@ class ConvolveRows(torch.autograd.Function):
         grad_x = take_rows(grad_canvas, rows)
         grad_blank = None
         if ctx.needs_input_grad[1]:
-            grad_blank = (grad_canvas.sum(1) - grad_x.sum(1))[:, None]
+            grad_blank = fill_map(grad_canvas, num_tokens, rows, torch.zeros_like(grad_x))
+            grad_blank = grad_blank.sum_to_size(blank.shape)
         return grad_x, grad_blank, grad_weight, grad_bias, None, None

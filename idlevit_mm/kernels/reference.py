@@ -111,15 +111,17 @@ class Reference:
         bias: Tensor | None,
         hw_shape: tuple[int, int],
         rows: Rows | None,
+        cells: Tensor | None = None,
     ) -> Tensor:
         """Depth-wise convolution of rows x (B, T, C) of a map by weight (C, 1, side, side).
 
-        All rows are there where ``rows`` is None; else blank (B, 1, C), or zeros where it is None,
-        stand in the other places.
+        All rows are there where ``rows`` is None; else blank (B, R, C), or zeros where it is None,
+        stand in the other places, ``cells`` (N,) says which of them where R is not 1.
         """
         if rows is None:
             return depthwise(x, weight, bias, hw_shape)
         blank = x.new_zeros(x.shape[0], 1, x.shape[2]) if blank is None else blank
+        blank = blank if cells is None else blank[:, cells]
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         site = site_of(x)

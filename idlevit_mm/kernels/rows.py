@@ -36,7 +36,7 @@ def put_rows(x: Tensor, rows: Rows, values: Tensor) -> Tensor:
 
 
 def fill_map(blank: Tensor, num_tokens: int, rows: Rows, values: Tensor) -> Tensor:
-    """A map of nothing but blank (B, 1, C) and rows (B, T, C) of no padding: (B, N, C)."""
+    """A map of blank (B, 1, C), or (B, N, C), and rows (B, T, C) of no padding: (B, N, C)."""
     filled = blank.expand(-1, num_tokens, -1).clone(memory_format=torch.contiguous_format)
     ids = flat_ids(rows, num_tokens)
     return filled.flatten(0, 1).index_copy_(0, ids, values.flatten(0, 1)).view(filled.shape)

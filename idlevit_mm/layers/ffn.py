@@ -43,7 +43,9 @@ class MixLayers(Sequential):
     Point-wise layers are convolutions of 1 x 1 in their names and shapes.
     """
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor:
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None, cells: Tensor | None
+    ) -> Tensor:
         """Compute packed tokens; see ``MixFFN.forward``."""
         first, *depthwise, act, drop, second, last_drop = self
         parts = [slice(None)]
@@ -55,7 +57,7 @@ class MixLayers(Sequential):
         for part in parts:
             inner = _pointwise(x, first, part, slice(None))
             for conv in depthwise:
-                inner = _convolve(inner, conv, part, hw_shape, rows)
+                inner = _convolve(inner, conv, part, hw_shape, rows, cells)
             added = _pointwise(drop(act(inner)), second, slice(None), part, bias=out is None)
             out = added if out is None else out.add_(added)
         return last_drop(out)
@@ -66,7 +68,7 @@ class MixFFN(BaseModule):
     """PVT's feed-forward network, with a 3x3 depth-wise convolution in PVTv2 (2106.13797) and MiT.
 
     Hidden features of idle tokens are not computed: the convolution sees zeros in their places, or
-    those of their summary where there is one. The summary itself has no place in the map; it is
+    those of their summary where there is one. A summary itself has no place in the map; it is
     convolved as if all its neighbours were like it, which is what it stands for.
 
     Args:
@@ -104,12 +106,19 @@ class MixFFN(BaseModule):
         self.layers = MixLayers(*layers)
         self.dropout_layer = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        hw_shape: tuple[int, int],
+        rows: Rows | None,
+        cells: Tensor | None = None,
+    ) -> Tensor:
         """The branch of active tokens (B, T, C), all N where ``rows`` is None, without identity.
 
-        Behind them may be a summary of the idle ones: (B, T + 1, C).
+        Behind them may be summaries of the idle ones: (B, T + R, C). ``cells`` (N,) says whose each
+        token is; None if there is one.
         """
-        return self.dropout_layer(self.layers(x, hw_shape, rows))
+        return self.dropout_layer(self.layers(x, hw_shape, rows, cells))
 
 
 def _pointwise(
@@ -124,17 +133,22 @@ def _pointwise(
 
 
 def _convolve(
-    x: Tensor, conv: nn.Module, part: slice, hw_shape: tuple[int, int], rows: Rows | None
+    x: Tensor,
+    conv: nn.Module,
+    part: slice,
+    hw_shape: tuple[int, int],
+    rows: Rows | None,
+    cells: Tensor | None,
 ) -> Tensor:
-    """Depth-wise convolution of the active tokens among the map, and of a summary behind them."""
+    """Depth-wise convolution of the active tokens among the map, and of summaries behind them."""
     count = x.shape[1] if rows is None else rows.ids.shape[1]
     x, summaries = x[:, :count], x[:, count:]
     # Idle tokens are like their summary, where there is one.
     blank = summaries if summaries.shape[1] else None
     if not is_plain(conv, nn.Conv2d):
-        return _convolve_by_module(x, summaries, conv, hw_shape, rows)
+        return _convolve_by_module(x, summaries, conv, hw_shape, rows, cells)
     weight, bias = conv.weight[part], None if conv.bias is None else conv.bias[part]
-    out = backend_at(x).convolve(x, blank, weight, bias, hw_shape, rows)
+    out = backend_at(x).convolve(x, blank, weight, bias, hw_shape, rows, cells)
     if blank is None:
         return out
     weight, bias = weight.to(x.dtype), 0.0 if bias is None else bias.to(x.dtype)
@@ -142,16 +156,22 @@ def _convolve(
 
 
 def _convolve_by_module(
-    x: Tensor, summaries: Tensor, conv: nn.Module, hw_shape: tuple[int, int], rows: Rows | None
+    x: Tensor,
+    summaries: Tensor,
+    conv: nn.Module,
+    hw_shape: tuple[int, int],
+    rows: Rows | None,
+    cells: Tensor | None,
 ) -> Tensor:
     backend = backend_at(x)
     if rows is None:
         return to_tokens(conv(to_map(x, hw_shape)))
     blank = summaries if summaries.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
-    canvas = backend.put(blank.expand(-1, hw_shape[0] * hw_shape[1], -1), rows, x)
+    blank = blank.expand(-1, hw_shape[0] * hw_shape[1], -1) if cells is None else blank[:, cells]
+    canvas = backend.put(blank, rows, x)
     out = backend.take(to_tokens(conv(to_map(canvas, hw_shape))), rows)
     if not summaries.shape[1]:
         return out
-    alike = conv(summaries.transpose(1, 2)[..., None].expand(-1, -1, _SIDE, _SIDE))
+    alike = conv(summaries.flatten(0, 1)[..., None, None].expand(-1, -1, _SIDE, _SIDE))
     middle = alike[..., _SIDE // 2, _SIDE // 2]
-    return torch.cat([out, middle[:, None]], dim=1)
+    return torch.cat([out, middle.view(summaries.shape)], dim=1)

@@ -43,6 +43,11 @@ class WindowLayout(NamedTuple):
     regions: Any
     has_padding: bool
 
+    @property
+    def window_ids(self) -> Any:
+        """Number of the window of each token: (N,)."""
+        return self.slot_ids // self.token_ids.shape[1]
+
 
 class Units(NamedTuple):
     """What can be active or idle, and among which units the best are chosen.

@@ -33,9 +33,12 @@ class Policy(nn.Module, ABC):
             the default of the policy.
         scope: What is a unit and among which units the best are chosen; None for the default.
         rounding: How the number of active units is rounded: ``nearest``, ``floor`` or ``ceil``.
+        summary_size: Side in tokens of the cells whose idle tokens have a summary each, where the
+            policy makes some; None for one summary of the map. Windows have their own.
 
     Raises:
-        ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use.
+        ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use;
+            or ``summary_size`` is no side.
         TypeError: The scorer does not take an argument given to it.
     """
 
@@ -59,6 +62,7 @@ class Policy(nn.Module, ABC):
         scorer: str | dict[str, Any] | None = None,
         scope: str | None = None,
         rounding: str = 'nearest',
+        summary_size: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -78,6 +82,12 @@ class Policy(nn.Module, ABC):
                 f'policy.rounding={rounding!r} is unknown; allowed: {", ".join(ROUNDINGS)}'
             )
         self.rounding = rounding
+        if summary_size is not None and not (type(summary_size) is int and summary_size > 0):
+            raise ValueError(
+                f'policy.summary_size={summary_size!r} must be a side in tokens, at least 1, or '
+                'None for one summary of the map'
+            )
+        self.summary_size = summary_size
         if scorer is None:
             scorer = self.CLASS_TOKEN_SCORER if class_token else self.SCORER
         self.scorer: Scorer = build_from(SCORERS, 'policy.scorer', scorer, embed_dims=embed_dims)

@@ -78,10 +78,11 @@ class CPU(Reference):
         bias: Tensor | None,
         hw_shape: tuple[int, int],
         rows: Rows | None,
+        cells: Tensor | None = None,
     ) -> Tensor:
         if rows is None or not native.usable(x):
-            return super().convolve(x, blank, weight, bias, hw_shape, rows)
-        return native.convolve(x, blank, weight, bias, hw_shape, rows)
+            return super().convolve(x, blank, weight, bias, hw_shape, rows, cells)
+        return native.convolve(x, blank, weight, bias, hw_shape, rows, cells)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0

@@ -341,10 +341,11 @@ end:
 }
 
 // Depth-wise convolution of packed rows (B, T, C), by ids (B, T), by weight (side * side, C):
-// (B, T, C). In the places of idle tokens stands blank (B, C), or zeros where it is NULL.
+// (B, T, C). In the places of idle tokens stands blank (B, R, C), that of the token's cell (N) where
+// there are cells, or zeros where it is NULL. R is summaries.
 int convolve(const float *x, const float *blank, const float *weight, const float *bias, float *out,
-             const int64_t *ids, int batch, int count, int height, int width, int side,
-             int channels) {
+             const int64_t *ids, const int64_t *cells, int batch, int count, int height, int width,
+             int side, int channels, int summaries) {
     enum { BLOCK = 64 };
     int half = side / 2, taps = side * side, wide = width + 2 * half;
     int64_t area = (int64_t)(height + 2 * half) * wide;
@@ -355,7 +356,9 @@ int convolve(const float *x, const float *blank, const float *weight, const floa
     for (int64_t place = 0; place < batch * area; place++) map[place] = zeros;
     for (int y = 0; blank && y < batch * height; y++) {
         int64_t start = y / height * area + (int64_t)(y % height + half) * wide + half;
-        for (int i = 0; i < width; i++) map[start + i] = blank + y / height * channels;
+        const int64_t *cell = cells ? cells + y % height * width : NULL;
+        for (int i = 0; i < width; i++)
+            map[start + i] = blank + (y / height * summaries + (cell ? cell[i] : 0)) * channels;
     }
     int64_t *places = malloc(sizeof(int64_t) * batch * count);
     if (!places) return free(map), free(zeros), 1;

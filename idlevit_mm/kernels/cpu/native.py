@@ -76,9 +76,10 @@ def convolve(
     bias: Tensor | None,
     hw_shape: tuple[int, int],
     rows: Rows,
+    cells: Tensor | None,
 ) -> Tensor:
     """``Reference.convolve`` of some rows."""
-    tensors = x, blank, weight.flatten(1).t(), bias, rows.ids.expand(len(x), -1)
+    tensors = x, blank, weight.flatten(1).t(), bias, rows.ids.expand(len(x), -1), cells
     return convolve_rows(*map(_single, tensors), [*hw_shape, weight.shape[-1]]).to(x.dtype)
 
 
@@ -109,7 +110,7 @@ def _pairs(qkv: Tensor, ids: Tensor | None, sizes: list[int]) -> int:
     padding = (layout.token_ids < 0).sum(1)
     active = np.broadcast_to(slots - padding, (batch, windows))
     if ids is not None:
-        places = np.append(layout.slot_ids // slots, windows)[ids.numpy()]
+        places = np.append(layout.window_ids, windows)[ids.numpy()]
         active = np.stack([np.bincount(image, minlength=windows + 1)[:-1] for image in places])
     summaries = np.zeros_like(active)
     if ids is not None and qkv.shape[1] > ids.shape[1]:
@@ -195,11 +196,13 @@ def convolve_rows(
     taps: Tensor,
     bias: Tensor | None,
     ids: Tensor,
+    cells: Tensor | None,
     sizes: list[int],
 ) -> Tensor:
     """Depth-wise convolution of rows (B, T, C) by taps (side ** 2, C): (B, T, C)."""
     out = torch.empty_like(x)
-    _call('convolve', x, blank, taps, bias, out, ids, *x.shape[:2], *sizes, x.shape[2])
+    shapes = *x.shape[:2], *sizes, x.shape[2], 0 if blank is None else blank.shape[1]
+    _call('convolve', x, blank, taps, bias, out, ids, cells, *shapes)
     return out
 
 
