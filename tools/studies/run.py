@@ -132,6 +132,8 @@ def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
             val_dataloader=loading,
         )
     )
+    cfg.custom_imports = dict(imports=['idlevit_mm', 'rules'])
+    enlarge(cfg, run.method.scale)
     cfg.model.backbone.keep_ratios = run.keep_ratios
     if run.policy is not None:
         cfg.model.backbone.policy = dict(run.policy)
@@ -140,18 +142,36 @@ def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
     return cfg
 
 
+def enlarge(cfg: Config, scale: float) -> None:
+    """Let the pipelines of a detector resize images."""
+    if scale == 1.0:
+        return
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        steps = [step for step in loader.dataset.pipeline if step['type'] != 'Resize']
+        packing = steps.pop()
+        loader.dataset.pipeline = [*steps, dict(type='Resize', scale_factor=scale), packing]
+
+
 def lines_of(run: Run, cfg: Config) -> list[Line]:
     """What the results of a run hold besides the score: all that it depends on."""
     data = json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()
     digests = [hashlib.sha256(d).hexdigest()[:12] for d in (data, Path(cfg.load_from).read_bytes())]
     settings = dict(zip(('config_sha256', 'checkpoint_sha256'), digests, strict=True))
     settings |= dict(epochs=cfg.train_cfg.max_epochs, policy=run.policy, custom_hooks=run.hooks)
+    settings |= dict(scale=run.method.scale)
     lines = []
     for ratio in run.served or (None,):
         variant = dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio'])
-        own = dict(settings, keep_ratios=ratio or run.keep_ratios)
+        own = dict(settings, keep_ratios=served(run, ratio) if ratio else run.keep_ratios)
         lines.append(dict(variant=variant, seed=run.seed, settings=own))
     return lines
+
+
+def served(run: Run, ratio: float) -> list[list[float]]:
+    """Keep ratios of all blocks where a checkpoint is tested at one: the first block is dense."""
+    ratios = [[ratio] * len(stage) for stage in run.keep_ratios]
+    ratios[0][0] = 1.0
+    return ratios
 
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
@@ -165,7 +185,8 @@ def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
     for ratio in run.served:
         tested = folder / f'keep{ratio:g}'
         checkpoint = folder / f'epoch_{args.epochs}.pth'
-        options = ['--cfg-options', f'model.backbone.keep_ratios={ratio}']
+        ratios = str(served(run, ratio)).replace(' ', '')
+        options = ['--cfg-options', f'model.backbone.keep_ratios={ratios}']
         call(tested, args.threads, 'tools/test.py', config, checkpoint, *options)
         scores.append(last_score(tested, task.metric))
     return [score * task.points for score in scores]
@@ -179,6 +200,8 @@ def call(folder: Path, threads: int, *command: str | Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     variables = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads))
+    here = [str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]
+    variables['PYTHONPATH'] = os.pathsep.join(filter(None, here))  # of rules.py
     log = folder / 'output.log'
     with log.open('w') as file:
         done = subprocess.run(

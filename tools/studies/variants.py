@@ -15,12 +15,14 @@ from idlevit_mm.analysis.flops import backbone_multiply_adds
 from idlevit_mm.analysis.models import load_config
 from idlevit_mm.errors import UsageError
 
+import rules  # noqa: F401  (registers what is tried)
+
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'digit_scenes'
 INPUT_SHAPE = (128, 128)
 DENSE_EPOCHS = 12  # twice those of the configs: until the dense models gain nothing more
 LEVELS = (0.33, 0.2, 0.45)  # shares of the dense multiply-adds to save; the first one decides
-# One checkpoint for many ratios, against one checkpoint for each.
-RANDOM_RATIOS, SERVED_RATIOS = 'random-ratios', (1.0, 0.8, 0.6, 0.5, 0.4)
+# Ratios of all blocks but the first at which one checkpoint for many is tested.
+SERVED_RATIOS = (1.0, 0.8, 0.6, 0.5, 0.4)
 # A level counts as reached within this share of the dense multiply-adds. Whole windows go in
 # steps of up to 0.06 in a stage of four windows.
 _TOLERANCE = 0.035
@@ -50,12 +52,17 @@ TASKS = {
 
 
 class Method(NamedTuple):
-    """One way to save operations: policy, where its ratio applies, losses, tasks that it fits."""
+    """One way to save operations: policy, losses, hook, tasks that it fits, where it idles.
+
+    The first block is dense in all of them.
+    """
 
     policy: Mapping[str, Any]
-    where: str = ''
     losses: tuple[Mapping[str, Any], ...] = ()
+    ratios: Mapping[str, Any] | None = None  # the hook that sets them in training
     tasks: tuple[str, ...] = tuple(TASKS)
+    idles: str = ''  # the blocks that do, all but the first by default
+    scale: float = 1.0  # of the images
 
 
 TEACHER = 'DENSE'  # stands for the path of the dense checkpoint
@@ -64,40 +71,64 @@ _CUT = dict(type='TokenCutLoss', loss_weight=0.1)
 _DISTILL = dict(type='FeatureDistillation', teacher=dict(checkpoint=TEACHER), loss_weight=5.0)
 _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
 _SUMMARY = dict(_IDLEVIT, context='summary')
-_LATE, _ENTRY = 'from block 1', 'stage entry'
+_EVOVIT = dict(type='EvoViT')
+_SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
+_ENTRY, _ODD = 'stage entry', 'stages 1 and 3'
 METHODS = {
     'idlevit': Method(_IDLEVIT),
-    'idlevit+cut': Method(_IDLEVIT, losses=(_CUT,)),
-    'idlevit+distill': Method(_IDLEVIT, losses=(_DISTILL,)),
-    'idlevit+cut+distill': Method(_IDLEVIT, losses=(_CUT, _DISTILL)),
-    'learned': Method(dict(_IDLEVIT, scorer='learned')),
-    # The first block dense, a summary of idle tokens as context, and distillation.
-    'recipe': Method(_SUMMARY, _LATE, (_DISTILL,)),
-    'recipe-all': Method(dict(_IDLEVIT, context='all'), _LATE, (_DISTILL,)),
-    'idlevit-summary': Method(_SUMMARY, _LATE),
+    'idlevit+distill': Method(_IDLEVIT, (_DISTILL,)),
+    'idlevit-summary': Method(_SUMMARY),
+    'idlevit-summary+distill': Method(_SUMMARY, (_DISTILL,)),
+    'evovit': Method(_EVOVIT),
+    'evovit+distill': Method(_EVOVIT, (_DISTILL,)),
     # Drops for good, once per stage, as EViT does in three of twelve layers.
-    'evit': Method(dict(type='EViT'), _ENTRY),
-    # Dense at first, as Evo-ViT is in a third of its blocks, which would leave too few here.
-    'evovit': Method(dict(type='EvoViT'), _LATE),
-    'evovit+distill': Method(dict(type='EvoViT'), _LATE, (_DISTILL,)),
-    'sparsevit': Method(dict(type='SparseViT'), tasks=('swin-det',)),
-    'sparsevit-distance': Method(
-        dict(type='SparseViT', scorer='mean_distance'), tasks=('swin-det',)
-    ),
+    'evit': Method(dict(type='EViT'), idles=_ENTRY),
+    'sparsevit': Method(dict(type='SparseViT'), tasks=_SWIN),
+    'sparsevit-distance': Method(dict(type='SparseViT', scorer='mean_distance'), tasks=_SWIN),
     'random': Method(dict(_IDLEVIT, scorer='random')),
 }
-# Methods by default; the others are of the study of scorers and scopes.
+METHODS |= {
+    f'{name}-cells{side}{more}': Method(dict(policy, summary_size=side), losses, tasks=_PVTV2)
+    for name, policy in (('evovit', _EVOVIT), ('idlevit-summary', _SUMMARY))
+    for side in (4, 8)
+    for more, losses in (('', ()), ('+distill', (_DISTILL,)))
+}
+# Methods by default; the others are of other studies: of rules, scorers and scopes.
 POLICIES = tuple(METHODS)
 METHODS |= {
-    name: Method(dict(_IDLEVIT, scorer=name))
-    for name in ('activation_norm', 'mean_query', 'uniform_grid')
+    'idlevit-all': Method(dict(_IDLEVIT, context='all')),
+    'idlevit+cut': Method(_IDLEVIT, (_CUT,)),
+    'idlevit-age': Method(dict(_IDLEVIT, type='AgedIdleViT')),
+    'idlevit-two-blocks': Method(dict(_IDLEVIT, type='BlendedIdleViT')),
+    # PVTv2 would save less than a third so.
+    'idlevit-odd-stages': Method(_IDLEVIT, idles=_ODD, tasks=_SWIN),
+    'evovit-contrast': Method(dict(_EVOVIT, scorer='local_contrast')),
+    'learned': Method(dict(_IDLEVIT, scorer='learned')),
+    'learned-importance': Method(
+        dict(_IDLEVIT, scorer=dict(type='learned', learns_from='importance'))
+    ),
 }
-METHODS['learned-importance'] = Method(
-    dict(_IDLEVIT, scorer=dict(type='learned', learns_from='importance'))
-)
 METHODS |= {
-    name: Method(dict(_IDLEVIT, scope=name), tasks=('swin-det',))
-    for name in ('window_tokens', 'windows')
+    name: Method(dict(_IDLEVIT, scorer=name))
+    for name in ('activation_norm', 'local_contrast', 'mean_query', 'query_logits', 'uniform_grid')
+}
+METHODS |= {
+    name: Method(dict(_IDLEVIT, scope=name), tasks=_SWIN) for name in ('window_tokens', 'windows')
+}
+# One checkpoint for many ratios, against one for each.
+_RANDOM = dict(type='RandomKeepRatioHook', low=0.4, per='model')
+_SANDWICH = dict(_RANDOM, sandwich=True)
+METHODS |= {
+    f'{name}{more}-{way}': Method(policy, losses, hook, tasks=_SWIN)
+    for name, policy in (('idlevit', _IDLEVIT), ('evovit', _EVOVIT))
+    for more, losses in (('', ()), ('+distill', (_DISTILL,)))
+    for way, hook in (('random', _RANDOM), ('sandwich', _SANDWICH))
+}
+# More image for the same multiply-adds; and what that image gives a dense backbone.
+METHODS |= {
+    f'{name}-{scale:g}x': Method(policy, scale=scale, tasks=_SWIN)
+    for name, policy in (('evovit', _EVOVIT), ('dense', _IDLEVIT))
+    for scale in (1.25, 1.5)
 }
 
 
@@ -108,8 +139,15 @@ class Run(NamedTuple):
     seed: int
     policy: Mapping[str, Any] | None = None  # None: the config's own
     keep_ratios: Any = 1.0
-    hooks: list[dict[str, Any]] = []  # with TEACHER in place of the dense checkpoint
+    method: Method = Method({})
     served: tuple[float, ...] = ()  # ratios at which the checkpoint is tested, a line for each
+
+    @property
+    def hooks(self) -> list[dict[str, Any]]:
+        """Hooks of the training, with TEACHER in place of the dense checkpoint."""
+        _, losses, ratios, *_ = self.method
+        hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))] if losses else []
+        return hooks + ([dict(ratios)] if ratios else [])
 
     @property
     def name(self) -> str:
@@ -131,42 +169,49 @@ def planned_runs(
 ) -> Iterator[Run]:
     """Runs of a study, in an order that leaves an interrupted one balanced.
 
-    Seed by seed; within a seed all tasks at one level or keep ratio, then at the next. What serves
-    many ratios follows with the first seed, for Swin alone.
+    Seed by seed; within a seed all tasks at one level or keep ratio, then at the next. Methods that
+    serve many ratios, or that spend what they save on larger images, come last, a run for each.
     """
-    variant: dict[str, Any]
-    hooks: list[dict[str, Any]]
-    own: Any
     points = [*product(levels, [None]), *product([None], ratios)]
     for seed in seeds:
         for task in tasks:
             yield Run(dict(task=task, method='dense', level=None, keep_ratio=None), seed)
         for (level, ratio), task, name in product(points, tasks, methods):
-            policy, where, losses, fits = METHODS[name]
-            if task in fits:
+            method = METHODS[name]
+            if task in method.tasks and method.ratios is None and method.scale == 1.0:
                 variant = dict(task=task, method=name, level=level, keep_ratio=ratio)
-                hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))] if losses else []
-                if level:
-                    own = level_ratios(task, name, level)
-                elif ratio:
-                    own = spread(ratio, _backbone(task, 'null').depths, where)
-                yield Run(variant, seed, policy, own, hooks)
-        if seed == seeds[0] and levels and 'swin-det' in tasks and 'idlevit' in methods:
-            variant = dict(task='swin-det', method='idlevit', level=None)
-            for ratio in SERVED_RATIOS[1:]:  # the dense run is the one for 1.0
-                yield Run(dict(variant, keep_ratio=ratio), seed, _IDLEVIT, ratio)
-            variant = dict(variant, method=RANDOM_RATIOS, keep_ratio=None)
-            hooks = [dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model')]
-            yield Run(variant, seed, _IDLEVIT, 1.0, hooks, SERVED_RATIOS)
+                yield Run(variant, seed, method.policy, _ratios(task, name, level, ratio), method)
+        for task, name in product(tasks, methods):
+            method, variant = METHODS[name], dict(task=task, method=name, level=None)
+            variant['keep_ratio'] = None
+            if task not in method.tasks:
+                continue
+            if method.ratios is not None:
+                own = spread(min(SERVED_RATIOS), _backbone(task, 'null').depths)
+                yield Run(variant, seed, method.policy, own, method, SERVED_RATIOS)
+            elif name.startswith('dense'):
+                yield Run(variant, seed, method.policy, 1.0, method)
+            elif method.scale != 1.0:
+                level = 1 - 1 / method.scale**2
+                yield Run(variant, seed, method.policy, level_ratios(task, name, level), method)
 
 
-def spread(ratio: float, depths: Sequence[int], where: str = '') -> list[list[float]]:
-    """One ratio for each block: everywhere, ``from block 1`` on, or at each ``stage entry``."""
-    if where == _ENTRY:  # the other blocks keep all that is still in play
-        return [[ratio] + [1.0] * (depth - 1) for depth in depths]
+def _ratios(task: str, name: str, level: float | None, ratio: float | None) -> list[list[float]]:
+    if level:
+        return level_ratios(task, name, level)
+    assert ratio is not None
+    return spread(ratio, _backbone(task, 'null').depths, METHODS[name].idles)
+
+
+def spread(ratio: float, depths: Sequence[int], idles: str = '') -> list[list[float]]:
+    """One ratio for each block but the first: all, the first of a stage, or every second stage."""
     ratios = [[ratio] * depth for depth in depths]
-    if where == _LATE:
-        ratios[0][0] = 1.0
+    if idles == _ENTRY:  # the other blocks keep all that is still in play
+        ratios = [[ratio] + [1.0] * (depth - 1) for depth in depths]
+        ratios[0][1:2] = [ratio] * (depths[0] > 1)
+    elif idles == _ODD:
+        ratios = [[ratio if i % 2 == 0 else 1.0] * depth for i, depth in enumerate(depths)]
+    ratios[0][0] = 1.0
     return ratios
 
 
@@ -183,17 +228,17 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
     Raises:
         UsageError: it cannot come near to the level.
     """
-    policy, where = METHODS[method][:2]
+    policy, idles = METHODS[method].policy, METHODS[method].idles
     depths = _backbone(task, 'null').depths
-    ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, where)), 1 - level)
-    saved = 1 - operations(task, policy, spread(ratio, depths, where))
+    ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, idles)), 1 - level)
+    saved = 1 - operations(task, policy, spread(ratio, depths, idles))
     if abs(saved - level) > _TOLERANCE:
         raise UsageError(
             f'level={level:g} cannot be reached by {method} on {task}: the nearest keep ratio, '
             f'{ratio:g}, saves {saved:.3f} of the multiply-adds; allowed: levels that are met '
             f'within {_TOLERANCE:g}'
         )
-    return spread(ratio, depths, where)
+    return spread(ratio, depths, idles)
 
 
 def operations(task: str, policy: Mapping[str, Any] | None, keep_ratios: Any) -> float:
