@@ -25,6 +25,7 @@ class AgedIdleViT(IdleViT):
             return super().plan(scores, units, keep_ratio, last, state)[0], state
         ages = torch.zeros_like(scores) if state is None else state
         plan, _ = super().plan(scores * (1 + 0.5 * ages), units, keep_ratio, last, None)
+        assert plan.rows is not None
         return plan, (ages + 1).scatter(1, plan.rows.ids, 0.0)
 
 

@@ -8,14 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rules  # noqa: F401  (registers what is tried)
 import torch
 from mmengine.registry import MODELS
 
 from idlevit_mm.analysis.flops import backbone_multiply_adds
 from idlevit_mm.analysis.models import load_config
 from idlevit_mm.errors import UsageError
-
-import rules  # noqa: F401  (registers what is tried)
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'digit_scenes'
 INPUT_SHAPE = (128, 128)
