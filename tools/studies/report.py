@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 from tabulate import tabulate
-from variants import METHODS, RANDOM_RATIOS, TASKS, operations
+from variants import METHODS, TASKS, operations
 
 from idlevit_mm.analysis.results import Line, read_lines
 
@@ -33,18 +34,23 @@ def frame_of(lines: Iterable[Line]) -> pd.DataFrame:
 
 
 def means(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per variant: mean score, gain over dense in the same seeds, each seed's score."""
+    """One row per variant: mean score, gain over dense in the same seeds, each seed's score.
+
+    And ``half``, half of the gain's interval of 95 % by Student's t over the paired seeds.
+    """
     dense = frame[frame.method == 'dense'].set_index(['task', 'seed']).score
     own = dense.reindex(pd.MultiIndex.from_frame(frame[['task', 'seed']])).to_numpy()
-    groups = frame.assign(dense=own).sort_values('seed').groupby(KEYS, dropna=False)
+    frame = frame.assign(dense=own, gain=frame.score - own)
+    groups = frame.sort_values('seed').groupby(KEYS, dropna=False)
     table = groups.agg(
         score=('score', 'mean'),
         dense=('dense', 'mean'),
         seeds=('score', list),
+        gain=('gain', 'mean'),
+        half=('gain', lambda gains: stats.t.ppf(0.975, gains.count() - 1) * gains.sem()),
         policy=('policy', list),
         ratios=('ratios', list),
     ).reset_index()
-    table['gain'] = table.score - table.dense
     # All runs of a variant have the same policy and ratios.
     table[['policy', 'ratios']] = table[['policy', 'ratios']].map(lambda values: values[0])
     table['share'] = list(map(operations, table.task, table.policy, table.ratios))
@@ -53,8 +59,7 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
 
 def variant_table(table: pd.DataFrame, task: str) -> str:
     """The rows of a task in Markdown: dense, then by level and keep ratio, the best first."""
-    if (table.method == RANDOM_RATIOS).any():  # rows at equal ratios are in a table of their own
-        table = table[table.level.notna() | (table.method == 'dense')]
+    table = table[~table.method.map(serves)]
     chosen = table.fillna({'level': 0.0, 'keep_ratio': 0.0})
     # Dense has neither.
     chosen['ratio'] = chosen.keep_ratio.where(chosen.method != 'dense', 2.0)
@@ -62,15 +67,16 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
     rows = []
     for row in chosen.sort_values([*order], ascending=[*order.values()]).itertuples():
         dense = row.method == 'dense'
-        where = METHODS[row.method].where if row.method in METHODS else ''
-        ratios = np.hstack(row.ratios if isinstance(row.ratios, list) else [row.ratios])
+        blocks = row.ratios if isinstance(row.ratios, list) else [[row.ratios]]
+        ratios, late = np.hstack(blocks), not dense and blocks[0][0] == 1.0
+        half = f' ± {row.half:.2f}' if len(row.seeds) > 1 else ''
         cells = [
             row.method,
             f'-{100 * row.level:g} %' if row.level else '–',
-            f'{ratios.min():g} {where}'.strip(),
+            f'{ratios.min():g}' + ' from block 1' * late,
             f'{row.share:.3f}',
             f'{row.score:.2f}',
-            '–' if dense else f'{row.gain:+.2f}',
+            '–' if dense else f'{row.gain:+.2f}{half}',
             ', '.join(f'{score:.2f}' for score in row.seeds),
         ]
         rows.append(cells)
@@ -78,27 +84,27 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
     return tabulate(rows, [*columns, 'each seed'], 'pipe', disable_numparse=True)
 
 
-def ratio_table(frame: pd.DataFrame, table: pd.DataFrame, task: str) -> str:
-    """One checkpoint for many ratios against one for each, in the seeds of the former."""
-    served = frame[frame.method == RANDOM_RATIOS]
-    single = frame[frame.method.isin(['dense', 'idlevit']) & frame.level.isna()]
-    both = served.merge(
-        single.fillna({'keep_ratio': 1.0}), on=['keep_ratio', 'seed'], suffixes=('', '_single')
-    )
-    both = both.groupby('keep_ratio')[['score', 'score_single']].mean().sort_index(ascending=False)
-    shares = table[table.method == RANDOM_RATIOS].set_index('keep_ratio').share
+def serves(method: str) -> bool:
+    """Whether a method trains one checkpoint for many ratios."""
+    return method in METHODS and METHODS[method].ratios is not None
+
+
+def ratio_table(table: pd.DataFrame) -> str:
+    """Checkpoints for many ratios, a column each: points against dense in the same seeds."""
+    served = table[table.method.map(serves)]
+    wide = served.pivot(index='keep_ratio', columns='method', values='gain')
+    wide = wide.sort_index(ascending=False)
+    shares = served.drop_duplicates('keep_ratio').set_index('keep_ratio').share
     rows = [
-        [f'{ratio:g}', f'{shares[ratio]:.3f}', f'{own:.2f}', f'{other:.2f}', f'{own - other:+.2f}']
-        for ratio, own, other in both.itertuples()
+        [f'{ratio:g}', f'{shares[ratio]:.3f}', *(f'{gain:+.2f}' for gain in gains)]
+        for ratio, *gains in wide.itertuples()
     ]
-    unit = TASKS[task].unit
-    columns = ['keep', 'multiply-adds', f'{unit}, one checkpoint for all', f'{unit}, one for each']
-    return tabulate(rows, [*columns, 'difference'], 'pipe', disable_numparse=True)
+    return tabulate(rows, ['keep', 'multiply-adds', *wide], 'pipe', disable_numparse=True)
 
 
 def scatter(frame: pd.DataFrame) -> str:
     """A sentence about the spread of runs around the means of their rows."""
-    groups = frame[frame.method != RANDOM_RATIOS].groupby(KEYS, dropna=False).score
+    groups = frame[~frame.method.map(serves)].groupby(KEYS, dropna=False).score
     freedom = groups.count().sum() - len(groups)
     if not freedom:
         return ''
@@ -115,14 +121,16 @@ def text(frame: pd.DataFrame) -> str:
     parts = [
         'Means over the seeds on the whole validation set. Every row, the dense one too, was '
         'fine-tuned equally long from the same dense checkpoint. Multiply-adds are those of the '
-        'backbone, scoring included, divided by those of the dense one.'
+        'backbone, scoring included, divided by those of the dense one at the same size of image. '
+        '"Against dense" is the mean of the differences of each seed, ± half of their interval of '
+        '95 % (Student\'s t).'
     ]
     served = []
     for task in [task for task in TASKS if (frame.task == task).any()]:
         own, rows = frame[frame.task == task], table[table.task == task]
         parts += [f'## {TASKS[task].title} ({task})', variant_table(rows, task), scatter(own)]
-        if (own.method == RANDOM_RATIOS).any():
-            served += ['## One checkpoint for many ratios', ratio_table(own, rows, task)]
+        if own.method.map(serves).any():
+            served += ['## One checkpoint for many ratios', ratio_table(rows)]
     parts += served
     return '\n\n'.join(part for part in parts if part) + '\n'
 
