@@ -36,6 +36,7 @@ class IdleViTBlock(IdleBlock):
     """One block of a plain ViT on the active tokens of a map, the class token and registers."""
 
     ATTENTION: type[nn.Module] = SelfAttention
+    has_cells = True
 
     def __init__(
         self,
@@ -61,15 +62,17 @@ class IdleViTBlock(IdleBlock):
         self, tokens: Tokens, plan: Plan, keys: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         idle = plan.keys == 'all' and plan.rows is not None
-        context = self.ln1(tokens.x) if idle else None
+        now, context = self.ln1(tokens.now), self.ln1(tokens.x) if idle else None
         rows = tokens.pack.rows if tokens.pack is not None else None
         if plan.summary is not None:
-            keys = None  # computed anew, with those of the summaries
+            keys = None  # computed anew, with that of the summary
+            if self.policy.summary_size and rows is not None:
+                context = now[:, : rows.ids.shape[1]]
         elif keys is not None and context is None and rows is not None:
             keys = backend_at(keys).take(keys, rows)
         # The class token comes behind the computed rows of the map.
         count = math.prod(tokens.hw_shape) if plan.rows is None else plan.rows.ids.shape[1]
-        branch, row = self.attn(self.ln1(tokens.now), context, keys, count if plan.ask else None)
+        branch, row = self.attn(now, context, keys, count if plan.ask else None)
         return self.residual_scale * branch, None if row is None else row[:, :count]
 
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:

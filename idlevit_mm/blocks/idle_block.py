@@ -74,7 +74,7 @@ class IdleBlock(BaseModule, ABC):
         if self.policy.summary_size and not self.has_cells:
             raise ValueError(
                 f'policy.summary_size={self.policy.summary_size}: {type(self).__name__} has no use '
-                'for it; allowed where keys are those of the whole map, as in PVT, PVTv2 and MiT'
+                'for it; allowed in PVT, PVTv2, MiT, Twins and ViT'
             )
 
     def forward(
@@ -171,7 +171,10 @@ class IdleBlock(BaseModule, ABC):
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
         layout = self.groups(hw_shape, summaries.device)
-        return summaries if layout is None else summaries[:, layout.window_ids]
+        if layout is None:
+            return summaries
+        # Class tokens are computed, whatever they are given.
+        return summaries[:, F.pad(layout.window_ids, (0, self.num_class))]
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         """What the two halves cost for a batch of maps of which so many rows are computed."""

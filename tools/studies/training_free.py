@@ -43,6 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     'IdleViT, summary': dict(type='IdleViT', context='summary'),
     'IdleViT, all keys': dict(type='IdleViT', context='all'),
     'Evo-ViT': dict(type='EvoViT'),
+    'Evo-ViT, cells of 4': dict(type='EvoViT', summary_size=4),
+    'Evo-ViT, cells of 8': dict(type='EvoViT', summary_size=8),
+    'Evo-ViT, cells of 4, `mean_distance`': dict(
+        type='EvoViT', scorer='mean_distance', summary_size=4
+    ),
     'EViT': dict(type='EViT'),
     'random': dict(type='IdleViT', scorer='random'),
 }
