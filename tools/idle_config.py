@@ -20,6 +20,8 @@ def write() -> None:
     add('--policy', help='idling policy, such as IdleViT or SparseViT')
     add('--scorer', help='token scorer, such as mean_distance')
     add('--scope', help='map, window_tokens or windows')
+    cells = 'side of the cells whose idle tokens have a summary each, for EvoViT'
+    add('--summary-size', type=int, help=cells)
     where = 'pays: blocks that idling would not make faster run dense'
     add('--idle-where', choices=IDLE_WHERE, default='always', help=where)
     start = 'trained dense model to start from; replaces the weights of init_cfg'
@@ -30,6 +32,7 @@ def write() -> None:
     add('--random-ratios', nargs=2, type=float, metavar=('LOW', 'HIGH'), help=draw)
     args = parser.parse_args()
     policy = {'type': args.policy, 'scorer': args.scorer, 'scope': args.scope}
+    policy['summary_size'] = args.summary_size
     settings = Settings(
         keep=parse_keep(args.keep),
         idle_where=args.idle_where,

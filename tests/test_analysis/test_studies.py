@@ -38,7 +38,7 @@ def shares(monkeypatch):
 @pytest.fixture
 def study(tmp_path, monkeypatch, shares):
     """Runs a study by its command line; returns its exit, its text and the tools it called."""
-    checkpoint = tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_6.pth'
+    checkpoint = tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_12.pth'
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b'weights')
     calls, parsing = [], threading.Lock()
@@ -84,21 +84,35 @@ def test_plan_is_balanced_when_it_is_interrupted(shares):
     ]
     levels = [one.variant['level'] for one in first if one.variant['level'] is not None]
     assert levels == [0.33] * 3 + [0.2] * 3 + [0.45] * 3  # windows fit Swin alone
-    # One checkpoint for many ratios, and one for each but 1.0, which the dense run is.
-    assert [one.keep_ratios for one in first[-5:]] == [0.8, 0.6, 0.5, 0.4, 1.0]
-    assert first[-1].served == (1.0, 0.8, 0.6, 0.5, 0.4)
-    assert not any(one.served or one.variant['keep_ratio'] for one in plan if one.seed == 1)
+    assert not any(one.served or one.variant['keep_ratio'] for one in plan)
+
+
+def test_plan_of_many_ratios_and_of_larger_images(shares):
+    methods = 'idlevit', 'evovit+distill-sandwich', 'evovit-1.25x', 'dense-1.25x'
+    plan = list(variants.planned_runs((2,), (), (0.7,), ('swin-det', 'pvtv2-det'), methods))
+    of_swin = [one for one in plan if one.variant['task'] == 'swin-det'][2:]
+    sandwich, larger, dense = of_swin
+    assert [len(one.served) for one in of_swin] == [5, 0, 0]
+    # Blocks that are to be drawn ratios must idle by themselves, as the hook leaves others dense.
+    assert sandwich.keep_ratios == [[1.0], [0.4, 0.4, 0.4]]
+    losses, ratios = sandwich.hooks
+    assert losses['losses'][0]['type'] == 'FeatureDistillation'
+    assert (ratios['type'], ratios['sandwich']) == ('RandomKeepRatioHook', True)
+    assert variants.operations('swin-det', None, larger.keep_ratios) == pytest.approx(1 / 1.25**2)
+    assert (dense.keep_ratios, dense.method.scale) == (1.0, 1.25)
+    assert len(plan) == 2 + 2 + 3  # what fits Swin alone is of Swin alone
 
 
 def test_patterns_of_ratios():
-    assert variants.spread(0.5, (1, 3)) == [[0.5], [0.5, 0.5, 0.5]]
-    assert variants.spread(0.5, (1, 3), 'from block 1') == [[1.0], [0.5, 0.5, 0.5]]
-    assert variants.spread(0.5, (1, 3), 'stage entry') == [[0.5], [0.5, 1.0, 1.0]]
+    assert variants.spread(0.5, (1, 3)) == [[1.0], [0.5, 0.5, 0.5]]
+    assert variants.spread(0.5, (1, 3), 'stage entry') == [[1.0], [0.5, 1.0, 1.0]]
+    assert variants.spread(0.5, (2, 2), 'stage entry') == [[1.0, 0.5], [0.5, 1.0]]
+    assert variants.spread(0.5, (2, 2, 1), 'stages 1 and 3') == [[1.0, 0.5], [1.0, 1.0], [0.5]]
 
 
 def test_a_level_out_of_reach_is_named(shares):
     # Half a thousandth: Python 3.12 sums floats more exactly than 3.11.
-    message = r'level=0\.9 .* evit on swin-det: .* 0\.001, saves 0\.(499|500) '
+    message = r'level=0\.9 .* evit on swin-det: .* 0\.001, saves 0\.(249|250) '
     with pytest.raises(UsageError, match=message):
         variants.level_ratios('swin-det', 'evit', 0.9)
 
@@ -116,27 +130,30 @@ def test_bisection_stops_at_the_nearest_step():
 
 def test_levels_of_the_study_are_reached():
     for task, method, level, ratio in (
-        ('swin-det', 'idlevit', 0.33, 0.656),
-        ('swin-det', 'evit', 0.33, 0.578),
+        ('swin-det', 'idlevit', 0.33, 0.594),
+        ('swin-det', 'evit', 0.33, 0.52),
     ):
         ratios = variants.level_ratios(task, method, level)
-        assert ratios[0][0] == ratio
+        assert ratios[0] == [1.0, ratio]
         share = variants.operations(task, variants.METHODS[method].policy, ratios)
         assert share == pytest.approx(1 - level, abs=0.005)
 
 
 def test_the_config_of_a_run(tmp_path):
-    method = variants.METHODS['idlevit+cut+distill']
-    hooks = [dict(type='AuxiliaryLossHook', losses=list(method.losses))]
+    method = variants.METHODS['idlevit+distill']._replace(scale=1.5)
     ratios = [[1.0, 0.5]] * 4
-    one = variants.Run(dict(method='x'), 5, dict(type='EvoViT'), ratios, hooks)
+    one = variants.Run(dict(method='x'), 5, dict(type='EvoViT'), ratios, method)
     base = run.load_config(variants.TASKS['swin-det'].config('finetune'))
     checkpoint = tmp_path / 'dense.pth'
     run.dumped(run.run_config(one, base, checkpoint, 3), tmp_path / 'new' / 'run.py')
     cfg = Config.fromfile(tmp_path / 'new' / 'run.py')
     assert cfg.model.backbone.policy == dict(type='EvoViT')  # nothing of the base's is left
     assert cfg.model.backbone.keep_ratios == ratios
-    assert cfg.load_from == cfg.custom_hooks[-1].losses[1].teacher.checkpoint == str(checkpoint)
+    assert cfg.load_from == cfg.custom_hooks[-1].losses[0].teacher.checkpoint == str(checkpoint)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        steps = [step['type'] for step in loader.dataset.pipeline]
+        assert steps[-2:] == ['Resize', 'PackDetInputs']
+        assert loader.dataset.pipeline[-2].scale_factor == 1.5
     assert cfg.randomness.seed == 5
     assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == 3
     assert cfg.default_hooks.checkpoint.save_optimizer is False
@@ -159,7 +176,8 @@ def test_study_at_equal_keep_ratios(study, tmp_path, capsys):
     assert 'about 0 min left' in capsys.readouterr().out
     rows = cells(text)
     assert rows[1] == ['dense', '–', '1', '1.000', '65.00', '–', '65.00, 65.00']
-    assert rows[2] == ['idlevit', '–', '0.5', '0.500', '60.00', '-5.00', '60.00, 60.00']
+    half = ['0.5 from block 1', '0.625', '60.00', '-5.00 ± 0.00', '60.00, 60.00']
+    assert rows[2] == ['idlevit', '–', *half]
     assert [row[0] for row in rows[3:]] == ['windows', 'random']
     assert str(tmp_path) not in text  # no folder of this machine
     assert study(*SCORERS) == (text, [])  # nothing is done again
@@ -170,24 +188,31 @@ def test_study_at_equal_keep_ratios(study, tmp_path, capsys):
     assert (again, len(calls)) == (text, 1)
     assert len(report.lines_of(file)) == 8
     # Another checkpoint: other runs.
-    (tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_6.pth').write_bytes(b'other')
+    (tmp_path / 'work' / 'retinanet_idle-swin_dense_digits' / 'epoch_12.pth').write_bytes(b'other')
     assert len(study(*SCORERS)[1]) == 8
 
 
-def test_study_of_policies(study):
-    options = ['--tasks', 'swin-det', '--methods', 'idlevit', 'random', '--levels', '0.2']
-    text, calls = study(*options, '--seeds', '3')
-    assert [name for tool, name, *_ in calls if tool == 'tools/train.py'].count(
-        'swin-det-random-ratios-seed3.py'
-    ) == 1
+def test_study_of_many_ratios(study):
+    options = ['--tasks', 'swin-det', '--levels', '0.2', '--seeds', '3']
+    text, calls = study(*options, '--methods', 'idlevit', 'random', 'idlevit-sandwich')
+    trained = [name for tool, name, *_ in calls if tool == 'tools/train.py']
+    assert trained.count('swin-det-idlevit-sandwich-seed3.py') == 1
     tests = [arguments for tool, *arguments in calls if tool == 'tools/test.py']
     assert [arguments[-1] for arguments in tests] == [
-        f'model.backbone.keep_ratios={ratio}' for ratio in variants.SERVED_RATIOS
+        f'model.backbone.keep_ratios=[[1.0],[{ratio},{ratio},{ratio}]]'
+        for ratio in variants.SERVED_RATIOS
     ]
     rows = cells(text)
-    assert rows[2] == ['idlevit', '-20 %', '0.8', '0.800', '60.00', '-5.00', '60.00']
-    assert ['random', '-20 %', '0.8', '0.800', '50.00', '-15.00', '50.00'] in rows
-    assert ['0.5', '0.500', '65.00', '60.00', '+5.00'] in rows
+    assert rows[2][:4] == ['idlevit', '-20 %', '0.733 from block 1', '0.800']
+    assert rows[3][0] == 'random'
+    assert rows[3][4:] == ['50.00', '-15.00', '50.00']
+    assert rows[-5:] == [
+        [ratio, share, '-5.00']
+        for ratio, share in (
+            *(('1', '1.000'), ('0.8', '0.850'), ('0.6', '0.700')),
+            *(('0.5', '0.625'), ('0.4', '0.550')),
+        )
+    ]
 
 
 def test_a_failure_keeps_what_was_done(study, monkeypatch, tmp_path):

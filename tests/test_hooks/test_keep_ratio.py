@@ -289,6 +289,15 @@ def test_dense_blocks_are_drawn_if_asked(tmp_path):
     assert len({tuple(flat(tables)) for tables in seen.train.values()}) == 12
 
 
+def test_the_sandwich_takes_turns(tmp_path):
+    _, seen = train(tmp_path, draws(sandwich=True))
+    for iteration, (table,) in seen.train.items():
+        drawn = [table[0][1], *table[1]]
+        bread = {0: 0.9, 1: 0.2}.get(iteration % 4)
+        assert table[0][0] == 1.0
+        assert (drawn == [bread] * 3) if bread else (len(set(drawn)) == 3)
+
+
 def test_ratios_follow_from_seed_and_iteration_alone(tmp_path):
     _, one = train(tmp_path / 'one', draws())
     _, same = train(tmp_path / 'same', draws(), by_epoch=False, runner=Runner)

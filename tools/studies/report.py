@@ -123,7 +123,7 @@ def text(frame: pd.DataFrame) -> str:
         'fine-tuned equally long from the same dense checkpoint. Multiply-adds are those of the '
         'backbone, scoring included, divided by those of the dense one at the same size of image. '
         '"Against dense" is the mean of the differences of each seed, ± half of their interval of '
-        '95 % (Student\'s t).'
+        "95 % (Student's t)."
     ]
     served = []
     for task in [task for task in TASKS if (frame.task == task).any()]:
