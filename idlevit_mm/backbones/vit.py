@@ -17,7 +17,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves
+from ..blocks import IdleBlock, Tokens, Work, layers, moves, without_cells
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
@@ -65,9 +65,8 @@ class IdleViTBlock(IdleBlock):
         now, context = self.ln1(tokens.now), self.ln1(tokens.x) if idle else None
         rows = tokens.pack.rows if tokens.pack is not None else None
         if plan.summary is not None:
-            keys = None  # computed anew, with that of the summary
-            if self.policy.summary_size and rows is not None:
-                context = now[:, : rows.ids.shape[1]]
+            keys = None  # computed anew
+            context = without_cells(now, plan, self.policy.summary_size, self.num_class)
         elif keys is not None and context is None and rows is not None:
             keys = backend_at(keys).take(keys, rows)
         # The class token comes behind the computed rows of the map.

@@ -45,7 +45,6 @@ class IdleViTDetBlock(WindowBlock, IdleViTBlock):
 
     FIRST_NORM = 'ln1'
     ATTENTION = RelativeAttention
-    has_cells = False
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         work, attn = super().computing(batch, hw_shape, rows), self.attn

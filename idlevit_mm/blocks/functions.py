@@ -7,9 +7,12 @@ channels.
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..ops import Extent, Rows
+from ..kernels import backend_at, is_plain, kind_of
+from ..ops import Extent, Rows, WindowLayout
+from ..policies import Plan
 
 
 def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -17,6 +20,32 @@ def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
     total = weights.sum(dim=-1, keepdim=True)
     share = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
     return (share.to(tokens.dtype)[..., None, :] @ tokens).squeeze(-2)
+
+
+def group_means(x: Tensor, weights: Tensor, layout: WindowLayout | None) -> Tensor:
+    """Mean over the tokens of each window of x (B, S, C), or of all, by weights (B, N)."""
+    if layout is None:
+        return weighted_mean(x[:, None, : weights.shape[1]], weights[:, None])
+    slots = layout.token_ids.flatten().expand(x.shape[0], -1)
+    tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
+    tokens = tokens.unflatten(1, layout.token_ids.shape)
+    # Padding has weight 0, whatever was read there.
+    return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
+
+
+def to_groups(summaries: Tensor, layout: WindowLayout | None, num_class: int) -> Tensor:
+    """Give the tokens of each window its summary (B, R, C): (B, N + P, C), or as it is for all."""
+    if layout is None:
+        return summaries
+    # Class tokens are computed, whatever they are given.
+    return summaries[:, F.pad(layout.window_ids, (0, num_class))]
+
+
+def without_cells(now: Tensor, plan: Plan, side: int | None, num_class: int = 0) -> Tensor | None:
+    """Of rows (B, T + P + R, C) those that are keys where cells have summaries; None if all are."""
+    if plan.rows is None or plan.summary is None or not side:
+        return None
+    return now[:, : plan.rows.ids.shape[1] + num_class]
 
 
 def straight_through(scores: Tensor, rows: Rows | None) -> Tensor:
@@ -54,6 +83,12 @@ def with_rows(ids: Tensor, first: int, count: int) -> Tensor:
         return ids
     more = torch.arange(first, first + count, device=ids.device).expand(ids.shape[0], -1)
     return torch.cat([ids, more], dim=1)
+
+
+def is_alone(block: nn.Module, scorer: nn.Module) -> bool:
+    """Whether nobody but the walk can hold what goes in or comes out, or goes to a layer."""
+    seen = (block, *block.children(), *scorer.modules())
+    return kind_of(scorer) != '' and all(is_plain(part, type(part)) for part in seen)
 
 
 def numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:

@@ -10,24 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import (
-    all_plain,
-    backend_at,
-    full_precision,
-    is_plain,
-    kind_of,
-    ranking_precision,
-    site_of,
-)
+from ..kernels import all_plain, backend_at, full_precision, ranking_precision, site_of
 from ..ops import Extent, Rows, Units, WindowLayout, map_units, units_inside, window_layout
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work, moves
-from .functions import counted, gated, numbers, straight_through, weighted_mean, with_rows
+from .functions import (
+    counted,
+    gated,
+    group_means,
+    is_alone,
+    numbers,
+    straight_through,
+    to_groups,
+    with_rows,
+)
 from .tokens import Carried, Pack, Tokens
 
 START = Carried()
@@ -54,10 +54,8 @@ class IdleBlock(BaseModule, ABC):
     holds_summaries: bool = True
     # Whether the attention looks at the whole map, whatever is computed.
     reads_map: bool = False
-    # Whether there may be a summary of each cell, which is no key then.
-    has_cells: bool = False
-    # Says where idling pays; None where it always idles.
-    payer: Payer | None = None
+    has_cells: bool = False  # whether each cell of the map may have a summary, which is no key
+    payer: Payer | None = None  # says where idling pays; None where it always idles
 
     def __init__(
         self,
@@ -70,12 +68,7 @@ class IdleBlock(BaseModule, ABC):
         self.embed_dims = embed_dims
         self.with_cp = with_cp
         self.num_class = num_class
-        self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0)
-        if self.policy.summary_size and not self.has_cells:
-            raise ValueError(
-                f'policy.summary_size={self.policy.summary_size}: {type(self).__name__} has no use '
-                'for it; allowed in PVT, PVTv2, MiT, Twins and ViT'
-            )
+        self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0, self.has_cells)
 
     def forward(
         self,
@@ -97,7 +90,7 @@ class IdleBlock(BaseModule, ABC):
             The tokens (B, S, C), idle rows bit-identical unless the policy says otherwise, and what
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
-        alone = not torch.is_grad_enabled() and self._is_alone()
+        alone = not torch.is_grad_enabled() and is_alone(self, self.policy.scorer)
         tokens = Tokens(x, numbers(hw_shape), carried.pack, owned=carried.owned and alone)
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
@@ -159,22 +152,11 @@ class IdleBlock(BaseModule, ABC):
 
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Mean of the idle tokens of each group by weights (B, N): (B, R, C)."""
-        layout = self.groups(hw_shape, x.device)
-        if layout is None:
-            return weighted_mean(x[:, None, : weights.shape[1]], weights[:, None])
-        slots = layout.token_ids.flatten().expand(x.shape[0], -1)
-        tokens = backend_at(x).take(x, Rows(slots, padded=layout.has_padding))
-        tokens = tokens.unflatten(1, layout.token_ids.shape)
-        # Padding has weight 0, whatever was read there.
-        return weighted_mean(tokens, F.pad(weights, (0, 1))[:, layout.token_ids])
+        return group_means(x, weights, self.groups(hw_shape, x.device))
 
     def spread(self, summaries: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
-        layout = self.groups(hw_shape, summaries.device)
-        if layout is None:
-            return summaries
-        # Class tokens are computed, whatever they are given.
-        return summaries[:, F.pad(layout.window_ids, (0, self.num_class))]
+        return to_groups(summaries, self.groups(hw_shape, summaries.device), self.num_class)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         """What the two halves cost for a batch of maps of which so many rows are computed."""
@@ -344,12 +326,6 @@ class IdleBlock(BaseModule, ABC):
         if not self.num_class:
             return rows
         return Rows(with_rows(rows.ids, hw_shape[0] * hw_shape[1], self.num_class))
-
-    def _is_alone(self) -> bool:
-        """Whether nobody but the walk can hold what goes in or comes out, or goes to a layer."""
-        scorer = self.policy.scorer
-        seen = (self, *self.children(), *scorer.modules())
-        return kind_of(scorer) != '' and all(is_plain(part, type(part)) for part in seen)
 
     def by_tokens(self, function: Callable[[Tensor], Tensor], x: Tensor, *of: nn.Module) -> Tensor:
         """Apply a function of single tokens that consists of some layers, in parts if it pays."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops import WindowLayout
 from ..policies import Plan
 from .cost import Work, layers, moves
+from .functions import without_cells
 from .idle_block import IdleBlock
 from .tokens import Tokens
 
@@ -32,6 +33,8 @@ class WindowBlock(IdleBlock):
         context = self.entering(tokens.x) if idle else None
         padding = self.entering(tokens.x.new_zeros(self.embed_dims)) if plan.pads_first else None
         now = self.entering(tokens.now)
+        if not self.attn.window_size and plan.summary is not None:
+            context = without_cells(now, plan, self.policy.summary_size)
         return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:

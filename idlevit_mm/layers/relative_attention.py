@@ -81,7 +81,7 @@ class RelativeAttention(WindowAttention):
     ) -> Tensor:
         """Compute the branch, without the identity; see ``ShiftWindowMSA.forward``.
 
-        Of the whole map there is one summary (B, T + 1, C).
+        Behind tokens of the whole map there may be summaries (B, T + R, C), without a place in it.
         """
         if self.window_size:
             return self.drop(super().forward(x, hw_shape, rows, context, padding))
@@ -91,7 +91,9 @@ class RelativeAttention(WindowAttention):
             parts = self.project(x, 0, 1), *self.project(context, 1, 3).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.num_heads) for part in parts)
         ids, backend = None if rows is None else rows.ids, backend_at(x)
-        pairs, known = self.pairs(hw_shape), None if context is not None else ids
+        # Keys are the rows that are computed, or all of the map in their order.
+        some_keys = context is None or context.shape[1] < hw_shape[0] * hw_shape[1]
+        pairs, known = self.pairs(hw_shape), ids if some_keys else None
         # Logits of all queries at once would go through main memory.
         pieces = backend.channel_parts(query.shape[2], key[..., 0].numel(), self.training)
         if ids is None and len(pieces) > 1:

@@ -29,6 +29,7 @@ class Policy(nn.Module, ABC):
         embed_dims: Channels of the tokens.
         scopes: Scopes that the block can compute.
         class_token: Whether the block has a class token.
+        cells: Whether the block can have a summary of each cell of the map.
         scorer: Name of a registered scorer, or a dict with its ``type`` and arguments; None for
             the default of the policy.
         scope: What is a unit and among which units the best are chosen; None for the default.
@@ -59,6 +60,7 @@ class Policy(nn.Module, ABC):
         embed_dims: int,
         scopes: tuple[str, ...] = ('map',),
         class_token: bool = False,
+        cells: bool = True,
         scorer: str | dict[str, Any] | None = None,
         scope: str | None = None,
         rounding: str = 'nearest',
@@ -86,6 +88,11 @@ class Policy(nn.Module, ABC):
             raise ValueError(
                 f'policy.summary_size={summary_size!r} must be a side in tokens, at least 1, or '
                 'None for one summary of the map'
+            )
+        if summary_size and not cells:
+            raise ValueError(
+                f'policy.summary_size={summary_size}: each window of this backbone has a summary '
+                'already; allowed: None'
             )
         self.summary_size = summary_size
         if scorer is None:
@@ -178,6 +185,7 @@ def build_policy(
     embed_dims: int,
     scopes: tuple[str, ...],
     class_token: bool = False,
+    cells: bool = True,
 ) -> Policy:
     """Build the policy of one block from a config.
 
@@ -192,5 +200,5 @@ def build_policy(
         policy = {}
     if isinstance(policy, dict):
         policy = {'type': DEFAULT_POLICY, **policy}
-    given = dict(embed_dims=embed_dims, scopes=scopes, class_token=class_token)
+    given = dict(embed_dims=embed_dims, scopes=scopes, class_token=class_token, cells=cells)
     return build_from(POLICIES, 'policy', policy, **given)

@@ -84,6 +84,59 @@ def test_a_cell_of_the_whole_map_is_one_summary_of_it(name):
     assert not torch.allclose(outs[2][-1], outs[0][-1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['vit-evovit-norm', 'vit-no-cls-evovit', 'vitdet-evovit'])
+def test_summaries_of_cells_are_queries_alone_among_all_tokens(name):
+    block, plain = (
+        next(
+            block
+            for block in stage_blocks(BY_CASE[name].build(policy=policy).double())[0]
+            if not getattr(block.attn, 'window_size', 0)
+        )
+        for policy in (dict(summary_size=SIDE), dict(representative=False))
+    )
+    generator = torch.Generator().manual_seed(5)
+    count = 35 + block.num_class
+    x = torch.randn(3, count, block.embed_dims, generator=generator, dtype=torch.float64)
+    (out, (_, plan, *_)), (want, *_) = block(x, HW, 0.4), plain(x, HW, 0.4)
+    active = row_mask(plan.rows, 35)
+    # As no key changes, neither do active tokens.
+    computed = F.pad(active, (0, block.num_class), value=True)
+    assert_close(out[computed], want[computed], 1e-11)
+    for i in range(3):
+        for cell in cells_of(HW, SIDE):
+            idle = [token for token in cell if not active[i, token]]
+            if idle:
+                weights = plan.summary[i, idle] / plan.summary[i, idle].sum()
+                mean = weights @ x[i, idle]
+                # What it attends to: the rows that are computed, and itself not.
+                rows = x[i, computed[i]]
+                added = (out[i, idle] - x[i, idle])[0]
+                assert_close(out[i, idle], x[i, idle] + added, 1e-11)
+                if 'vitdet' not in name:
+                    assert_close(added, _changed(block, mean, rows), 1e-11)
+
+
+def _changed(block, mean, rows):
+    """What a block of a plain ViT adds to a token that attends to some rows (T, C)."""
+    attn, heads = block.attn.attn, block.attn.num_heads
+    query, key, value = (
+        F.linear(block.ln1(own), attn.in_proj_weight[part], attn.in_proj_bias[part])
+        for own, part in zip(
+            (mean[None], rows, rows),
+            (slice(i * len(mean), (i + 1) * len(mean)) for i in range(3)),
+            strict=True,
+        )
+    )
+    query, key, value = (
+        part.unflatten(1, (heads, -1)).transpose(0, 1) for part in (query, key, value)
+    )
+    logits = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    out = (logits.softmax(-1) @ value).transpose(0, 1).flatten(1)
+    now = mean + block.residual_scale * block.attn.gamma1(attn.out_proj(out))[0]
+    return now + block.residual_scale * block.ffn(block.ln2(now)) - mean
+
+
 def test_gradients_of_a_convolution_among_summaries():
     torch.manual_seed(0)
     ffn = MixFFN(2, 3, dict(type='GELU'), use_conv=True).double()
@@ -98,8 +151,7 @@ def test_gradients_of_a_convolution_among_summaries():
     [
         ('pvt-evovit', 0, 'policy.summary_size=0 must be a side in tokens'),
         ('pvt-evovit', True, 'policy.summary_size=True must be a side in tokens'),
-        ('swin-evovit', 4, 'summary_size=4: IdleSwinBlock has no use for it; allowed where keys'),
-        ('vit-evovit', 4, 'summary_size=4: IdleViTBlock has no use for it; allowed where keys'),
+        ('swin-evovit', 4, 'summary_size=4: each window of this backbone has a summary already'),
     ],
 )
 def test_wrong_sizes(name, side, message):
