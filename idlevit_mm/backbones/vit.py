@@ -66,7 +66,7 @@ class IdleViTBlock(IdleBlock):
         rows = tokens.pack.rows if tokens.pack is not None else None
         if plan.summary is not None:
             keys = None  # computed anew
-            context = without_cells(now, plan, self.policy.summary_size, self.num_class)
+            context = without_cells(now, plan, self.summary_size, self.num_class)
         elif keys is not None and context is None and rows is not None:
             keys = backend_at(keys).take(keys, rows)
         # The class token comes behind the computed rows of the map.

@@ -65,10 +65,9 @@ class IdleBlock(BaseModule, ABC):
         num_class: int = 0,
     ) -> None:
         super().__init__()
-        self.embed_dims = embed_dims
-        self.with_cp = with_cp
-        self.num_class = num_class
+        self.embed_dims, self.with_cp, self.num_class = embed_dims, with_cp, num_class
         self.policy = build_policy(policy, embed_dims, self.SCOPES, num_class > 0, self.has_cells)
+        self.summary_size = self.policy.summary_size
 
     def forward(
         self,
@@ -147,7 +146,7 @@ class IdleBlock(BaseModule, ABC):
 
     def groups(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout | None:
         """Windows or cells whose idle tokens have a summary each; None for one of the map."""
-        side = self.policy.summary_size
+        side = self.summary_size
         return window_layout(*hw_shape, side, 0, device) if side else None
 
     def summarize(self, x: Tensor, weights: Tensor, hw_shape: tuple[int, int]) -> Tensor:

@@ -34,7 +34,7 @@ class WindowBlock(IdleBlock):
         padding = self.entering(tokens.x.new_zeros(self.embed_dims)) if plan.pads_first else None
         now = self.entering(tokens.now)
         if not self.attn.window_size and plan.summary is not None:
-            context = without_cells(now, plan, self.policy.summary_size)
+            context = without_cells(now, plan, self.summary_size)
         return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
     def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
