@@ -51,8 +51,8 @@ class Tokens(NamedTuple):
         x: (B, S, C).
         hw_shape: Height and width of the map in tokens.
         pack: What is packed.
-        normed: What a backend has normalised on the way: x before the attention, the computed rows
-            before the MLP.
+        normed: What a backend has made of x on the way for the attention: its norm, or the cells
+            that its spatial reduction makes of it.
         owned: Whether x was made by the block before and nobody else holds it.
     """
 
@@ -73,9 +73,9 @@ class Tokens(NamedTuple):
         _, before, rows, plan = self.pack
         return Tokens(self.x, self.hw_shape, Pack(now, before, rows, plan), None, self.owned)
 
-    def opened(self, now: Tensor, rows: Rows | None, plan: Plan, normed: Tensor) -> Tokens:
-        """The same with computed rows, whose norm is known."""
-        return Tokens(self.x, self.hw_shape, Pack(now, now, rows, plan), normed, self.owned)
+    def opened(self, now: Tensor, rows: Rows | None, plan: Plan) -> Tokens:
+        """The same with computed rows."""
+        return Tokens(self.x, self.hw_shape, Pack(now, now, rows, plan), owned=self.owned)
 
     def settled(self, x: Tensor) -> Tokens:
         """The same without a pack, whose rows are put back in x."""

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Extent, Rows, mean_inside, on_device
-from ..plain import all_plain, is_plain, kind_of
-from . import ops
+from ..backends import backend_at
+from ..plain import LINEAR, is_plain, kind_of
+from . import layers, ops
+from .fusions import are_idle, is_norm, mlp, project, reduced, reduces, weights_of
 
 # Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
 _TILE = 8
@@ -46,10 +47,14 @@ def choose(
             mean = x.mean(dim=1, dtype=torch.float32)
         else:
             mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
-    # Spatial reduction wants the norm of all tokens.
-    whole = kind == 'IdlePVTBlock' and _is_norm(norm)
-    weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
-    scores, *normed = ops.score_norm(x, mean, *weights)
+    if kind == 'IdlePVTBlock' and reduces(block):
+        score = 'activation' if mean is None else 'distance'
+        *normed, scores = reduced(block, x, score, mean, hw_shape)
+    else:
+        # Spatial reduction wants the norm of all tokens.
+        whole = kind == 'IdlePVTBlock' and is_norm(norm)
+        weights = weights_of(norm) if whole else (None, None, 0.0)
+        scores, *normed = ops.score_norm(x, mean, *weights)
     tokens = tokens._replace(normed=normed[0] if normed else None)
     windowed = kind == 'IdleSwinBlock'
     layout = (block.attn.window_size, block.attn.shift_size) if windowed else (_TILE, 0)
@@ -91,11 +96,10 @@ def _starts(hw_shape: tuple[int, int], window: int, shift: int, counts: tuple[in
 def attention_half(
     block: Any, tokens: Any, plan: Any, keys: Tensor | None
 ) -> tuple[Any, None] | None:
-    """Gather, norm, attention, residual, and the norm of the MLP."""
+    """Gather, norm, attention and residual."""
     kind, rows = kind_of(block), plan.rows
     if (
         kind not in _BRANCHES
-        or not _is_norm(block.norm2)
         or tokens.pack is not None
         or not _is_simple(plan)
         or plan.ask
@@ -105,33 +109,42 @@ def attention_half(
     ):
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
-    branch = _BRANCHES[kind](block, tokens, rows)
-    if branch is None:
+    heads = _BRANCHES[kind](block, tokens, rows)
+    if heads is None:
         return None
-    ids, norm = None if rows is None else rows.ids, block.norm2
-    weights = norm.weight, norm.bias, norm.eps
-    now, normed = ops.take_norm(tokens.x, ids, branch.contiguous(), *weights)
-    return tokens.opened(now, rows, plan, normed), None
+    (out, proj, *drops), ids = heads, None if rows is None else rows.ids
+    if is_plain(proj, *LINEAR) and are_idle(*drops):
+        weights = [part for part in (proj.weight, proj.bias) if part is not None]
+        (now,) = layers.add_branch(tokens.x, ids, out, weights, 0.0, None)
+    else:
+        for layer in (proj, *drops):
+            out = layer(out)
+        (now,) = ops.take_norm(tokens.x, ids, out.contiguous(), None, None, 0.0)
+    return tokens.opened(now, rows, plan), None
 
 
 def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
-    """MLP of the rows and its norm, if that is not there yet; residual, and the rows put back."""
-    rows = plan.rows
+    """Norm and MLP of the rows, residual, and the rows put back."""
+    rows, norm = plan.rows, block.norm2
     if kind_of(block) not in _BRANCHES or tokens.pack is None or not _is_simple(plan):
         return None
     if rows is not None and rows.places is None:
         return None
-    normed = block.norm2(tokens.now) if tokens.normed is None else tokens.normed
-    branch = _mlp(block.ffn, normed, tokens.hw_shape, rows)
-    if branch is None:
+    now = tokens.now.contiguous()
+    parts = mlp(norm, block.ffn, now, tokens.hw_shape, rows)
+    if parts is None:
         return None
-    if rows is None:
-        return tokens.made(tokens.now + branch)
-    packed = tokens.now.contiguous(), branch.contiguous()
-    if not (tokens.owned and tokens.x.is_contiguous()):
-        return tokens.made(ops.merge_rows(tokens.x.contiguous(), rows.places, *packed))
-    ops.put_rows(tokens.x, rows.ids, *packed)
-    return tokens.made(tokens.x)
+    branch, weights = parts
+    if rows is not None and tokens.owned and tokens.x.is_contiguous():
+        layers.add_branch(now, rows.ids, branch, weights, norm.eps, tokens.x)
+        return tokens.made(tokens.x)
+    if weights:
+        (now,), branch = layers.add_branch(now, None, branch, weights, norm.eps, None), None
+    if rows is not None:
+        now = layers.merge_rows(tokens.x.contiguous(), rows.places, now, branch)
+    elif branch is not None:
+        now = now + branch
+    return tokens.made(now)
 
 
 def _is_simple(plan: Any) -> bool:
@@ -139,79 +152,57 @@ def _is_simple(plan: Any) -> bool:
     return plan.summary is None and plan.gate is None and not (plan.hold or plan.spread)
 
 
-def _is_norm(norm: nn.Module) -> bool:
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def _windows(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
-    """The branch of attention in windows."""
+def _windows(block: Any, tokens: Any, rows: Rows | None) -> tuple[Any, ...] | None:
+    """Attention in windows: its heads, and the layers behind."""
     attn, norm = block.attn, block.norm1
     core: Any = getattr(attn, 'w_msa', None)
     if kind_of(attn) != 'ShiftWindowMSA' or kind_of(core) != 'WindowMSA':
         return None
-    if not (is_plain(attn, type(attn)) and is_plain(core, type(core)) and _is_norm(norm)):
+    if not (is_plain(attn, type(attn)) and is_plain(core, type(core)) and is_norm(norm)):
         return None
-    weights, drop = core.weights(), core.attn_drop
+    weights = core.weights()
     if (
         weights is None
-        or not is_plain(drop, nn.Dropout)
-        or (drop.training and drop.p > 0)
+        or not are_idle(core.attn_drop)
         or tokens.x.shape[2] // core.num_heads not in _HEAD_CHANNELS
         or (rows is not None and rows.offsets is None)
     ):
         return None
-    ids = offsets = None
-    if rows is None:
-        normed = norm(tokens.x)
-    else:
-        ids, offsets = rows.ids, rows.offsets
-        (normed,) = ops.take_norm(tokens.x, ids, None, norm.weight, norm.bias, norm.eps)
+    ids, offsets = (None, None) if rows is None else (rows.ids, rows.offsets)
     weight, bias = weights
     blank = weight.new_zeros(len(weight)) if bias is None else bias
     layout = attn.window_size, attn.shift_size, core.num_heads, core.scale
     table = core.relative_position_bias_table
-    qkv = core.qkv(normed)
+    qkv = project(tokens.x, ids, norm, weight, bias)
     out = ops.window_attention(qkv, ids, offsets, table, blank, tokens.hw_shape, *layout)
-    return attn.drop(core.proj_drop(core.proj(out)))
+    return out, core.proj, core.proj_drop, attn.drop
 
 
-def _reduction(block: Any, tokens: Any, rows: Rows | None) -> Tensor | None:
-    """The branch of spatial-reduction attention, whose keys come from the whole map."""
+def _reduction(block: Any, tokens: Any, rows: Rows | None) -> tuple[Any, ...] | None:
+    """Spatial-reduction attention, whose keys come from the whole map, and the layers behind."""
+    attn, x, norm, inner = block.attn, tokens.x, block.norm1, None
+    core: Any = getattr(attn, 'attn', None)
     # What hangs on another norm may hold x, which the MLP half writes to.
-    if not _is_norm(block.norm1):
+    if not (is_norm(norm) and kind_of(attn) == 'SpatialReductionAttention'):
         return None
-    queries = normed = block.norm1(tokens.x) if tokens.normed is None else tokens.normed
-    if rows is not None:
-        (queries,) = ops.take_norm(normed.contiguous(), rows.ids, None, None, None, 0.0)
-    return block.attn(queries, normed, tokens.hw_shape)
+    if not (is_plain(attn, type(attn)) and is_plain(core, nn.MultiheadAttention)):
+        return None
+    if core.training and core.dropout:
+        return None
+    known = tokens.normed
+    if reduces(block):
+        cells, inner = known, attn.norm
+        if cells is None:
+            (cells,) = reduced(block, x, '', None, tokens.hw_shape)
+    else:
+        x, norm = norm(x) if known is None else known, None
+        cells = attn.reduce(x, tokens.hw_shape)
+    (weight, bias), channels = attn.weights(), x.shape[2]
+    first, others = (None, None) if bias is None else (bias[:channels], bias[channels:])
+    query = project(x, None if rows is None else rows.ids, norm, weight[:channels], first)
+    key, value = project(cells, None, inner, weight[channels:], others).chunk(2, dim=-1)
+    out = backend_at(x).attend(query, key, value, attn.num_heads)
+    return out, core.out_proj, attn.proj_drop, attn.dropout_layer
 
 
 _BRANCHES = {'IdleSwinBlock': _windows, 'IdlePVTBlock': _reduction}
-
-
-def _mlp(ffn: nn.Module, x: Tensor, hw_shape: tuple[int, int], rows: Rows | None) -> Tensor | None:
-    """The branch of a feed-forward network on normalised rows (B, K, C)."""
-    if not all_plain(ffn):
-        return None
-    if kind_of(ffn) == 'FeedForward':
-        if not ffn.add_identity:
-            return None
-        (first, act, drop), second, last_drop = ffn.layers
-        out = last_drop(second(drop(act(first(x)))))
-        return ffn.dropout_layer(ffn.gamma2(out))
-    if kind_of(ffn) != 'MixFFN':
-        return None
-    first, *convolutions, act, drop, second, last_drop = ffn.layers
-    hidden = F.linear(x, first.weight.flatten(1), first.bias)
-    if convolutions:
-        (conv,) = convolutions
-        if not (
-            is_plain(act, nn.GELU) and act.approximate == 'none' and conv.kernel_size == (3, 3)
-        ):
-            return None
-        ids, places = (None, None) if rows is None else (rows.ids, rows.places)
-        hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)
-    else:
-        hidden = act(hidden)
-    out = F.linear(drop(hidden), second.weight.flatten(1), second.bias)
-    return ffn.dropout_layer(last_drop(out))

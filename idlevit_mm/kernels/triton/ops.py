@@ -161,28 +161,6 @@ def take_norm(
     return out
 
 
-def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> Tensor:
-    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
-    with _on(x):
-        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
-            x, where, now, branch, out, *sizes, **dict(tiles, COPY=out is not x)
-        )
-    return out
-
-
-@operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
-def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
-    """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
-    _put(x, ids, now, branch, x)
-
-
-# Active rows come from the pack, the others from x.
-@operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
-def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
-    """``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
-    return _put(x, places, now, branch, torch.empty_like(x))
-
-
 # Layers
 
 

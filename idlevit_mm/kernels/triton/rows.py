@@ -11,7 +11,7 @@ from .windows import is_token, token_at
 
 
 @triton.jit
-def _normalised(v, weight, bias, c, eps, C: tl.constexpr):
+def normalised(v, weight, bias, c, eps, C: tl.constexpr):
     """LayerNorm of rows in float32, zero beyond C."""
     inside = c < C
     centred = tl.where(inside[None, :], v - (tl.sum(v, axis=1) / C)[:, None], 0.0)
@@ -42,7 +42,7 @@ def look_kernel(
         score = tl.sum(tl.abs(v), axis=1) / C
     tl.store(scores + image.to(tl.int64) * N + row, score, mask=row < N)
     if NORM:
-        y = _normalised(v, weight, bias, c, eps, C)
+        y = normalised(v, weight, bias, c, eps, C)
         tl.store(normed + at, y.to(normed.dtype.element_ty), mask=seen)
 
 
@@ -171,16 +171,16 @@ def rows_kernel(
         tl.store(now + packed, kept, mask=seen)
         v = kept.to(tl.float32)
     if NORM:
-        y = _normalised(v, weight, bias, c, eps, C)
+        y = normalised(v, weight, bias, c, eps, C)
         tl.store(normed + packed, y.to(normed.dtype.element_ty), mask=seen)
 
 
 @triton.jit
 def put_kernel(
     x, where, now, branch, out, N, K, R,
-    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Packed rows plus their branch to their places, which their ids say.
+    """Packed rows, maybe plus their branch, to their places, which their ids say.
 
     Or with the other rows of x into a copy, of each of whose rows is known which packed one it is.
     """
@@ -197,7 +197,8 @@ def put_kernel(
     packed = place.to(tl.int64)[:, None] * C + c[None, :]
     at = row[:, None] * C + c[None, :]
     v = tl.load(now + packed, mask=written, other=0.0).to(tl.float32)
-    v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
     if COPY:
         # Not a sum: it would make 0.0 of -0.0.
         idle = inside & ((place < 0) & (r < R))[:, None]

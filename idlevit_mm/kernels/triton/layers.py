@@ -1,0 +1,223 @@
+"""Operators of whole layers: products with what surrounds them, and spatial reduction.
+
+Shape letters: B images, N tokens of the map (H * W), K active tokens of an image, C channels, O
+channels out, S side of a cell.
+"""
+
+from math import prod
+from typing import TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+from ..operators import operator
+from . import products, reductions, rows
+from .ops import _on, _or, _tiles, size
+
+_Maybe: TypeAlias = Tensor | None
+
+
+def _applied(
+    x: Tensor, ids: _Maybe, scale: _Maybe, shift: _Maybe, eps: float, weight: Tensor, *_: object
+) -> Tensor:
+    return x.new_empty(*(x if ids is None else ids).shape[:2], len(weight))
+
+
+def _linear_traffic(x: Tensor, ids: _Maybe, *args: object) -> tuple[int, int]:
+    out = _applied(x, ids, *args)  # type: ignore[arg-type]
+    parts = [arg for arg in args if isinstance(arg, Tensor)]
+    return _row_bytes(x, ids) + size(ids, *parts), size(out)
+
+
+def _row_bytes(x: Tensor, ids: _Maybe) -> int:
+    """Bytes of those rows of x (B, N, C) that ids are of; of all where there are none."""
+    return size(x) if ids is None else ids.numel() * size(x[0, 0])
+
+
+def _linear_flops(x: Tensor, *args: Tensor, **_: object) -> int:
+    return 2 * _applied(x, *args).numel() * x.shape[2]  # type: ignore[arg-type]
+
+
+@operator(_applied, _linear_traffic, flops=_linear_flops)
+def linear(
+    x: Tensor,
+    ids: _Maybe,
+    scale: _Maybe,
+    shift: _Maybe,
+    eps: float,
+    weight: Tensor,
+    bias: _Maybe,
+    gelu: bool,
+) -> Tensor:
+    """A linear layer of rows (B, K) of x (B, N, C), all where there are no ids: (B, K, O).
+
+    Of their LayerNorm where there are its scale and shift (C,); GELU of it, if that is wanted.
+    """
+    out = _applied(x, ids, scale, shift, eps, weight)
+    _multiply(x, ids, 'x', (scale, shift, eps), weight, bias, None, out, gelu)
+    return out
+
+
+def _multiply(
+    x: Tensor,
+    ids: _Maybe,
+    of: str,
+    norm: tuple[_Maybe, _Maybe, float],
+    weight: Tensor,
+    bias: _Maybe,
+    residual: _Maybe,
+    out: Tensor,
+    gelu: bool = False,
+) -> None:
+    """Launch a product; ``of`` names the map that ids are of."""
+    scale, shift, eps = norm
+    x = x.contiguous()
+    assert weight.shape[1] == x.shape[2]
+    ids = None if ids is None else ids.contiguous()
+    tokens = dict(x=x, residual=residual, out=out)[of]
+    total = x.shape[:2].numel() if ids is None else ids.numel()
+    # A norm wants registers of its own.
+    block, width = 128 if scale is None else 64, 64
+    grid = triton.cdiv(total, block) * triton.cdiv(len(weight), width)
+    with _on(x):
+        products.linear_kernel[(grid,)](
+            *(x, _or(ids, x), _or(scale, x), _or(shift, x), weight.contiguous(), _or(bias, x)),
+            *(_or(residual, x), out, _or(tokens, x).shape[1], _or(ids, x).shape[1], total, eps),
+            **dict(C=x.shape[2], OUT=len(weight), IDS='' if ids is None else of, GELU=gelu),
+            **dict(NORM=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None),
+            **dict(BLOCK_M=block, BLOCK_N=width, BLOCK_K=32, num_warps=4),
+        )
+
+
+def _added(
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], eps: float, into: _Maybe
+) -> list[Tensor]:
+    shape = (now if ids is None else ids).shape[:2]
+    return [] if into is not None else [now.new_empty(*shape, now.shape[2])]
+
+
+def _add_traffic(
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], *_: object
+) -> tuple[int, int]:
+    moved = _row_bytes(now, ids)
+    return moved + size(ids, branch, *weights), moved
+
+
+def _add_flops(
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], *_: object, **__: object
+) -> int:
+    count = (now if ids is None else ids).shape[:2].numel()
+    return 2 * count * sum(weight.numel() for weight in weights if weight.ndim == 2)
+
+
+@operator(_added, _add_traffic, ('into',), _add_flops)
+def add_branch(
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], eps: float, into: _Maybe
+) -> list[Tensor]:
+    """Rows plus their branch (B, K, C): rows of a map now (B, N, C) that ids name, or all.
+
+    Where there is a map ``into`` (B, N, C), rows now (B, K, C) are packed, ids are their places
+    there, and nothing is returned. The branch is there, or it is to be made: of (B, K, I) by
+    weight and maybe bias; of the rows themselves by those of norm and two layers with GELU between.
+    """
+    made = _added(now, ids, branch, weights, eps, into)
+    out = into if into is not None else made[0]
+    if branch is None:
+        _add_mlp(now, ids, weights, eps, out)
+    elif weights:
+        weight, bias = (*weights, None)[:2]
+        of = 'residual' if into is None else 'out'
+        _multiply(branch, ids, of, (None, None, 0.0), weight, bias, now, out)
+    else:
+        _put(out, ids, now, branch, out)
+    return made
+
+
+def _add_mlp(now: Tensor, ids: _Maybe, weights: list[Tensor], eps: float, out: Tensor) -> None:
+    (batch, count, channels), block = now.shape, 64
+    scale, shift, first, *others = (weight.contiguous() for weight in weights)
+    sizes = out.shape[1], count, batch * count, eps
+    with _on(now):
+        products.mlp_kernel[(triton.cdiv(batch * count, block),)](
+            *(now, _or(ids, now), scale, shift, first, *others, out, *sizes),
+            **dict(C=channels, P=triton.next_power_of_2(channels), HIDDEN=len(first)),
+            **dict(SCATTER=ids is not None, BLOCK_M=block, BLOCK_H=32, num_warps=4),
+        )
+
+
+# Active rows come from the pack, the others from x.
+@operator(
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, places, now, branch: (size(x, places, branch), size(x)),
+)
+def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: _Maybe) -> Tensor:
+    """A copy of x (B, N, C) with packed rows (B, K, C), maybe plus their branch, in their places.
+
+    Places (B, N) are the packed row of each token, -1 for idle ones.
+    """
+    return _put(x, places, now, branch, x.new_empty(x.shape))
+
+
+def _put(x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor) -> Tensor:
+    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
+    with _on(x):
+        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
+            *(x, where, now, _or(branch, now), out, *sizes),
+            **dict(tiles, COPY=out is not x, ADD=branch is not None),
+        )
+    return out
+
+
+def _cells(hw_shape: list[int], side: int) -> list[int]:
+    """How many cells there are; a map that is smaller than one is padded to it."""
+    return [max(length // side, 1) for length in hw_shape]
+
+
+def _reduced(
+    x: Tensor,
+    score: str,
+    mean: _Maybe,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: _Maybe,
+    hw_shape: list[int],
+) -> list[Tensor]:
+    high, wide = _cells(hw_shape, weight.shape[1])
+    cells = x.new_empty(x.shape[0], high * wide, x.shape[2])
+    return [cells, scale.new_empty(x.shape[:2], dtype=torch.float32)][: 1 + bool(score)]
+
+
+def _reduce_flops(*args: Tensor, **_: object) -> int:
+    return 2 * _reduced(*args)[0].shape[:2].numel() * args[6].numel()  # type: ignore[arg-type]
+
+
+@operator(_reduced, flops=_reduce_flops)
+def reduce_map(
+    x: Tensor,
+    score: str,
+    mean: _Maybe,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: _Maybe,
+    hw_shape: list[int],
+) -> list[Tensor]:
+    """Convolve cells of the LayerNorm of x (B, N, C) by weight (C, S, S, C): (B, cells, C).
+
+    And scores (B, N) of the tokens by their ``distance`` from mean (B, C) or by ``activation``.
+    """
+    out = _reduced(x, score, mean, scale, shift, eps, weight, bias, hw_shape)
+    side, channels, block = weight.shape[1], x.shape[2], 16
+    total = x.shape[0] * prod(triton.cdiv(length, side) for length in hw_shape)
+    sizes = *hw_shape, *_cells(hw_shape, side), total, eps
+    with _on(x):
+        reductions.reduce_kernel[(triton.cdiv(total, block),)](
+            *(x, _or(mean, x), scale, shift, weight, _or(bias, x), out[-1], out[0], *sizes),
+            **dict(C=channels, P=triton.next_power_of_2(channels), SIDE=side, SCORE=score),
+            **dict(BIAS=bias is not None, BLOCK=block, num_warps=4),
+        )
+    return out

@@ -1,0 +1,121 @@
+"""Products with what surrounds them: gather and norm before, GELU, residual and scatter behind.
+
+Widths are rarely powers of two, and tiles must be: inner dimensions are walked in steps, so that no
+product is padded there. Tiles of columns are neighbours in the grid: those of one row read it
+together, and once from memory.
+
+Shape letters: N tokens of the map, K rows of an image, R rows of the batch, C channels in (P, the
+next power of two), OUT channels out.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import normalised
+
+
+@triton.jit
+def _gelu(x):
+    """Not the tanh form, which dense models do not have."""
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _moments(x, start, there, eps, C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Mean and reciprocal deviation of rows that start in some places, in float32.
+
+    Two looks at the row, of which the second finds it in the cache: sums of squares cancel.
+    """
+    total = tl.zeros([BLOCK, STEP], tl.float32)
+    for first in range(0, C, STEP):
+        c = first + tl.arange(0, STEP)
+        seen = there[:, None] & (c < C)[None, :]
+        total += tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=1) / C
+    total = tl.zeros([BLOCK, STEP], tl.float32)
+    for first in range(0, C, STEP):
+        c = first + tl.arange(0, STEP)
+        seen = there[:, None] & (c < C)[None, :]
+        v = tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
+        apart = tl.where(seen, v - mean[:, None], 0.0)
+        total += apart * apart
+    return mean, tl.rsqrt(tl.sum(total, axis=1) / C + eps)
+
+
+@triton.jit
+def linear_kernel(
+    x, ids, norm_weight, norm_bias, weight, bias, residual, out, N, K, R, eps,
+    C: tl.constexpr, OUT: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A linear layer of rows; IDS says which of ``x``, ``residual`` and ``out`` is a map."""
+    COLUMNS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    r = program // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = program % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = r < R
+    packed = r.to(tl.int64)
+    place = packed
+    if IDS != '':
+        place = (r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)
+    start = (place if IDS == 'x' else packed) * C
+    if NORM:
+        mean, scale = _moments(x, start, there, eps, C, BLOCK_M, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, C, BLOCK_K):
+        c = first + tl.arange(0, BLOCK_K)
+        seen = there[:, None] & (c < C)[None, :]
+        v = tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0)
+        if NORM:
+            g = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
+            b = tl.load(norm_bias + c, mask=c < C, other=0.0).to(tl.float32)
+            v = (v.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]
+        used = (n < OUT)[None, :] & (c < C)[:, None]
+        w = tl.load(weight + n[None, :] * C + c[:, None], mask=used, other=0.0)
+        acc = tl.dot(v.to(w.dtype), w, acc, input_precision='ieee')
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = _gelu(acc)
+    seen = there[:, None] & (n < OUT)[None, :]
+    if RESIDUAL:
+        at = (place if IDS == 'residual' else packed)[:, None] * OUT + n[None, :]
+        acc += tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)
+    at = (place if IDS == 'out' else packed)[:, None] * OUT + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def mlp_kernel(
+    x, ids, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out, N, K, R, eps,
+    C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, SCATTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Norm, linear, GELU, linear and residual of packed rows: hidden channels never leave it."""
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, P)
+    there = r < R
+    packed = r.to(tl.int64) * C
+    seen = there[:, None] & (c < C)[None, :]
+    v = tl.load(x + packed[:, None] + c[None, :], mask=seen, other=0.0)
+    y = normalised(v.to(tl.float32), norm_weight, norm_bias, c, eps, C)
+    y = y.to(weight1.dtype.element_ty)
+    acc = tl.zeros([BLOCK_M, P], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        used = (c < C)[:, None] & (h < HIDDEN)[None, :]
+        w = tl.load(weight1 + h[None, :] * C + c[:, None], mask=used, other=0.0)
+        b = tl.load(bias1 + h, mask=h < HIDDEN, other=0.0).to(tl.float32)
+        hidden = _gelu(tl.dot(y, w, input_precision='ieee') + b[None, :])
+        used = (h < HIDDEN)[:, None] & (c < C)[None, :]
+        w = tl.load(weight2 + c[None, :] * HIDDEN + h[:, None], mask=used, other=0.0)
+        acc = tl.dot(hidden.to(w.dtype), w, acc, input_precision='ieee')
+    acc += tl.load(bias2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    # Again from the cache: it is not to fill registers meanwhile.
+    acc += tl.load(x + packed[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
+    place = packed
+    if SCATTER:
+        place = ((r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)) * C
+    at = place[:, None] + c[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=seen)
