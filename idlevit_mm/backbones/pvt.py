@@ -224,6 +224,10 @@ class IdlePyramidVisionTransformer(IdlePyramid):
         x, hw_shape = patch_embed(pad_to(x, side, side))
         return (blocks[0](x, hw_shape) if self.use_abs_pos_embed else x), hw_shape
 
+    def _makers(self, index: int) -> Sequence[nn.Module]:
+        patch_embed, blocks, _ = self.layers[index]
+        return [patch_embed, blocks[0]] if self.use_abs_pos_embed else [patch_embed]
+
     def _parts(self, index: int) -> tuple[Iterable[IdleBlock], nn.Module | None, nn.Module]:
         _, blocks, norm = self.layers[index]
         # Not a slice, which makes a new ModuleList, and which torch.compile cannot trace.

@@ -5,13 +5,13 @@ Shape letters: B images, N tokens of a stage's map (H * W), C channels.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Relay, run_blocks
-from ..layers import AbsolutePositionEmbedding, to_map
+from ..layers import AbsolutePositionEmbedding, makes_anew, to_map
 from .base import IdleBackbone
 from .extents import Extents, ImgShapes
 
@@ -30,7 +30,8 @@ class IdlePyramid(IdleBackbone):
             x, hw_shape = self._embedded(index, x)
             blocks, encode, norm = self._parts(index)
             last = self.record_inputs, None, extents.at(index, hw_shape, x), relay, encode
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
+            owned = bool(self._makers(index)) and makes_anew(*self._makers(index))
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last, owned=owned)
             relay = relay.after
             records.append(record)
             x = to_map(norm(x), hw_shape)
@@ -46,6 +47,10 @@ class IdlePyramid(IdleBackbone):
     @abstractmethod
     def _parts(self, index: int) -> tuple[Iterable[IdleBlock], nn.Module | None, nn.Module]:
         """Of a stage its blocks, what encodes positions after the first, and its norm."""
+
+    def _makers(self, index: int) -> Sequence[nn.Module]:
+        """The layers that make the tokens of a stage, if they make new ones for sure."""
+        return ()
 
     def _stages(self) -> Iterable[nn.Module]:
         return self.layers

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..blocks import IdleBlock, Relay, StageRecord, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Size, in_tokens
-from ..layers import MergePatches, resize_position_table, to_map
+from ..kernels import is_plain
+from ..layers import MergePatches, makes_anew, resize_position_table, to_map
 from .base import IdleBackbone
 from .extents import Extents, ImgShapes
 
@@ -107,7 +108,9 @@ class SwinBackbone(IdleBackbone):
             if merge is not None:
                 x, hw_shape = merge(x, hw_shape)
             last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
-            x, record = stage(x, hw_shape, ratios, *last)
+            makers = [self.patch_embed, self.drop_after_pos] if merge is None else [merge]
+            owned = is_plain(stage, SwinStage) and makes_anew(*makers)
+            x, record = stage(x, hw_shape, ratios, *last, owned=owned)
             relay = relay.after
             records.append(record)
             if index in self.out_indices:

@@ -72,6 +72,7 @@ def run_blocks(
     extent: Extent | None = None,
     relay: Relay | None = None,
     encode: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
+    owned: bool = False,
 ) -> tuple[list[Any], StageRecord]:
     """Run the blocks of a stage on the tokens x (B, S, C).
 
@@ -87,6 +88,7 @@ def run_blocks(
         relay: What the stage before has left; None where there is none. What this one leaves is
             its ``after``.
         encode: What all tokens go through after the first block, idle or not.
+        owned: Whether nobody but the caller holds x, and it has no more use for it.
 
     Returns:
         The outputs, in the order of the blocks, and the record.
@@ -94,7 +96,7 @@ def run_blocks(
     tell_why_not(x)
     blocks, plans, relay = list(blocks), [], relay or Relay()
     state = blocks[0].policy.entering(relay.state, relay.hw_shape, numbers(hw_shape))
-    carried = Carried(state=state, extent=extent)
+    carried = Carried(state=state, owned=owned, extent=extent)
     taps = {len(blocks) - 1: lambda tokens: tokens} if taps is None else taps
     inputs: list[Tensor | None] = []
     outs: list[Any] = []

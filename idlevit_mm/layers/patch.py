@@ -6,12 +6,13 @@ Shape letters: B images, N tokens of the map (H * W), C channels.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchMerging
+from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchEmbed, PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..kernels import backend_at, is_plain
 from ..ops import to_map, to_tokens
+from .position import AbsolutePositionEmbedding
 
 
 class MergePatches(PatchMerging):
@@ -77,6 +78,17 @@ class MergeThenNorm(MergePatches):
     def _reduce(self, cells: Tensor) -> Tensor:
         weight = _token_by_token(self.reduction.weight)
         return self.norm(backend_at(cells).product(cells, weight, self.reduction.bias))
+
+
+_MAKERS = (
+    *(PatchEmbed, MergePatches, MergeThenNorm, AbsolutePositionEmbedding, AdaptivePadding),
+    *(nn.Conv2d, nn.Unfold, nn.LayerNorm, nn.Linear, nn.Dropout),
+)
+
+
+def makes_anew(*layers: nn.Module) -> bool:
+    """Whether nobody but the caller can hold the tokens that layers make, one after another."""
+    return all(is_plain(part, *_MAKERS) for layer in layers for part in layer.modules())
 
 
 def _token_by_token(weight: Tensor) -> Tensor:

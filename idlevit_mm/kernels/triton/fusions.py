@@ -65,16 +65,15 @@ def project(
 ) -> Tensor:
     """A linear layer, maybe GELU, of the norm of rows (B, K) of x (B, N, C), or of all: (B, K, O).
 
-    Rows are taken of what has a norm that is plain, or none.
+    Where there are ids, the norm is plain or there is none.
     """
     weights: tuple[Any, Any, float] = (None, None, 0.0)
     if is_norm(norm) and x.shape[2] <= widest():
         weights = weights_of(norm)
-    elif ids is not None:
-        (x,), ids = ops.take_norm(x, ids, None, *(weights_of(norm) if norm else weights)), None
     elif norm is not None:
-        x = norm(x)
-    if gelu or weights[0] is not None:
+        x = norm(x) if ids is None else layers.linear(x, ids, *weights_of(norm), None, None, False)
+        ids = None
+    if gelu or ids is not None or weights[0] is not None:
         return layers.linear(x, ids, *weights, weight, bias, gelu)
     return F.linear(x, weight, bias)
 

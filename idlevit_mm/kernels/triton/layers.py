@@ -5,27 +5,28 @@ channels out, S side of a cell.
 """
 
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
 
 from ..operators import operator
-from . import products, reductions, rows
+from . import ops, products, reductions, rows
 from .ops import _on, _or, _tiles, size
 
 _Maybe: TypeAlias = Tensor | None
 
 
 def _applied(
-    x: Tensor, ids: _Maybe, scale: _Maybe, shift: _Maybe, eps: float, weight: Tensor, *_: object
+    x: Tensor, ids: _Maybe, scale: _Maybe, shift: _Maybe, eps: float, weight: _Maybe, *_: object
 ) -> Tensor:
-    return x.new_empty(*(x if ids is None else ids).shape[:2], len(weight))
+    width = x.shape[2] if weight is None else len(weight)
+    return x.new_empty(*(x if ids is None else ids).shape[:2], width)
 
 
-def _linear_traffic(x: Tensor, ids: _Maybe, *args: object) -> tuple[int, int]:
-    out = _applied(x, ids, *args)  # type: ignore[arg-type]
+def _linear_traffic(x: Tensor, ids: _Maybe, *args: Any) -> tuple[int, int]:
+    out = _applied(x, ids, *args)
     parts = [arg for arg in args if isinstance(arg, Tensor)]
     return _row_bytes(x, ids) + size(ids, *parts), size(out)
 
@@ -35,8 +36,8 @@ def _row_bytes(x: Tensor, ids: _Maybe) -> int:
     return size(x) if ids is None else ids.numel() * size(x[0, 0])
 
 
-def _linear_flops(x: Tensor, *args: Tensor, **_: object) -> int:
-    return 2 * _applied(x, *args).numel() * x.shape[2]  # type: ignore[arg-type]
+def _linear_flops(x: Tensor, *args: Any, **_: object) -> int:
+    return 0 if args[4] is None else 2 * _applied(x, *args).numel() * x.shape[2]
 
 
 @operator(_applied, _linear_traffic, flops=_linear_flops)
@@ -46,14 +47,17 @@ def linear(
     scale: _Maybe,
     shift: _Maybe,
     eps: float,
-    weight: Tensor,
+    weight: _Maybe,
     bias: _Maybe,
     gelu: bool,
 ) -> Tensor:
     """A linear layer of rows (B, K) of x (B, N, C), all where there are no ids: (B, K, O).
 
     Of their LayerNorm where there are its scale and shift (C,); GELU of it, if that is wanted.
+    Without a weight the rows or their norm (B, K, C).
     """
+    if weight is None:
+        return ops.take_norm(x, ids, None, scale, shift, eps)[0]
     out = _applied(x, ids, scale, shift, eps, weight)
     _multiply(x, ids, 'x', (scale, shift, eps), weight, bias, None, out, gelu)
     return out
@@ -190,8 +194,8 @@ def _reduced(
     return [cells, scale.new_empty(x.shape[:2], dtype=torch.float32)][: 1 + bool(score)]
 
 
-def _reduce_flops(*args: Tensor, **_: object) -> int:
-    return 2 * _reduced(*args)[0].shape[:2].numel() * args[6].numel()  # type: ignore[arg-type]
+def _reduce_flops(*args: Any, **_: object) -> int:
+    return 2 * _reduced(*args)[0].shape[:2].numel() * args[6].numel()
 
 
 @operator(_reduced, flops=_reduce_flops)
