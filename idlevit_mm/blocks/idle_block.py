@@ -90,12 +90,13 @@ class IdleBlock(BaseModule, ABC):
             the next block is to be given; while that holds a pack, ``settled`` has the tokens.
         """
         alone = not torch.is_grad_enabled() and is_alone(self, self.policy.scorer)
-        tokens = Tokens(x, numbers(hw_shape), carried.pack, owned=carried.owned and alone)
+        owned, centre = (carried.owned, carried.centre) if alone else (False, None)
+        tokens = Tokens(x, numbers(hw_shape), carried.pack, owned=owned, centre=centre)
         tokens, plan, state, keys = self.chosen(tokens, keep_ratio, carried)
         if not plan.ask:
             tokens = self.recomputed(self.both_halves, tokens, plan, keys)
-            owned = tokens.owned and alone
-            return tokens.x, Carried(tokens.pack, plan, state, owned, carried.extent)
+            left = Carried(tokens.pack, plan, state, tokens.owned, carried.extent, tokens.centre)
+            return tokens.x, left if alone else left._replace(owned=False, centre=None)
         tokens, attention = self.recomputed(self.attention_half, tokens, plan, keys)
         attention = counted(attention, plan.rows, carried.extent)
         regroup, state = self.policy.between(attention, plan, keep_ratio, state)

@@ -54,6 +54,7 @@ class Tokens(NamedTuple):
         normed: What a backend has made of x on the way for the attention: its norm, or the cells
             that its spatial reduction makes of it.
         owned: Whether x was made by the block before and nobody else holds it.
+        centre: What a backend knows of the mean of each image's tokens.
     """
 
     x: Tensor
@@ -61,6 +62,7 @@ class Tokens(NamedTuple):
     pack: Pack | None = None
     normed: Tensor | None = None
     owned: bool = False
+    centre: Any = None
 
     @property
     def now(self) -> Tensor:
@@ -75,7 +77,7 @@ class Tokens(NamedTuple):
 
     def opened(self, now: Tensor, rows: Rows | None, plan: Plan) -> Tokens:
         """The same with computed rows."""
-        return Tokens(self.x, self.hw_shape, Pack(now, now, rows, plan), owned=self.owned)
+        return self._replace(pack=Pack(now, now, rows, plan), normed=None)
 
     def settled(self, x: Tensor) -> Tokens:
         """The same without a pack, whose rows are put back in x."""
@@ -95,6 +97,7 @@ class Carried(NamedTuple):
         state: What its policy remembers.
         owned: Whether nobody but the next block holds x, which may write to it.
         extent: Which tokens belong to their images; None where all do. It is the stage's.
+        centre: As in ``Tokens``.
     """
 
     pack: Pack | None = None
@@ -102,3 +105,4 @@ class Carried(NamedTuple):
     state: Any = None
     owned: bool = False
     extent: Extent | None = None
+    centre: Any = None

@@ -20,13 +20,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlevit_mm.kernels.triton import rows, windows
+from idlevit_mm.kernels.triton import fusions, layers, products, reductions, rows, windows
 
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # Arguments that are neither sizes nor of half precision.
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
-_TYPES |= dict(scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
-_TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows'), 'i32')
+_TYPES |= dict(changes='*i64', scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
+_TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'HIGH', 'WIDE', 'windows'), 'i32')
 _CHANNELS = (64, 96, 192, 320, 384, 512, 768)
 
 
@@ -41,7 +41,8 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for gather in (False, True):
             yield rows.rows_kernel, dict(tiles, GATHER=gather, ADD=True, KEEP=True, NORM=True), 4
         for copy in (False, True):
-            yield rows.put_kernel, dict(tiles, COPY=copy), 4
+            yield rows.put_kernel, dict(tiles, COPY=copy, ADD=True, COUNT=not copy), 4
+        yield from _products(channels)
     for block in (1024, 4096):
         yield rows.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
     for packed in (False, True):
@@ -54,6 +55,28 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
                 yield windows.attention_kernel, dict(layout, BLOCK_M=16, BLOCK_N=16), 1
+
+
+def _products(channels: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Those of blocks of so many channels, whatever the table of a device leaves to the library."""
+    if channels <= fusions.ONE_KERNEL:
+        sizes = dict(C=channels, P=triton.next_power_of_2(channels))
+        for part in (4, 8):
+            constants = dict(sizes, HIDDEN=part * channels, SCATTER=True, COUNT=True)
+            yield products.mlp_kernel, dict(constants, **layers.MLP_TILES), 4
+            constants = dict(sizes, SIDE=part, SCORE='distance', BIAS=True)
+            yield reductions.reduce_kernel, dict(constants, **layers.CELL_TILES), 4
+    for norm, gelu, of, ins, outs in (
+        (True, False, 'x', 1, 3),
+        (True, True, '', 1, 4),
+        (False, True, '', 1, 4),
+        (False, False, 'residual', 1, 1),
+        (False, False, 'out', 4, 1),
+    ):
+        constants = dict(C=ins * channels, OUT=outs * channels, IDS=of, NORM=norm, BIAS=True)
+        put_back = of not in ('', 'x')
+        constants |= dict(GELU=gelu, RESIDUAL=put_back, COUNT=put_back)
+        yield products.linear_kernel, dict(constants, **layers.product_tiles(norm)), 4
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, arch: int) -> Any:

@@ -144,10 +144,15 @@ def reduces(block: Any) -> bool:
 
 
 def reduced(
-    block: Any, x: Tensor, score: str, mean: Tensor | None, hw_shape: tuple[int, int]
+    block: Any,
+    x: Tensor,
+    hw_shape: tuple[int, int],
+    score: str = '',
+    mean: Tensor | None = None,
+    changes: Tensor | None = None,
 ) -> list[Tensor]:
     """Cells of the normalised map x (B, N, C), and scores if they are wanted."""
     conv = block.attn.sr
     weight = conv.weight.permute(0, 2, 3, 1).contiguous()
     norm = weights_of(block.norm1)
-    return layers.reduce_map(x, score, mean, *norm, weight, conv.bias, hw_shape)
+    return layers.reduce_map(x, score, mean, changes, *norm, weight, conv.bias, hw_shape)

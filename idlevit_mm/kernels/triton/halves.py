@@ -41,21 +41,26 @@ def choose(
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
     x, norm = tokens.x, block.norm1
-    mean = None
+    centre = mean = changes = None
     if scorer == 'MeanDistance':
-        if extent is None:
-            mean = x.mean(dim=1, dtype=torch.float32)
+        if tokens.centre is not None:
+            mean, changes = centre = tokens.centre
         else:
-            mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
+            if extent is None:
+                mean = x.mean(dim=1, dtype=torch.float32)
+            else:
+                mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
+            changes = torch.zeros_like(mean, dtype=torch.int64)
+            centre = (mean, changes) if extent is None else None
     if kind == 'IdlePVTBlock' and reduces(block):
         score = 'activation' if mean is None else 'distance'
-        *normed, scores = reduced(block, x, score, mean, hw_shape)
+        *normed, scores = reduced(block, x, hw_shape, score, mean, changes)
     else:
         # Spatial reduction wants the norm of all tokens.
         whole = kind == 'IdlePVTBlock' and is_norm(norm)
         weights = weights_of(norm) if whole else (None, None, 0.0)
-        scores, *normed = ops.score_norm(x, mean, *weights)
-    tokens = tokens._replace(normed=normed[0] if normed else None)
+        scores, *normed = ops.score_norm(x, mean, changes, *weights)
+    tokens = tokens._replace(normed=normed[0] if normed else None, centre=centre)
     windowed = kind == 'IdleSwinBlock'
     layout = (block.attn.window_size, block.attn.shift_size) if windowed else (_TILE, 0)
     if policy.scope == 'map':
@@ -115,11 +120,13 @@ def attention_half(
     (out, proj, *drops), ids = heads, None if rows is None else rows.ids
     if is_plain(proj, *LINEAR) and are_idle(*drops):
         weights = [part for part in (proj.weight, proj.bias) if part is not None]
-        (now,) = layers.add_branch(tokens.x, ids, out, weights, 0.0, None)
+        changes = None if rows is None or tokens.centre is None else tokens.centre[1]
+        (now,) = layers.add_branch(tokens.x, ids, out, weights, 0.0, None, changes)
     else:
         for layer in (proj, *drops):
             out = layer(out)
         (now,) = ops.take_norm(tokens.x, ids, out.contiguous(), None, None, 0.0)
+        tokens = tokens._replace(centre=None)
     return tokens.opened(now, rows, plan), None
 
 
@@ -136,10 +143,11 @@ def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
         return None
     branch, weights = parts
     if rows is not None and tokens.owned and tokens.x.is_contiguous():
-        layers.add_branch(now, rows.ids, branch, weights, norm.eps, tokens.x)
-        return tokens.made(tokens.x)
+        changes = None if tokens.centre is None else tokens.centre[1]
+        layers.add_branch(now, rows.ids, branch, weights, norm.eps, tokens.x, changes)
+        return tokens.made(tokens.x)._replace(centre=tokens.centre)
     if weights:
-        (now,), branch = layers.add_branch(now, None, branch, weights, norm.eps, None), None
+        (now,), branch = layers.add_branch(now, None, branch, weights, norm.eps, None, None), None
     if rows is not None:
         now = layers.merge_rows(tokens.x.contiguous(), rows.places, now, branch)
     elif branch is not None:
@@ -193,7 +201,7 @@ def _reduction(block: Any, tokens: Any, rows: Rows | None) -> tuple[Any, ...] | 
     if reduces(block):
         cells, inner = known, attn.norm
         if cells is None:
-            (cells,) = reduced(block, x, '', None, tokens.hw_shape)
+            (cells,) = reduced(block, x, tokens.hw_shape)
     else:
         x, norm = norm(x) if known is None else known, None
         cells = attn.reduce(x, tokens.hw_shape)

@@ -16,6 +16,15 @@ from . import ops, products, reductions, rows
 from .ops import _on, _or, _tiles, size
 
 _Maybe: TypeAlias = Tensor | None
+# What the kernels are compiled with, so that nothing spills; see tests/test_kernels.
+_WARPS = 4
+MLP_TILES = dict(BLOCK_M=64, BLOCK_H=32)
+CELL_TILES = dict(BLOCK=16)
+
+
+def product_tiles(norm: bool) -> dict[str, int]:
+    """Of the product of rows; a norm wants registers of its own."""
+    return dict(BLOCK_M=64 if norm else 128, BLOCK_N=64, BLOCK_K=32)
 
 
 def _applied(
@@ -73,6 +82,7 @@ def _multiply(
     residual: _Maybe,
     out: Tensor,
     gelu: bool = False,
+    changes: _Maybe = None,
 ) -> None:
     """Launch a product; ``of`` names the map that ids are of."""
     scale, shift, eps = norm
@@ -81,30 +91,32 @@ def _multiply(
     ids = None if ids is None else ids.contiguous()
     tokens = dict(x=x, residual=residual, out=out)[of]
     total = x.shape[:2].numel() if ids is None else ids.numel()
-    # A norm wants registers of its own.
-    block, width = 128 if scale is None else 64, 64
-    grid = triton.cdiv(total, block) * triton.cdiv(len(weight), width)
+    tiles = product_tiles(scale is not None)
+    grid = triton.cdiv(total, tiles['BLOCK_M']) * triton.cdiv(len(weight), tiles['BLOCK_N'])
     with _on(x):
         products.linear_kernel[(grid,)](
             *(x, _or(ids, x), _or(scale, x), _or(shift, x), weight.contiguous(), _or(bias, x)),
-            *(_or(residual, x), out, _or(tokens, x).shape[1], _or(ids, x).shape[1], total, eps),
+            *(_or(residual, x), out, _or(changes, x)),
+            *(_or(tokens, x).shape[1], _or(ids, x).shape[1], total, eps),
             **dict(C=x.shape[2], OUT=len(weight), IDS='' if ids is None else of, GELU=gelu),
             **dict(NORM=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None),
-            **dict(BLOCK_M=block, BLOCK_N=width, BLOCK_K=32, num_warps=4),
+            COUNT=changes is not None,
+            **tiles,
+            num_warps=_WARPS,
         )
 
 
 def _added(
-    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], eps: float, into: _Maybe
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: Any, eps: float, into: _Maybe, *_: _Maybe
 ) -> list[Tensor]:
     shape = (now if ids is None else ids).shape[:2]
     return [] if into is not None else [now.new_empty(*shape, now.shape[2])]
 
 
 def _add_traffic(
-    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], *_: object
+    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], *others: Any
 ) -> tuple[int, int]:
-    moved = _row_bytes(now, ids)
+    moved = _row_bytes(now, ids) + size(others[-1])
     return moved + size(ids, branch, *weights), moved
 
 
@@ -115,38 +127,51 @@ def _add_flops(
     return 2 * count * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
 
-@operator(_added, _add_traffic, ('into',), _add_flops)
+@operator(_added, _add_traffic, ('into', 'changes'), _add_flops)
 def add_branch(
-    now: Tensor, ids: _Maybe, branch: _Maybe, weights: list[Tensor], eps: float, into: _Maybe
+    now: Tensor,
+    ids: _Maybe,
+    branch: _Maybe,
+    weights: list[Tensor],
+    eps: float,
+    into: _Maybe,
+    changes: _Maybe,
 ) -> list[Tensor]:
     """Rows plus their branch (B, K, C): rows of a map now (B, N, C) that ids name, or all.
 
     Where there is a map ``into`` (B, N, C), rows now (B, K, C) are packed, ids are their places
     there, and nothing is returned. The branch is there, or it is to be made: of (B, K, I) by
     weight and maybe bias; of the rows themselves by those of norm and two layers with GELU between.
+    Changes (B, C), if they are there, take up in 64 bits, of which 24 are a fraction, what the
+    columns of rows that ids name have changed by.
     """
     made = _added(now, ids, branch, weights, eps, into)
     out = into if into is not None else made[0]
     if branch is None:
-        _add_mlp(now, ids, weights, eps, out)
+        _add_mlp(now, ids, weights, eps, out, changes)
     elif weights:
         weight, bias = (*weights, None)[:2]
         of = 'residual' if into is None else 'out'
-        _multiply(branch, ids, of, (None, None, 0.0), weight, bias, now, out)
+        _multiply(branch, ids, of, (None, None, 0.0), weight, bias, now, out, False, changes)
     else:
-        _put(out, ids, now, branch, out)
+        _put(out, ids, now, branch, out, changes)
     return made
 
 
-def _add_mlp(now: Tensor, ids: _Maybe, weights: list[Tensor], eps: float, out: Tensor) -> None:
-    (batch, count, channels), block = now.shape, 64
+def _add_mlp(
+    now: Tensor, ids: _Maybe, weights: list[Tensor], eps: float, out: Tensor, changes: _Maybe
+) -> None:
+    batch, count, channels = now.shape
     scale, shift, first, *others = (weight.contiguous() for weight in weights)
     sizes = out.shape[1], count, batch * count, eps
     with _on(now):
-        products.mlp_kernel[(triton.cdiv(batch * count, block),)](
-            *(now, _or(ids, now), scale, shift, first, *others, out, *sizes),
+        products.mlp_kernel[(triton.cdiv(batch * count, MLP_TILES['BLOCK_M']),)](
+            *(now, _or(ids, now), scale, shift, first, *others, out, _or(changes, now)),
+            *sizes,
             **dict(C=channels, P=triton.next_power_of_2(channels), HIDDEN=len(first)),
-            **dict(SCATTER=ids is not None, BLOCK_M=block, BLOCK_H=32, num_warps=4),
+            **dict(SCATTER=ids is not None, COUNT=changes is not None),
+            **MLP_TILES,
+            num_warps=_WARPS,
         )
 
 
@@ -163,12 +188,14 @@ def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: _Maybe) -> Tensor
     return _put(x, places, now, branch, x.new_empty(x.shape))
 
 
-def _put(x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor) -> Tensor:
+def _put(
+    x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor, changes: _Maybe = None
+) -> Tensor:
     tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
     with _on(x):
         rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
-            *(x, where, now, _or(branch, now), out, *sizes),
-            **dict(tiles, COPY=out is not x, ADD=branch is not None),
+            *(x, where, now, _or(branch, now), out, _or(changes, now), *sizes),
+            **dict(tiles, COPY=out is not x, ADD=branch is not None, COUNT=changes is not None),
         )
     return out
 
@@ -182,6 +209,7 @@ def _reduced(
     x: Tensor,
     score: str,
     mean: _Maybe,
+    changes: _Maybe,
     scale: Tensor,
     shift: Tensor,
     eps: float,
@@ -195,7 +223,7 @@ def _reduced(
 
 
 def _reduce_flops(*args: Any, **_: object) -> int:
-    return 2 * _reduced(*args)[0].shape[:2].numel() * args[6].numel()
+    return 2 * _reduced(*args)[0].shape[:2].numel() * args[7].numel()
 
 
 @operator(_reduced, flops=_reduce_flops)
@@ -203,6 +231,7 @@ def reduce_map(
     x: Tensor,
     score: str,
     mean: _Maybe,
+    changes: _Maybe,
     scale: Tensor,
     shift: Tensor,
     eps: float,
@@ -212,16 +241,17 @@ def reduce_map(
 ) -> list[Tensor]:
     """Convolve cells of the LayerNorm of x (B, N, C) by weight (C, S, S, C): (B, cells, C).
 
-    And scores (B, N) of the tokens by their ``distance`` from mean (B, C) or by ``activation``.
+    And scores (B, N) of the tokens by ``distance`` or ``activation``, as in ``score_norm``.
     """
-    out = _reduced(x, score, mean, scale, shift, eps, weight, bias, hw_shape)
-    side, channels, block = weight.shape[1], x.shape[2], 16
+    out = _reduced(x, score, mean, changes, scale, shift, eps, weight, bias, hw_shape)
+    side, channels = weight.shape[1], x.shape[2]
     total = x.shape[0] * prod(triton.cdiv(length, side) for length in hw_shape)
     sizes = *hw_shape, *_cells(hw_shape, side), total, eps
     with _on(x):
-        reductions.reduce_kernel[(triton.cdiv(total, block),)](
-            *(x, _or(mean, x), scale, shift, weight, _or(bias, x), out[-1], out[0], *sizes),
+        reductions.reduce_kernel[(triton.cdiv(total, CELL_TILES['BLOCK']),)](
+            *(x, _or(mean, x), _or(changes, x), scale, shift, weight, _or(bias, x)),
+            *(out[-1], out[0], *sizes),
             **dict(C=channels, P=triton.next_power_of_2(channels), SIDE=side, SCORE=score),
-            **dict(BIAS=bias is not None, BLOCK=block, num_warps=4),
+            **dict(CELL_TILES, BIAS=bias is not None, num_warps=_WARPS),
         )
     return out

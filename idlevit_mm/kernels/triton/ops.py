@@ -66,21 +66,26 @@ def _layout(hw_shape: list[int], window: int) -> tuple[int, int, int]:
 # Scores and choice
 
 
-def _looked(x: Tensor, mean: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
+def _looked(x: Tensor, mean: _Maybe, changes: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
     scores = x.new_empty(x.shape[:2], dtype=torch.float32)
     return [scores] if weight is None else [scores, torch.empty_like(x)]
 
 
 @operator(_looked)
-def score_norm(x: Tensor, mean: _Maybe, weight: _Maybe, bias: _Maybe, eps: float) -> list[Tensor]:
+def score_norm(
+    x: Tensor, mean: _Maybe, changes: _Maybe, weight: _Maybe, bias: _Maybe, eps: float
+) -> list[Tensor]:
     """Scores (B, N) of tokens (B, N, C), and with weights of a LayerNorm their norm (B, N, C).
 
-    A score is the distance from mean (B, C), without it the mean activation.
+    A score is the distance from mean (B, C), which has changed since by what ``add_branch`` has
+    counted (B, C), without it the mean activation.
     """
-    out, (batch, tokens, _), tiles = _looked(x, mean, weight), x.shape, _tiles(x.shape[2])
+    out, (batch, tokens, _) = _looked(x, mean, changes, weight), x.shape
+    tiles = _tiles(x.shape[2])
     with _on(x):
         rows.look_kernel[(triton.cdiv(tokens, tiles['BLOCK']), batch)](
-            *(x, _or(mean, x), _or(weight, x), _or(bias, x), out[0], out[-1], tokens, eps),
+            *(x, _or(mean, x), _or(changes, x), _or(weight, x), _or(bias, x)),
+            *(out[0], out[-1], tokens, eps),
             **dict(tiles, DISTANCE=mean is not None, NORM=weight is not None),
         )
     return out

@@ -11,7 +11,7 @@ next power of two), OUT channels out.
 import triton
 import triton.language as tl
 
-from .rows import normalised
+from .rows import count_changes, normalised
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def _moments(x, start, there, eps, C: tl.constexpr, BLOCK: tl.constexpr, STEP: t
 
 @triton.jit
 def linear_kernel(
-    x, ids, norm_weight, norm_bias, weight, bias, residual, out, N, K, R, eps,
+    x, ids, norm_weight, norm_bias, weight, bias, residual, out, changes, N, K, R, eps,
     C: tl.constexpr, OUT: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A linear layer of rows; IDS says which of ``x``, ``residual`` and ``out`` is a map."""
@@ -81,16 +81,22 @@ def linear_kernel(
     seen = there[:, None] & (n < OUT)[None, :]
     if RESIDUAL:
         at = (place if IDS == 'residual' else packed)[:, None] * OUT + n[None, :]
-        acc += tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)
+        old = tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)
+        acc += old
     at = (place if IDS == 'out' else packed)[:, None] * OUT + n[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=seen)
+    new = acc.to(out.dtype.element_ty)
+    tl.store(out + at, new, mask=seen)
+    if COUNT:
+        change = tl.where(seen, new.to(tl.float32) - old, 0.0)
+        count_changes(changes, change, r, K, R, n, OUT)
 
 
 @triton.jit
 def mlp_kernel(
-    x, ids, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out, N, K, R, eps,
+    x, ids, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out, changes, N, K, R,
+    eps,
     C: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, SCATTER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Norm, linear, GELU, linear and residual of packed rows: hidden channels never leave it."""
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,9 +119,12 @@ def mlp_kernel(
         acc = tl.dot(hidden.to(w.dtype), w, acc, input_precision='ieee')
     acc += tl.load(bias2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     # Again from the cache: it is not to fill registers meanwhile.
-    acc += tl.load(x + packed[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
+    old = tl.load(x + packed[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
     place = packed
     if SCATTER:
         place = ((r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)) * C
-    at = place[:, None] + c[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=seen)
+    new = (acc + old).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] + c[None, :], new, mask=seen)
+    if COUNT:
+        change = tl.where(seen, new.to(tl.float32) - old, 0.0)
+        count_changes(changes, change, r, K, R, c, C)

@@ -7,12 +7,12 @@ those at its border too that are not full.
 import triton
 import triton.language as tl
 
-from .rows import normalised
+from .rows import centre_at, normalised
 
 
 @triton.jit
 def reduce_kernel(
-    x, mean, norm_weight, norm_bias, weight, bias, scores, out, H, W, HIGH, WIDE, R, eps,
+    x, mean, changes, norm_weight, norm_bias, weight, bias, scores, out, H, W, HIGH, WIDE, R, eps,
     C: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, SCORE: tl.constexpr, BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -30,8 +30,8 @@ def reduce_kernel(
     c = tl.arange(0, P)
     inside = c < C
     if SCORE == 'distance':
-        at = image[:, None] * C + c[None, :]
-        centre = tl.load(mean + at, mask=(cell < R)[:, None] & inside[None, :], other=0.0)
+        seen = (cell < R)[:, None] & inside[None, :]
+        centre = centre_at(mean, changes, image[:, None] * C + c[None, :], seen, H * W)
     acc = tl.zeros([BLOCK, P], tl.float32)
     for tap in range(SIDE * SIDE):
         ty = cy * SIDE + tap // SIDE

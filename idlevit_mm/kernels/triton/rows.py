@@ -22,8 +22,26 @@ def normalised(v, weight, bias, c, eps, C: tl.constexpr):
 
 
 @triton.jit
+def centre_at(mean, changes, at, seen, N):
+    """Mean of N tokens: as it was, and what they have changed by since; see ``count_changes``."""
+    since = tl.load(changes + at, mask=seen, other=0).to(tl.float32) / 16777216.0
+    return tl.load(mean + at, mask=seen, other=0.0) + since / N
+
+
+@triton.jit
+def count_changes(changes, change, r, K, R, c, C: tl.constexpr):
+    """Add up by image and column c what rows r change by, in fixed point: no order matters."""
+    image = r // K
+    last = tl.minimum(tl.max(r, axis=0), R - 1) // K
+    for i in range(tl.min(r, axis=0) // K, last + 1):
+        total = tl.sum(tl.where((image == i)[:, None], change, 0.0), axis=0)
+        fixed = (total * 16777216.0).to(tl.int64)
+        tl.atomic_add(changes + i * C + c, fixed, mask=c < C, sem='relaxed')
+
+
+@triton.jit
 def look_kernel(
-    x, mean, weight, bias, scores, normed, N, eps,
+    x, mean, changes, weight, bias, scores, normed, N, eps,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
     DISTANCE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +53,7 @@ def look_kernel(
     seen = (row < N)[:, None] & (c < C)[None, :]
     v = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
     if DISTANCE:
-        centre = tl.load(mean + image * C + c, mask=c < C, other=0.0)
+        centre = centre_at(mean, changes, image * C + c, c < C, N)
         apart = tl.where(seen, v - centre[None, :], 0.0)
         score = tl.sqrt(tl.sum(apart * apart, axis=1))
     else:
@@ -177,8 +195,9 @@ def rows_kernel(
 
 @triton.jit
 def put_kernel(
-    x, where, now, branch, out, N, K, R,
+    x, where, now, branch, out, changes, N, K, R,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr, ADD: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Packed rows, maybe plus their branch, to their places, which their ids say.
 
@@ -197,6 +216,7 @@ def put_kernel(
     packed = place.to(tl.int64)[:, None] * C + c[None, :]
     at = row[:, None] * C + c[None, :]
     v = tl.load(now + packed, mask=written, other=0.0).to(tl.float32)
+    old = v
     if ADD:
         v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
     if COPY:
@@ -204,7 +224,10 @@ def put_kernel(
         idle = inside & ((place < 0) & (r < R))[:, None]
         v = tl.where(idle, tl.load(x + at, mask=idle, other=0.0).to(tl.float32), v)
         written = written | idle
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=written)
+    new = v.to(out.dtype.element_ty)
+    tl.store(out + at, new, mask=written)
+    if COUNT:
+        count_changes(changes, new.to(tl.float32) - old, r, K, R, c, C)
 
 
 @triton.jit
