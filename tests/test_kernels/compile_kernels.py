@@ -1,6 +1,6 @@
 """Compile the kernels of GPUs for devices that need not be there, and count what they use.
 
-    python tests/test_kernels/compile_kernels.py [--arch 80 90]
+    python tests/test_kernels/compile_kernels.py [--arch 80 90 100]
 
 A line for each kernel and configuration: registers, shared memory, and accesses of spilled ones, of
 which there must be none.
@@ -27,7 +27,7 @@ _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
 _TYPES |= dict(changes='*i64', scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
 _TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'HIGH', 'WIDE', 'windows'), 'i32')
-_CHANNELS = (64, 96, 192, 320, 384, 512, 768)
+_CHANNELS = (64, 96, 128, 192, 320, 384, 512, 768)
 
 
 def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -111,7 +111,7 @@ def spent(binary: Any) -> tuple[int, int, int]:
 def main(args: list[str] | None = None) -> int:
     """Compile all, and fail where anything spills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--arch', type=int, nargs='+', default=[80, 90], help='such as 80 90')
+    parser.add_argument('--arch', type=int, nargs='+', default=[80, 90, 100], help='such as 80 90')
     spilling = 0
     for arch in parser.parse_args(args).arch:
         for kernel, constants, warps in configurations():

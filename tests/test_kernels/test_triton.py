@@ -19,12 +19,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from idlevit_mm.analysis.flops import MultiplyAddCounter
+from idlevit_mm.blocks import Carried
 from idlevit_mm.kernels import Site, Triton, backend_at, kind_of, use
 from idlevit_mm.ops import window_units
 from idlevit_mm.policies import MeanDistance, unit_scores
 
 if find_spec('triton') is not None:
-    from idlevit_mm.kernels.triton import layers, ops
+    from idlevit_mm.kernels.triton import fusions, layers, ops
     from idlevit_mm.kernels.triton.halves import _starts
 
 INSIDE = os.environ.get('TRITON_INTERPRET') == '1'
@@ -107,8 +108,46 @@ def test_in_the_interpreter():
 @inside
 @pytest.mark.parametrize('keep', [0.3, 0.5, 1.0])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_families(family, keep):
+def test_families(family, keep, monkeypatch):
+    # Stages own their first map, so that rows are put back in place in all blocks.
+    monkeypatch.setattr(layers, 'merge_rows', None)
     assert_same(built(FAMILIES[family], keep_ratios=keep), image(SIZE))
+
+
+# The most channels for fused norms, and for an MLP or a reduction in one kernel.
+_SETS = [(0, 0), (192, 0), (192, 128)]
+
+
+@inside
+@pytest.mark.parametrize(('widest', 'one'), _SETS)
+@pytest.mark.parametrize('family', ['swin', 'pvt'])
+@torch.no_grad()
+def test_sets_of_fusions(family, widest, one, monkeypatch):
+    monkeypatch.setattr(fusions, 'widest', lambda: widest)
+    monkeypatch.setattr(fusions, 'ONE_KERNEL', one)
+    # On a map of 9 x 6 the only cell is not full.
+    config = dict(PVT, sr_ratios=[8, 1]) if family == 'pvt' else SWIN
+    model, x = built(config, keep_ratios=0.5), image(SIZE)
+    if one == 0 or family == 'pvt':
+        assert_same(model, x)
+    # And the mean that scores need is kept, whichever kernel changes rows.
+    block = model.stages[0].blocks[1] if family == 'swin' else model.layers[0][1][-1]
+    tokens = torch.randn(2, 54, 16) + 1.0
+    with use('triton'):
+        out, carried = block(tokens, (9, 6), 0.5, Carried(owned=True))
+    assert out is tokens
+    mean, changes = carried.centre
+    assert changes.any()
+    assert_close(mean + changes / 2**24 / 54, out.mean(1), 1e-5)
+
+
+@inside
+@pytest.mark.parametrize('family', ['swin', 'pvt'])
+@torch.no_grad()
+def test_dropout_takes_the_modules(family, monkeypatch):
+    monkeypatch.setattr(layers, 'add_branch', None)
+    with use('triton'):
+        built(FAMILIES[family], keep_ratios=0.5, drop_path_rate=0.5).train()(image(SIZE))
 
 
 @inside
@@ -292,10 +331,11 @@ def test_what_others_hold_is_not_written_to(family):
         blocks[1].norm1.register_forward_pre_hook(
             lambda _, args: held.append((args[0], args[0].clone()))
         )
-        model(image(SIZE))
-        assert held
-        blocks[0].register_forward_hook(lambda _, __, out: held.append((out[0], out[0].clone())))
-        model(image(SIZE))
+        maker = model.patch_embed if family == 'swin' else model.layers[0][1][0]
+        for layer in (maker, blocks[0]):
+            layer.register_forward_hook(lambda *args: held.append((args[2][0], args[2][0].clone())))
+            model(image(SIZE))
+    assert len(held) == 2 * 2 + 1
     for one, copy in held:
         assert torch.equal(one, copy)
 
