@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
         pack: What is packed.
         normed: What a backend has made of x on the way for the attention: its norm, or the cells
             that its spatial reduction makes of it.
-        owned: Whether x was made by the block before and nobody else holds it.
+        owned: Whether nobody else holds x: it was made by the block before, or for the stage.
         centre: What a backend knows of the mean of each image's tokens.
     """
 

@@ -110,7 +110,7 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize('family', FAMILIES)
 def test_families(family, keep, monkeypatch):
     # Stages own their first map, so that rows are put back in place in all blocks.
-    monkeypatch.setattr(layers, 'merge_rows', None)
+    monkeypatch.setattr(ops, 'merge_rows', None)
     assert_same(built(FAMILIES[family], keep_ratios=keep), image(SIZE))
 
 
@@ -298,7 +298,7 @@ def test_choice_in_windows(window):
 def test_idle_rows_stay_bit_identical():
     x, now = torch.full((1, 4, 16), -0.0), torch.ones(1, 2, 16)
     places = torch.tensor([[0, -1, -1, 1]], dtype=torch.int32)
-    out = layers.merge_rows(x, places, now, now)
+    out = ops.merge_rows(x, places, now, now)
     assert torch.equal(out[:, 1:3].view(torch.int32), x[:, 1:3].view(torch.int32))
     assert (out[:, ::3] == 2).all()
 

@@ -16,7 +16,7 @@ _LEAST_CAPABILITY = 8, 0
 
 
 class Triton(Reference):
-    """Window attention on packed rows, fused moves of rows; products stay the library's.
+    """Window attention on packed rows; products with the norms and moves of rows around them.
 
     It covers the policy IdleViT with scores that need no weights, in Swin, PVT, PVTv2 and MiT;
     halves of other blocks, those of Swin V2 too, and of other plans go through their modules.

@@ -130,9 +130,10 @@ def _layers_of(ffn: nn.Module) -> list[Any] | None:
 
 def reduces(block: Any) -> bool:
     """Whether the norm and the reduction of a block of PVT are one kernel."""
-    attn = block.attn
-    conv: Any = getattr(attn, 'sr', None)
-    side, channels = (attn.sr_ratio,) * 2, block.embed_dims
+    attn, channels = block.attn, block.embed_dims
+    if kind_of(attn) != 'SpatialReductionAttention' or attn.sr_ratio == 1:
+        return False
+    conv, side = attn.sr, (attn.sr_ratio,) * 2
     return (
         channels <= ONE_KERNEL
         and is_norm(block.norm1)

@@ -52,12 +52,12 @@ def choose(
                 mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
             changes = torch.zeros_like(mean, dtype=torch.int64)
             centre = (mean, changes) if extent is None else None
-    if kind == 'IdlePVTBlock' and reduces(block):
+    # Spatial reduction wants the norm of all tokens.
+    whole = kind == 'IdlePVTBlock' and is_norm(norm)
+    if whole and reduces(block):
         score = 'activation' if mean is None else 'distance'
         *normed, scores = reduced(block, x, hw_shape, score, mean, changes)
     else:
-        # Spatial reduction wants the norm of all tokens.
-        whole = kind == 'IdlePVTBlock' and is_norm(norm)
         weights = weights_of(norm) if whole else (None, None, 0.0)
         scores, *normed = ops.score_norm(x, mean, changes, *weights)
     tokens = tokens._replace(normed=normed[0] if normed else None, centre=centre)
@@ -149,7 +149,7 @@ def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
     if weights:
         (now,), branch = layers.add_branch(now, None, branch, weights, norm.eps, None, None), None
     if rows is not None:
-        now = layers.merge_rows(tokens.x.contiguous(), rows.places, now, branch)
+        now = ops.merge_rows(tokens.x.contiguous(), rows.places, now, branch)
     elif branch is not None:
         now = now + branch
     return tokens.made(now)

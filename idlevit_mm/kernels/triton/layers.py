@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from ..operators import operator
-from . import ops, products, reductions, rows
-from .ops import _on, _or, _tiles, size
+from . import ops, products, reductions
+from .ops import _on, _or, put, size
 
 _Maybe: TypeAlias = Tensor | None
 # What the kernels are compiled with, so that nothing spills; see tests/test_kernels.
@@ -154,7 +154,7 @@ def add_branch(
         of = 'residual' if into is None else 'out'
         _multiply(branch, ids, of, (None, None, 0.0), weight, bias, now, out, False, changes)
     else:
-        _put(out, ids, now, branch, out, changes)
+        put(out, ids, now, branch, out, changes)
     return made
 
 
@@ -173,31 +173,6 @@ def _add_mlp(
             **MLP_TILES,
             num_warps=_WARPS,
         )
-
-
-# Active rows come from the pack, the others from x.
-@operator(
-    lambda x, *_: x.new_empty(x.shape),
-    lambda x, places, now, branch: (size(x, places, branch), size(x)),
-)
-def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: _Maybe) -> Tensor:
-    """A copy of x (B, N, C) with packed rows (B, K, C), maybe plus their branch, in their places.
-
-    Places (B, N) are the packed row of each token, -1 for idle ones.
-    """
-    return _put(x, places, now, branch, x.new_empty(x.shape))
-
-
-def _put(
-    x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor, changes: _Maybe = None
-) -> Tensor:
-    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
-    with _on(x):
-        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
-            *(x, where, now, _or(branch, now), out, _or(changes, now), *sizes),
-            **dict(tiles, COPY=out is not x, ADD=branch is not None, COUNT=changes is not None),
-        )
-    return out
 
 
 def _cells(hw_shape: list[int], side: int) -> list[int]:

@@ -166,6 +166,32 @@ def take_norm(
     return out
 
 
+def put(
+    x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor, changes: _Maybe = None
+) -> Tensor:
+    """Launch what puts rows to places in x, or in a copy of it, which is ``out``."""
+    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
+    with _on(x):
+        rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
+            *(x, where, now, _or(branch, now), out, _or(changes, now), *sizes),
+            **dict(tiles, COPY=out is not x, ADD=branch is not None, COUNT=changes is not None),
+        )
+    return out
+
+
+# Active rows come from the pack, the others from x.
+@operator(
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, places, now, branch: (size(x, places, branch), size(x)),
+)
+def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: _Maybe) -> Tensor:
+    """A copy of x (B, N, C) with packed rows (B, K, C), maybe plus their branch, in their places.
+
+    Places (B, N) are the packed row of each token, -1 for idle ones.
+    """
+    return put(x, places, now, branch, x.new_empty(x.shape))
+
+
 # Layers
 
 
