@@ -125,7 +125,7 @@ def attention_half(
     else:
         for layer in (proj, *drops):
             out = layer(out)
-        (now,) = ops.take_norm(tokens.x, ids, out.contiguous(), None, None, 0.0)
+        now = ops.take_norm(tokens.x, ids, out.contiguous(), None, None, 0.0)
         tokens = tokens._replace(centre=None)
     return tokens.opened(now, rows, plan), None
 

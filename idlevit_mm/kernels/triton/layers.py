@@ -66,7 +66,7 @@ def linear(
     Without a weight the rows or their norm (B, K, C).
     """
     if weight is None:
-        return ops.take_norm(x, ids, None, scale, shift, eps)[0]
+        return ops.take_norm(x, ids, None, scale, shift, eps)
     out = _applied(x, ids, scale, shift, eps, weight)
     _multiply(x, ids, 'x', (scale, shift, eps), weight, bias, None, out, gelu)
     return out

@@ -132,36 +132,32 @@ def select(
 # Rows
 
 
-def _taken(x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
-    shape = x.shape if ids is None else (*ids.shape, x.shape[2])
-    both = branch is not None and weight is not None
-    return [x.new_empty(shape) for _ in range(1 + both)]
+def _taken(x: Tensor, ids: _Maybe, *_: Any) -> Tensor:
+    return x.new_empty(x.shape if ids is None else (*ids.shape, x.shape[2]))
 
 
 def _take_traffic(x: Tensor, ids: _Maybe, branch: _Maybe, *norm: Any) -> tuple[int, int]:
-    out = _taken(x, ids, branch, *norm)
-    return size(out[0], ids, branch, *norm[:2]), size(*out)
+    moved = size(_taken(x, ids))
+    return moved + size(ids, branch, *norm[:2]), moved
 
 
 @operator(_taken, _take_traffic)
 def take_norm(
     x: Tensor, ids: _Maybe, branch: _Maybe, weight: _Maybe, bias: _Maybe, eps: float
-) -> list[Tensor]:
-    """Rows (B, K) of x (B, N, C), all where there are no ids, maybe plus a branch.
+) -> Tensor:
+    """Rows (B, K) of x (B, N, C), all where there are no ids, maybe plus a branch: (B, K, C).
 
-    With weights of a LayerNorm their norm instead, or besides where there is a branch.
+    With weights of a LayerNorm the norm of that.
     """
-    out, (_, tokens, channels), tiles = _taken(x, ids, branch, weight), x.shape, _tiles(x.shape[2])
-    total = out[0].numel() // channels
-    keep = weight is None or branch is not None
+    out, tiles = _taken(x, ids), _tiles(x.shape[2])
+    total = out.shape[:2].numel()
     # All images may share the ids of one.
     ids = None if ids is None else ids.contiguous()
     with _on(x):
         rows.rows_kernel[(triton.cdiv(total, tiles['BLOCK']),)](
-            *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out[0], out[-1]),
-            *(tokens, out[0].shape[1], total, eps),
-            **dict(tiles, GATHER=ids is not None, ADD=branch is not None),
-            **dict(KEEP=keep, NORM=weight is not None),
+            *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out),
+            *(x.shape[1], out.shape[1], total, eps),
+            **dict(tiles, GATHER=ids is not None, ADD=branch is not None, NORM=weight is not None),
         )
     return out
 

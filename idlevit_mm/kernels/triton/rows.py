@@ -168,11 +168,11 @@ def select_in_windows_kernel(
 
 @triton.jit
 def rows_kernel(
-    x, ids, branch, weight, bias, now, normed, N, K, R, eps,
+    x, ids, branch, weight, bias, out, N, K, R, eps,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    GATHER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x, all or gathered, maybe plus a branch; kept, normalised, or both."""
+    """Rows of x, all or gathered, maybe plus a branch, maybe normalised."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, P)
     there = r < R
@@ -184,13 +184,9 @@ def rows_kernel(
     v = tl.load(x + row[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
     if ADD:
         v += tl.load(branch + packed, mask=seen, other=0.0).to(tl.float32)
-    if KEEP:
-        kept = v.to(now.dtype.element_ty)
-        tl.store(now + packed, kept, mask=seen)
-        v = kept.to(tl.float32)
     if NORM:
-        y = normalised(v, weight, bias, c, eps, C)
-        tl.store(normed + packed, y.to(normed.dtype.element_ty), mask=seen)
+        v = normalised(v, weight, bias, c, eps, C)
+    tl.store(out + packed, v.to(out.dtype.element_ty), mask=seen)
 
 
 @triton.jit
