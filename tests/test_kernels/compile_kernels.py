@@ -20,12 +20,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlevit_mm.kernels.triton import rows, windows
+from idlevit_mm.kernels.triton import gradients, rows, windows
 
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # Arguments that are neither sizes nor of half precision.
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
-_TYPES |= dict(scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
+_TYPES |= dict(scores='*fp32', mean='*fp32', eps='fp32', scale='fp32', lse='*fp32')
+_TYPES |= dict(grad_pairs='*fp32', grad_blank='*fp32', means='*fp32', total='i32')
 _TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows'), 'i32')
 _CHANNELS = (64, 96, 192, 320, 384, 512, 768)
 
@@ -40,8 +41,9 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=False, KEEP=False, NORM=True), 4
         for gather in (False, True):
             yield rows.rows_kernel, dict(tiles, GATHER=gather, ADD=True, KEEP=True, NORM=True), 4
-        for copy in (False, True):
-            yield rows.put_kernel, dict(tiles, COPY=copy), 4
+        for copy, idle, active, add in ((0, 0, 1, 1), (1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 1, 0)):
+            flags = dict(COPY=copy, IDLE=idle, ACTIVE=active, ADD=add)
+            yield rows.put_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}, 4
     for block in (1024, 4096):
         yield rows.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
     for packed in (False, True):
@@ -53,19 +55,24 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for shift, is_padded in ((0, False), (side // 2, True)):
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
-                yield windows.attention_kernel, dict(layout, BLOCK_M=16, BLOCK_N=16), 1
+                for trains in (False, True):
+                    tiles = dict(TRAINS=trains, BLOCK_M=16, BLOCK_N=16)
+                    yield windows.attention_kernel, dict(layout, **tiles), 1
+                yield gradients.rows_gradient_kernel, dict(layout, BLOCK=16, num_stages=2), 1
+                yield gradients.pairs_gradient_kernel, dict(layout, SLOTS=32, num_stages=1), 4
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, arch: int) -> Any:
     """Compile one kernel for one architecture."""
-    names = kernel.arg_names
+    names, constants = kernel.arg_names, dict(constants)
+    options = dict(num_warps=warps, num_stages=constants.pop('num_stages', 3))
     types = _TYPES | dict.fromkeys(constants, 'constexpr')
     signature = {name: types.get(name, '*bf16') for name in names}
     pointers = [place for place, name in enumerate(names) if signature[name].startswith('*')]
     aligned = {(place,): [['tt.divisibility', 16]] for place in pointers}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
+    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options=options)
 
 
 def spent(binary: Any) -> tuple[int, int, int]:

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from ...ops import Extent, Rows, mean_inside, on_device
 from ..plain import all_plain, is_plain, kind_of
+from ..site import site_of
 from . import ops
 
 # Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
 _TILE = 8
 _HEAD_CHANNELS = 16, 32, 64, 128
+
+
+def infers(x: Tensor) -> bool:
+    """Whether kernels may stand for whole layers: neither gradients nor autocast are wanted."""
+    site = site_of(x)
+    return not (site.grad or site.autocast)
 
 
 def choose(
@@ -39,7 +46,8 @@ def choose(
     ):
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
-    x, norm = tokens.x, block.norm1
+    # Which are best has no gradient.
+    x, norm = tokens.x.detach(), block.norm1
     mean = None
     if scorer == 'MeanDistance':
         if extent is None:
@@ -47,7 +55,7 @@ def choose(
         else:
             mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
     # Spatial reduction wants the norm of all tokens.
-    whole = kind == 'IdlePVTBlock' and _is_norm(norm)
+    whole = kind == 'IdlePVTBlock' and _is_norm(norm) and infers(x)
     weights = (norm.weight, norm.bias, norm.eps) if whole else (None, None, 0.0)
     scores, *normed = ops.score_norm(x, mean, *weights)
     tokens = tokens._replace(normed=normed[0] if normed else None)
@@ -95,6 +103,7 @@ def attention_half(
     kind, rows = kind_of(block), plan.rows
     if (
         kind not in _BRANCHES
+        or not infers(tokens.x)
         or not _is_norm(block.norm2)
         or tokens.pack is not None
         or not _is_simple(plan)
@@ -118,6 +127,8 @@ def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
     """MLP of the rows and its norm, if that is not there yet; residual, and the rows put back."""
     rows = plan.rows
     if kind_of(block) not in _BRANCHES or tokens.pack is None or not _is_simple(plan):
+        return None
+    if not infers(tokens.x):
         return None
     if rows is not None and rows.places is None:
         return None

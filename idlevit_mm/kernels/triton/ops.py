@@ -161,11 +161,13 @@ def take_norm(
     return out
 
 
-def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> Tensor:
-    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
-    with _on(x):
+def _put(where: Tensor, x: _Maybe, now: _Maybe, branch: _Maybe, out: Tensor) -> Tensor:
+    tiles, sizes = _tiles(out.shape[2]), (out.shape[1], where.shape[1], where.numel())
+    with _on(out):
         rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
-            x, where, now, branch, out, *sizes, **dict(tiles, COPY=out is not x)
+            *(_or(x, out), where, _or(now, out), _or(branch, out), out, *sizes),
+            **dict(tiles, COPY=out is not x, IDLE=x is not None),
+            **dict(ACTIVE=now is not None, ADD=branch is not None),
         )
     return out
 
@@ -173,14 +175,14 @@ def _put(x: Tensor, where: Tensor, now: Tensor, branch: Tensor, out: Tensor) -> 
 @operator(lambda *_: None, lambda x, *packed: (size(*packed), size(packed[1])), ('x',))
 def put_rows(x: Tensor, ids: Tensor, now: Tensor, branch: Tensor) -> None:
     """Write packed rows (B, K, C) plus their branch to their places (B, K) in x (B, N, C)."""
-    _put(x, ids, now, branch, x)
+    _put(ids, x, now, branch, x)
 
 
 # Active rows come from the pack, the others from x.
 @operator(lambda x, *_: torch.empty_like(x), lambda x, *packed: (size(x, *packed[::2]), size(x)))
 def merge_rows(x: Tensor, places: Tensor, now: Tensor, branch: Tensor) -> Tensor:
     """``put_rows`` to a copy of x, by the packed row of each token (B, N)."""
-    return _put(x, places, now, branch, torch.empty_like(x))
+    return _put(places, x, now, branch, torch.empty_like(x))
 
 
 # Layers
@@ -226,9 +228,9 @@ def window_attention(
     with _on(qkv):
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
-            *(table, blank, out, *hw_shape, *padded, number, scale),
+            *(table, blank, out, out, *hw_shape, *padded, number, scale),
             **dict(A=num_heads, D=width // 3 // num_heads, WS=window, SHIFT=shift),
-            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None),
+            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None, TRAINS=False),
             **dict(BLOCK_M=16, BLOCK_N=16, num_warps=1),
         )
     return out

@@ -179,10 +179,12 @@ def rows_kernel(
 def put_kernel(
     x, where, now, branch, out, N, K, R,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
+    IDLE: tl.constexpr, ACTIVE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Packed rows plus their branch to their places, which their ids say.
 
-    Or with the other rows of x into a copy, of each of whose rows is known which packed one it is.
+    Or with the other rows of x into a copy, of each of whose rows is known which packed one it is;
+    what is not IDLE or not ACTIVE is zero there.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, P)
@@ -196,12 +198,13 @@ def put_kernel(
     written = inside & (place >= 0)[:, None]
     packed = place.to(tl.int64)[:, None] * C + c[None, :]
     at = row[:, None] * C + c[None, :]
-    v = tl.load(now + packed, mask=written, other=0.0).to(tl.float32)
-    v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
+    v = tl.load(now + packed, mask=written & ACTIVE, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(branch + packed, mask=written, other=0.0).to(tl.float32)
     if COPY:
         # Not a sum: it would make 0.0 of -0.0.
         idle = inside & ((place < 0) & (r < R))[:, None]
-        v = tl.where(idle, tl.load(x + at, mask=idle, other=0.0).to(tl.float32), v)
+        v = tl.where(idle, tl.load(x + at, mask=idle & IDLE, other=0.0).to(tl.float32), v)
         written = written | idle
     tl.store(out + at, v.to(out.dtype.element_ty), mask=written)
 
