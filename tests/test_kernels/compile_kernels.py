@@ -20,11 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlevit_mm.kernels.triton import gradients, rows, windows
+from idlevit_mm.kernels.triton import gradients, rows, selection, windows
 
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # Arguments that are neither sizes nor of half precision.
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
+_TYPES |= dict.fromkeys(('parts', 'middle', 'above', 'known'), '*i32')
 _TYPES |= dict(scores='*fp32', mean='*fp32', eps='fp32', scale='fp32', lse='*fp32')
 _TYPES |= dict(grad_pairs='*fp32', grad_blank='*fp32', means='*fp32', total='i32')
 _TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'windows'), 'i32')
@@ -45,13 +46,17 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
             flags = dict(COPY=copy, IDLE=idle, ACTIVE=active, ADD=add)
             yield rows.put_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}, 4
     for block in (1024, 4096):
-        yield rows.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
+        yield selection.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
+    tiles = dict(WS=7, SHIFT=3, BLOCK=4096)
+    for step in range(3):
+        yield selection.count_kernel, dict(tiles, STEP=step), 16
+    yield selection.pack_kernel, tiles, 16
     for packed in (False, True):
         constants = dict(C=512, BLOCK=32, BLOCK_C=64, PACKED=packed, HAS_BIAS=True)
         yield rows.convolve_kernel, constants, 4
     for side, slots in ((7, 64), (12, 256)):
         sizes = dict(WS=side, SHIFT=side // 2, SLOTS=slots, BITS=32 + slots.bit_length())
-        yield rows.select_in_windows_kernel, sizes, 1
+        yield selection.select_in_windows_kernel, sizes, 1
         for shift, is_padded in ((0, False), (side // 2, True)):
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)

@@ -12,11 +12,18 @@ import triton
 from torch import Tensor
 
 from ..operators import operator
-from . import rows, windows
+from . import rows, selection, windows
 
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
+# Tokens of a batch, and of an image, from which on several programs choose for each image. One
+# walks over an image five times, which takes long where it is large; four launches instead of one
+# take long where a pass waits for Python. Four images of 800 x 1344 at a stride of 4, or one of
+# 2048 x 2048, keep a GPU busy enough. Estimated, not measured.
+_MANY = 2**18, 2**14
+# Tokens of such a block.
+_BLOCK = 4096
 
 
 # Whether kernels run in Triton's interpreter, on the CPU.
@@ -115,13 +122,30 @@ def select(
     layout = dict(WS=window, SHIFT=shift)
     with _on(scores):
         if starts is not None:
-            kernel = rows.select_in_windows_kernel[(number, batch)]
+            kernel = selection.select_in_windows_kernel[(number, batch)]
             bits = 32 + side.bit_length()
             kernel(scores, starts, *sizes, **layout, SLOTS=side, BITS=bits, num_warps=1)
+        elif batch * tokens >= _MANY[0] and tokens >= _MANY[1]:
+            _select_by_many(scores, sizes, layout)
         else:
-            warps = max(block // 256, 1)
-            rows.select_kernel[(batch,)](scores, *sizes, **layout, BLOCK=block, num_warps=warps)
+            tiles = dict(layout, BLOCK=block, num_warps=max(block // 256, 1))
+            selection.select_kernel[(batch,)](scores, *sizes, **tiles)
     return out
+
+
+def _select_by_many(scores: Tensor, sizes: tuple[Any, ...], layout: dict[str, int]) -> None:
+    """``select`` by a program for each block of an image, in four launches."""
+    out, rest = sizes[:3], sizes[3:]
+    batch, blocks = len(scores), triton.cdiv(rest[-2] * rest[-1], _BLOCK)
+    parts, middle, above, known = (
+        scores.new_empty(batch * number, dtype=torch.int32)
+        for number in (blocks * 1024, 4096, blocks, 4)
+    )
+    grid, tiles = (blocks, batch), dict(layout, BLOCK=_BLOCK, num_warps=max(_BLOCK // 256, 1))
+    for step in range(3):
+        kernel = selection.count_kernel[grid]
+        kernel(scores, parts, middle, above, known, *rest, **tiles, STEP=step)
+    selection.pack_kernel[grid](scores, parts, above, known, *out, *rest, **tiles)
 
 
 # Rows
