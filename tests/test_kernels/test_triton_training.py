@@ -145,6 +145,19 @@ def test_a_compiled_step_of_training():
     assert_near(other_grads, grads, 1e-5)
 
 
+def test_what_a_step_moves_is_counted(monkeypatch, capsys):
+    monkeypatch.syspath_prepend('tools/analysis_tools')
+    import training_traffic
+
+    options = ['--keep-ratios', '0.5', '--batch', '1', '--shape', '400x672']
+    assert training_traffic.main(['swin-t', *options]) == 0
+    reference, triton = (
+        [float(cell) for cell in line.split('|')[4:7]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    )
+    assert all(one < 0.7 * other for one, other in zip(triton, reference, strict=True))
+
+
 MIXED = 0.0, -0.0, 1.5, math.inf, -math.inf, math.nan, 1e-40
 
 

@@ -212,7 +212,7 @@ def attend_packed_windows_backward(
         gradients.rows_gradient_kernel[(total * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv), pairs, blank, out, sums, grad),
             *(found[0], found[2], means, *hw_shape, *sides, number, scale),
-            **dict(constants, BLOCK=16, num_warps=1, num_stages=2),
+            **dict(constants, BLOCK=16, num_warps=max(constants['D'] // 32, 1), num_stages=2),
         )
         if biased:
             tiles = triton.cdiv(window**2, _PAIRS) ** 2
