@@ -62,6 +62,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
                 for trains in (False, True):
                     tiles = dict(TRAINS=trains, BLOCK_M=16, BLOCK_N=16)
+                    tiles['num_stages'] = 3 - (trains and dense)
                     yield windows.attention_kernel, dict(layout, **tiles), 1
                 yield gradients.rows_gradient_kernel, dict(layout, BLOCK=16, num_stages=2), 1
                 yield gradients.pairs_gradient_kernel, dict(layout, SLOTS=32, num_stages=1), 4

@@ -100,6 +100,8 @@ def _attended(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, ids, offsets, pairs, blank, *ctx.sizes, places = inputs
     ctx.mark_non_differentiable(output[1])
+    # Nor is a gradient of zeros to be made for it.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, ids, offsets, pairs, blank, places, *output)
 
 
@@ -140,7 +142,8 @@ def attend_packed_windows(
             *(qkv, _or(ids, qkv), _or(offsets, qkv), pairs, blank, out, sums),
             *(*hw_shape, *sides, number, scale),
             **_constants(qkv, ids, num_heads, window, shift, padded),
-            **dict(TRAINS=True, BLOCK_M=16, BLOCK_N=16, num_warps=1),
+            # Else registers of dense windows of 12 would be spilled on sm_90.
+            **dict(TRAINS=True, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=3 - (ids is None)),
         )
     return out, sums
 

@@ -160,8 +160,8 @@ def attention_kernel(
             total = total * shrink + added
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision='ieee')
         total = tl.where(total == 0.0, 1.0, total)
-        if TRAINS:
-            tl.store(lse + rows * A + head, top + tl.log2(total), mask=valid)
         acc = acc / total[:, None]
         at = rows[:, None] * C + channel[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
+        if TRAINS:
+            tl.store(lse + rows * A + head, top + tl.log2(total), mask=valid)
