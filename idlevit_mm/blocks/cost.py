@@ -91,9 +91,7 @@ class Payer(nn.Module):
         if keep_ratio == 1.0:
             return keep_ratio
         site = site_of(x)
-        pace, dtype = self._pace or self._paced(x.device, site), x.dtype
-        if site.autocast:
-            dtype = torch.get_autocast_dtype(site.device)
+        pace, dtype = self._pace or self._paced(x.device, site), site.computing
         # An exported graph is for any number of images.
         batch = x.shape[0] if isinstance(x.shape[0], int) else 1
         times = [seconds(block.work(batch, hw_shape, r), pace, dtype) for r in (1.0, keep_ratio)]

@@ -20,8 +20,12 @@ def operator(
     traffic: Callable[..., tuple[int, int]] | None = None,
     mutates: tuple[str, ...] = (),
     flops: Callable[..., int] | None = None,
+    gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function, what it returns, moves, and computes (for counters)."""
+    """Decorator: register a function, what it returns, moves, and computes (for counters).
+
+    ``gradient`` is what keeps something for the backward pass, and the backward pass itself.
+    """
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f'idlevit_mm::{function.__name__}'
@@ -32,11 +36,15 @@ def operator(
         if flops is not None:
             packet = getattr(torch.ops.idlevit_mm, function.__name__)
             register_flop_formula(packet, get_raw=True)(flops)
+        if gradient is not None:
+            registered.register_autograd(gradient[1], setup_context=gradient[0])
 
         def call(x: Tensor, *args: Any) -> Any:
             # Only who records or counts needs the dispatcher, which takes longer than a launch.
-            direct = site_of(x).eager and not torch._C._len_torch_dispatch_stack()
-            return function(x, *args) if direct else registered(x, *args)
+            site = site_of(x)
+            direct = site.eager and not torch._C._len_torch_dispatch_stack()
+            differentiable = gradient is not None and site.grad
+            return function(x, *args) if direct and not differentiable else registered(x, *args)
 
         return call
 

@@ -33,6 +33,11 @@ class Site(NamedTuple):
     grad: bool
     autocast: bool
 
+    @property
+    def computing(self) -> torch.dtype:
+        """Precision that layers compute in."""
+        return torch.get_autocast_dtype(self.device) if self.autocast else self.dtype
+
 
 def site_of(x: Tensor) -> Site:
     """The circumstances of operations on x."""

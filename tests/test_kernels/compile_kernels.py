@@ -20,12 +20,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlevit_mm.kernels.triton import fusions, layers, products, reductions, rows, windows
+from idlevit_mm.kernels.triton import (
+    fusions,
+    gradients,
+    layers,
+    products,
+    reductions,
+    rows,
+    selection,
+    windows,
+)
 
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # Arguments that are neither sizes nor of half precision.
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
-_TYPES |= dict(changes='*i64', scores='*fp32', mean='*fp32', eps='fp32', scale='fp32')
+_TYPES |= dict.fromkeys(('parts', 'middle', 'above', 'known'), '*i32')
+_TYPES |= dict(changes='*i64', scores='*fp32', mean='*fp32', eps='fp32', scale='fp32', lse='*fp32')
+_TYPES |= dict(grad_pairs='*fp32', grad_blank='*fp32', means='*fp32', total='i32')
 _TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'HIGH', 'WIDE', 'windows'), 'i32')
 _MOST_SHARED = 99 * 1024
 _CHANNELS = (64, 96, 128, 192, 320, 384, 512, 768)
@@ -40,21 +51,31 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield rows.look_kernel, dict(tiles, DISTANCE=True, NORM=norm), 4
         yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=False, NORM=True), 4
         yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=True, NORM=False), 4
-        for copy in (False, True):
-            yield rows.put_kernel, dict(tiles, COPY=copy, ADD=True, COUNT=not copy), 4
+        for copy, idle, active, add in ((0, 0, 1, 1), (1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 1, 0)):
+            flags = dict(COPY=copy, IDLE=idle, ACTIVE=active, ADD=add, COUNT=not copy)
+            yield rows.put_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}, 4
         yield from _products(channels)
     for block in (1024, 4096):
-        yield rows.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
+        yield selection.select_kernel, dict(WS=7, SHIFT=3, BLOCK=block), block // 256
+    tiles = dict(WS=7, SHIFT=3, BLOCK=4096)
+    for step in range(3):
+        yield selection.count_kernel, dict(tiles, STEP=step), 16
+    yield selection.pack_kernel, tiles, 16
     for packed in (False, True):
         constants = dict(C=512, BLOCK=32, BLOCK_C=64, PACKED=packed, HAS_BIAS=True)
         yield rows.convolve_kernel, constants, 4
     for side, slots in ((7, 64), (12, 256)):
         sizes = dict(WS=side, SHIFT=side // 2, SLOTS=slots, BITS=32 + slots.bit_length())
-        yield rows.select_in_windows_kernel, sizes, 1
+        yield selection.select_in_windows_kernel, sizes, 1
         for shift, is_padded in ((0, False), (side // 2, True)):
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
-                yield windows.attention_kernel, dict(layout, BLOCK_M=16, BLOCK_N=16), 1
+                for trains in (False, True):
+                    tiles = dict(TRAINS=trains, BLOCK_M=16, BLOCK_N=16)
+                    tiles['num_stages'] = 3 - (trains and dense)
+                    yield windows.attention_kernel, dict(layout, **tiles), 1
+                yield gradients.rows_gradient_kernel, dict(layout, BLOCK=16, num_stages=2), 1
+                yield gradients.pairs_gradient_kernel, dict(layout, SLOTS=32, num_stages=1), 4
 
 
 def _products(channels: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -81,14 +102,15 @@ def _products(channels: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, arch: int) -> Any:
     """Compile one kernel for one architecture."""
-    names = kernel.arg_names
+    names, constants = kernel.arg_names, dict(constants)
+    options = dict(num_warps=warps, num_stages=constants.pop('num_stages', 3))
     types = _TYPES | dict.fromkeys(constants, 'constexpr')
     signature = {name: types.get(name, '*bf16') for name in names}
     pointers = [place for place, name in enumerate(names) if signature[name].startswith('*')]
     aligned = {(place,): [['tt.divisibility', 16]] for place in pointers}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
+    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options=options)
 
 
 def spent(binary: Any) -> tuple[int, int, int]:

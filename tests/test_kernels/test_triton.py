@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def assert_same(model, x, tolerance=1e-4):
 
 @outside
 def test_in_the_interpreter():
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__]
+    files = __file__, str(Path(__file__).with_name('test_triton_training.py'))
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *files]
     environment = dict(os.environ, TRITON_INTERPRET='1')
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -404,12 +406,12 @@ def test_kinds_are_classes_of_this_package():
 def test_why_not_in_words():
     site = Site('cuda', torch.float16, eager=True, traced=False, grad=False, autocast=False)
     for changes, word in (
-        (dict(grad=True), 'gradients'),
         (dict(traced=True), 'graph'),
-        (dict(autocast=True), 'autocast'),
         (dict(dtype=torch.float32), 'float32'),
         (dict(device='cpu'), 'lie on cpu'),
     ):
         assert word in Triton().why_not(site._replace(**changes))
+    for changes in (dict(grad=True), dict(grad=True, autocast=True, dtype=torch.float32)):
+        assert not Triton().why_not(site._replace(**changes))
     with use('triton'):
         assert 'TRITON_INTERPRET' in Triton().why_not(site._replace(device='cpu'))

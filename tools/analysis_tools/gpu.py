@@ -77,7 +77,7 @@ def cases_of(args: argparse.Namespace, device: torch.device) -> Iterator[Line]:
 
 
 def prepared(case: Line, device: torch.device) -> tuple[Any, Tensor]:
-    """Backbone and images (B, 3, H, W) of a case, in its precision: kernels refuse autocast."""
+    """Backbone and images (B, 3, H, W) of a case, in its precision: autocast fuses less."""
     batch, *shape = case['images']
     dtype = models.DTYPES[case['dtype']]
     model = models.load_model(Config(dict(model=PRESETS[case['model']])), device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""The backend of GPUs: kernels in Triton on packed rows, static in shape, for inference."""
+"""The backend of GPUs: kernels in Triton on packed rows, static in shape, in half precision."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ from torch import Tensor
 from ...ops import Rows
 from ..reference import Reference
 from ..site import FORCED, Site, site_of
+from ..slots import WindowCore
 
 _HALF = torch.float16, torch.bfloat16
 _LEAST_CAPABILITY = 8, 0
@@ -18,8 +19,10 @@ _LEAST_CAPABILITY = 8, 0
 class Triton(Reference):
     """Window attention on packed rows; products with the norms and moves of rows around them.
 
-    It covers the policy IdleViT with scores that need no weights, in Swin, PVT, PVTv2 and MiT;
-    halves of other blocks, those of Swin V2 too, and of other plans go through their modules.
+    In training and under autocast layers are called one by one, and attention and moves have
+    gradients of their own. It covers the policy IdleViT with scores that need no weights, in Swin,
+    PVT, PVTv2 and MiT; halves of other blocks, those of Swin V2 too, and of other plans go through
+    their modules.
     """
 
     name = 'triton'
@@ -27,16 +30,38 @@ class Triton(Reference):
     def why_not(self, site: Site) -> str:
         if site.device != 'cuda':
             return _why_not_interpreted(site)
-        if site.dtype not in _HALF:
-            return f'tokens are {site.dtype}, and tensor cores are used in half precision'
-        return _why_not_inference(site) or _why_not_device()
+        if site.computing not in _HALF:
+            return f'layers compute in {site.computing}, and tensor cores are for half precision'
+        return _why_not_traced(site) or _why_not_device()
 
     def take(self, x: Tensor, rows: Rows) -> Tensor:
-        if rows.padded or not x.is_contiguous():
+        known = rows.places is not None or not site_of(x).grad
+        if rows.padded or not known or not x.is_contiguous():
             return super().take(x, rows)
-        from . import ops
+        from . import training
 
-        return ops.take_norm(x, rows.ids, None, None, None, 0.0)
+        return training.gather_rows(x, rows.ids, rows.places)
+
+    def put(self, x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+        if rows.places is None or not x.is_contiguous():
+            return super().put(x, rows, values)
+        from . import training
+
+        return training.join_rows(rows.places, rows.ids, x, values.to(x.dtype).contiguous())
+
+    def attend_windows(
+        self,
+        qkv: Tensor,
+        core: WindowCore,
+        hw_shape: tuple[int, int],
+        shift_size: int,
+        rows: Rows | None,
+    ) -> Tensor:
+        from . import training
+
+        if not training.attends(qkv, core, rows):
+            return super().attend_windows(qkv, core, hw_shape, shift_size, rows)
+        return training.attend_windows(qkv, core, hw_shape, shift_size, rows)
 
     def choose(self, block: Any, *args: Any) -> Any | None:
         from . import halves
@@ -54,12 +79,8 @@ class Triton(Reference):
         return halves.mlp_half(block, *args)
 
 
-def _why_not_inference(site: Site) -> str:
-    if site.grad:
-        return 'gradients are wanted, and it is for inference'
-    if site.traced:
-        return 'a graph is recorded that others will read'
-    return 'autocast is on' if site.autocast else ''
+def _why_not_traced(site: Site) -> str:
+    return 'a graph is recorded that others will read' if site.traced else ''
 
 
 def _why_not_interpreted(site: Site) -> str:
@@ -70,8 +91,8 @@ def _why_not_interpreted(site: Site) -> str:
 
     if not ops.INTERPRETED:
         return 'the tokens lie on cpu, and TRITON_INTERPRET is not 1'
-    known = site.dtype in (torch.float32, torch.float16)
-    return _why_not_inference(site) if known else f'the interpreter has no {site.dtype}'
+    known = site.computing in (torch.float32, torch.float16)
+    return _why_not_traced(site) if known else f'the interpreter has no {site.computing}'
 
 
 @torch.compiler.assume_constant_result

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from ...ops import Extent, Rows, mean_inside, on_device
 from ..backends import backend_at
 from ..plain import LINEAR, is_plain, kind_of
+from ..site import site_of
 from . import layers, ops
 from .fusions import are_idle, is_norm, mlp, project, reduced, reduces, weights_of
 
 # Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
 _TILE = 8
 _HEAD_CHANNELS = 16, 32, 64, 128
+
+
+def infers(x: Tensor) -> bool:
+    """Whether kernels may stand for whole layers: neither gradients nor autocast are wanted."""
+    site = site_of(x)
+    return not (site.grad or site.autocast)
 
 
 def choose(
@@ -40,7 +47,8 @@ def choose(
     ):
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())
-    x, norm = tokens.x, block.norm1
+    # Which are best has no gradient.
+    x, norm = tokens.x.detach(), block.norm1
     centre = mean = changes = None
     if scorer == 'MeanDistance':
         if tokens.centre is not None:
@@ -53,7 +61,7 @@ def choose(
             changes = torch.zeros_like(mean, dtype=torch.int64)
             centre = (mean, changes) if extent is None else None
     # Spatial reduction wants the norm of all tokens.
-    whole = kind == 'IdlePVTBlock' and is_norm(norm)
+    whole = kind == 'IdlePVTBlock' and is_norm(norm) and infers(tokens.x)
     if whole and reduces(block):
         score = 'activation' if mean is None else 'distance'
         *normed, scores = reduced(block, x, hw_shape, score, mean, changes)
@@ -105,6 +113,7 @@ def attention_half(
     kind, rows = kind_of(block), plan.rows
     if (
         kind not in _BRANCHES
+        or not infers(tokens.x)
         or tokens.pack is not None
         or not _is_simple(plan)
         or plan.ask
@@ -134,6 +143,8 @@ def mlp_half(block: Any, tokens: Any, plan: Any) -> Any | None:
     """Norm and MLP of the rows, residual, and the rows put back."""
     rows, norm = plan.rows, block.norm2
     if kind_of(block) not in _BRANCHES or tokens.pack is None or not _is_simple(plan):
+        return None
+    if not infers(tokens.x):
         return None
     if rows is not None and rows.places is None:
         return None

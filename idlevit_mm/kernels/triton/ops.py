@@ -12,11 +12,18 @@ import triton
 from torch import Tensor
 
 from ..operators import operator
-from . import rows, windows
+from . import rows, selection, windows
 
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
+# Tokens of a batch, and of an image, from which on several programs choose for each image. One
+# walks over an image five times, which takes long where it is large; four launches instead of one
+# take long where a pass waits for Python. Four images of 800 x 1344 at a stride of 4, or one of
+# 2048 x 2048, keep a GPU busy enough. Estimated, not measured.
+_MANY = 2**18, 2**14
+# Tokens of such a block.
+_BLOCK = 4096
 
 
 # Whether kernels run in Triton's interpreter, on the CPU.
@@ -120,13 +127,30 @@ def select(
     layout = dict(WS=window, SHIFT=shift)
     with _on(scores):
         if starts is not None:
-            kernel = rows.select_in_windows_kernel[(number, batch)]
+            kernel = selection.select_in_windows_kernel[(number, batch)]
             bits = 32 + side.bit_length()
             kernel(scores, starts, *sizes, **layout, SLOTS=side, BITS=bits, num_warps=1)
+        elif batch * tokens >= _MANY[0] and tokens >= _MANY[1]:
+            _select_by_many(scores, sizes, layout)
         else:
-            warps = max(block // 256, 1)
-            rows.select_kernel[(batch,)](scores, *sizes, **layout, BLOCK=block, num_warps=warps)
+            tiles = dict(layout, BLOCK=block, num_warps=max(block // 256, 1))
+            selection.select_kernel[(batch,)](scores, *sizes, **tiles)
     return out
+
+
+def _select_by_many(scores: Tensor, sizes: tuple[Any, ...], layout: dict[str, int]) -> None:
+    """``select`` by a program for each block of an image, in four launches."""
+    out, rest = sizes[:3], sizes[3:]
+    batch, blocks = len(scores), triton.cdiv(rest[-2] * rest[-1], _BLOCK)
+    parts, middle, above, known = (
+        scores.new_empty(batch * number, dtype=torch.int32)
+        for number in (blocks * 1024, 4096, blocks, 4)
+    )
+    grid, tiles = (blocks, batch), dict(layout, BLOCK=_BLOCK, num_warps=max(_BLOCK // 256, 1))
+    for step in range(3):
+        kernel = selection.count_kernel[grid]
+        kernel(scores, parts, middle, above, known, *rest, **tiles, STEP=step)
+    selection.pack_kernel[grid](scores, parts, above, known, *out, *rest, **tiles)
 
 
 # Rows
@@ -163,14 +187,18 @@ def take_norm(
 
 
 def put(
-    x: Tensor, where: Tensor, now: Tensor, branch: _Maybe, out: Tensor, changes: _Maybe = None
+    x: _Maybe, where: Tensor, now: _Maybe, branch: _Maybe, out: Tensor, changes: _Maybe = None
 ) -> Tensor:
-    """Launch what puts rows to places in x, or in a copy of it, which is ``out``."""
-    tiles, sizes = _tiles(x.shape[2]), (x.shape[1], where.shape[1], where.numel())
-    with _on(x):
+    """Launch what puts rows to places in x, or in a copy of it, which is ``out``.
+
+    In a copy rows that are not given, those of x or those now, are zeros.
+    """
+    tiles, sizes = _tiles(out.shape[2]), (out.shape[1], where.shape[1], where.numel())
+    with _on(out):
         rows.put_kernel[(triton.cdiv(where.numel(), tiles['BLOCK']),)](
-            *(x, where, now, _or(branch, now), out, _or(changes, now), *sizes),
-            **dict(tiles, COPY=out is not x, ADD=branch is not None, COUNT=changes is not None),
+            *(_or(x, out), where, _or(now, out), _or(branch, out), out, _or(changes, out), *sizes),
+            **dict(tiles, COPY=out is not x, IDLE=x is not None, ACTIVE=now is not None),
+            **dict(ADD=branch is not None, COUNT=changes is not None),
         )
     return out
 
@@ -231,9 +259,9 @@ def window_attention(
     with _on(qkv):
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
-            *(table, blank, out, *hw_shape, *padded, number, scale),
+            *(table, blank, out, out, *hw_shape, *padded, number, scale),
             **dict(A=num_heads, D=width // 3 // num_heads, WS=window, SHIFT=shift),
-            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None),
+            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None, TRAINS=False),
             **dict(BLOCK_M=16, BLOCK_N=16, num_warps=1),
         )
     return out

@@ -59,10 +59,17 @@ def _rows(
 
 
 @triton.jit
-def _bias(table, qy, qx, ky, kx, head, seen, WS: tl.constexpr, A: tl.constexpr):
-    """Position bias of pairs of coordinates."""
-    place = (qy[:, None] - ky[None, :] + WS - 1) * (2 * WS - 1) + qx[:, None] - kx[None, :] + WS - 1
-    return tl.load(table + place * A + head, mask=seen, other=0.0).to(tl.float32)
+def _bias(
+    table, qy, qx, ky, kx, head, seen, WS: tl.constexpr, A: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Position bias of pairs of coordinates, by their steps or, where PAIRS, by their slots."""
+    if PAIRS:
+        own = head * WS * WS + qy % WS * WS + qx % WS
+        place = own[:, None] * (WS * WS) + (ky % WS * WS + kx % WS)[None, :]
+    else:
+        step = (qy[:, None] - ky[None, :] + WS - 1) * (2 * WS - 1)
+        place = (step + qx[:, None] - kx[None, :] + WS - 1) * A + head
+    return tl.load(table + place, mask=seen, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -77,26 +84,33 @@ def _softmax(logit, seen, top):
 
 
 @triton.jit
-def attention_kernel(
-    qkv, ids, offsets, table, blank, out, H, W, HP, WP, windows, scale,
-    A: tl.constexpr, D: tl.constexpr, WS: tl.constexpr, SHIFT: tl.constexpr,
-    PADDED: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A program per window and head; heads of a window are neighbours, for they share lines."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    C: tl.constexpr = A * D
+def _window(offsets, windows, WP, A: tl.constexpr, WS: tl.constexpr, DENSE: tl.constexpr):
+    """Head, image, place, and first and last row but one of the window of a program."""
     program = tl.program_id(0)
-    head = program % A
     image = program // A // windows
     window = program // A % windows
-    wy = window // (WP // WS)
-    wx = window % (WP // WS)
-    if DENSE:
-        start = 0
-        end = WS * WS
-    else:
+    start = 0
+    end = WS * WS
+    if not DENSE:
         start = tl.load(offsets + program // A)
         end = tl.load(offsets + program // A + 1)
+    return program % A, image, window // (WP // WS), window % (WP // WS), start, end
+
+
+@triton.jit
+def attention_kernel(
+    qkv, ids, offsets, table, blank, out, lse, H, W, HP, WP, windows, scale,
+    A: tl.constexpr, D: tl.constexpr, WS: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, DENSE: tl.constexpr, TRAINS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program per window and head; heads of a window are neighbours, for they share lines.
+
+    Where it TRAINS, biases are those of pairs of slots, and what sums of weights are is kept.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    C: tl.constexpr = A * D
+    head, image, wy, wx, start, end = _window(offsets, windows, WP, A, WS, DENSE)
     channel = head * D + tl.arange(0, D)
     factor = scale * LOG2E
     for m in range(0, end - start, BLOCK_M):
@@ -122,7 +136,8 @@ def attention_kernel(
                 py = wy * WS + slot // WS
                 px = wx * WS + slot % WS
                 seen = valid[:, None] & ((slot < WS * WS) & ((y >= H) | (x >= W)))[None, :]
-                logit = flat[:, None] + _bias(table, qy, qx, py, px, head, seen, WS, A) * LOG2E
+                bias = _bias(table, qy, qx, py, px, head, seen, WS, A, TRAINS)
+                logit = flat[:, None] + bias * LOG2E
                 if SHIFT > 0:
                     seen = seen & (own[:, None] == _region(py, px, HP, WP, WS, SHIFT)[None, :])
                 _, shrink, added, top = _softmax(logit, seen, top)
@@ -138,12 +153,15 @@ def attention_kernel(
             v = tl.load(base[:, None] + (2 * C + channel)[None, :], mask=there[:, None], other=0.0)
             seen = valid[:, None] & there[None, :]
             logit = tl.dot(q, k, input_precision='ieee') * factor
-            logit += _bias(table, qy, qx, ky, kx, head, seen, WS, A) * LOG2E
+            logit += _bias(table, qy, qx, ky, kx, head, seen, WS, A, TRAINS) * LOG2E
             if SHIFT > 0:
                 seen = seen & (own[:, None] == _region(ky, kx, HP, WP, WS, SHIFT)[None, :])
             weights, shrink, added, top = _softmax(logit, seen, top)
             total = total * shrink + added
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision='ieee')
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        total = tl.where(total == 0.0, 1.0, total)
+        acc = acc / total[:, None]
         at = rows[:, None] * C + channel[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
+        if TRAINS:
+            tl.store(lse + rows * A + head, top + tl.log2(total), mask=valid)
