@@ -147,15 +147,14 @@ def test_a_compiled_step_of_training():
 
 def test_what_a_step_moves_is_counted(monkeypatch, capsys):
     monkeypatch.syspath_prepend('tools/analysis_tools')
-    import training_traffic
+    import count_traffic
 
     options = ['--keep-ratios', '0.5', '--batch', '1', '--shape', '400x672']
-    assert training_traffic.main(['swin-t', *options]) == 0
-    reference, triton = (
-        [float(cell) for cell in line.split('|')[4:7]]
-        for line in capsys.readouterr().out.splitlines()[2:]
-    )
-    assert all(one < 0.7 * other for one, other in zip(triton, reference, strict=True))
+    for mode, columns in (('inference', (4, 6)), ('training', (4, 5, 6))):
+        assert count_traffic.main(['swin-t', *options, '--mode', mode]) == 0
+        lines = [line.split('|') for line in capsys.readouterr().out.splitlines()[2:]]
+        reference, triton = ([float(line[column]) for column in columns] for line in lines)
+        assert all(one < 0.7 * other for one, other in zip(triton, reference, strict=True))
 
 
 MIXED = 0.0, -0.0, 1.5, math.inf, -math.inf, math.nan, 1e-40

@@ -1,10 +1,10 @@
-"""Count what a step of training moves, with the kernels of GPUs and without: nothing is run.
+"""Count what backbones move, with the kernels of GPUs and without: nothing is run.
 
-    TRITON_INTERPRET=1 python tools/analysis_tools/training_traffic.py swin-t
+    TRITON_INTERPRET=1 python tools/analysis_tools/count_traffic.py swin-t --mode training
 
-Tensors are fake, weights float32, and layers are under float16 autocast. Attention of PyTorch
-counts as its memory-efficient one, less the copy that aligns a mask. Kept is what the backward pass
-reads, less the weights.
+Tensors are fake. In inference all is float16; in a step of training weights are float32 and layers
+under float16 autocast. Attention of PyTorch counts as its memory-efficient one, less the copy that
+aligns a mask. Kept is what the backward pass reads, less the weights.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ class _OneAttention(TorchFunctionMode):
         return attend(query, key, value, mask, True, scale=scale)[0]
 
 
-def count(name: str, keep_ratio: float, shape: Sequence[int], backend: str) -> tuple[Traffic, int]:
-    """What a step of a preset on images (B, 3, H, W) moves by a backend, and bytes it keeps."""
-    model = models.load_model(Config(dict(model=PRESETS[name]))).train()
+def count(
+    name: str, keep_ratio: float, shape: Sequence[int], backend: str, training: bool
+) -> tuple[Traffic, int]:
+    """What a preset moves on images (B, 3, H, W) by a backend, and bytes it keeps."""
+    model = models.load_model(Config(dict(model=PRESETS[name]))).train(training)
+    if not training:
+        model.to(_HALF)
     model.set_keep_ratios(keep_ratio)
     counted, kept = Traffic(), {}
 
@@ -62,10 +66,12 @@ def count(name: str, keep_ratio: float, shape: Sequence[int], backend: str) -> t
         for module in model.modules():
             for key, value in module._parameters.items():
                 if value is not None:
-                    module._parameters[key] = torch.nn.Parameter(torch.empty(value.shape))
+                    fake = torch.empty(value.shape, dtype=value.dtype)
+                    module._parameters[key] = torch.nn.Parameter(fake)
         weights = {x.untyped_storage()._cdata for x in model.parameters()}
-        x = torch.empty(*shape)
-        with torch.autocast('cpu', _HALF), use_backend(backend):
+        x = torch.empty(*shape, dtype=torch.float32 if training else _HALF)
+        autocast = torch.autocast('cpu', _HALF, enabled=training)
+        with autocast, torch.set_grad_enabled(training), use_backend(backend):
             if backend_at(x).name != backend:
                 raise UsageError(f'TRITON_INTERPRET must be 1, for {backend} is not taken without')
             # Tables are made in the first pass.
@@ -73,7 +79,8 @@ def count(name: str, keep_ratio: float, shape: Sequence[int], backend: str) -> t
             with _OneAttention(), counted:
                 with saved_tensors_hooks(keep, lambda x: x):
                     outs = model(x)
-                sum(out.sum() for out in outs).backward()
+                if training:
+                    sum(out.sum() for out in outs).backward()
     sizes = [x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights]
     return counted, sum(sizes)
 
@@ -86,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('models', nargs='+', choices=PRESETS)
     parser.add_argument('--keep-ratios', nargs='+', type=float, default=[1.0, 0.5])
+    parser.add_argument('--mode', choices=('inference', 'training'), default='inference')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--shape', default='800x1344', metavar='HxW')
     args = parser.parse_args(argv)
@@ -94,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.models:
         for ratio in args.keep_ratios:
             for backend in ('reference', 'triton'):
-                found, kept = count(name, ratio, (args.batch, 3, height, width), backend)
+                shape = args.batch, 3, height, width
+                found, kept = count(name, ratio, shape, backend, args.mode == 'training')
                 sizes = f'{found.bytes.total() / 1e9:.2f} | {kept / 1e9:.2f}'
                 print(f'| {name} | {ratio:g} | {backend} | {sizes} | {found.operations.total()} |')
 
