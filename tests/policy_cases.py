@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from backbone_zoo import BY_NAME, Variant, randomize
+from backbone_zoo import BY_NAME, FAMILIES, Variant, randomize
 from torch import nn
 
 FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'svt', 'vit', 'vit-no-cls', 'vitdet')
@@ -96,6 +96,13 @@ OWN = [
     case
     for case in CORE
     if case.policy['type'] != 'IdleViT' or 'context' in case.policy or case.variant.is_vit
+]
+
+# IdleViT in every family and scope, by a scorer that has weights to train.
+SCOPES = [
+    Case(f'{v.name}-{scope}', v, dict(type='IdleViT', scorer='mean_query', scope=scope))
+    for v in FAMILIES
+    for scope in v.scopes
 ]
 
 
