@@ -139,8 +139,8 @@ def check_all(model, change, also=lambda changed: ''):
     assert not {name: fault for name, fault in faults.items() if fault}
 
 
-@FAMILIES
 @pytest.mark.parametrize('keep', [1.0, 0.5])
+@FAMILIES
 def test_a_wrapper_in_its_place(name, keep):
     model = build(name, keep)
 
@@ -268,7 +268,6 @@ def test_changed_weights(name, change):
     assert not {path: fault for path, fault in faults.items() if fault}
 
 
-@pytest.mark.parametrize('change', [prune_nothing, parametrize_by_itself])
 @pytest.mark.parametrize(
     ('name', 'scorer'),
     [
@@ -279,7 +278,12 @@ def test_changed_weights(name, change):
         ('vit', 'class_query'),
     ],
 )
-def test_changed_weights_that_scores_are_computed_with(name, scorer, change):
+def test_changed_weights_that_scores_are_computed_with(name, scorer):
+    for change in (prune_nothing, parametrize_by_itself):
+        assert_changed_weights_serve(name, scorer, change)
+
+
+def assert_changed_weights_serve(name, scorer, change):
     model = build(name, 0.5, policy=dict(scorer=scorer)).train()
     want = two_steps(copy.deepcopy(model))
     for _, module, key in list(owners(model)):
@@ -304,41 +308,34 @@ class Adapter(nn.Module):
 
 
 @FAMILIES
-def test_an_adapter_in_place_of_a_linear_layer(name):
+def test_adapters_in_place_of_linear_layers(name):
+    """One after the other, and at last all of them."""
     for keep in (1.0, 0.5):
-        assert_adapters_act(build(name, keep).train())
+        model = build(name, keep).train()
+        want, faults = model(IMAGES), {}
+        layers = [(path, m) for path, m in children(model) if isinstance(m, nn.Linear)]
+        for path, module in layers:
+            faults[path] = replaced(model, [(path, module)], want)
+            replace(model, path, module)
+        faults['all'] = replaced(model, layers, want)
+        inferred = infer(model.eval())
+        for path, module in layers:
+            replace(model, path, module)
+        assert not differs(inferred, infer(model))
+        assert len(faults) > 1
+        assert not {path: fault for path, fault in faults.items() if fault}
 
 
-def assert_adapters_act(model):
-    want, faults = model(IMAGES), {}
-    for path, module in children(model):
-        if not isinstance(module, nn.Linear):
-            continue
-        adapter = Adapter(module)
+def replaced(model, layers, want):
+    """What is wrong with a model that has adapters in place of layers, in words."""
+    adapters = [Adapter(module) for _, module in layers]
+    for (path, _), adapter in zip(layers, adapters, strict=True):
         replace(model, path, adapter)
-        outs = model(IMAGES)
-        faults[path] = differs(outs, want)
-        sum(out.square().mean() for out in outs).backward()
-        if adapter.up.grad is None or not adapter.up.grad.abs().max() > 0:
-            faults[path] = 'no gradient reaches it'
-        replace(model, path, module)
-    assert faults
-    assert not {path: fault for path, fault in faults.items() if fault}
-
-
-def test_adapters_in_place_of_all_linear_layers():
-    for name in NAMES:
-        model = build(name, 0.5)
-        want = infer(model)
-        for path, module in children(model):
-            if isinstance(module, nn.Linear):
-                replace(model, path, Adapter(module))
-        assert not differs(infer(model), want), name
-        outs = model(IMAGES)
-        sum(out.square().mean() for out in outs).backward()
-        grads = [p.grad for path, p in model.named_parameters() if path.endswith('.up')]
-        assert grads
-        assert all(grad is not None and grad.abs().max() > 0 for grad in grads), name
+    outs = model(IMAGES)
+    sum(out.square().mean() for out in outs).backward()
+    if any(one.up.grad is None or not one.up.grad.abs().max() > 0 for one in adapters):
+        return 'no gradient reaches it'
+    return differs(outs, want)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -358,30 +355,18 @@ def test_dynamic_quantisation(name):
 # What takes the place of fused attention
 
 
-@each(case for case in CASES if case.variant.name == 'vit')
+@each(case for case in CASES if case.variant.name in ('swin', 'vit'))
 def test_an_attention_that_is_called_serves_every_policy(case):
     model = case.build()
-    want, masks, calls = infer(model), model.keep_masks, []
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+    want, masks, calls = infer(model), sum(model.keep_masks, []), []
+    for name, module in model.named_modules():
+        called = ('w_msa.qkv', 'w_msa.attn_drop') if case.variant.is_swin else ('attn.attn',)
+        if name.endswith(called):
             module.register_forward_hook(lambda *_: calls.append(1))
     assert not differs(infer(model), want)
-    assert len(calls) == case.variant.depths[0]
-    for mask, other in zip(model.keep_masks[0], masks[0], strict=True):
-        assert torch.equal(mask, other)
-
-
-@each(case for case in CASES if case.variant.is_swin)
-def test_a_projection_that_is_called_serves_every_policy(case):
-    model = case.build()
-    want, masks, calls = infer(model), model.keep_masks, []
-    for block in (block for stage in model.idle_blocks for block in stage):
-        block.attn.w_msa.qkv.register_forward_hook(lambda *_: calls.append(1))
-        block.attn.w_msa.attn_drop.register_forward_hook(lambda *_: calls.append(1))
-    assert not differs(infer(model), want)
-    assert len(calls) >= 2 * sum(case.variant.depths)
-    for stage, other in zip(model.keep_masks, masks, strict=True):
-        assert all(map(torch.equal, stage, other))
+    number = sum(case.variant.depths)
+    assert len(calls) >= 2 * number if case.variant.is_swin else len(calls) == number
+    assert all(map(torch.equal, sum(model.keep_masks, []), masks))
 
 
 def test_scores_by_queries_refuse_an_attention_without_their_weights():
