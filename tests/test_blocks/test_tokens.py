@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from backbone_zoo import BY_NAME, assert_same_gradients, gradients, image, randomize, weighted_sum
-from policy_cases import CORE, Case, each
+from policy_cases import CORE, SCOPES, Case, each
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -155,22 +155,20 @@ def test_held_rows_are_those_that_would_be_gathered(name, policy):
     (out, grads), (want, want_grads) = results
     assert torch.equal(out, want)
     assert_same_gradients(grads, want_grads, 1e-12)
+    assert_looking_at_the_map_changes_nothing(blocks, x, ratios)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(('name', 'policy'), HELD)
-def test_looking_at_the_map_changes_nothing(name, policy):
+def assert_looking_at_the_map_changes_nothing(blocks, x, ratios):
     """Outputs in the middle of a stage, and recorded inputs, are of the whole map."""
-    blocks, x = stage_of(name, policy, 4)
-    ratios = [0.8, 1.0, 0.7, 1.0]
     (want,), _ = run_blocks(blocks, x, HW, ratios)
-    taps = {index: lambda tokens: tokens for index in range(4)}
+    taps = {index: lambda tokens: tokens for index in range(len(blocks))}
     outs, record = run_blocks(blocks, x, HW, ratios, True, taps)
     assert torch.equal(outs[-1], want)
-    assert len(record.inputs) == 4
+    assert len(record.inputs) == len(blocks)
     for out, entering in zip(outs, record.inputs[1:], strict=False):
         assert torch.equal(out, entering)
-    for count in range(1, 4):
+    for count in range(1, len(blocks)):
         (alone,), _ = run_blocks(blocks[:count], x, HW, ratios[:count])
         assert torch.equal(outs[count - 1], alone)
 
@@ -264,14 +262,17 @@ def test_regrouped_equals_loop(name, fuse):
 # --- recomputation ---------------------------------------------------------------------------
 
 
-@each(CORE)
+@each(
+    [*SCOPES, *(case for case in CORE if case.policy['type'] != 'IdleViT' or case.variant.is_vit)]
+)
 def test_recomputation_chooses_no_other_tokens(case):
-    """Where scores are drawn at random, and for every policy; a second draw would differ."""
+    """Where scores and what is dropped are drawn, and for every policy; new draws would differ."""
     # In a plain ViT the keys that scores were computed with stand outside of what is recomputed.
     policy = {} if case.variant.has_class_token else dict(scorer='random')
     results, drawn = [], []
     for with_cp in (False, True):
-        model = case.build(policy=policy, with_cp=with_cp, drop_path_rate=0.0).double().train()
+        dropping = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
+        model = case.build(policy=policy, with_cp=with_cp, **dropping).double().train()
         torch.manual_seed(11)
         outs, grads = gradients(model, image((2, 3, 45, 58), dtype=DOUBLE))
         drawn.append(torch.rand(()))
@@ -352,7 +353,7 @@ class Unread(nn.Module):
 
 
 @torch.no_grad()
-@each(CORE)
+@each([*WAYS, 'swin-sparsevit', 'pvtv2-evit', 'vit-idlevit-map'])
 def test_policies_are_not_read_while_a_family_computes(case):
     """Both halves run with plan and tokens alone."""
     model = case.build().double()
