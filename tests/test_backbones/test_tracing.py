@@ -100,24 +100,6 @@ def test_complexity_is_counted_below_a_ratio_of_one(name):
     assert 0 < found[0.5] < found[1.0]
 
 
-@pytest.mark.parametrize(
-    ('name', 'dynamic'),
-    [('swin', True), ('mit', True), ('vit', True), ('swin', False), ('pvt', False)],
-)
-def test_an_exported_program_is_right_or_refuses(name, dynamic):
-    model = build(name, 0.5)
-    shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8)}} if dynamic else None
-    program = torch.export.export(model, (images(2, 0),), dynamic_shapes=shapes, strict=False)
-    run = program.module()
-    with torch.no_grad():
-        for batch in (1, 2, 3):
-            if batch == 2 or dynamic:
-                assert_same(run(images(batch)), model(images(batch)))
-            else:
-                with pytest.raises((AssertionError, RuntimeError), match=r'size|shape|Guard'):
-                    run(images(batch))
-
-
 @pytest.mark.parametrize('name', [*NAMES, 'swinv2'])
 def test_compiled_whole(name):
     """Without a break of the graph, for images of a size that the backbone has not seen."""
