@@ -13,7 +13,7 @@ from idlevit_mm import kernels
 from idlevit_mm.blocks import Carried, IdleBlock, Tokens, run_blocks
 from idlevit_mm.kernels.reference import Reference
 from idlevit_mm.ops import Rows
-from idlevit_mm.policies import EVERYTHING, Plan, Regroup
+from idlevit_mm.policies import EVERYTHING, Plan
 
 DOUBLE = torch.float64
 HW = (9, 11)
@@ -198,65 +198,6 @@ def test_settled_changes_nothing(case):
             assert torch.equal(first, block.settled(tokens))
             assert torch.equal(first, block.settled(Tokens(first, HW)))
             assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-
-
-# --- regrouping ------------------------------------------------------------------------------
-
-
-def regrouped_by_hand(block, tokens, plan, regroup):
-    """Rows of x after some have left, and what goes on: the same, token by token."""
-    size, num_class = HW[0] * HW[1], block.num_class
-    maps, packs, ids = [], [], []
-    for i in range(len(tokens.x)):
-        x = list(tokens.x[i])
-        now = list(tokens.now[i])
-        in_play = list(range(size)) if plan.rows is None else plan.rows.ids[i].tolist()
-        count = len(in_play)
-        for place, name in enumerate(in_play):
-            x[name] = now[place]
-        for place in range(num_class):
-            x[size + place] = now[count + place]
-        stays = regroup.keep[i].tolist()
-        going, names = [now[place] for place in stays], [in_play[place] for place in stays]
-        if regroup.fuse is not None:
-            weights = regroup.fuse[i].tolist()
-            fused = sum(w * now[place] for place, w in enumerate(weights))
-            names.append(len(x))
-            x.append(fused)
-            going.append(fused)
-        maps.append(torch.stack(x))
-        packs.append(torch.stack([*going, *now[count : count + num_class]]))
-        ids.append(names)
-    return torch.stack(maps), torch.stack(packs), ids
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('name', ['vit', 'vit-no-cls'])
-@pytest.mark.parametrize('fuse', [True, False])
-def test_regrouped_equals_loop(name, fuse):
-    """Twice, so that a fused row leaves too, or stays."""
-    blocks, x = stage_of(name, None, 3)
-    block, size = blocks[0], HW[0] * HW[1]
-    tokens, plan = Tokens(x, HW), Plan(ask=True)
-    generator = torch.Generator().manual_seed(2)
-    for count in (40, 17, 1):
-        tokens = block.opened(tokens, plan)
-        tokens = tokens.become(torch.randn(tokens.now.shape, generator=generator, dtype=DOUBLE))
-        in_play = tokens.now.shape[1] - block.num_class
-        keep = torch.stack([torch.randperm(in_play, generator=generator)[:count] for _ in '12'])
-        keep = keep.sort().values
-        weights = torch.rand(2, in_play, generator=generator, dtype=DOUBLE).scatter(1, keep, 0.0)
-        regroup = Regroup(keep, weights if fuse else None)
-        want_x, want_now, want_ids = regrouped_by_hand(block, tokens, plan, regroup)
-        tokens, plan = block.regrouped(tokens, plan, regroup)
-        torch.testing.assert_close(tokens.x, want_x, rtol=0, atol=1e-12)
-        torch.testing.assert_close(tokens.now, want_now, rtol=0, atol=1e-12)
-        assert plan.rows.ids.tolist() == want_ids
-        assert plan.hold
-        classes = list(range(size, size + block.num_class))
-        assert tokens.pack.rows.ids.tolist() == [[*ids, *classes] for ids in want_ids]
-        assert torch.equal(block.settled(tokens), tokens.x)
-    assert block.regrouped(tokens, plan, None) == (tokens, plan)
 
 
 # --- recomputation ---------------------------------------------------------------------------

@@ -10,13 +10,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.evaluator import BaseMetric
 from PIL import Image
 from test_launch import config  # noqa: F401 (a fixture)
 from test_named_settings import NoData, refused
-from toy import ToyData, ToyMetric, ToyModel, toy_runner
+from toy import ToyData, ToyModel, toy_runner
 
-from idlevit_mm.engine import BadSampleError, SettingError, UsageError, bad_samples, first
+from idlevit_mm.engine import BadSampleError, SettingError, UsageError, bad_samples
 from idlevit_mm.engine.bad_samples import GuardedPipeline, guard
 from idlevit_mm.engine.faults import naming_the_remedy
 from idlevit_mm.engine.launch import run_tool
@@ -159,52 +158,6 @@ def test_limits_that_mean_something_are_taken(tmp_path):
         train_cfg=dict(by_epoch=True, max_epochs=1, val_interval=1),
         param_scheduler=dict(type='MultiStepLR', milestones=[8, 3], gamma=0),
     ).train()
-
-
-# Scores
-
-
-class IoUMetric(BaseMetric):
-    process = compute_metrics = None
-
-
-class VOCMetric(IoUMetric):
-    metric, iou_thrs, default_prefix = 'mAP', [0.5], 'pascal_voc'
-
-
-class CocoPanopticMetric(IoUMetric):
-    default_prefix = 'coco_panoptic'
-
-
-class CocoMetric(IoUMetric):
-    default_prefix, metrics, classwise = 'coco', ['bbox'], True
-
-
-class DumpResults(IoUMetric):
-    pass
-
-
-def test_scores_of_more_metrics_are_known(monkeypatch):
-    said = []
-    monkeypatch.setattr(first, 'print_log', lambda text, *_: said.append(text))
-    right = [
-        ('pascal_voc/mAP', [VOCMetric()]),
-        ('pascal_voc/AP50', [VOCMetric()]),
-        ('coco_panoptic/PQ_th', [CocoPanopticMetric()]),
-        ('coco/bbox_mAP', [CocoMetric(), DumpResults()]),
-        ('coco/person_precision', [CocoMetric()]),
-    ]
-    for key, metrics in right:
-        first._check_score('save_best', [key], metrics)
-    wrong = [('mAP', VOCMetric()), ('coco/PQ', CocoPanopticMetric()), ('coco/mAP', CocoMetric())]
-    for key, metric in wrong:
-        with pytest.raises(SettingError, match=f'save_best={key!r} is no score'):
-            first._check_score('save_best', [key], [metric, DumpResults()])
-    assert not said
-    # A run whose scores cannot be known is left alone.
-    first._check_score('save_best', ['toy/accc', 'auto'], [ToyMetric(), CocoMetric()])
-    assert len(said) == 1
-    assert re.search(r"save_best='toy/accc': only the first validation .* ToyMetric", said[0])
 
 
 # Images

@@ -1,5 +1,7 @@
 """Wrong settings are one line with the key, its value and what is meant, before data are opened."""
 
+import re
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -288,7 +290,7 @@ def test_what_mmengine_trains_is_trained(tmp_path, scheduler, optimizer):
 
 
 class IoUMetric(BaseMetric):
-    """Has what that of mmseg has."""
+    """Has what those of mmdet and mmseg have."""
 
     default_prefix = None
     metrics = ['mIoU']
@@ -296,30 +298,46 @@ class IoUMetric(BaseMetric):
 
 
 class CocoMetric(IoUMetric):
-    default_prefix = 'coco'
-    metrics = ['bbox', 'segm']
+    default_prefix, metrics, classwise = 'coco', ['bbox', 'segm'], True
 
 
-def test_scores_that_decide_which_checkpoint_is_best():
-    torch.manual_seed(0)
-    of_iou, of_coco = IoUMetric.__new__(IoUMetric), CocoMetric.__new__(CocoMetric)
-    of_iou.prefix, of_coco.prefix = None, 'coco'
-    for key, metric in [
-        ('mIoU', of_iou),
-        ('auto', of_iou),
-        ('coco/bbox_mAP', of_coco),
-        ('coco/segm_mAP_50', of_coco),
-        ('mine/x', ToyMetric()),
+class VOCMetric(IoUMetric):
+    metric, iou_thrs, default_prefix = 'mAP', [0.5], 'pascal_voc'
+
+
+class CocoPanopticMetric(IoUMetric):
+    default_prefix = 'coco_panoptic'
+
+
+class DumpResults(IoUMetric):
+    pass
+
+
+def test_scores_that_decide_which_checkpoint_is_best(monkeypatch):
+    said = []
+    monkeypatch.setattr(first, 'print_log', lambda text, *_: said.append(text))
+    for key, metrics in [
+        *((key, [IoUMetric()]) for key in ('mIoU', 'auto')),
+        *((key, [CocoMetric(), DumpResults()]) for key in ('coco/bbox_mAP', 'coco/segm_mAP_50')),
+        ('coco/person_precision', [CocoMetric()]),
+        *((key, [VOCMetric()]) for key in ('pascal_voc/mAP', 'pascal_voc/AP50')),
+        ('coco_panoptic/PQ_th', [CocoPanopticMetric()]),
     ]:
-        _check_score('save_best', [key], [metric])
+        _check_score('save_best', [key], metrics)
     for key, metric, hint in [
-        ('mIou', of_iou, 'did you mean mIoU'),
-        ('mDice', of_iou, 'allowed: auto, aAcc, mIoU, mAcc'),
-        ('bbox_mAP', of_coco, 'did you mean coco/bbox_mAP'),
-        ('coco/mask_mAP', of_coco, 'no score of val_evaluator'),
+        ('mIou', IoUMetric(), 'did you mean mIoU'),
+        ('mDice', IoUMetric(), 'allowed: auto, aAcc, mIoU, mAcc'),
+        ('bbox_mAP', CocoMetric(), 'did you mean coco/bbox_mAP'),
+        ('coco/mask_mAP', CocoMetric(), 'no score of val_evaluator'),
+        *(('mAP', VOCMetric(), 'no score'), ('coco/PQ', CocoPanopticMetric(), 'no score')),
     ]:
-        with pytest.raises(SettingError, match=hint):
-            _check_score('save_best', [key], [metric])
+        with pytest.raises(SettingError, match=f'save_best={key!r} .*{hint}'):
+            _check_score('save_best', [key], [metric, DumpResults()])
+    assert not said
+    # A run whose scores cannot be known is left alone.
+    _check_score('save_best', ['toy/accc', 'auto'], [ToyMetric(), CocoMetric()])
+    assert len(said) == 1
+    assert re.search(r"save_best='toy/accc': only the first validation .* ToyMetric", said[0])
 
 
 def test_what_would_wait_in_vain_is_said(tmp_path, monkeypatch):

@@ -30,40 +30,29 @@ KEEP = Settings(keep=0.7)
 SHIPPED = {
     'mmdet': {
         'SwinTransformer': [
-            'ddq/ddq-detr-4scale_swinl_8xb2-30e_coco.py',
             'dino/dino-5scale_swin-l_8xb2-12e_coco.py',
-            'dyhead/atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco.py',
             'glip/glip_atss_swin-t_a_fpn_dyhead_16xb2_ms-2x_funtune_coco.py',
-            'grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py',
-            'mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py',
             'mask2former_vis/mask2former_swin-l-p4-w12-384-in21k_8xb2-8e_youtubevis2021.py',
-            'maskformer/maskformer_swin-l-p4-w12_64xb1-ms-300e_coco.py',
             'mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco.py',
             'rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco.py',
-            'swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
             'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
             'v3det/fcos_swinb_fpn_8x4_sample1e-3_mstrain_v3det_2x.py',
         ],
         'PyramidVisionTransformer': [
             'pvt/retinanet_pvt-t_fpn_1x_coco.py',
-            'pvt/retinanet_pvt-l_fpn_1x_coco.py',
         ],
         'PyramidVisionTransformerV2': [
             'pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
-            'pvt/retinanet_pvtv2-b5_fpn_1x_coco.py',
         ],
     },
     'mmseg': {
         'SwinTransformer': [
-            'knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py',
             'mask2former/mask2former_swin-s_8xb2-160k_ade20k-512x512.py',
-            'maskformer/maskformer_swin-t_upernet_8xb2-160k_ade20k-512x512.py',
             'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
             'swin/swin-tiny-patch4-window7_upernet_1xb8-20k_levir-256x256.py',
         ],
         'MixVisionTransformer': [
             'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
-            'segformer/segformer_mit-b5_8xb1-160k_cityscapes-1024x1024.py',
         ],
         'VisionTransformer': [
             'vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py',

@@ -364,22 +364,6 @@ def test_ratios_that_the_policy_refuses_are_found_before_training(tmp_path, sour
         assert word in message
 
 
-@pytest.mark.parametrize(
-    'hook',
-    [
-        warmup(end=9),
-        draws(descending=True),
-        draws(descending=True, keep_dense=False),
-        draws(per='stage'),
-    ],
-)
-def test_ratios_that_the_policy_takes_train(tmp_path, hook):
-    model = sparse_toy()
-    _, seen = train(tmp_path, hook, model)
-    assert len(seen.train) == 12
-    assert model.ratios == TARGETS
-
-
 def assert_each_is_named(hook, cases):
     for settings, words in cases:
         with pytest.raises((TypeError, ValueError), match=hook()['type']) as error:
