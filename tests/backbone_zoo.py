@@ -7,7 +7,7 @@ Shape letters: B images, C channels, H and W rows and columns of tokens, N = H *
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -420,6 +420,16 @@ def assert_close(actual: Tensor, expected: Tensor, tol: float, what: str = '') -
     diff = (actual - expected).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     assert diff <= tol * scale, f'{what}: differs by {diff:.3g} at scale {scale:.3g}'
+
+
+def assert_all_close(actual: Iterable[Tensor], expected: Iterable[Tensor], tol: float) -> None:
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(one, other, tol, f'output {number}')
+
+
+def all_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether these are as many tensors and the same to the bit."""
+    return all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def load_twin(twin: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_zoo import assert_close, gradients, image
+from backbone_zoo import all_equal, assert_all_close, assert_close, gradients, image
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -92,8 +92,7 @@ def test_the_naive_computation_agrees(size: tuple[int, int, int]) -> None:
 def test_a_tensor_a_tuple_and_a_list_are_the_same() -> None:
     neck, x = pyramid(), feature_map((2, 3, 5))
     for inputs in ((x,), [torch.zeros(1), x]):
-        for got, expected in zip(neck(inputs), neck(x), strict=True):
-            assert torch.equal(got, expected)
+        assert all_equal(neck(inputs), neck(x))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +113,7 @@ def test_channels_last_changes_nothing(size: tuple[int, int, int]) -> None:
     last = copy.deepcopy(neck).to(memory_format=torch.channels_last)
     plain, plain_grads = gradients(neck, x)
     outs, grads = gradients(last, x.to(memory_format=torch.channels_last))
-    for got, expected in zip(outs, plain, strict=True):
-        assert_close(got, expected, 1e-12)
+    assert_all_close(outs, plain, 1e-12)
     for name, grad in grads.items():
         assert_close(grad, plain_grads[name], 1e-12, name)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, VARIANTS, image, parametrize, randomize
+from backbone_zoo import BY_NAME, VARIANTS, all_equal, image, parametrize, randomize
 from torch import nn
 
 from idlevit_mm.analysis.flops import count_multiply_adds
@@ -48,7 +48,7 @@ def test_copies_and_counts(variant):
         for keep in (1.0, 0.5):
             outs = with_keep_ratios(small, keep)(images)
             wants = in_int8(with_keep_ratios(model, keep))(images)
-            assert all(map(torch.equal, outs, wants))
+            assert all_equal(outs, wants)
 
 
 def test_attention_that_a_policy_asks_for():

@@ -6,7 +6,7 @@ from backbone_zoo import (
     BY_NAME,
     FAMILIES,
     VARIANTS,
-    assert_close,
+    assert_all_close,
     assert_same_gradients,
     gradients,
     image,
@@ -31,12 +31,10 @@ def assert_equal_to_twin(model, twin, x, tol, grad_tol=None):
     got, got_grads = gradients(model, x)
     want, want_grads = gradients(twin, x)
     assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_close(a, b, tol, f'output {i}')
+    assert_all_close(got, want, tol)
     assert_same_gradients(got_grads, want_grads, grad_tol or tol)
     with torch.no_grad():
-        for i, (a, b) in enumerate(zip(model(x), want, strict=True)):
-            assert_close(a, b, tol, f'output {i} without gradients')
+        assert_all_close(model(x), want, tol)
 
 
 @parametrize(WITH_TWIN)

@@ -8,7 +8,7 @@ from backbone_zoo import (
     FAMILIES,
     PROJECTS,
     VARIANTS,
-    assert_close,
+    assert_all_close,
     image,
     parametrize,
     randomize,
@@ -99,8 +99,7 @@ def assert_dense_class_equals(cfg):
     with torch.no_grad():
         ours, theirs = model(x), dense(x)
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other, 1e-5)
+    assert_all_close(ours, theirs, 1e-5)
 
 
 @parametrize()

@@ -17,7 +17,8 @@ from backbone_zoo import (
     FAMILIES,
     SCORERS,
     VARIANTS,
-    assert_close,
+    all_equal,
+    assert_all_close,
     image,
     kept,
     parametrize,
@@ -77,7 +78,7 @@ def test_setting_acts_on_the_next_forward(variant):
         assert all(mask.all() for stage in model.keep_masks for mask in stage)
         model.set_keep_ratios(0.5)
         after = model(x)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all_equal(before, after)
     assert not torch.equal(before[-1], dense[-1])
 
 
@@ -315,7 +316,7 @@ def test_masks_before_the_first_forward_stop_nobody_who_looks_around(variant):
     assert all(twin.keep_masks == [] for twin in twins)
     outs = model(image((1, 3, 48, 64)))
     for twin in twins:
-        assert all(map(torch.equal, twin(image((1, 3, 48, 64))), outs))
+        assert all_equal(twin(image((1, 3, 48, 64))), outs)
     assert [len(stage) for stage in model.keep_masks] == depths(model)
 
 
@@ -354,9 +355,8 @@ def test_maps_of_a_plain_vit_come_in_the_order_of_its_blocks(indices):
     x = image((2, 3, 45, 58))
     outs, want = model(x), twin(x)
     assert len(outs) == len(want)
-    for out, theirs in zip(outs, want, strict=True):
-        assert_close(out, theirs, 1e-5)
+    assert_all_close(outs, want, 1e-5)
     # In that order whatever order they are asked for in.
     ordered = sorted(index % 4 for index in ([indices] if isinstance(indices, int) else indices))
     model.out_indices = tuple(ordered)
-    assert all(torch.equal(a, b) for a, b in zip(outs, model(x), strict=True))
+    assert all_equal(outs, model(x))

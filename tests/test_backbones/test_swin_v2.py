@@ -4,6 +4,7 @@ import pytest
 import torch
 from backbone_zoo import (
     BY_NAME,
+    assert_all_close,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -31,8 +32,7 @@ def pair(**options):
 def assert_equal(model, twin, x, tol=1e-10):
     outs, grads = gradients(model, x)
     wants, want_grads = gradients(twin, x)
-    for out, want in zip(outs, wants, strict=True):
-        assert_close(out, want, tol)
+    assert_all_close(outs, wants, tol)
     assert_same_gradients(grads, want_grads, tol)
 
 
@@ -71,8 +71,7 @@ def test_a_dropped_branch_is_normalised_as_in_mmpretrain():
         one.train()
         torch.manual_seed(4)
         outs.append(one(image((4, 3, 37, 50), dtype=torch.float64)))
-    for out, want in zip(*outs, strict=True):
-        assert_close(out, want, 1e-10)
+    assert_all_close(*outs, 1e-10)
 
 
 def test_its_logits_are_capped():
@@ -197,8 +196,7 @@ def test_policies_do_not_depend_on_who_computes(policy):
         assert not masks[0][1][0, 9:].any()
     for mask, want in zip(sum(masks, []), sum(want_masks, []), strict=True):
         assert torch.equal(mask, want)
-    for out, want in zip(outs, wants, strict=True):
-        assert_close(out, want, 1e-10)
+    assert_all_close(outs, wants, 1e-10)
     assert_same_gradients(grads, want_grads, 1e-10)
 
 
@@ -217,5 +215,4 @@ def test_children_that_are_changed_are_called(monkeypatch):
         name for name in leaves if name.endswith('scorer')
     }
     assert not any(isinstance(m, MergePatches) and m._pairs() for m in model.modules())
-    for out, want in zip(outs, wants, strict=True):
-        assert_close(out, want, 1e-5)
+    assert_all_close(outs, wants, 1e-5)

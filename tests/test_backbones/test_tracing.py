@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, assert_close, image, randomize
+from backbone_zoo import BY_NAME, assert_all_close, image, randomize
 from mmengine.analysis import get_model_complexity_info
 
 # MiT is PVTv2 with other numbers.
@@ -37,8 +37,7 @@ def images(batch, seed=1):
 
 def assert_same(outs, want, tol=1e-5):
     assert len(outs) == len(want)
-    for number, (out, other) in enumerate(zip(outs, want, strict=True)):
-        assert_close(out, other, tol, f'output {number}')
+    assert_all_close(outs, want, tol)
 
 
 def traced(model, batch, grad=False):

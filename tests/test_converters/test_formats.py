@@ -13,7 +13,7 @@ from backbone_zoo import (
     BY_NAME,
     FAMILIES,
     VARIANTS,
-    assert_close,
+    assert_all_close,
     image,
     parametrize,
     randomize,
@@ -341,8 +341,7 @@ def test_same_features_as_timm(name, tmp_path):
     expected = timm_maps(theirs.double(), x)
     actual = our_maps(ours.double(), x)
     assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert_close(one, other, 1e-10)
+    assert_all_close(actual, expected, 1e-10)
 
 
 @parametrize(tuple(v for v in FAMILIES if v.twins))

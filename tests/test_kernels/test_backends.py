@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from backbone_zoo import (
     BY_NAME,
     FAMILIES,
+    all_equal,
+    assert_all_close,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -102,12 +104,9 @@ def assert_backends_equal(model, x):
             with torch.no_grad():
                 inferred = model(x)
         for stage, other in zip(masks, want_masks, strict=True):
-            for mask, other_mask in zip(stage, other, strict=True):
-                assert torch.equal(mask, other_mask)
-        for number, (a, b) in enumerate(zip(outs, want, strict=True)):
-            assert_close(a, b, tol, f'output {number} by {name}')
-        for number, (a, b) in enumerate(zip(inferred, want_inferred, strict=True)):
-            assert_close(a, b, tol, f'output {number} by {name} without gradients')
+            assert all_equal(stage, other)
+        assert_all_close(outs, want, tol)
+        assert_all_close(inferred, want_inferred, tol)
         assert_same_gradients(grads, want_grads, tol)
 
 
@@ -188,8 +187,7 @@ def test_recomputed_blocks(context):
     x = image((2, 3, 45, 58), dtype=torch.float64)
     assert_backends_equal(saving, x)
     (outs, grads), (want, want_grads) = gradients(saving, x), gradients(plain, x)
-    for a, b in zip(outs, want, strict=True):
-        assert_close(a, b, 1e-10)
+    assert_all_close(outs, want, 1e-10)
     assert_same_gradients(grads, want_grads, 1e-10)
 
 
@@ -419,8 +417,7 @@ def test_a_backend_of_ones_own_equals_the_reference(toy, name):
             results.append(gradients(model, x))
     assert (toy.calls > 0) == (name == 'swin' or isinstance(toy, ToyLinear))
     (outs, grads), (want, want_grads) = results
-    for a, b in zip(outs, want, strict=True):
-        assert_close(a, b, 1e-10)
+    assert_all_close(outs, want, 1e-10)
     assert_same_gradients(grads, want_grads, 1e-10)
 
 

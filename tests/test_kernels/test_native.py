@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, image, randomize
+from backbone_zoo import BY_NAME, all_equal, image, randomize
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from window_cases import Problem, full_and_idle_windows, problem, problems
@@ -143,7 +143,7 @@ def test_gradients_are_the_same_every_time():
     args = tensors(case)
     first, *others = [torch.autograd.grad(attend(case, *args).sum(), args) for _ in range(4)]
     for other in others:
-        assert all(map(torch.equal, first, other))
+        assert all_equal(first, other)
 
 
 @pytest.mark.parametrize('summarised', [False, True])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from backbone_zoo import FAMILIES, assert_close, image, stage_blocks, variant_scopes
+from backbone_zoo import FAMILIES, all_equal, assert_close, image, stage_blocks, variant_scopes
 from policy_cases import Case
 from torch import nn
 
@@ -74,8 +74,8 @@ def test_gate_changes_neither_outputs_nor_other_gradients(variant, scope):
             assert all((grad is not None) == learns for grad in heads)
             results.append((outs, sum(model.keep_masks, []), grads))
         (outs, masks, grads), (wants, want_masks, want_grads) = results
-        assert all(map(torch.equal, outs, wants))
-        assert all(map(torch.equal, masks, want_masks))
+        assert all_equal(outs, wants)
+        assert all_equal(masks, want_masks)
         for name, grad in want_grads.items():
             assert_close(grads[name], grad, 1e-10, name)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from backbone_zoo import (
     BlockTrace,
+    all_equal,
+    assert_all_close,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -53,7 +55,7 @@ def test_inference(case):
         assert all(out.isfinite().all() for out in outs)
         assert list(map(len, model.keep_masks)) == list(map(len, stage_blocks(model)))
     together, masks = model(x), sum(model.keep_masks, [])
-    assert all(map(torch.equal, together, case.build()(x))), 'images before it leave a trace'
+    assert all_equal(together, case.build()(x)), 'images before it leave a trace'
     assert not torch.equal(together[-1], dense(x)[-1])
     for i in range(3):
         alone = model(x[i : i + 1])
@@ -66,7 +68,7 @@ def test_inference(case):
     assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
     assert not torch.equal(together[-1], few[-1])
     model.set_keep_ratios(case.ratios())
-    assert all(map(torch.equal, model(x), together))
+    assert all_equal(model(x), together)
 
 
 LEARNED = [f'{name}-idlevit-map-learned' for name in CASE_FAMILIES]
@@ -81,8 +83,7 @@ def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case):
         model.train(train)
         dense.train(train)
         for size in SIZES:
-            for a, b in zip(model(image(size)), dense(image(size)), strict=True):
-                assert torch.equal(a, b)
+            assert all_equal(model(image(size)), dense(image(size)))
             assert all(mask.all() for stage in model.keep_masks for mask in stage)
 
 
@@ -95,8 +96,7 @@ def test_all_tokens_active_equals_the_dense_backbone(case):
     assert all(mask.all() for stage in model.keep_masks for mask in stage)
     model.set_keep_ratios(1.0)
     dense_outs, dense_grads = gradients(model, x)
-    for a, b in zip(outs, dense_outs, strict=True):
-        assert_close(a, b, 1e-10)
+    assert_all_close(outs, dense_outs, 1e-10)
     if case in SCOPES:
         assert_same_gradients(grads, dense_grads, 1e-10)
 
@@ -290,8 +290,7 @@ def test_compiled_trains_as_eager(case):
     model, x = shallow(case).train(), image((2, 3, 45, 58))
     outs, grads = gradients(model, x)
     compiled_outs, compiled_grads = gradients(torch.compile(model, backend='aot_eager'), x)
-    for a, b in zip(compiled_outs, outs, strict=True):
-        assert_close(a, b, 1e-5)
+    assert_all_close(compiled_outs, outs, 1e-5)
     compiled_grads = {name.removeprefix('_orig_mod.'): g for name, g in compiled_grads.items()}
     assert_same_gradients(compiled_grads, grads, 1e-5)
 
@@ -304,10 +303,8 @@ def test_compiled_equals_eager(case):
     with torch.no_grad():
         for size in ((1, 3, 46, 61), (2, 3, 53, 47)):
             got, masks = compiled(image(size)), model.keep_masks
-            for a, b in zip(got, model(image(size)), strict=True):
-                assert_close(a, b, 1e-5)
-            for a, b in zip(masks[0], model.keep_masks[0], strict=True):
-                assert torch.equal(a, b)
+            assert_all_close(got, model(image(size)), 1e-5)
+            assert all_equal(masks[0], model.keep_masks[0])
 
 
 @each(['swin-sparsevit', 'pvt-evit', 'vit-evovit', 'vit-idlevit-map-learned'])
@@ -319,8 +316,7 @@ def test_copies_after_a_training_forward(case):
     model.eval()
     for twin in twins:
         with torch.no_grad():
-            for a, b in zip(twin.eval()(x), model(x), strict=True):
-                assert torch.equal(a, b)
+            assert all_equal(twin.eval()(x), model(x))
         twin.set_keep_ratios(1.0)
         assert model.keep_ratios == case.ratios()
 
