@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'test_losses'))  # for toys.py
-
 import pytest
 import torch
 from mmengine.config import Config
