@@ -20,7 +20,7 @@ from backbone_zoo import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from policy_cases import CASES, each
+from policy_cases import CASES, Case, each
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from window_cases import full_and_idle_windows
@@ -48,6 +48,10 @@ SWIN = tuple(v for v in BY_NAME.values() if v.is_swin)
 # Without windows backends differ in whose scores are the best, and in how keys are found.
 POLICIES = [
     *(case for case in CASES if case.variant.is_swin),
+    *(
+        Case(f'swinv2-{p}', BY_NAME['swinv2'], dict(type=p))
+        for p in ('EViT', 'EvoViT', 'SparseViT')
+    ),
     *('pvtv2-idlevit-summary', 'pvtv2-evit', 'vit-idlevit-map', 'vit-evit', 'vit-evovit'),
 ]
 EAGER = Site('cpu', torch.float32, eager=True, traced=False, grad=False, autocast=False)

@@ -20,7 +20,7 @@ from idlevit_mm.policies.scorers import Scorer
 
 IMAGES = image((3, 3, 13, 18))
 # PVTv2's blocks are MiT's, which has fewer here.
-NAMES = ('swin', 'pvt', 'mit', 'svt', 'vit', 'vit-conv-stem')
+NAMES = ('swin', 'pvt', 'mit', 'svt', 'vit', 'vit-conv-stem', 'swinv2')
 FAMILIES = pytest.mark.parametrize('name', NAMES)
 
 
@@ -35,7 +35,7 @@ def build(name, keep, **kwargs):
     """A model with every kind of child, most of them once."""
     if name.startswith('vit'):
         few = dict(num_layers=1, out_indices=0)
-    elif name == 'swin':
+    elif name.startswith('swin'):
         few = dict(depths=(1, 1))
     elif name == 'svt':
         few = dict(depths=[2, 1])
@@ -153,8 +153,9 @@ def test_a_wrapper_in_its_place(name, keep):
 
 
 # What a wrapper in its place shows, for both ratios, is not shown again: who is asked is the same.
+# What makes the biases of Swin V2 sees no images.
 @pytest.mark.parametrize(
-    ('name', 'keep'), [*((name, 0.5) for name in NAMES), ('swin', 1.0), ('mit', 1.0)]
+    ('name', 'keep'), [*((name, 0.5) for name in NAMES[:-1]), ('swin', 1.0), ('mit', 1.0)]
 )
 def test_a_forward_hook(name, keep):
     model = build(name, keep)

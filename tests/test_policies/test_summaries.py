@@ -12,12 +12,10 @@ from policy_cases import BY_CASE
 
 from idlevit_mm.blocks import Carried, Tokens, weighted_mean
 from idlevit_mm.kernels import use_backend
-from idlevit_mm.kernels.reference import Reference
-from idlevit_mm.layers import MixFFN, SelfAttention, attention
+from idlevit_mm.layers import SelfAttention, attention
 from idlevit_mm.ops import row_mask
 
 DOUBLE = torch.float64
-REFERENCE = Reference()
 
 
 def tokens(block, hw, batch=2, seed=5):
@@ -195,24 +193,6 @@ def test_representative_of_pvt_is_a_query_only(name):
         constant = block.norm2(y).expand(1, 25, -1)
         y = y + block.ffn(constant, (5, 5), None)[0, 12]
         assert_close(out[i][~active[i]], x[i][~active[i]] + (y - mean), 1e-11)
-
-
-@torch.no_grad()
-def test_summaries_are_convolved_as_in_a_constant_map():
-    ffn = MixFFN(6, 10, dict(type='GELU'), use_conv=True).double()
-    case = BY_CASE['pvtv2-evovit'].build().double()
-    block = stage_blocks(case)[0][0]
-    hw = (4, 5)
-    rows = block(tokens(block, hw), hw, 0.4)[1].plan.rows
-    active = torch.randn(2, rows.ids.shape[1], 6, dtype=DOUBLE)
-    summary = torch.randn(2, 1, 6, dtype=DOUBLE)
-    out = ffn(torch.cat([active, summary], dim=1), hw, rows)
-    # Active tokens see the summary in the places of idle ones.
-    whole = REFERENCE.put(summary.expand(-1, 20, -1).contiguous(), rows, active)
-    assert_close(out[:, :-1], REFERENCE.take(ffn(whole, hw, None), rows), 1e-12)
-    for i in range(2):
-        alike = ffn(summary[i].expand(1, 9, -1), (3, 3), None)[0, 4]
-        assert_close(out[i, -1], alike, 1e-12)
 
 
 # --- EViT: who is in play ----------------------------------------------------------------------
