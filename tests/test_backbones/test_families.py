@@ -1,12 +1,9 @@
 """What each family states about itself: dense twins, names of weights, position tables."""
 
-import importlib
-
 import pytest
 import torch
 from backbone_zoo import (
     FAMILIES,
-    PROJECTS,
     VARIANTS,
     assert_all_close,
     image,
@@ -47,18 +44,6 @@ def test_every_family_is_tested():
     assert {cls.__name__ for cls in CLASSES} == {variant.type for variant in FAMILIES}
     assert all(issubclass(cls, IdleBackbone) for cls in CLASSES)
     assert twins() == TWINS
-
-
-@each_class()
-def test_dense_twins_are_there(cls):
-    assert cls.DENSE
-    for library, name in cls.DENSE:
-        pytest.importorskip(library)
-        if (library, name) in PROJECTS:
-            continue
-        dense = getattr(importlib.import_module(f'{library}.models'), name)
-        assert dense.__name__ == name
-        assert dense not in CLASSES
 
 
 @each_class()

@@ -26,7 +26,6 @@ from hostile import (
     write,
 )
 from mmengine.config import Config
-from mmengine.infer import BaseInferencer
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 from toy import toy_runner
 
@@ -335,19 +334,6 @@ def test_another_number_of_gpus_is_one_line(tmp_path):
     )
     with pytest.raises(UsageError, match=r'another number of GPUs \(gpu_ids\).*--auto-scale-lr'):
         launch.naming_the_remedy(runner.train)
-
-
-def test_inferencers_refuse_the_config_in_a_checkpoint(tmp_path):
-    class Inferencer(BaseInferencer):
-        visualize = postprocess = _init_pipeline = None
-
-    for text in (TEXT.format(made=tmp_path / 'made'), "model = dict(type='os.system')"):
-        for place in ('message_hub', 'meta'):
-            held = dict(runtime_info=dict(cfg=text)) if place == 'message_hub' else dict(cfg=text)
-            torch.save({place: held, 'state_dict': WEIGHTS}, tmp_path / 'a.pth')
-            with pytest.raises(UsageError, match=r"a\.pth'\) without a config.*print_config\.py"):
-                Inferencer(weights=str(tmp_path / 'a.pth'))
-    assert not (tmp_path / 'made').exists()
 
 
 def test_the_tools(hostile, tmp_path, monkeypatch, capsys):
