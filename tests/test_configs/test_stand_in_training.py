@@ -24,13 +24,15 @@ from idlevit_mm.engine.launch import train_from_config
 
 TRUE_SIZE = os.environ.get('IDLEVIT_MM_TRUE_SIZE', '0') not in ('', '0')
 SHRINKING = 8
-# The smallest member of each family, PVT with one head and PVTv2 with another; `{}` is the mode.
+# The smallest member of each family; `{}` is the mode.
 FAMILIES = [
     'coco/mask_rcnn/mask-rcnn_idle-swin-t_fpn_1x-{}_coco.py',
     'coco/cascade_mask_rcnn/cascade-mask-rcnn_idle-swin-t_fpn_amp-ms-crop-3x-{}_coco.py',
     'coco/retinanet/retinanet_idle-pvt-t_fpn_1x-{}_coco.py',
+    'coco/retinanet/retinanet_idle-pvtv2-b0_fpn_1x-{}_coco.py',
     'coco/dino/dino-4scale_idle-swin-t_8xb2-12e-{}_coco.py',
     'ade20k/upernet/idle-swin-t_upernet_8xb2-160k-{}_ade20k-512x512.py',
+    'ade20k/semantic_fpn/fpn_idle-pvt-t_8xb4-40k-{}_ade20k-512x512.py',
     'ade20k/semantic_fpn/fpn_idle-pvtv2-b0_8xb4-40k-{}_ade20k-512x512.py',
     'ade20k/mask2former/mask2former_idle-swin-t_8xb2-160k-{}_ade20k-512x512.py',
     'ade20k/segformer/segformer_idle-mit-b0_8xb2-160k-{}_ade20k-512x512.py',
