@@ -134,7 +134,11 @@ def said(monkeypatch):
 
 @pytest.mark.parametrize(
     ('task', 'part', 'faults'),
-    [('det', 'image', BAD_IMAGES), ('seg', 'image', BAD_IMAGES), ('seg', 'mask', BAD_MASKS)],
+    [
+        ('det', 'image', BAD_IMAGES),
+        ('seg', 'image', {kind: BAD_IMAGES[kind] for kind in ('cut off', 'missing')}),
+        ('seg', 'mask', BAD_MASKS),
+    ],
 )
 def test_bad_samples(place, build, said, task, part, faults):
     datasets = {split: build(task, split, guarded=False) for split in SPLITS}

@@ -160,26 +160,6 @@ WARMUP = dict(type='KeepRatioWarmupHook', end=1)
 LATE_ERRORS = [
     (dict(custom_hooks=[WARMUP, WARMUP]), '.*only one hook can set the keep ratios.*'),
     (
-        {
-            'custom_hooks': [WARMUP],
-            'model.backbone': dict(
-                _delete_=True,
-                type='SwinTransformer',
-                embed_dims=16,
-                depths=[1] * 4,
-                num_heads=[1] * 4,
-            ),
-        },
-        '.*KeepRatioWarmupHook found no IdleBackbone.*',
-    ),
-    (
-        {
-            'custom_hooks': [dict(type='AuxiliaryLossHook', losses=[dict(type='TokenCutLoss')])],
-            'model.backbone.policy': dict(scope='windows'),
-        },
-        ".*backbone has policy.scope='windows'.*",
-    ),
-    (
         {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='weights.pth')},
         r".*checkpoint 'weights\.pth' has no weight of IdleSwinTransformer.*",
     ),
