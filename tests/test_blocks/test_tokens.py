@@ -210,10 +210,12 @@ def test_recomputation_chooses_no_other_tokens(case):
     """Where scores and what is dropped are drawn, and for every policy; new draws would differ."""
     # In a plain ViT the keys that scores were computed with stand outside of what is recomputed.
     policy = {} if case.variant.has_class_token else dict(scorer='random')
-    results, drawn = [], []
+    results, drawn, calls = [], [], ([], [])
     for with_cp in (False, True):
         dropping = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
         model = case.build(policy=policy, with_cp=with_cp, **dropping).double().train()
+        for block in itertools.chain(*model.idle_blocks):
+            block.ffn.register_forward_pre_hook(lambda *_, to=calls[with_cp]: to.append(1))
         torch.manual_seed(11)
         outs, grads = gradients(model, image((2, 3, 45, 58), dtype=DOUBLE))
         drawn.append(torch.rand(()))
@@ -223,6 +225,7 @@ def test_recomputation_chooses_no_other_tokens(case):
     assert all(torch.equal(a, b) for a, b in zip(outs, cp_outs, strict=True))
     assert_same_gradients(cp_grads, grads, 1e-12)
     assert drawn[0] == drawn[1], 'the backward pass has drawn scores'
+    assert len(calls[1]) == 2 * len(calls[0]) > 0, 'nothing was recomputed'
 
 
 # --- blocks as modules among others ----------------------------------------------------------
