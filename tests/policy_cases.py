@@ -110,8 +110,3 @@ def each(cases: Iterable[Case | str]) -> pytest.MarkDecorator:
     """``parametrize`` over cases, or their names."""
     chosen = [case if isinstance(case, Case) else BY_CASE[case] for case in cases]
     return pytest.mark.parametrize('case', chosen, ids=[case.name for case in chosen])
-
-
-def each_case(*types: str) -> pytest.MarkDecorator:
-    """``parametrize`` over the cases of the given policies, by default of all."""
-    return each(case for case in CASES if not types or case.policy['type'] in types)
