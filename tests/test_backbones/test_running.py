@@ -111,12 +111,11 @@ def test_runs_without_what_it_can_do_without():
         import torch
         from backbone_zoo import FAMILIES, image, randomize
         for variant in FAMILIES:
-            for scope in variant.scopes:
-                for keep in (1.0, 0.5):
-                    model = randomize(variant.build(keep_ratios=keep, policy=dict(scope=scope)))
-                    outs = model(image((1, 3, 45, 58)))
-                    sum(out.sum() for out in outs).backward()
-                    assert all(out.isfinite().all() for out in outs)
+            for keep, scope in ((1.0, 'map'), (0.5, variant.scopes[-1])):
+                model = randomize(variant.build(keep_ratios=keep, policy=dict(scope=scope)))
+                outs = model(image((1, 3, 45, 58)))
+                sum(out.sum() for out in outs).backward()
+                assert all(out.isfinite().all() for out in outs)
         loaded = [n for n in sys.modules if n.split('.')[0] in ('mmdet', 'mmseg')]
         assert loaded == ['mmdet', 'mmseg'], loaded
         print('ran', len(FAMILIES))

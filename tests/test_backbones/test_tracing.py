@@ -99,7 +99,8 @@ def test_complexity_is_counted_below_a_ratio_of_one(name):
     assert 0 < found[0.5] < found[1.0]
 
 
-@pytest.mark.parametrize('name', [*NAMES, 'swinv2'])
+# PVT is PVTv2 without the convolution, whose table tests/test_analysis/test_export.py records.
+@pytest.mark.parametrize('name', [*(name for name in NAMES if name != 'pvt'), 'swinv2'])
 def test_compiled_whole(name):
     """Without a break of the graph, for images of a size that the backbone has not seen."""
     torch.compiler.reset()  # families share code, and what was compiled of it counts
