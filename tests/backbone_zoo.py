@@ -7,6 +7,7 @@ Shape letters: B images, C channels, H and W rows and columns of tokens, N = H *
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,86 +185,31 @@ _TWINS_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (
 _PVT_SIZES = ((1, 3, 97, 131), (3, 3, 64, 80), (1, 3, 8, 40), (2, 3, 40, 9), (1, 3, 8, 8))
 
 
-def _swin(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleSwinTransformer',
-        kwargs={**_SWIN, **kwargs},
-        scopes=('map', 'window_tokens', 'windows'),
-        sizes=_SWIN_SIZES,
-    )
+def _family(
+    type: str,
+    base: dict[str, Any],
+    sizes: tuple[tuple[int, int, int, int], ...],
+    scopes: tuple[str, ...] = ('map',),
+) -> Callable[..., Variant]:
+    """What makes variants of a class, from a name and what is other than in its small model."""
+
+    def variant(name: str, has_twin: bool = True, **kwargs: Any) -> Variant:
+        return Variant(name, type, {**base, **kwargs}, scopes, sizes, has_twin)
+
+    return variant
 
 
-def _swin2(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleSwinTransformerV2',
-        kwargs={**_SWIN2, **kwargs},
-        scopes=('map', 'window_tokens', 'windows'),
-        sizes=_SWIN_SIZES,
-    )
-
-
-def _pvt(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdlePyramidVisionTransformer',
-        kwargs={**_PVT1, **kwargs},
-        scopes=('map',),
-        sizes=_PVT_SIZES,
-    )
-
-
-def _pvt2(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdlePyramidVisionTransformerV2',
-        kwargs={**_PVT, **kwargs},
-        scopes=('map',),
-        sizes=_V2_SIZES,
-    )
-
-
-def _mit(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleMixVisionTransformer',
-        kwargs={**_MIT, **kwargs},
-        scopes=('map',),
-        sizes=_MIT_SIZES,
-    )
-
-
-def _twins(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleSVT' if 'windiow_sizes' in kwargs else 'IdlePCPVT',
-        kwargs={**_TWINS, **kwargs},
-        scopes=('map',),
-        sizes=_TWINS_SIZES if name in ('pcpvt', 'svt') else _MIT_SIZES[:3],
-    )
-
-
-def _vit(name: str, has_twin: bool = True, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleVisionTransformer',
-        kwargs={**_VIT, **kwargs},
-        scopes=('map',),
-        sizes=_VIT_SIZES,
-        has_twin=has_twin,
-    )
-
-
-def _vitdet(name: str, **kwargs: Any) -> Variant:
-    return Variant(
-        name=name,
-        type='IdleViTDet',
-        kwargs={**_VITDET, **kwargs},
-        scopes=('map',),
-        # First that of the table: the dense class resizes it in single precision.
-        sizes=((1, 3, 36, 52), *_VIT_SIZES[1:]),
-    )
+_WINDOWS = ('map', 'window_tokens', 'windows')
+_swin = _family('IdleSwinTransformer', _SWIN, _SWIN_SIZES, _WINDOWS)
+_swin2 = _family('IdleSwinTransformerV2', _SWIN2, _SWIN_SIZES, _WINDOWS)
+_pvt = _family('IdlePyramidVisionTransformer', _PVT1, _PVT_SIZES)
+_pvt2 = _family('IdlePyramidVisionTransformerV2', _PVT, _V2_SIZES)
+_mit = _family('IdleMixVisionTransformer', _MIT, _MIT_SIZES)
+_vit = _family('IdleVisionTransformer', _VIT, _VIT_SIZES)
+# First that of the table: the dense class resizes it in single precision.
+_vitdet = _family('IdleViTDet', _VITDET, ((1, 3, 36, 52), *_VIT_SIZES[1:]))
+_pcpvt = _family('IdlePCPVT', _TWINS, _TWINS_SIZES)
+_svt = _family('IdleSVT', _TWINS, _TWINS_SIZES)
 
 
 # PyramidVisionTransformerV2 fixes four patch sizes, so its small model has four stages.
@@ -316,8 +262,8 @@ FAMILIES = (
     _pvt('pvt'),
     _pvt2('pvtv2', **_FOUR_STAGES),
     _mit('mit'),
-    _twins('pcpvt', depths=[3, 2]),
-    _twins('svt', windiow_sizes=[4, 3]),
+    _pcpvt('pcpvt', depths=[3, 2]),
+    _svt('svt', windiow_sizes=[4, 3]),
     _vit('vit'),
     _vitdet('vitdet'),
     _swin2('swinv2'),
@@ -332,7 +278,7 @@ _OTHERS = (
     _pvt('pvt-conv-norm', use_conv_ffn=True, norm_after_stage=True),
     _pvt2('pvtv2-plain', **{**_FOUR_STAGES, 'qkv_bias': False, 'norm_cfg': dict(type='LN')}),
     _mit('mit-odd', **_ODD_MIT),
-    _twins('svt-odd', **_ODD_SVT),
+    _family('IdleSVT', _TWINS, _MIT_SIZES[:3])('svt-odd', **_ODD_SVT),
     _vit('vit-3-heads', embed_dims=12, num_heads=3, drop_path_rate=0.4, patch_norm=True),
     _vit('vit-plain', qkv_bias=False, final_norm=False, patch_bias=False, out_indices=2),
     # mmseg's class without class token embeds one all the same; LV-ViT and DINOv2 it has not.
@@ -474,6 +420,16 @@ def assert_close(actual: Tensor, expected: Tensor, tol: float, what: str = '') -
     diff = (actual - expected).abs().max().item()
     scale = max(1.0, expected.abs().max().item())
     assert diff <= tol * scale, f'{what}: differs by {diff:.3g} at scale {scale:.3g}'
+
+
+def assert_all_close(actual: Iterable[Tensor], expected: Iterable[Tensor], tol: float) -> None:
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(one, other, tol, f'output {number}')
+
+
+def all_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Whether these are as many tensors and the same to the bit."""
+    return all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def load_twin(twin: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -25,6 +25,12 @@ def _same_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_machine_report(monkeypatch):
+    """The runner starts compilers to log their versions; no test reads that."""
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+
+
 @pytest.fixture(params=['cpu', 'reference'])
 def each_window_path(request):
     """Runs a test twice: with the windows of the CPU, and with those of GPUs and compilers."""

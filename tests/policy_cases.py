@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from backbone_zoo import BY_NAME, Variant, randomize
+from backbone_zoo import BY_NAME, FAMILIES, Variant, randomize
 from torch import nn
 
 FAMILY_NAMES = ('swin', 'pvt', 'pvtv2', 'mit', 'svt', 'vit', 'vit-no-cls', 'vitdet')
@@ -98,13 +98,15 @@ OWN = [
     if case.policy['type'] != 'IdleViT' or 'context' in case.policy or case.variant.is_vit
 ]
 
+# IdleViT in every family and scope, by a scorer that has weights to train.
+SCOPES = [
+    Case(f'{v.name}-{scope}', v, dict(type='IdleViT', scorer='mean_query', scope=scope))
+    for v in FAMILIES
+    for scope in v.scopes
+]
+
 
 def each(cases: Iterable[Case | str]) -> pytest.MarkDecorator:
     """``parametrize`` over cases, or their names."""
     chosen = [case if isinstance(case, Case) else BY_CASE[case] for case in cases]
     return pytest.mark.parametrize('case', chosen, ids=[case.name for case in chosen])
-
-
-def each_case(*types: str) -> pytest.MarkDecorator:
-    """``parametrize`` over the cases of the given policies, by default of all."""
-    return each(case for case in CASES if not types or case.policy['type'] in types)

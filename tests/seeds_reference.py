@@ -182,15 +182,11 @@ def collect(
 # --- IdleViT ----------------------------------------------------------------------------------
 
 
-def idlevit_counts(patches: int, keep_ratio: float, layers: int = 12, first: int = 4) -> list[int]:
-    """Patches each layer computes: int(N r), int(N r^2), int(N r^3) in three groups of layers.
-
-    The groups are equal but for the last: 3 + 3 + 2 of DeiT's layers 4 to 11.
-    """
-    group = math.ceil((layers - first) / 3)
+def idlevit_counts(patches: int, keep_ratio: float) -> list[int]:
+    """Patches each layer computes: int(N r), int(N r^2), int(N r^3) in 3 + 3 + 2 of 12 layers."""
     return [
-        patches if layer < first else int(patches * keep_ratio ** (1 + (layer - first) // group))
-        for layer in range(layers)
+        patches if layer < 4 else int(patches * keep_ratio ** (1 + (layer - 4) // 3))
+        for layer in range(12)
     ]
 
 
@@ -348,28 +344,22 @@ def multiply_adds(
     patches: int,
     embed_dims: int,
     keep_counts: Sequence[int],
-    mlp_ratio: int = 4,
-    patch_values: int = 3 * 16 * 16,
-    embedding: bool = True,
 ) -> int:
     """Multiply-adds of IdleViT's matrix products for one image, without classifier.
 
     Args:
-        patches: Patches of the image.
+        patches: Patches of 16 x 16 pixels of the image.
         embed_dims: Channels of a token.
         keep_counts: Active patches of each layer; all of them make a layer dense.
-        mlp_ratio: Channels of the MLP's hidden layer by those of a token.
-        patch_values: Numbers in a patch of the image.
-        embedding: Whether to count the patch embedding too.
     """
     c = embed_dims
-    total = patches * patch_values * c if embedding else 0
+    total = patches * 3 * 16 * 16 * c
     for count in keep_counts:
         active = count + 1
         keyed = patches + 1
         total += keyed * c * c + 2 * active * c * c  # keys of all tokens, queries, values
         total += 2 * active * active * c + active * c * c  # attention, output projection
-        total += 2 * active * c * mlp_ratio * c
+        total += 2 * active * c * 4 * c
         if count < patches:
             total += keyed * c  # the class token's query with every key
     return total

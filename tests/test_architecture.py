@@ -112,8 +112,9 @@ def test_family_of_your_own_equals_its_block_token_by_token():
     torch.testing.assert_close(out.flatten(2).transpose(1, 2), tokens, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('variant', FAMILIES, ids=lambda variant: variant.name)
-def test_backend_of_your_own(variant, backend, monkeypatch):
+@pytest.mark.parametrize('name', ['swin', 'pvtv2', 'svt', 'vit', 'vitdet'])
+def test_backend_of_your_own(name, backend, monkeypatch):
+    variant = BY_NAME[name]
     model = randomize(variant.build(keep_ratios=0.6)).eval()
     x, calls = image((2, 3, 45, 58)), []
     with torch.no_grad(), kernels.use_backend('reference'):

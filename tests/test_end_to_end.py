@@ -113,7 +113,7 @@ def place(tmp_path_factory):
     (folder / 'kill_hook.py').write_text(KILLER)
     data = folder / 'digit_scenes'
     write_config(
-        folder / 'det.py', DETECTION, 2, data=data / 'coco', load='with_bbox=True', kind='Det'
+        folder / 'det.py', DETECTION, 1, data=data / 'coco', load='with_bbox=True', kind='Det'
     )
     write_config(
         folder / 'seg.py',

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, VARIANTS, image, randomize
+from backbone_zoo import BY_NAME, VARIANTS, all_equal, image, randomize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,8 +42,7 @@ def test_blocks_run_dense_where_idling_does_not_pay(name):
     dense = BY_NAME[name].build(keep_ratios=1.0).eval()
     dense.load_state_dict(model.state_dict(), strict=False)
     for out, want in zip(outs, run(dense), strict=True):
-        for one, other in zip(flat(out), flat(want), strict=True):
-            assert torch.equal(one, other)
+        assert all_equal(flat(out), flat(want))
     model = build(name, FREE)
     run(model)
     assert min(shares(model)) < 1.0
@@ -62,7 +61,7 @@ def test_small_images_do_not_pay_and_large_ones_do():
     assert {ratio for stage in model.keep_ratios for ratio in stage} == {0.5}
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', ['swin', 'pvtv2', 'vit'])
 def test_a_checkpoint_repeats_decisions(name):
     model, again = build(name, DEAR), build(name)
     run(again)  # with the pace of this machine
@@ -118,9 +117,14 @@ def test_compiled_and_exported(pace):
         torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('variant', VARIANTS, ids=lambda variant: variant.name)
-def test_work_is_what_pytorch_counts(variant):
+def test_work_is_what_pytorch_counts(subtests):
     """At keep ratio 1.0, on a map that windows and cells divide."""
+    for variant in VARIANTS:
+        with subtests.test(variant.name):
+            assert_work_is_counted(variant)
+
+
+def assert_work_is_counted(variant):
     model = variant.build().eval()
     side = 24 if variant.is_twins else 4 * variant.kwargs.get('window_size', 7)
     for block in (stage[place] for stage in model.idle_blocks for place in {0, len(stage) - 1}):

@@ -55,7 +55,8 @@ def assert_right(found):
         assert row.others == 0
 
 
-@pytest.mark.parametrize('name', FEW)
+# PVTv2 is MiT with other numbers.
+@pytest.mark.parametrize('name', [name for name in FEW if name != 'pvtv2'])
 def test_onnx_keeps_the_same_tokens(name, tmp_path):
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')
@@ -66,10 +67,9 @@ def test_onnx_keeps_the_same_tokens(name, tmp_path):
     assert_right(rows(model, export.runtimes(path)['onnxruntime'], *([1, 3] if dynamic else [1])))
 
 
-@pytest.mark.parametrize('name', ['swin', 'vit'])
-def test_openvino(name, tmp_path):
+def test_openvino(tmp_path):
     pytest.importorskip('openvino')
-    model, path = build(name), tmp_path / 'graph.xml'
+    model, path = build('swin'), tmp_path / 'graph.xml'
     exported(model, path, batch=2)
     (run,) = export.runtimes(path).values()
     right, refused = rows(model, run, 2, 3)
@@ -87,9 +87,9 @@ def test_torch_export_is_right_or_refuses(name, tmp_path):
     assert refused.refused
 
 
-@pytest.mark.parametrize('counts', [(9,), (5, 2, 5)], ids=str)
-def test_the_first_of_equal_tokens_is_kept_everywhere(counts, tmp_path):
+def test_the_first_of_equal_tokens_is_kept_everywhere(tmp_path):
     pytest.importorskip('onnxscript')
+    counts = 5, 2, 5
 
     class Best(torch.nn.Module):
         def forward(self, scores):

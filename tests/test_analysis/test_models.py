@@ -27,14 +27,6 @@ SWIN = dict(
     out_indices=(0, 1),
     window_size=4,
 )
-PVT2 = dict(
-    type='IdlePyramidVisionTransformerV2',
-    embed_dims=8,
-    num_layers=[1, 1, 1, 1],
-    num_heads=[1, 1, 1, 2],
-    sr_ratios=[4, 2, 1, 1],
-    mlp_ratios=[2, 2, 2, 2],
-)
 MIT = dict(
     type='IdleMixVisionTransformer',
     embed_dims=8,
@@ -97,33 +89,18 @@ VIT = dict(
 )
 
 
-@pytest.mark.parametrize('cfg', [SWIN, PVT2], ids=['swin', 'pvtv2'])
-def test_dense_class_of_mmdet_gives_the_same(cfg):
-    pytest.importorskip('mmdet')
-    _same_as_dense(dict(cfg, keep_ratios=1.0, policy=dict(scorer='random')))
-
-
 @pytest.mark.parametrize(
     'options',
     [
-        {},
         dict(arch='deit-tiny', num_layers=1, embed_dims=None, num_heads=None, img_size=[33]),
         dict(arch='lvvit-small', stem='patch', residual_scale=1.0, num_layers=2),
-        dict(out_indices=[0, -1], final_norm=False, patch_bias=False, qkv_bias=False),
-        dict(with_cls_token=False, mlp_ratio=2.0, norm_cfg=dict(type='LN', eps=1e-3)),
         dict(output_cls_token=True, patch_norm=True, act_cfg=dict(type='ReLU')),
     ],
-    ids=['defaults', 'arch', 'lvvit arch', 'no bias', 'no class token', 'class token out'],
+    ids=['arch', 'lvvit arch', 'class token out'],
 )
 def test_dense_class_of_mmseg_gives_the_same(options):
     pytest.importorskip('mmseg')
     dense = _same_as_dense({**VIT, **options}, (49, 79))
-    assert type(dense).__module__.startswith('mmseg.')
-
-
-def test_dense_mit_of_mmseg_gives_the_same():
-    pytest.importorskip('mmseg')
-    dense = _same_as_dense(dict(MIT, policy=dict(scorer='random')), (49, 79))
     assert type(dense).__module__.startswith('mmseg.')
 
 

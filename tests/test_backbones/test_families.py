@@ -1,14 +1,11 @@
 """What each family states about itself: dense twins, names of weights, position tables."""
 
-import importlib
-
 import pytest
 import torch
 from backbone_zoo import (
     FAMILIES,
-    PROJECTS,
     VARIANTS,
-    assert_close,
+    assert_all_close,
     image,
     parametrize,
     randomize,
@@ -50,18 +47,6 @@ def test_every_family_is_tested():
 
 
 @each_class()
-def test_dense_twins_are_there(cls):
-    assert cls.DENSE
-    for library, name in cls.DENSE:
-        pytest.importorskip(library)
-        if (library, name) in PROJECTS:
-            continue
-        dense = getattr(importlib.import_module(f'{library}.models'), name)
-        assert dense.__name__ == name
-        assert dense not in CLASSES
-
-
-@each_class()
 def test_names_of_openmmlab_come_first(cls):
     names = [known.name for known in cls.FORMATS]
     assert names[0] == OPENMMLAB
@@ -99,8 +84,7 @@ def assert_dense_class_equals(cfg):
     with torch.no_grad():
         ours, theirs = model(x), dense(x)
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other, 1e-5)
+    assert_all_close(ours, theirs, 1e-5)
 
 
 @parametrize()

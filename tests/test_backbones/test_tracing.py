@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, assert_close, image, randomize
+from backbone_zoo import BY_NAME, assert_all_close, image, randomize
 from mmengine.analysis import get_model_complexity_info
 
 # MiT is PVTv2 with other numbers.
@@ -37,8 +37,7 @@ def images(batch, seed=1):
 
 def assert_same(outs, want, tol=1e-5):
     assert len(outs) == len(want)
-    for number, (out, other) in enumerate(zip(outs, want, strict=True)):
-        assert_close(out, other, tol, f'output {number}')
+    assert_all_close(outs, want, tol)
 
 
 def traced(model, batch, grad=False):
@@ -100,25 +99,8 @@ def test_complexity_is_counted_below_a_ratio_of_one(name):
     assert 0 < found[0.5] < found[1.0]
 
 
-@pytest.mark.parametrize(
-    ('name', 'dynamic'),
-    [('swin', True), ('mit', True), ('vit', True), ('swin', False), ('pvt', False)],
-)
-def test_an_exported_program_is_right_or_refuses(name, dynamic):
-    model = build(name, 0.5)
-    shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8)}} if dynamic else None
-    program = torch.export.export(model, (images(2, 0),), dynamic_shapes=shapes, strict=False)
-    run = program.module()
-    with torch.no_grad():
-        for batch in (1, 2, 3):
-            if batch == 2 or dynamic:
-                assert_same(run(images(batch)), model(images(batch)))
-            else:
-                with pytest.raises((AssertionError, RuntimeError), match=r'size|shape|Guard'):
-                    run(images(batch))
-
-
-@pytest.mark.parametrize('name', [*NAMES, 'swinv2'])
+# PVT is PVTv2 without the convolution, whose table tests/test_analysis/test_export.py records.
+@pytest.mark.parametrize('name', [*(name for name in NAMES if name != 'pvt'), 'swinv2'])
 def test_compiled_whole(name):
     """Without a break of the graph, for images of a size that the backbone has not seen."""
     torch.compiler.reset()  # families share code, and what was compiled of it counts

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from backbone_zoo import BY_NAME, assert_same_gradients, gradients, image, randomize, weighted_sum
-from policy_cases import CORE, Case, each
+from policy_cases import CORE, SCOPES, Case, each
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -13,7 +13,7 @@ from idlevit_mm import kernels
 from idlevit_mm.blocks import Carried, IdleBlock, Tokens, run_blocks
 from idlevit_mm.kernels.reference import Reference
 from idlevit_mm.ops import Rows
-from idlevit_mm.policies import EVERYTHING, Plan, Regroup
+from idlevit_mm.policies import EVERYTHING, Plan
 
 DOUBLE = torch.float64
 HW = (9, 11)
@@ -155,22 +155,20 @@ def test_held_rows_are_those_that_would_be_gathered(name, policy):
     (out, grads), (want, want_grads) = results
     assert torch.equal(out, want)
     assert_same_gradients(grads, want_grads, 1e-12)
+    assert_looking_at_the_map_changes_nothing(blocks, x, ratios)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(('name', 'policy'), HELD)
-def test_looking_at_the_map_changes_nothing(name, policy):
+def assert_looking_at_the_map_changes_nothing(blocks, x, ratios):
     """Outputs in the middle of a stage, and recorded inputs, are of the whole map."""
-    blocks, x = stage_of(name, policy, 4)
-    ratios = [0.8, 1.0, 0.7, 1.0]
     (want,), _ = run_blocks(blocks, x, HW, ratios)
-    taps = {index: lambda tokens: tokens for index in range(4)}
+    taps = {index: lambda tokens: tokens for index in range(len(blocks))}
     outs, record = run_blocks(blocks, x, HW, ratios, True, taps)
     assert torch.equal(outs[-1], want)
-    assert len(record.inputs) == 4
+    assert len(record.inputs) == len(blocks)
     for out, entering in zip(outs, record.inputs[1:], strict=False):
         assert torch.equal(out, entering)
-    for count in range(1, 4):
+    for count in range(1, len(blocks)):
         (alone,), _ = run_blocks(blocks[:count], x, HW, ratios[:count])
         assert torch.equal(outs[count - 1], alone)
 
@@ -202,76 +200,22 @@ def test_settled_changes_nothing(case):
             assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-# --- regrouping ------------------------------------------------------------------------------
-
-
-def regrouped_by_hand(block, tokens, plan, regroup):
-    """Rows of x after some have left, and what goes on: the same, token by token."""
-    size, num_class = HW[0] * HW[1], block.num_class
-    maps, packs, ids = [], [], []
-    for i in range(len(tokens.x)):
-        x = list(tokens.x[i])
-        now = list(tokens.now[i])
-        in_play = list(range(size)) if plan.rows is None else plan.rows.ids[i].tolist()
-        count = len(in_play)
-        for place, name in enumerate(in_play):
-            x[name] = now[place]
-        for place in range(num_class):
-            x[size + place] = now[count + place]
-        stays = regroup.keep[i].tolist()
-        going, names = [now[place] for place in stays], [in_play[place] for place in stays]
-        if regroup.fuse is not None:
-            weights = regroup.fuse[i].tolist()
-            fused = sum(w * now[place] for place, w in enumerate(weights))
-            names.append(len(x))
-            x.append(fused)
-            going.append(fused)
-        maps.append(torch.stack(x))
-        packs.append(torch.stack([*going, *now[count : count + num_class]]))
-        ids.append(names)
-    return torch.stack(maps), torch.stack(packs), ids
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('name', ['vit', 'vit-no-cls'])
-@pytest.mark.parametrize('fuse', [True, False])
-def test_regrouped_equals_loop(name, fuse):
-    """Twice, so that a fused row leaves too, or stays."""
-    blocks, x = stage_of(name, None, 3)
-    block, size = blocks[0], HW[0] * HW[1]
-    tokens, plan = Tokens(x, HW), Plan(ask=True)
-    generator = torch.Generator().manual_seed(2)
-    for count in (40, 17, 1):
-        tokens = block.opened(tokens, plan)
-        tokens = tokens.become(torch.randn(tokens.now.shape, generator=generator, dtype=DOUBLE))
-        in_play = tokens.now.shape[1] - block.num_class
-        keep = torch.stack([torch.randperm(in_play, generator=generator)[:count] for _ in '12'])
-        keep = keep.sort().values
-        weights = torch.rand(2, in_play, generator=generator, dtype=DOUBLE).scatter(1, keep, 0.0)
-        regroup = Regroup(keep, weights if fuse else None)
-        want_x, want_now, want_ids = regrouped_by_hand(block, tokens, plan, regroup)
-        tokens, plan = block.regrouped(tokens, plan, regroup)
-        torch.testing.assert_close(tokens.x, want_x, rtol=0, atol=1e-12)
-        torch.testing.assert_close(tokens.now, want_now, rtol=0, atol=1e-12)
-        assert plan.rows.ids.tolist() == want_ids
-        assert plan.hold
-        classes = list(range(size, size + block.num_class))
-        assert tokens.pack.rows.ids.tolist() == [[*ids, *classes] for ids in want_ids]
-        assert torch.equal(block.settled(tokens), tokens.x)
-    assert block.regrouped(tokens, plan, None) == (tokens, plan)
-
-
 # --- recomputation ---------------------------------------------------------------------------
 
 
-@each(CORE)
+@each(
+    [*SCOPES, *(case for case in CORE if case.policy['type'] != 'IdleViT' or case.variant.is_vit)]
+)
 def test_recomputation_chooses_no_other_tokens(case):
-    """Where scores are drawn at random, and for every policy; a second draw would differ."""
+    """Where scores and what is dropped are drawn, and for every policy; new draws would differ."""
     # In a plain ViT the keys that scores were computed with stand outside of what is recomputed.
     policy = {} if case.variant.has_class_token else dict(scorer='random')
-    results, drawn = [], []
+    results, drawn, calls = [], [], ([], [])
     for with_cp in (False, True):
-        model = case.build(policy=policy, with_cp=with_cp, drop_path_rate=0.0).double().train()
+        dropping = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
+        model = case.build(policy=policy, with_cp=with_cp, **dropping).double().train()
+        for block in itertools.chain(*model.idle_blocks):
+            block.ffn.register_forward_pre_hook(lambda *_, to=calls[with_cp]: to.append(1))
         torch.manual_seed(11)
         outs, grads = gradients(model, image((2, 3, 45, 58), dtype=DOUBLE))
         drawn.append(torch.rand(()))
@@ -281,6 +225,7 @@ def test_recomputation_chooses_no_other_tokens(case):
     assert all(torch.equal(a, b) for a, b in zip(outs, cp_outs, strict=True))
     assert_same_gradients(cp_grads, grads, 1e-12)
     assert drawn[0] == drawn[1], 'the backward pass has drawn scores'
+    assert len(calls[1]) == 2 * len(calls[0]) > 0, 'nothing was recomputed'
 
 
 # --- blocks as modules among others ----------------------------------------------------------
@@ -352,7 +297,7 @@ class Unread(nn.Module):
 
 
 @torch.no_grad()
-@each(CORE)
+@each([*WAYS, 'swin-sparsevit', 'pvtv2-evit', 'vit-idlevit-map'])
 def test_policies_are_not_read_while_a_family_computes(case):
     """Both halves run with plan and tokens alone."""
     model = case.build().double()

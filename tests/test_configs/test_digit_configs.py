@@ -23,7 +23,7 @@ from digit_scenes import (
     SEMANTIC_CLASSES,
     SEMANTIC_PALETTE,
 )
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
@@ -130,21 +130,6 @@ def assert_twins(name: str) -> None:
         # A run that ends between two validations would never test its last weights.
         assert cfg.train_cfg.max_epochs % cfg.train_cfg.val_interval == 0
         assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs
-
-
-@pytest.mark.parametrize(
-    ('model', 'option', 'expected'),
-    [
-        ('retinanet_idle-swin', '0.5', [0.5] * 4),
-        ('fpn_idle-pvt', '[0.9,0.8,0.6,1.0]', [0.9, 0.8, 0.6, 1.0]),
-        ('fpn_idle-vit', '[0.9]', [0.9]),  # one stage
-    ],
-)
-def test_keep_ratios_from_the_command_line(model: str, option: str, expected: list[float]) -> None:
-    cfg = load(f'digit_scenes/{model}_digits.py')
-    cfg.merge_from_dict({'model.backbone.keep_ratios': DictAction._parse_iterable(option)})
-    backbone = MODELS.build(cfg.model.backbone)
-    assert [set(stage) for stage in backbone.keep_ratios] == [{r} for r in expected]
 
 
 def test_maps_have_the_strides_of_the_heads(subtests: pytest.Subtests) -> None:

@@ -562,8 +562,13 @@ def dense_weights(dense: str, recipe: Recipe) -> str:
     return entry.Weights.replace(MIRROR, SERVER)
 
 
-@pytest.mark.parametrize('name', [*RECIPES, *PLAIN])
-def test_recipe_builds(name: str) -> None:
+def test_recipe_builds(subtests: pytest.Subtests) -> None:
+    for name in (*RECIPES, *PLAIN):
+        with subtests.test(name):
+            assert_recipe_builds(name)
+
+
+def assert_recipe_builds(name: str) -> None:
     """Model, optimiser with its groups, schedulers, hooks, metrics, data sets and pipelines.
 
     Dense, and with all that fine-tuning adds: the other modes differ from these in numbers alone.

@@ -126,14 +126,12 @@ def save(path, iteration=1, **more):
 
 NOTES = {
     'older': lambda folder: b'epoch_2.pth',
-    'of another folder': lambda folder: b'/another/place/epoch_2.pth',
-    'long': lambda folder: b'a' * 5000,
     'no text': lambda folder: b'\xff\xfe\0',
-    'empty': lambda folder: b'',
 }
 
 
-@pytest.mark.parametrize('note', [*NOTES, 'folder', None])
+# Whatever the note says, files are looked at: what cannot be read, and none.
+@pytest.mark.parametrize('note', ['older', 'no text', 'folder', None])
 def test_the_checkpoint_with_the_most_progress_is_found_whatever_the_note_says(tmp_path, note):
     assert find_resumable(tmp_path / 'nowhere') == (None, [])
     assert find_resumable(tmp_path) == (None, [])
@@ -202,9 +200,8 @@ def test_files_without_checksums_can_be_resumed(tmp_path):
     assert find_resumable(tmp_path) == (str(path), [])
 
 
-@pytest.mark.parametrize(
-    'more',
-    [
+def test_what_lacks_the_state_of_a_training_is_passed_over(tmp_path):
+    for more in [
         dict(meta=dict(iter='x', epoch=1)),
         dict(meta=dict(iter=1, epoch=-1)),
         dict(meta=dict(iter=1, epoch=1, seed='x')),
@@ -212,13 +209,11 @@ def test_files_without_checksums_can_be_resumed(tmp_path):
         dict(optimizer=[]),
         dict(param_schedulers=3),
         dict(meta=3),
-    ],
-)
-def test_what_lacks_the_state_of_a_training_is_passed_over(tmp_path, more):
-    save(tmp_path / 'epoch_1.pth', **more)
-    path, passed_over = find_resumable(tmp_path)
-    assert path is None
-    assert re.search(r'epoch_1\.pth (holds weights only|has no usable \w)', *passed_over)
+    ]:
+        save(tmp_path / 'epoch_1.pth', **more)
+        path, passed_over = find_resumable(tmp_path)
+        assert path is None, more
+        assert re.search(r'epoch_1\.pth (holds weights only|has no usable \w)', *passed_over)
 
 
 class Net(torch.nn.Module):
@@ -288,11 +283,13 @@ def test_long_lists_are_capped():
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize(
-    'prefix', ['', 'backbone.', 'encoder.', 'model.', 'student.backbone.', 'model.backbone.']
-)
-def test_pre_trained_weights_fit_whatever_was_around_them(tmp_path, monkeypatch, prefix):
+def test_pre_trained_weights_fit_whatever_was_around_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for prefix in ('', 'backbone.', 'encoder.', 'model.', 'student.backbone.', 'model.backbone.'):
+        assert_fit_within(prefix)
+
+
+def assert_fit_within(prefix):
     config = dict(embed_dims=16, depths=[1], num_heads=[1], strides=(4,), out_indices=(0,))
     backbone = MODELS.build(dict(type='IdleSwinTransformer', **config))
     given = {prefix + name: value for name, value in backbone.state_dict().items()}

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'test_losses'))  # for toys.py
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -86,7 +84,7 @@ def train(work_dir, variant, case, wrapper=None, world=1, **changes):
         torch.manual_seed(1)
         losses = all_losses(str(work_dir.parent / 'teacher.pth'))
     watch = Watch()
-    hooks = [dict(type='AuxiliaryLossHook', losses=losses)] if case != 'plain' else []
+    hooks = [dict(type='AuxiliaryLossHook', losses=losses)]
     if case == 'random':
         hooks = [dict(type='RandomKeepRatioHook', low=0.3, per='block')]
     settings = dict(
@@ -139,7 +137,7 @@ def teacher_of(tmp_path_factory):
     return folders
 
 
-CASES = ('plain', 'losses', 'accumulate', 'random')
+CASES = ('losses', 'accumulate', 'random')
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ def names(work_dir):
     return sorted(p.name for p in work_dir.iterdir() if p.suffix in ('.pth', '.part'))
 
 
-@pytest.mark.parametrize(
-    ('code', 'keep'), [(FULL, 1), (FULL, 2), (FULL, -1), (QUOTA, 1), (READ_ONLY, 1)]
-)
+@pytest.mark.parametrize(('code', 'keep'), [(FULL, 1), (QUOTA, 2), (READ_ONLY, -1)])
 def test_training_goes_on_without_a_checkpoint(tmp_path, full_disk, code, keep):
     full_disk(code, 'epoch_2.', 'epoch_3.')
     runner = toy_runner(tmp_path, checkpoint=dict(max_keep_ckpts=keep))

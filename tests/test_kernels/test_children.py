@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, assert_close, image, randomize
+from backbone_zoo import BY_NAME, all_equal, assert_all_close, image, randomize
 from policy_cases import CASES, each
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -20,7 +20,7 @@ from idlevit_mm.policies.scorers import Scorer
 
 IMAGES = image((3, 3, 13, 18))
 # PVTv2's blocks are MiT's, which has fewer here.
-NAMES = ('swin', 'pvt', 'mit', 'svt', 'vit', 'vit-conv-stem')
+NAMES = ('swin', 'pvt', 'mit', 'svt', 'vit', 'vit-conv-stem', 'swinv2')
 FAMILIES = pytest.mark.parametrize('name', NAMES)
 
 
@@ -35,7 +35,7 @@ def build(name, keep, **kwargs):
     """A model with every kind of child, most of them once."""
     if name.startswith('vit'):
         few = dict(num_layers=1, out_indices=0)
-    elif name == 'swin':
+    elif name.startswith('swin'):
         few = dict(depths=(1, 1))
     elif name == 'svt':
         few = dict(depths=[2, 1])
@@ -139,8 +139,8 @@ def check_all(model, change, also=lambda changed: ''):
     assert not {name: fault for name, fault in faults.items() if fault}
 
 
-@FAMILIES
 @pytest.mark.parametrize('keep', [1.0, 0.5])
+@FAMILIES
 def test_a_wrapper_in_its_place(name, keep):
     model = build(name, keep)
 
@@ -153,8 +153,9 @@ def test_a_wrapper_in_its_place(name, keep):
 
 
 # What a wrapper in its place shows, for both ratios, is not shown again: who is asked is the same.
+# What makes the biases of Swin V2 sees no images.
 @pytest.mark.parametrize(
-    ('name', 'keep'), [*((name, 0.5) for name in NAMES), ('swin', 1.0), ('mit', 1.0)]
+    ('name', 'keep'), [*((name, 0.5) for name in NAMES[:-1]), ('swin', 1.0), ('mit', 1.0)]
 )
 def test_a_forward_hook(name, keep):
     model = build(name, keep)
@@ -212,7 +213,7 @@ def test_hooks_on_all_modules_at_once_change_nothing():
             got = infer(model)
         finally:
             handle.remove()
-        assert all(torch.equal(own, other) for own, other in zip(got, want, strict=True)), name
+        assert all_equal(got, want), name
         assert {block for stage in model.idle_blocks for block in stage} <= seen, name
 
 
@@ -268,7 +269,6 @@ def test_changed_weights(name, change):
     assert not {path: fault for path, fault in faults.items() if fault}
 
 
-@pytest.mark.parametrize('change', [prune_nothing, parametrize_by_itself])
 @pytest.mark.parametrize(
     ('name', 'scorer'),
     [
@@ -279,7 +279,12 @@ def test_changed_weights(name, change):
         ('vit', 'class_query'),
     ],
 )
-def test_changed_weights_that_scores_are_computed_with(name, scorer, change):
+def test_changed_weights_that_scores_are_computed_with(name, scorer):
+    for change in (prune_nothing, parametrize_by_itself):
+        assert_changed_weights_serve(name, scorer, change)
+
+
+def assert_changed_weights_serve(name, scorer, change):
     model = build(name, 0.5, policy=dict(scorer=scorer)).train()
     want = two_steps(copy.deepcopy(model))
     for _, module, key in list(owners(model)):
@@ -304,41 +309,34 @@ class Adapter(nn.Module):
 
 
 @FAMILIES
-def test_an_adapter_in_place_of_a_linear_layer(name):
+def test_adapters_in_place_of_linear_layers(name):
+    """One after the other, and at last all of them."""
     for keep in (1.0, 0.5):
-        assert_adapters_act(build(name, keep).train())
+        model = build(name, keep).train()
+        want, faults = model(IMAGES), {}
+        layers = [(path, m) for path, m in children(model) if isinstance(m, nn.Linear)]
+        for path, module in layers:
+            faults[path] = replaced(model, [(path, module)], want)
+            replace(model, path, module)
+        faults['all'] = replaced(model, layers, want)
+        inferred = infer(model.eval())
+        for path, module in layers:
+            replace(model, path, module)
+        assert not differs(inferred, infer(model))
+        assert len(faults) > 1
+        assert not {path: fault for path, fault in faults.items() if fault}
 
 
-def assert_adapters_act(model):
-    want, faults = model(IMAGES), {}
-    for path, module in children(model):
-        if not isinstance(module, nn.Linear):
-            continue
-        adapter = Adapter(module)
+def replaced(model, layers, want):
+    """What is wrong with a model that has adapters in place of layers, in words."""
+    adapters = [Adapter(module) for _, module in layers]
+    for (path, _), adapter in zip(layers, adapters, strict=True):
         replace(model, path, adapter)
-        outs = model(IMAGES)
-        faults[path] = differs(outs, want)
-        sum(out.square().mean() for out in outs).backward()
-        if adapter.up.grad is None or not adapter.up.grad.abs().max() > 0:
-            faults[path] = 'no gradient reaches it'
-        replace(model, path, module)
-    assert faults
-    assert not {path: fault for path, fault in faults.items() if fault}
-
-
-def test_adapters_in_place_of_all_linear_layers():
-    for name in NAMES:
-        model = build(name, 0.5)
-        want = infer(model)
-        for path, module in children(model):
-            if isinstance(module, nn.Linear):
-                replace(model, path, Adapter(module))
-        assert not differs(infer(model), want), name
-        outs = model(IMAGES)
-        sum(out.square().mean() for out in outs).backward()
-        grads = [p.grad for path, p in model.named_parameters() if path.endswith('.up')]
-        assert grads
-        assert all(grad is not None and grad.abs().max() > 0 for grad in grads), name
+    outs = model(IMAGES)
+    sum(out.square().mean() for out in outs).backward()
+    if any(one.up.grad is None or not one.up.grad.abs().max() > 0 for one in adapters):
+        return 'no gradient reaches it'
+    return differs(outs, want)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -350,38 +348,26 @@ def test_dynamic_quantisation(name):
         small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
         layers = [m for m in small.modules() if 'quantized' in type(m).__module__]
         assert bool(layers) == any(type(m) is nn.Linear for m in model.modules())
-        for out, other in zip(infer(small), infer(model), strict=True):
-            assert_close(out, other, tol)
-            assert not layers or not torch.equal(out, other)
+        outs, wants = infer(small), infer(model)
+        assert_all_close(outs, wants, tol)
+        assert not layers or not any(map(torch.equal, outs, wants))
 
 
 # What takes the place of fused attention
 
 
-@each(case for case in CASES if case.variant.name == 'vit')
+@each(case for case in CASES if case.variant.name in ('swin', 'vit'))
 def test_an_attention_that_is_called_serves_every_policy(case):
     model = case.build()
-    want, masks, calls = infer(model), model.keep_masks, []
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+    want, masks, calls = infer(model), sum(model.keep_masks, []), []
+    for name, module in model.named_modules():
+        called = ('w_msa.qkv', 'w_msa.attn_drop') if case.variant.is_swin else ('attn.attn',)
+        if name.endswith(called):
             module.register_forward_hook(lambda *_: calls.append(1))
     assert not differs(infer(model), want)
-    assert len(calls) == case.variant.depths[0]
-    for mask, other in zip(model.keep_masks[0], masks[0], strict=True):
-        assert torch.equal(mask, other)
-
-
-@each(case for case in CASES if case.variant.is_swin)
-def test_a_projection_that_is_called_serves_every_policy(case):
-    model = case.build()
-    want, masks, calls = infer(model), model.keep_masks, []
-    for block in (block for stage in model.idle_blocks for block in stage):
-        block.attn.w_msa.qkv.register_forward_hook(lambda *_: calls.append(1))
-        block.attn.w_msa.attn_drop.register_forward_hook(lambda *_: calls.append(1))
-    assert not differs(infer(model), want)
-    assert len(calls) >= 2 * sum(case.variant.depths)
-    for stage, other in zip(model.keep_masks, masks, strict=True):
-        assert all(map(torch.equal, stage, other))
+    number = sum(case.variant.depths)
+    assert len(calls) >= 2 * number if case.variant.is_swin else len(calls) == number
+    assert all_equal(sum(model.keep_masks, []), masks)
 
 
 def test_scores_by_queries_refuse_an_attention_without_their_weights():

@@ -66,6 +66,8 @@ def under_jit_trace(model):
     torch.jit.trace(model, X, check_trace=False)
 
 
+# Recording takes long: with these alone all kinds of tables are made by two of the models.
+SLOW = {under_export: ['map'], under_make_fx: ['windows'], under_make_fx_of_fake_tensors: ['map']}
 MODES = [value for key, value in list(globals().items()) if key.startswith('under_')]
 
 
@@ -81,7 +83,7 @@ def wanted():
 
 @pytest.mark.parametrize('mode', MODES, ids=lambda mode: mode.__name__)
 def test_tables_serve_eager_code(mode, wanted, subtests):
-    for name in MODELS:
+    for name in SLOW.get(mode, MODELS):
         with subtests.test(name):
             assert_tables_serve(build(name), mode, *wanted[name])
 

@@ -1,15 +1,11 @@
 """The hook: losses by config alone, in any model, right under everything mmengine does."""
 
 import copy
-import multiprocessing
-import os
 import pickle
-import sys
 
 import pytest
 import torch
 from backbone_zoo import FAMILIES, assert_close, assert_same_gradients, image
-from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -27,8 +23,10 @@ from idlevit_mm.checkpoints import FOLLOWING
 from idlevit_mm.hooks import AuxiliaryLossHook, add_losses
 from idlevit_mm.losses import TokenCutLoss, build_losses
 
+# Windows, reduced maps with a convolution, and a class token: the losses of each family are in
+# test_token_cut.
+VARIANTS = ('swin', 'pvtv2', 'vit')
 NAMES = {'loss_token_cut', 'loss_distill_feature', 'loss_distill_logits'}
-VARIANTS = [v.name for v in FAMILIES]
 LIBRARIES = {'retinanet': 'bbox_head', 'faster_rcnn': 'rpn_head', 'segmentor': 'decode_head'}
 
 
@@ -163,7 +161,7 @@ def test_a_failing_step_leaves_nothing_behind(checkpoint):
 # What training does to a forward pass
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', [v.name for v in FAMILIES])
 def test_activation_checkpointing(variant, checkpoint):
     losses = all_losses(checkpoint(variant=variant))
     x = image((2, 3, 45, 58), dtype=torch.float64)
@@ -212,51 +210,6 @@ def test_autocast(variant, checkpoint):
         assert losses[name].dtype == torch.float32
         assert log[name].item() == pytest.approx(exact[name], rel=0.15), name
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def _in_a_process(rank, port, losses, variant, queue):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model, _ = with_losses(losses, variant=variant, double=True)
-    wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
-    x = image((4, 3, 45, 58), dtype=torch.float64).chunk(2)[rank]
-    log, grads = step(wrapped, x)
-    if rank == 0:
-        queue.put((log, {name: grad.numpy() for name, grad in grads.items()}))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='gloo between processes')
-@pytest.mark.parametrize('variant', ['swin', 'pvtv2', 'vit'])
-def test_two_processes(variant, checkpoint):
-    losses = all_losses(checkpoint(variant=variant))
-    context = multiprocessing.get_context('fork')
-    queue = context.Queue()
-    port = 21000 + os.getpid() % 10000
-    processes = [
-        context.Process(target=_in_a_process, args=(rank, port, losses, variant, queue))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    log, grads = queue.get(timeout=60)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    whole, _ = with_losses(losses, variant=variant, double=True)
-    want_log, want = step(whole, image((4, 3, 45, 58), dtype=torch.float64))
-    assert set(log) == set(want_log) >= NAMES
-    assert_same_gradients({k: torch.from_numpy(v) for k, v in grads.items()}, want, 1e-10)
-
-
-def test_nothing_idles_under_ddp_either(checkpoint):
-    """Every parameter of the loss keeps its graph, so that no process waits for another."""
-    model, _ = with_losses(all_losses(checkpoint()), keep_ratios=1.0)
-    log, grads = step(model, image((1, 3, 45, 58)))
-    assert log['loss_token_cut'] == 0
-    assert all(grad is not None for grad in grads.values())
 
 
 # Real models

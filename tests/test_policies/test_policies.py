@@ -2,18 +2,21 @@
 
 import copy
 import pickle
+from itertools import cycle
 
 import pytest
 import torch
 from backbone_zoo import (
     BlockTrace,
+    all_equal,
+    assert_all_close,
     assert_close,
     assert_same_gradients,
     gradients,
     image,
     stage_blocks,
 )
-from policy_cases import BY_CASE, CASE_FAMILIES, CASES, CORE, OWN, Case, each
+from policy_cases import BY_CASE, CASE_FAMILIES, CASES, CORE, OWN, SCOPES, Case, each
 from torch import nn
 
 from idlevit_mm.blocks import Carried, Tokens
@@ -40,33 +43,38 @@ def test_cases_are_named_apart():
     assert all(isinstance(case, Case) for case in CASES)
 
 
-@each([*OWN, *(case for case in CASES if case.variant.name in ('pvt', 'vit-no-cls'))])
-def test_shapes_and_finite_values(case):
-    model, dense = case.build(), case.build(keep=1.0)
-    for size in SIZES:
+@torch.no_grad()
+@each([*SCOPES, *OWN, *(case for case in CASES if case.variant.name in ('pvt', 'vit-no-cls'))])
+def test_inference(case):
+    """An image is as alone whatever is beside it or was before it; and ratios act at once."""
+    model, dense, x = case.build(), case.build(keep=1.0), image(ODD)
+    x[1] *= 4
+    for size in SIZES[1:]:
         outs, want = model(image(size)), dense(image(size))
         assert [out.shape for out in outs] == [out.shape for out in want]
         assert all(out.isfinite().all() for out in outs)
-        if size == ODD:
-            assert not torch.equal(outs[-1], want[-1])
-        for stage, blocks in zip(model.keep_masks, stage_blocks(model), strict=True):
-            assert len(stage) == len(blocks)
+        assert list(map(len, model.keep_masks)) == list(map(len, stage_blocks(model)))
+    together, masks = model(x), sum(model.keep_masks, [])
+    assert all_equal(together, case.build()(x)), 'images before it leave a trace'
+    assert not torch.equal(together[-1], dense(x)[-1])
+    for i in range(3):
+        alone = model(x[i : i + 1])
+        for a, b in zip(sum(model.keep_masks, []), masks, strict=True):
+            assert torch.equal(a[0], b[i])
+        for a, b in zip(alone, together, strict=True):
+            assert_close(a[0], b[i], 1e-5)
+    model.set_keep_ratios(case.ratios(0.2))
+    few = model(x)
+    assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
+    assert not torch.equal(together[-1], few[-1])
+    model.set_keep_ratios(case.ratios())
+    assert all_equal(model(x), together)
 
 
-@each([*OWN, 'pvt-evit', 'pvt-evovit', *(f'{name}-idlevit-map-learned' for name in CASE_FAMILIES)])
-def test_every_parameter_gets_a_gradient(case):
-    """Distributed training refuses parameters without one; at 1.0 too."""
-    for keep in (case.ratios(), 1.0, case.ratios(1e-4)):
-        model = case.build(keep, drop_path_rate=0.0).train()
-        _, grads = gradients(model, image(ODD))
-        for name, grad in grads.items():
-            assert grad is not None, f'{name} has no gradient'
-            assert grad.isfinite().all(), name
-            if keep != case.ratios(1e-4):
-                assert grad.abs().max() > 0, f'{name} has only zero gradients'
+LEARNED = [f'{name}-idlevit-map-learned' for name in CASE_FAMILIES]
 
 
-@each([*ONE, 'swin-idlevit-map-learned', 'swin-sparsevit', 'vit-evit', 'vit-evovit'])
+@each([*ONE, *SCOPES[1:3], 'swin-idlevit-map-learned', 'swin-sparsevit', 'vit-evit', 'vit-evovit'])
 def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case):
     model = case.build(1.0, drop_path_rate=0.0)
     dense = case.variant.build(drop_path_rate=0.0)
@@ -75,59 +83,64 @@ def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case):
         model.train(train)
         dense.train(train)
         for size in SIZES:
-            for a, b in zip(model(image(size)), dense(image(size)), strict=True):
-                assert torch.equal(a, b)
+            assert all_equal(model(image(size)), dense(image(size)))
             assert all(mask.all() for stage in model.keep_masks for mask in stage)
 
 
-@each(OWN)
+@each([*SCOPES, *OWN])
 def test_all_tokens_active_equals_the_dense_backbone(case):
-    """A ratio just below 1 is no jump: a summary of no token changes nothing."""
+    """A ratio just below 1 is no jump: a summary of no token changes nothing; nor do gradients."""
     model = case.build(case.ratios(0.9999)).double()
     x = image((2, 3, 45, 58), dtype=torch.float64)
-    outs = model(x)
+    outs, grads = gradients(model, x)
     assert all(mask.all() for stage in model.keep_masks for mask in stage)
     model.set_keep_ratios(1.0)
-    for a, b in zip(outs, model(x), strict=True):
-        assert_close(a, b, 1e-10)
+    dense_outs, dense_grads = gradients(model, x)
+    assert_all_close(outs, dense_outs, 1e-10)
+    if case in SCOPES:
+        assert_same_gradients(grads, dense_grads, 1e-10)
 
 
-@torch.no_grad()
-@each(OWN)
-def test_image_does_not_depend_on_its_batch(case):
-    model = case.build()
-    x = image(ODD)
-    x[1] *= 4
-    together, masks = model(x), sum(model.keep_masks, [])
-    for i in range(3):
-        alone = model(x[i : i + 1])
-        for a, b in zip(sum(model.keep_masks, []), masks, strict=True):
-            assert torch.equal(a[0], b[i])
-        for a, b in zip(alone, together, strict=True):
-            assert_close(a[0], b[i], 1e-5)
+HALVES = torch.bfloat16, torch.float16
 
 
-AUTOCAST = [(case, torch.bfloat16) for case in OWN] + [
-    (BY_CASE[name], torch.float16)
-    for name in (
-        'swin-evovit', 'pvt-evit', 'pvtv2-idlevit-map-learned', 'vit-evit', 'vit-no-cls-evovit',
-    )
-]  # fmt: skip
+def halves(cases):
+    """``parametrize`` over cases, in one precision and in the other by turns."""
+    pairs = list(zip(cases, cycle(HALVES), strict=False))
+    ids = [f'{case.name}-{str(dtype)[6:]}' for case, dtype in pairs]
+    return pytest.mark.parametrize(('case', 'dtype'), pairs, ids=ids)
 
 
-@pytest.mark.parametrize(
-    ('case', 'dtype'), AUTOCAST, ids=[f'{case.name}-{str(dtype)[6:]}' for case, dtype in AUTOCAST]
-)
-def test_autocast(case, dtype):
-    model = case.build(drop_path_rate=0.0).train()
-    x = image(ODD)
+@halves([*SCOPES, *OWN, *map(BY_CASE.get, ('pvt-evit', 'pvt-evovit', *LEARNED))])
+def test_every_parameter_gets_a_gradient(case, dtype):
+    """Distributed training refuses parameters without one; at 1.0 and under autocast too."""
+    x, model = image(ODD), case.build(drop_path_rate=0.0).train()
+    for keep in (case.ratios(1e-4), 1.0, case.ratios()):
+        model.set_keep_ratios(keep)
+        _, grads = gradients(model, x)
+        for name, grad in grads.items():
+            assert grad is not None, f'{name} has no gradient'
+            assert grad.isfinite().all(), name
+            if keep != case.ratios(1e-4):
+                assert grad.abs().max() > 0, f'{name} has only zero gradients'
+    model.zero_grad()
+    plain, masks = model(x), sum(model.keep_masks, [])
     with torch.autocast('cpu', dtype):
         outs = model(x)
     sum(out.float().square().mean() for out in outs).backward()
     assert all(out.isfinite().all() for out in outs)
+    assert [out.shape for out in outs] == [out.shape for out in plain]
+    if not case.by_class_attention:
+        assert [int(m.sum()) for m in sum(model.keep_masks, [])] == [int(m.sum()) for m in masks]
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
+    if case in SCOPES:
+        model.set_keep_ratios(1.0)
+        with torch.autocast('cpu', dtype):
+            outs = model(x)
+        with torch.no_grad():
+            assert_close(outs[0].float(), model(x)[0], 0.1)
 
 
 @each(
@@ -160,24 +173,27 @@ def tokens_for(block, hw, batch=2, dtype=torch.float32):
 
 
 SCORERS = (
-    None, 'mean_distance', 'activation_norm', 'mean_query', 'random', 'uniform_grid', 'learned',
-    'local_contrast',
+    'mean_distance', 'activation_norm', 'random', 'uniform_grid', 'learned', 'local_contrast',
 )  # fmt: skip
-PRECISIONS = [
-    *(('swin-idlevit-map', scorer, torch.bfloat16) for scorer in SCORERS),
-    ('vit-idlevit-map', None, torch.float16),
-    ('vit-idlevit-map', 'mean_query', torch.float16),
-    *((name, None, torch.float16) for name in BY_CASE if name.endswith('evovit')),
-    ('vit-evit', None, torch.bfloat16),
-]
 
 
-@pytest.mark.parametrize(('name', 'scorer', 'dtype'), PRECISIONS)
-def test_whole_model_in_another_precision(name, scorer, dtype):
-    policy = {} if scorer is None else dict(scorer=scorer)
-    model = BY_CASE[name].build(policy=policy).to(dtype)
-    outs = model(image((1, 3, 45, 58), dtype=dtype))
-    assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
+@halves(
+    [
+        *(case for case in SCOPES if case.policy['scope'] == 'map'),
+        *(Case(f'swin-{s}', SCOPES[0].variant, dict(scorer=s)) for s in SCORERS),
+        *(
+            BY_CASE[name]
+            for name in BY_CASE
+            if name.endswith(('evovit', 'vit-evit', 'vit-idlevit'))
+        ),
+    ]
+)
+def test_whole_model_in_another_precision(case, dtype):
+    model = case.build().to(dtype)
+    for keep in (case.ratios(), 1.0):
+        model.set_keep_ratios(keep)
+        outs = model(image((1, 3, 45, 58), dtype=dtype))
+        assert all(out.dtype == dtype and out.isfinite().all() for out in outs)
 
 
 @each(OWN)
@@ -234,11 +250,7 @@ def passing(case):
     return case.policy['type'] != 'EvoViT' or not case.policy.get('representative', True)
 
 
-@each(
-    case
-    for case in CASES
-    if passing(case) and (case in OWN or case.policy['type'] != 'IdleViT' or 'swin' in case.name)
-)
+@each(case for case in CASES if passing(case) and (case in OWN or case.policy['type'] != 'IdleViT'))
 def test_idle_rows_are_bit_identical(case):
     for train in (False, True):
         model = case.build(drop_rate=0.1, drop_path_rate=0.2).train(train)
@@ -260,7 +272,7 @@ def test_idle_rows_are_bit_identical(case):
         assert some_idle
 
 
-# Compilation takes seconds. IdleViT in Swin and MiT: tests/test_backbones/test_running.py
+# Compilation takes seconds.
 def shallow(case):
     """A model that compiles fast."""
     if case.variant.is_plain:
@@ -278,8 +290,7 @@ def test_compiled_trains_as_eager(case):
     model, x = shallow(case).train(), image((2, 3, 45, 58))
     outs, grads = gradients(model, x)
     compiled_outs, compiled_grads = gradients(torch.compile(model, backend='aot_eager'), x)
-    for a, b in zip(compiled_outs, outs, strict=True):
-        assert_close(a, b, 1e-5)
+    assert_all_close(compiled_outs, outs, 1e-5)
     compiled_grads = {name.removeprefix('_orig_mod.'): g for name, g in compiled_grads.items()}
     assert_same_gradients(compiled_grads, grads, 1e-5)
 
@@ -292,10 +303,8 @@ def test_compiled_equals_eager(case):
     with torch.no_grad():
         for size in ((1, 3, 46, 61), (2, 3, 53, 47)):
             got, masks = compiled(image(size)), model.keep_masks
-            for a, b in zip(got, model(image(size)), strict=True):
-                assert_close(a, b, 1e-5)
-            for a, b in zip(masks[0], model.keep_masks[0], strict=True):
-                assert torch.equal(a, b)
+            assert_all_close(got, model(image(size)), 1e-5)
+            assert all_equal(masks[0], model.keep_masks[0])
 
 
 @each(['swin-sparsevit', 'pvt-evit', 'vit-evovit', 'vit-idlevit-map-learned'])
@@ -307,41 +316,15 @@ def test_copies_after_a_training_forward(case):
     model.eval()
     for twin in twins:
         with torch.no_grad():
-            for a, b in zip(twin.eval()(x), model(x), strict=True):
-                assert torch.equal(a, b)
+            assert all_equal(twin.eval()(x), model(x))
         twin.set_keep_ratios(1.0)
         assert model.keep_ratios == case.ratios()
-
-
-@torch.no_grad()
-@each(['swin-sparsevit', 'pvt-evit', 'pvtv2-idlevit-summary', 'vit-evovit', 'vit-no-cls-evit'])
-def test_setting_acts_on_the_next_forward(case):
-    model = case.build()
-    x = image((2, 3, 45, 58))
-    before, masks = model(x), sum(model.keep_masks, [])
-    model.set_keep_ratios(case.ratios(0.2))
-    few = model(x)
-    assert int(model.keep_masks[0][-1].sum()) < int(masks[case.variant.depths[0] - 1].sum())
-    model.set_keep_ratios(case.ratios())
-    after = model(x)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not torch.equal(before[-1], few[-1])
 
 
 STATEFUL = [
     'swin-sparsevit', 'swin-evit', 'swin-evovit', 'pvtv2-evit', 'pvtv2-evovit', 'vit-evit',
     'vit-evovit', 'vit-evit-norm', 'vit-evovit-norm',
 ]  # fmt: skip
-
-
-@torch.no_grad()
-@each(STATEFUL)
-def test_stages_and_forwards_share_no_memory(case):
-    """An image before this one, of whatever size, leaves no trace."""
-    model, fresh = case.build(), case.build()
-    model(image((2, 3, 61, 33), seed=9))
-    for a, b in zip(model(image(ODD)), fresh(image(ODD)), strict=True):
-        assert torch.equal(a, b)
 
 
 class Twice(nn.Module):

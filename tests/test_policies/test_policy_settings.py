@@ -4,18 +4,11 @@ import itertools
 import math
 
 import pytest
-import torch
-from backbone_zoo import BY_NAME, FAMILIES, image, parametrize, stage_blocks
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from backbone_zoo import BY_NAME, image, parametrize, stage_blocks
 from policy_cases import FAMILY_NAMES
 
-from idlevit_mm.ops import map_units, window_units
-from idlevit_mm.policies import ClassAttention, ClassQuery, EViT, MeanDistance, build_policy
-from idlevit_mm.policies.select import best_places, num_active, unit_scores
+from idlevit_mm.policies import ClassAttention, ClassQuery, MeanDistance, build_policy
 from idlevit_mm.registry import POLICIES, SCORERS
-
-QUICK = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def first_policy(model):
@@ -39,12 +32,6 @@ def test_default_policy():
         assert type(build_policy(policy, 8, ('map',))).__name__ == 'IdleViT'
 
 
-@parametrize()
-def test_policies_of_a_family(variant):
-    assert type(first_policy(variant.build())).__name__ == 'IdleViT'
-    assert isinstance(first_policy(variant.build(policy='EViT')), EViT)
-
-
 WRONG = {
     'unknown policy': (dict(type='Idle'), ['policy', "'Idle'", 'EViT', 'EvoViT', 'IdleViT']),
     'unknown policy by name': ('Idle', ['policy', "'Idle'", 'EViT', 'SparseViT']),
@@ -64,6 +51,13 @@ WRONG = {
     'learned EViT': (dict(type='EViT', scorer='learned'), ['scorer', 'learned', 'EViT', 'IdleViT']),
     'learned EvoViT': (dict(type='EvoViT', scorer='learned'), ['scorer', 'learned', 'IdleViT']),
     'context': (dict(context='some'), ['policy.context', "'some'", 'active', 'summary', 'all']),
+    'scorer': (dict(scorer='best'), ["'best'", 'mean_distance', 'random', 'class_query']),
+    'scorer by type': (dict(scorer=dict(type='best')), ["'best'", 'mean_distance']),
+    'scorer without type': (dict(scorer=dict(power=2)), ['type']),
+    'scorer of wrong kind': (dict(scorer=3), ['scorer', '3']),
+    'argument of a scorer': (dict(scorer=dict(type='random', power=2)), ['power', 'random']),
+    'scope': (dict(scope='rows'), ['rows', 'map']),
+    'scope of wrong kind': (dict(scope=3), ['scope', '3', 'map']),
     'learned with a typo': (dict(scorer=dict(type='learned', hidden=3)), ['hidden', 'hidden_dims']),
 }
 
@@ -90,6 +84,13 @@ def test_wrong_policies_of_a_family_are_refused(variant):
         policy, words = WRONG[name]
         message = refusal(lambda policy=policy: variant.build(keep_ratios=0.5, policy=policy))
         assert all(word in message for word in words), message
+    for scope in ('window_tokens', 'windows'):
+        if scope in variant.scopes:
+            variant.build(keep_ratios=0.5, policy=dict(scope=scope))
+        else:
+            message = refusal(lambda scope=scope: variant.build(policy=dict(scope=scope)))
+            assert f"'{scope}'" in message
+            assert 'map' in message
 
 
 def test_class_scorers_need_a_class_token():
@@ -150,66 +151,4 @@ def test_registries_hold_what_the_documentation_names():
     assert shipped == {
         'IdleViT', 'EViT', 'EvoViT', 'SparseViT', 'mean_distance', 'activation_norm', 'mean_query',
         'random', 'uniform_grid', 'learned', 'class_query', 'class_attention', 'local_contrast',
-    }  # fmt: skip
-
-
-# --- properties --------------------------------------------------------------------------------
-
-RATIO = st.floats(1e-6, 1.0)
-
-
-@QUICK
-@given(RATIO, st.integers(1, 5000))
-def test_number_of_active_units(ratio, units):
-    counts = {
-        rounding: num_active(ratio, units, rounding) for rounding in ('floor', 'nearest', 'ceil')
-    }
-    assert all(1 <= count <= units for count in counts.values())
-    assert counts['floor'] <= counts['nearest'] <= counts['ceil'] <= counts['floor'] + 1
-    for rounding in counts:
-        assert num_active(1.0, units, rounding) == units
-        assert abs(counts[rounding] - ratio * units) <= 1.0
-
-
-@QUICK
-@given(st.integers(1, 3), st.integers(1, 30), st.data())
-def test_best_places(batch, places, data):
-    count = data.draw(st.integers(1, places))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    scores = torch.randn(batch, places, generator=generator).round(decimals=1)
-    best = best_places(scores, count)
-    assert best.shape == (batch, count)
-    assert (best.diff(dim=1) > 0).all()
-    for row, ids in zip(scores, best, strict=True):
-        rest = torch.ones(places, dtype=torch.bool).index_fill(0, ids, False)
-        assert not rest.any() or row[ids].min() >= row[rest].max()
-
-
-@QUICK
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.integers(0, 99))
-def test_l2_score_of_a_window(height, width, window, shifted, seed):
-    layout = window_units(height, width, window, window // 2 * shifted, True, torch.device('cpu'))
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(2, height * width, generator=generator)
-    total = unit_scores(scores, layout, 'l2')
-    for unit, ids in enumerate(layout.token_ids[0]):
-        ids = ids[ids >= 0]
-        want = scores[:, ids].square().sum(1).sqrt() if len(ids) else torch.full((2,), -math.inf)
-        torch.testing.assert_close(total[:, 0, unit], want)
-    # The squares of all windows are the squares of the map: no token counts twice.
-    finite = torch.where(total.isfinite(), total, 0.0)
-    torch.testing.assert_close(finite.square().sum((1, 2)), scores.square().sum(1))
-
-
-@QUICK
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 999))
-def test_units_of_one_token_score_as_the_token(height, width, seed):
-    scores = torch.rand(1, height * width, generator=torch.Generator().manual_seed(seed))
-    layout = map_units(height, width, torch.device('cpu'))
-    assert torch.equal(unit_scores(scores, layout, 'l2')[:, 0], scores)
-
-
-def test_families_cover_every_scope():
-    assert {scope for variant in FAMILIES for scope in variant.scopes} == {
-        'map', 'window_tokens', 'windows',
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """The best units of every group are active, whatever backend chooses them."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,19 +139,3 @@ def test_best_places_are_the_highest_ascending(problem):
     torch.testing.assert_close(
         scores.gather(1, places).sort(dim=1, descending=True).values, scores.topk(count).values
     )
-
-
-@pytest.mark.parametrize('scope', ['windows', 'window_tokens'])
-def test_padding_is_never_active_even_if_tokens_score_lowest(scope):
-    """A map of one token in a window of 49 slots."""
-    units = window_units(1, 1, 7, 3, scope == 'windows', CPU)
-    chosen = choose(torch.tensor([[-1e30]]), units, 0.5)
-    assert row_mask(chosen, 1).tolist() == [[True]]
-
-
-def test_score_of_a_window_ignores_padding():
-    """One bright token alone in its window beats a window full of dimmer ones."""
-    units = window_units(1, 5, 4, 0, True, CPU)
-    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.0]])
-    chosen = choose(scores, units, 0.5)
-    assert row_mask(chosen, 5).tolist() == [[False] * 4 + [True]]

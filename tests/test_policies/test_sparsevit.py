@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbone_zoo import BY_NAME, BlockTrace, assert_close, image, stage_blocks, window_ids
+from backbone_zoo import BY_NAME, BlockTrace, assert_close, image, stage_blocks
 from policy_cases import Case
 from test_summaries import softmax_attention, windows_of
 from torch.nn import functional as F
@@ -43,42 +43,6 @@ def test_scores_once_per_stage():
     model.set_keep_ratios(1.0)
     model(image(SIZES[1]))
     assert Counting.calls == 3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('size', SIZES)
-def test_chosen_windows_have_the_highest_norms(size):
-    model = CASE.build(RATIOS, **DEEP)
-    with BlockTrace(model) as trace:
-        model(image(size))
-    for s, ratios in enumerate(RATIOS):
-        first = next(b for b, ratio in enumerate(ratios) if ratio < 1.0)
-        scores = trace.calls[s][first][0].double().abs().mean(-1)
-        for b, ratio in enumerate(ratios):
-            mask = model.keep_masks[s][b]
-            if ratio == 1.0:
-                assert mask.all()
-                continue
-            ids = window_ids(tuple(mask.shape[1:]), 4, 2 if b % 2 else 0).flatten()
-            for i, one in enumerate(mask.flatten(1)):
-                norms = {int(w): scores[i][ids == w].norm() for w in ids.unique()}
-                count = max(1, round(ratio * len(norms)))
-                want = sorted(norms, key=norms.get, reverse=True)[:count]
-                assert set(ids[one].tolist()) == set(want)
-                assert int(one.sum()) == sum(int((ids == w).sum()) for w in want)
-
-
-@torch.no_grad()
-def test_chosen_windows_nest_when_ratios_fall():
-    """Among windows of the same kind, plain or shifted."""
-    ratios = [[0.9, 0.8, 0.5, 0.4], [0.5, 0.3]]
-    model = CASE.build(ratios, **DEEP)
-    for size in SIZES[:2]:
-        model(image(size))
-        masks = model.keep_masks[0]
-        for wide, narrow in ((masks[0], masks[2]), (masks[1], masks[3])):
-            assert not (narrow & ~wide).any()
-            assert narrow.sum() < wide.sum()
 
 
 def test_rising_ratios_are_refused():

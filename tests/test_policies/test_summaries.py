@@ -1,25 +1,21 @@
 """EViT's fused and Evo-ViT's representative tokens, against naive loops over windows and tokens."""
 
-import math
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_zoo import BlockTrace, assert_close, image, stage_blocks
+from backbone_zoo import assert_close, image, stage_blocks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from policy_cases import BY_CASE, each_case
+from policy_cases import BY_CASE
 
 from idlevit_mm.blocks import Carried, Tokens, weighted_mean
 from idlevit_mm.kernels import use_backend
-from idlevit_mm.kernels.reference import Reference
-from idlevit_mm.layers import MixFFN, SelfAttention, attention
-from idlevit_mm.ops import Rows, row_mask
-from idlevit_mm.policies import Plan
+from idlevit_mm.layers import SelfAttention, attention
+from idlevit_mm.ops import row_mask
 
 DOUBLE = torch.float64
-REFERENCE = Reference()
 
 
 def tokens(block, hw, batch=2, seed=5):
@@ -129,52 +125,12 @@ def swin_of(name):
     return BY_CASE[name].build().double()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('shifted', [False, True])
-def test_summary_of_each_window_is_its_weighted_mean(shifted):
-    model = BY_CASE['swin-evovit'].build().double()
-    block = stage_blocks(model)[0][int(shifted)]
-    hw = (9, 11)
-    x = tokens(block, hw)
-    weights = torch.rand(2, 99, dtype=DOUBLE) * (torch.rand(2, 99) < 0.3)
-    got = block.summarize(x, weights, hw)
-    places = block.spread(torch.arange(got.shape[1])[None, :, None], hw)[0, :, 0]
-    for slot_tokens, _ in windows_of(hw, 4, block.attn.shift_size):
-        members = [t for t in slot_tokens if t >= 0]
-        number = places[members].unique()
-        assert len(number) == 1, 'one window gets two summaries'
-        w = weights[:, members, None]
-        want = (w * x[:, members]).sum(1) / w.sum(1).clamp(min=1e-300)
-        assert_close(got[:, number[0]], want, 1e-12)
-    assert len(places.unique()) == got.shape[1]
-
-
 def test_weighted_mean_without_weight_is_zero():
     x = torch.randn(1, 2, 3, 4)
     weights = torch.tensor([[[0.0, 0.0, 0.0], [1e-38, 0.0, 3e-38]]])
     mean = weighted_mean(x, weights)
     assert torch.equal(mean[0, 0], torch.zeros(4))
     assert_close(mean[0, 1], 0.25 * x[0, 1, 0] + 0.75 * x[0, 1, 2], 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('shifted', [False, True])
-def test_window_without_idle_tokens_is_not_influenced(shifted):
-    """Idle tokens of one window change the features of no other."""
-    model = BY_CASE['swin-evit'].build().double()
-    block = stage_blocks(model)[0][int(shifted)]
-    hw = (9, 11)
-    x = tokens(block, hw)
-    first = [t for t in next(windows_of(hw, 4, block.attn.shift_size))[0] if t >= 0]
-    idle = torch.zeros(2, 99, dtype=torch.bool)
-    idle[:, first[::2]] = True
-    ids = (~idle).nonzero()[:, 1].view(2, -1)
-    plan = Plan(Rows(ids), summary=idle.to(DOUBLE), spread=True)
-    out = block.both_halves(Tokens(x, hw), plan, None).x
-    dense = block(x, hw)[0]
-    others = [t for t in range(99) if t not in first]
-    assert_close(out[:, others], dense[:, others], 1e-12)
-    assert (out[:, first] - dense[:, first]).abs().amax(-1).min() > 1e-3
 
 
 @torch.no_grad()
@@ -239,128 +195,7 @@ def test_representative_of_pvt_is_a_query_only(name):
         assert_close(out[i][~active[i]], x[i][~active[i]] + (y - mean), 1e-11)
 
 
-@torch.no_grad()
-def test_summaries_are_convolved_as_in_a_constant_map():
-    ffn = MixFFN(6, 10, dict(type='GELU'), use_conv=True).double()
-    case = BY_CASE['pvtv2-evovit'].build().double()
-    block = stage_blocks(case)[0][0]
-    hw = (4, 5)
-    rows = block(tokens(block, hw), hw, 0.4)[1].plan.rows
-    active = torch.randn(2, rows.ids.shape[1], 6, dtype=DOUBLE)
-    summary = torch.randn(2, 1, 6, dtype=DOUBLE)
-    out = ffn(torch.cat([active, summary], dim=1), hw, rows)
-    # Active tokens see the summary in the places of idle ones.
-    whole = REFERENCE.put(summary.expand(-1, 20, -1).contiguous(), rows, active)
-    assert_close(out[:, :-1], REFERENCE.take(ffn(whole, hw, None), rows), 1e-12)
-    for i in range(2):
-        alike = ffn(summary[i].expand(1, 9, -1), (3, 3), None)[0, 4]
-        assert_close(out[i, -1], alike, 1e-12)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    'name', ['swin-evovit', 'pvt-evovit', 'pvtv2-evovit', 'vit-evovit', 'vit-no-cls-evovit']
-)
-def test_placeholders_all_receive_the_same(name):
-    case = BY_CASE[name]
-    model = case.build().double()
-    with BlockTrace(model) as trace:
-        model(image((2, 3, 45, 58), dtype=DOUBLE))
-    for s, stage in enumerate(model.keep_masks):
-        for b, mask in enumerate(stage):
-            if mask.all():
-                continue
-            x, out, hw = trace.calls[s][b]
-            added = out - x
-            groups = [list(range(x.shape[1]))]
-            if case.variant.is_swin:
-                groups = [slots for slots, _ in windows_of(hw, 4, 2 if b % 2 else 0)]
-            elif case.variant.is_vitdet and b in case.variant.kwargs['window_block_indexes']:
-                groups = [slots for slots, _ in windows_of(hw, 3, 0)]
-            for i in range(2):
-                idle = ~mask[i].flatten()
-                for group in groups:
-                    rows = added[i][[t for t in group if t >= 0 and idle[t]]]
-                    if len(rows):
-                        assert_close(rows, rows[:1].expand_as(rows), 1e-12)
-                        assert rows.abs().max() > 1e-4
-
-
 # --- EViT: who is in play ----------------------------------------------------------------------
-
-
-@torch.no_grad()
-@each_case('EViT')
-def test_who_leaves_never_comes_back_within_a_stage(case):
-    variant = case.variant
-    options = {}
-    if variant.is_plain:
-        options = dict(num_layers=5)
-        depths = (5,)
-    elif variant.is_swin or variant.is_twins:
-        options = dict(depths=(3, 3))
-        depths = (3, 3)
-    else:
-        depths = (3,) * len(variant.depths)
-        options = dict(num_layers=list(depths))
-    ratios = [[0.7, 1.0, 0.55, 0.9, 1.0][:depth] for depth in depths]
-    model = case.build(ratios, **options)
-    model(image((2, 3, 64, 80)))
-    fused = case.by_class_attention and case.policy.get('fuse', True)
-    for stage, kept_shares in zip(model.keep_masks, ratios, strict=True):
-        before = torch.ones_like(stage[0])
-        in_play = before[0].numel()
-        for mask, share in zip(stage, kept_shares, strict=True):
-            assert not (mask & ~before).any(), 'a token came back'
-            count = max(1, math.ceil(share * in_play))
-            active = mask.flatten(1).sum(1)
-            # Fused tokens compete, so that patches may be fewer.
-            in_play = count + int(fused and count < in_play)
-            if fused:
-                assert (active <= count).all()
-                assert (active >= count - 4).all()
-            else:
-                assert active.tolist() == [count, count]
-            before = mask
-        assert not before.all()
-
-
-@torch.no_grad()
-@each_case('EViT')
-def test_fused_token_changes_the_result(case):
-    outs = []
-    for fuse in (True, False):
-        outs.append(case.build(policy=dict(fuse=fuse))(image((2, 3, 45, 58)))[-1])
-    if case.variant.name == 'pvt':
-        # All tokens are among the keys, and there is no convolution that has use for it.
-        assert_close(*outs, 1e-6)
-    else:
-        assert (outs[0] - outs[1]).abs().max() > 1e-4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('name', ['swin-evit', 'pvt-evit', 'vit-no-cls-evit'])
-def test_weights_of_those_that_left(name):
-    """Each keeps the score it left with, from block to block; those in play have none."""
-    model = BY_CASE[name].build(policy=dict(scorer='activation_norm')).double()
-    block, carried, hw = stage_blocks(model)[0][0], Carried(), (5, 7)
-    want = torch.zeros(2, 35, dtype=DOUBLE)
-    for step, keep in enumerate((0.8, 0.7, 1.0, 0.5)):
-        x = tokens(block, hw, seed=step)
-        scores = x.abs().mean(-1)
-        carried = Carried(None, *block(x, hw, keep, carried)[1][1:])
-        plan = carried.plan
-        active = row_mask(plan.rows, 35)
-        left = ~active & (want == 0)
-        want = torch.where(left, scores, want)
-        if name == 'pvt-evit':
-            assert plan.summary is None  # its keys are the whole map
-        else:
-            assert_close(plan.summary, want, 1e-12)
-        assert active.sum(1).tolist() == [{0: 28, 1: 20, 2: 20, 3: 10}[step]] * 2
-        for i in range(2):
-            if left[i].any():
-                assert scores[i][left[i]].max() <= scores[i][active[i]].min()
 
 
 @torch.no_grad()
@@ -375,45 +210,6 @@ def test_evit_computes_class_attention_only_where_tokens_leave(monkeypatch):
     model.set_keep_ratios([[0.6] + [1.0] * (model.depths[0] - 1)])
     model(image((1, 3, 45, 58)))
     assert len(rows) == 1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('fuse', [True, False])
-def test_evit_by_class_attention(fuse):
-    """Who leaves keeps what attention has made of it; the fused token weighs what it was paid."""
-    model = BY_CASE['vit-evit'].build(policy=dict(fuse=fuse)).double()
-    block, hw = stage_blocks(model)[0][1], (5, 7)
-    x = tokens(block, hw)
-    normed = block.ln1(x).transpose(0, 1)
-    update, paid = block.attn.attn(normed, normed, normed)  # torch's own module
-    middle = x + update.transpose(0, 1)
-    first, carried = block(x, hw, 0.4)
-    out = block.settled(Tokens(first, hw, carried.pack))
-    ids = carried.plan.rows.ids
-    assert out.shape[1] == 36 + fuse
-    for i in range(2):
-        row = paid[i, 35, :35]
-        kept = row.topk(14).indices.sort().values
-        assert ids[i].tolist() == [*kept.tolist(), *[36] * fuse]
-        left = torch.ones(35, dtype=torch.bool).index_fill(0, kept, False)
-        assert_close(out[i, :35][left], middle[i, :35][left], 1e-12)
-        stays = middle[i, [*kept.tolist(), 35]]
-        if fuse:
-            stays = torch.cat([stays, (row[left, None] * middle[i, :35][left]).sum(0)[None]])
-        want = stays + block.ffn(block.ln2(stays))
-        assert_close(out[i, [*kept.tolist(), 35, *[36] * fuse]], want, 1e-11)
-    # The next block goes on with them, and the fused token competes.
-    end, (pack, plan, *_) = block(first, hw, 0.5, carried)
-    end, later = block.settled(Tokens(end, hw, pack)), plan.rows.ids
-    assert later.shape[1] == math.ceil(0.5 * (14 + fuse)) + fuse
-    for i in range(2):
-        in_play, stay = [*ids[i].tolist(), 35], later[i].tolist()
-        assert set(stay) <= {*in_play, 36 + fuse}
-        normed = block.ln1(out[i, in_play])[:, None]
-        middle = out[i, in_play] + block.attn.attn(normed, normed, normed)[0][:, 0]
-        for place, token in enumerate(in_play[:-1]):
-            if token not in stay:
-                assert_close(end[i, token], middle[place], 1e-11)
 
 
 @torch.no_grad()
