@@ -29,9 +29,10 @@ class IdlePyramid(IdleBackbone):
         for index, ratios in enumerate(self.keep_ratios):
             x, hw_shape = self._embedded(index, x)
             blocks, encode, norm = self._parts(index)
-            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay, encode
-            owned = bool(self._makers(index)) and makes_anew(*self._makers(index))
-            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last, owned=owned)
+            makers = self._makers(index)
+            owned = len(makers) > 0 and makes_anew(*makers)
+            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay, encode, owned
+            (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
             relay = relay.after
             records.append(record)
             x = to_map(norm(x), hw_shape)

@@ -107,10 +107,11 @@ class SwinBackbone(IdleBackbone):
         for index, (merge, stage, ratios) in enumerate(parts):
             if merge is not None:
                 x, hw_shape = merge(x, hw_shape)
-            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay
             makers = [self.patch_embed, self.drop_after_pos] if merge is None else [merge]
             owned = is_plain(stage, SwinStage) and makes_anew(*makers)
-            x, record = stage(x, hw_shape, ratios, *last, owned=owned)
+            # By their places: mmengine's recomputation passes on no arguments by name.
+            last = self.record_inputs, None, extents.at(index, hw_shape, x), relay, None, owned
+            x, record = stage(x, hw_shape, ratios, *last)
             relay = relay.after
             records.append(record)
             if index in self.out_indices:

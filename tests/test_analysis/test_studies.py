@@ -254,7 +254,7 @@ def test_wrong_arguments_before_anything_runs(study, options, capsys):
     assert options[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['scorers', 'policies'])
+@pytest.mark.parametrize('name', ['scorers', 'policies', 'one_frame'])
 def test_committed_runs_give_the_committed_tables(name, shares, tmp_path):
     """All but multiply-adds, which are counted anew, and times, which are in the report alone."""
     folder = ROOT / 'docs' / 'studies'

@@ -132,7 +132,8 @@ def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
             val_dataloader=loading,
         )
     )
-    cfg.custom_imports = dict(imports=['idlevit_mm', 'rules'])
+    if variants.is_tried(run.policy or {}):
+        cfg.custom_imports = dict(imports=['idlevit_mm', 'rules'])
     enlarge(cfg, run.method.scale)
     cfg.model.backbone.keep_ratios = run.keep_ratios
     if run.policy is not None:

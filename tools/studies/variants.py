@@ -4,11 +4,11 @@ import json
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rules  # noqa: F401  (registers what is tried)
 import torch
 from mmengine.registry import MODELS
 
@@ -72,6 +72,7 @@ _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
 _SUMMARY = dict(_IDLEVIT, context='summary')
 _EVOVIT = dict(type='EvoViT')
 _SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
+TRIED = 'AgedIdleViT', 'BlendedIdleViT', 'query_logits'  # of rules.py
 _ENTRY, _ODD = 'stage entry', 'stages 1 and 3'
 METHODS = {
     'idlevit': Method(_IDLEVIT),
@@ -240,6 +241,11 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
     return spread(ratio, depths, idles)
 
 
+def is_tried(policy: Mapping[str, Any]) -> bool:
+    """Whether a policy is one of ``rules.py``, or its scorer."""
+    return bool({policy.get('type'), str(policy.get('scorer'))} & set(TRIED))
+
+
 def operations(task: str, policy: Mapping[str, Any] | None, keep_ratios: Any) -> float:
     """Backbone multiply-adds, scoring included, divided by those of the dense backbone."""
     return _count(task, json.dumps(policy), json.dumps(keep_ratios)) / _count(task, 'null', '1.0')
@@ -256,6 +262,8 @@ def _count(task: str, policy: str, keep_ratios: str) -> int:
 def _backbone(task: str, policy: str) -> Any:
     cfg = dict(load_config(TASKS[task].config('finetune')).model.backbone)
     cfg.update(keep_ratios=1.0, init_cfg=None, policy=json.loads(policy) or cfg.get('policy'))
+    if is_tried(cfg['policy']):
+        import_module('rules')  # which registers it
     # Which tokens are active, and with it the count, follows from the random weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
