@@ -171,8 +171,7 @@ def test_padding_of_images(config, policy):
 
 
 @inside
-@pytest.mark.parametrize('scope', ['window_tokens', 'windows'])
-@pytest.mark.parametrize('keep', [0.3, 0.5])
+@pytest.mark.parametrize(('scope', 'keep'), [('window_tokens', 0.3), ('windows', 0.5)])
 def test_scopes(scope, keep):
     assert_same(built(SWIN, keep_ratios=keep, policy=dict(scope=scope)), image(SIZE))
 

@@ -150,8 +150,8 @@ def test_what_a_step_moves_is_counted(monkeypatch, capsys):
     import count_traffic
 
     options = ['--keep-ratios', '0.5', '--batch', '1', '--shape', '400x672']
-    for mode, columns in (('inference', (4, 6)), ('training', (4, 5, 6))):
-        assert count_traffic.main(['swin-t', *options, '--mode', mode]) == 0
+    for model, mode, columns in (('pvt-t', 'inference', (4, 6)), ('swin-t', 'training', (4, 5, 6))):
+        assert count_traffic.main([model, *options, '--mode', mode]) == 0
         lines = [line.split('|') for line in capsys.readouterr().out.splitlines()[2:]]
         reference, triton = ([float(line[column]) for column in columns] for line in lines)
         assert all(one < 0.7 * other for one, other in zip(triton, reference, strict=True))
