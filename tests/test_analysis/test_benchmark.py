@@ -323,7 +323,7 @@ def test_tables_and_picture_of_what_was_measured(benchmark, report, tmp_path, ca
     text, picture = tmp_path / 'a' / 'tables.md', tmp_path / 'b' / 'plot.png'
     options = ['--markdown', str(text), '--plot', str(picture)]
     assert benchmark.main(['--from', *map(str, sources), *options]) == 0
-    assert capsys.readouterr().out.count(', batch ') == 74
+    assert capsys.readouterr().out.count(', batch ') == 96
     lines = text.read_text(encoding='utf-8').splitlines()
     assert sum('| inference' in line or '| train' in line for line in lines) >= 42
     assert '- AMD EPYC, 2 cores; Python 3.11.7' in '\n'.join(lines)
