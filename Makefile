@@ -55,7 +55,7 @@ test: lint ## Lint, type check and all tests
 test-onedl: setup-onedl ## All tests with the forks onedl-*
 	@.venv-onedl/bin/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
-bench: setup ## Time three backbones against mmdet's on the CPU, and measure its pace (two minutes)
+bench: setup ## Time three backbones against mmdet's on the CPU, and measure its pace (a minute)
 	@$(VENV_PYTHON) tools/analysis_tools/benchmark.py swin-t pvt-s pvtv2-b2 --device cpu \
 		--shapes 224x224 --keep-ratios 1.0 0.5 --rounds 7 --warmup 1 --max-seconds 8 $(BENCH_ARGS)
 	@$(VENV_PYTHON) tools/analysis_tools/pace.py --rounds 3
