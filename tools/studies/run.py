@@ -98,7 +98,7 @@ def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
     """The fine-tune config of a task and its dense checkpoint, trained first if it is not there."""
     config, epochs = TASKS[task].config('dense'), variants.DENSE_EPOCHS
     cfg = load_config(config, args.cfg_options)
-    last(cfg, epochs)
+    set_epochs(cfg, epochs)
     folder = args.dense_dir.resolve() / config.stem
     checkpoint = folder / f'epoch_{epochs}.pth'
     if not checkpoint.is_file():
@@ -108,7 +108,7 @@ def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
     return load_config(TASKS[task].config('finetune'), args.cfg_options), checkpoint
 
 
-def last(cfg: Config, epochs: int) -> None:
+def set_epochs(cfg: Config, epochs: int) -> None:
     """Set the length of a training, and of its schedule."""
     for scheduler in cfg.param_scheduler:
         if scheduler.get('by_epoch', True) and scheduler.get('end', 0) >= cfg.train_cfg.max_epochs:
@@ -119,7 +119,7 @@ def last(cfg: Config, epochs: int) -> None:
 def run_config(run: Run, base: Config, checkpoint: Path, epochs: int) -> Config:
     """The config of a run: one evaluation and one small checkpoint, at its end."""
     cfg = copy.deepcopy(base)
-    last(cfg, epochs)
+    set_epochs(cfg, epochs)
     saving = dict(interval=epochs, save_optimizer=False, save_best=None)
     loading = dict(num_workers=0, persistent_workers=False)
     cfg.merge_from_dict(
@@ -163,16 +163,9 @@ def lines_of(run: Run, cfg: Config) -> list[Line]:
     lines = []
     for ratio in run.served or (None,):
         variant = dict(run.variant, keep_ratio=ratio or run.variant['keep_ratio'])
-        own = dict(settings, keep_ratios=served(run, ratio) if ratio else run.keep_ratios)
+        own = dict(settings, keep_ratios=run.served_at(ratio) if ratio else run.keep_ratios)
         lines.append(dict(variant=variant, seed=run.seed, settings=own))
     return lines
-
-
-def served(run: Run, ratio: float) -> list[list[float]]:
-    """Keep ratios of all blocks where a checkpoint is tested at one: the first block is dense."""
-    ratios = [[ratio] * len(stage) for stage in run.keep_ratios]
-    ratios[0][0] = 1.0
-    return ratios
 
 
 def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
@@ -186,7 +179,7 @@ def do_run(run: Run, cfg: Config, args: argparse.Namespace) -> list[float]:
     for ratio in run.served:
         tested = folder / f'keep{ratio:g}'
         checkpoint = folder / f'epoch_{args.epochs}.pth'
-        ratios = str(served(run, ratio)).replace(' ', '')
+        ratios = str(run.served_at(ratio)).replace(' ', '')
         options = ['--cfg-options', f'model.backbone.keep_ratios={ratios}']
         call(tested, args.threads, 'tools/test.py', config, checkpoint, *options)
         scores.append(last_score(tested, task.metric))

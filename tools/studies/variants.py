@@ -149,6 +149,10 @@ class Run(NamedTuple):
         hooks = [dict(type='AuxiliaryLossHook', losses=list(losses))] if losses else []
         return hooks + ([dict(ratios)] if ratios else [])
 
+    def served_at(self, ratio: float) -> list[list[float]]:
+        """Keep ratios of all blocks where the checkpoint is tested at one of many."""
+        return spread(ratio, [len(stage) for stage in self.keep_ratios])
+
     @property
     def name(self) -> str:
         """Folder of the run, unique within a study."""

@@ -180,21 +180,11 @@ def _cells(hw_shape: list[int], side: int) -> list[int]:
     return [max(length // side, 1) for length in hw_shape]
 
 
-def _reduced(
-    x: Tensor,
-    score: str,
-    mean: _Maybe,
-    changes: _Maybe,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: _Maybe,
-    hw_shape: list[int],
-) -> list[Tensor]:
+def _reduced(x: Tensor, score: str, *args: Any) -> list[Tensor]:
+    weight, _, hw_shape = args[-3:]
     high, wide = _cells(hw_shape, weight.shape[1])
     cells = x.new_empty(x.shape[0], high * wide, x.shape[2])
-    return [cells, scale.new_empty(x.shape[:2], dtype=torch.float32)][: 1 + bool(score)]
+    return [cells, x.new_empty(x.shape[:2], dtype=torch.float32)][: 1 + bool(score)]
 
 
 def _reduce_flops(*args: Any, **_: object) -> int:

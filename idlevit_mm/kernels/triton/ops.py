@@ -239,6 +239,14 @@ def _attention_flops(
     return 4 * pairs * (qkv.shape[2] // 3)
 
 
+def window_constants(
+    qkv: Tensor, ids: _Maybe, window: int, shift: int, num_heads: int, padded: bool
+) -> dict[str, Any]:
+    """What the kernels of attention in windows are compiled with."""
+    depth = qkv.shape[2] // 3 // num_heads
+    return dict(A=num_heads, D=depth, WS=window, SHIFT=shift, PADDED=padded, DENSE=ids is None)
+
+
 @operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
 def window_attention(
     qkv: Tensor,
@@ -256,13 +264,12 @@ def window_attention(
     batch, count, width = qkv.shape
     out = qkv.new_empty(batch, count, width // 3)
     *padded, number = _layout(hw_shape, window)
+    constants = window_constants(qkv, ids, window, shift, num_heads, padded != list(hw_shape))
     with _on(qkv):
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
             *(table, blank, out, out, *hw_shape, *padded, number, scale),
-            **dict(A=num_heads, D=width // 3 // num_heads, WS=window, SHIFT=shift),
-            **dict(PADDED=padded != list(hw_shape), DENSE=ids is None, TRAINS=False),
-            **dict(BLOCK_M=16, BLOCK_N=16, num_warps=1),
+            **dict(constants, TRAINS=False, BLOCK_M=16, BLOCK_N=16, num_warps=1),
         )
     return out
 

@@ -141,18 +141,11 @@ def attend_packed_windows(
         windows.attention_kernel[(len(qkv) * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv), pairs, blank, out, sums),
             *(*hw_shape, *sides, number, scale),
-            **_constants(qkv, ids, num_heads, window, shift, padded),
+            **ops.window_constants(qkv, ids, window, shift, num_heads, padded),
             # Else registers of dense windows of 12 would be spilled on sm_90.
             **dict(TRAINS=True, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=3 - (ids is None)),
         )
     return out, sums
-
-
-def _constants(
-    qkv: Tensor, ids: _Maybe, num_heads: int, window: int, shift: int, padded: bool
-) -> dict[str, Any]:
-    depth = qkv.shape[2] // 3 // num_heads
-    return dict(A=num_heads, D=depth, WS=window, SHIFT=shift, PADDED=padded, DENSE=ids is None)
 
 
 def _slopes(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +200,7 @@ def attend_packed_windows_backward(
     found = _slopes(qkv, ids, offsets, pairs, blank, *sizes, biased)
     *sides, number = _layout(hw_shape, window)
     constants, means = (
-        _constants(qkv, ids, num_heads, window, shift, padded),
+        ops.window_constants(qkv, ids, window, shift, num_heads, padded),
         torch.empty_like(sums),
     )
     total = len(qkv) * number
