@@ -48,9 +48,10 @@ def test_all_is_measured_once(gpu, tmp_path, capsys):
     code, lines = gpu()
     assert code == 0
     assert [line.get('what', 'run') for line in lines] == (
-        ['run'] + ['parity'] * 12 + ['traffic'] * 2 + ['times']
+        ['run'] + (['parity'] * 6 + ['gradients'] * 2) * 2 + ['traffic'] * 2 + ['times']
     )
     run, checked, dense, half, times = lines[0], lines[1], *lines[-3:]
+    assert 0 < lines[7]['relative_error'] < 3e-3
     assert 'cores' in run['machine']
     assert 'torch' in run['versions']
     assert checked['backend'] == 'cpu'
@@ -60,7 +61,7 @@ def test_all_is_measured_once(gpu, tmp_path, capsys):
     assert set(times['candidates']) == {'keep 1', 'keep 0.7', 'keep 0.5', "mmdet's dense"}
     assert times['candidates']['keep 1']['own'] == [1, 1, 1]
     told = capsys.readouterr().out
-    assert '[15/15, ' in told
+    assert '[19/19, ' in told
     report = (tmp_path / 'report.md').read_text(encoding='utf-8')
     assert report in told
     assert '| tiny-swin | 1×64×72 | eager |' in report
@@ -69,7 +70,7 @@ def test_all_is_measured_once(gpu, tmp_path, capsys):
     assert code == 0
     assert again[:-1] == lines
     assert again[-1] == run | dict(command=again[-1]['command'])
-    assert '15 of 15 cases are in' in capsys.readouterr().out
+    assert '19 of 19 cases are in' in capsys.readouterr().out
 
 
 def test_what_fails_is_named_and_tried_again(gpu, tool, monkeypatch, capsys):
@@ -94,18 +95,19 @@ def test_what_fails_is_named_and_tried_again(gpu, tool, monkeypatch, capsys):
         tried.append(case['what'])
         raise RuntimeError('again')
 
-    measures = dict.fromkeys(('parity', 'traffic', 'times'), fail)
+    measures = dict.fromkeys(('parity', 'gradients', 'traffic', 'times'), fail)
     monkeypatch.setattr(tool('gpu'), 'MEASURES', measures)
     gpu()
-    # Six are new; six have failed before, two of them are no parity.
-    assert tried == ['parity'] * 6 + ['parity'] * 4 + ['traffic', 'times']
+    # Eight are new; eight have failed before, of all kinds.
+    new, old = ['parity'] * 6 + ['gradients'] * 2, ['parity'] * 4 + ['gradients'] * 2
+    assert tried == [*new, *old, 'traffic', 'times']
 
 
 def test_no_case_is_started_that_would_end_late(gpu, capsys):
     code, lines = gpu('--max-minutes', '0')
     assert code == 0
     assert len(lines) == 1
-    assert '15 cases are left: the same command' in capsys.readouterr().out
+    assert '19 cases are left: the same command' in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
@@ -235,11 +237,13 @@ def test_operators_tell_what_they_move():
 def test_launches_are_events_of_the_device(monkeypatch):
     times = type('Range', (), dict(elapsed_us=lambda self: 5))()
     on = [traffic.DeviceType.CPU, traffic.DeviceType.CUDA, traffic.DeviceType.CUDA]
-    events = [type('Event', (), dict(device_type=where, time_range=times)) for where in on]
+    events = [
+        type('Event', (), dict(device_type=where, time_range=times, name='copy')) for where in on
+    ]
     recorded = type('Recorded', (), dict(events=lambda self: events))()
     monkeypatch.setattr(traffic, 'profile', lambda **_: contextlib.nullcontext(recorded))
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-    assert traffic.launches(lambda: None) == [5e-6, 5e-6]
+    assert traffic.launches(lambda: None) == {'copy': [5e-6, 5e-6]}
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def cases_of(args: argparse.Namespace, device: torch.device) -> Iterator[Line]:
         for shape in models.parse_shapes(args.parity_shapes):
             for dtype, keep in itertools.product(('fp16', 'bf16'), (1.0, 0.5, 0.3)):
                 yield report.case('parity', model, place, (2, *shape), dtype, keep=keep)
+            for dtype in ('fp16', 'bf16'):
+                yield report.case('gradients', model, place, (2, *shape), dtype, keep=0.5)
     sizes = list(zip(args.batches, models.parse_shapes(args.shapes), strict=True))
     for model in args.models:
         for keep in (1.0, 0.5):
@@ -87,27 +89,34 @@ def prepared(case: Line, device: torch.device) -> tuple[Any, Tensor]:
 
 
 def check_parity(case: Line, device: torch.device, _: argparse.Namespace) -> None:
-    """Outputs and chosen tokens, by the backend that is taken and by PyTorch's, against float32."""
+    """Outputs or gradients, and chosen tokens, by the backend taken and PyTorch's, to float32's."""
     half, images = prepared(case, device)
     parity.randomize(half)
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
-    found, wrong = parity.against_float32(half, images, 'triton' if interpreted else None)
+    backend = 'triton' if interpreted else None
+    if case['what'] == 'parity':
+        found, wrong = parity.against_float32(half, images, backend)
+    else:
+        whole = half.float(), images.float(), images.dtype
+        found, wrong = parity.gradients_against_float32(*whole, backend)
     if device.type == 'cuda' and found['backend'] != 'triton':
         wrong.append(f'Triton is not taken: {found["why_not"]}')
     case |= dict(found, error='; '.join(wrong) or None)
 
 
 def count_traffic(case: Line, device: torch.device, _: argparse.Namespace) -> None:
-    """Bytes by operation, and what the profiler saw the GPU run."""
+    """Bytes by operation, and what the profiler saw the GPU run, by kernel too."""
     model, images = prepared(case, device)
     # Tables are made in the first pass.
     model(images)
     with Traffic() as counted:
         model(images)
-    seen = launches(functools.partial(model, images)) if device.type == 'cuda' else []
+    seen = launches(functools.partial(model, images)) if device.type == 'cuda' else {}
+    taken = {name: [len(seconds), 1000 * sum(seconds)] for name, seconds in seen.items()}
+    number, busy = map(sum, zip(*taken.values(), strict=True)) if taken else (None, None)
     case |= dict(backend=backend_at(images).name, bytes=counted.bytes.total())
     case |= dict(operations=counted.operations.total(), kernels=counted.kernels)
-    case |= dict(launches=len(seen) or None, busy_ms=1000 * sum(seen) or None, error=None)
+    case |= dict(launches=number, busy_ms=busy, by_kernel=taken, error=None)
 
 
 def time_all(case: Line, device: torch.device, args: argparse.Namespace) -> None:
@@ -141,7 +150,7 @@ def time_all(case: Line, device: torch.device, args: argparse.Namespace) -> None
     case['error'] = '; '.join(wrong) or None
 
 
-MEASURES = dict(parity=check_parity, traffic=count_traffic, times=time_all)
+MEASURES = dict(parity=check_parity, gradients=check_parity, traffic=count_traffic, times=time_all)
 
 
 def run(cases: Sequence[Line], device: torch.device, args: argparse.Namespace, path: Path) -> None:

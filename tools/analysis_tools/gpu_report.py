@@ -60,7 +60,7 @@ def told(line: Line) -> str:
 def _outcome(line: Line) -> str:
     if line['error']:
         return f'FAILED: {line["error"]}'
-    if line['what'] == 'parity':
+    if line['what'] in ('parity', 'gradients'):
         shared = f'{line["shared"]:.2%} of the tokens as in float32'
         return f'{line["backend"]}, error {line["relative_error"]:.1e}, {shared}'
     if line['what'] == 'traffic':
@@ -102,13 +102,18 @@ def document(lines: Iterable[Line]) -> str:
             for kind in _RESULT
         }
         texts += [f'## {device}', '', '**Kernels against float32**', '']
-        head = ['model', 'images', 'type', 'keep', 'backend', 'kernels', 'error', 'tokens']
+        head = ['model', 'images', 'of', 'type', 'keep', 'backend', 'kernels', 'error', 'tokens']
         head += ["PyTorch's error", 'tokens', '']
-        texts += [markdown(head, map(_parity_row, by_kind['parity'])), '', '**Traffic**', '']
+        checked = [*by_kind['parity'], *by_kind['gradients']]
+        texts += [markdown(head, map(_parity_row, checked)), '', '**Traffic**', '']
         texts += [_COUNTED, '']
         head = ['model', 'images', 'GB', 'at 0.5', 'ratio', 'launches', 'at 0.5', 'ratio']
         head += ['GPU busy, ms', 'at 0.5']
-        texts += [markdown(head, _traffic_rows(by_kind['traffic'])), '', '**Times**', '']
+        texts += [markdown(head, _traffic_rows(by_kind['traffic'])), '']
+        if rows := list(_kernel_rows(by_kind['traffic'])):
+            head = ['model', 'images', 'keep', 'kernels that take longest: ms (launches)']
+            texts += [markdown(head, rows), '']
+        texts += ['**Times**', '']
         texts += [_TIMING, '']
         head = ['model', 'images', 'how', *_TIMED]
         texts += [markdown(head, map(_times_row, by_kind['times'])), '']
@@ -118,7 +123,11 @@ def document(lines: Iterable[Line]) -> str:
 
 
 # By kind of case a result that is there if there are any.
-_RESULT = dict(parity='relative_error', traffic='bytes', times='candidates')
+_RESULT = dict(
+    parity='relative_error', gradients='relative_error', traffic='bytes', times='candidates'
+)
+# Kernels of a pass that are listed by name.
+_LISTED = 8
 
 
 def _parity_row(line: Line) -> list[str]:
@@ -126,7 +135,8 @@ def _parity_row(line: Line) -> list[str]:
         f'{line[f"{own}relative_error"]:.1e} {line[f"{own}shared"]:.4f}' for own in ('', 'plain_')
     ]
     keep, verdict = f'{line["keep"]:g}', 'FAILED' if line['error'] else 'ok'
-    where = [line['model'], _images(line), line['dtype'], keep, line['backend']]
+    of = dict(parity='maps', gradients='gradients')[line['what']]
+    where = [line['model'], _images(line), of, line['dtype'], keep, line['backend']]
     return [*where, str(line['kernels']), *' '.join(numbers).split(), verdict]
 
 
@@ -147,6 +157,15 @@ def _traffic_rows(lines: Iterable[Line]) -> Iterator[list[str]]:
             row += [format(one, form), format(other, form), f'{other / one:.2f}']
         busy = [line['busy_ms'] for line in (dense, half)]
         yield [*row, *('–' if ms is None else f'{ms:.2f}' for ms in busy)]
+
+
+def _kernel_rows(lines: Iterable[Line]) -> Iterator[list[str]]:
+    """A row for each pass that a GPU has run."""
+    for line in lines:
+        taken = sorted(line.get('by_kernel', {}).items(), key=lambda item: -item[1][1])
+        texts = [f'{name[:40]} {ms:.3f} ({number})' for name, (number, ms) in taken[:_LISTED]]
+        if texts:
+            yield [line['model'], _images(line), f'{line["keep"]:g}', ', '.join(texts)]
 
 
 def _times_row(line: Line) -> list[str]:

@@ -88,24 +88,42 @@ def randomize(model: nn.Module) -> None:
 
 def relative_error(outs: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """Norm of the difference / norm of what is wanted, of the map where it is largest."""
-    pairs = zip(outs, wanted, strict=True)
-    errors = [(out.double() - want).norm() / want.double().norm() for out, want in pairs]
+    pairs = [
+        (out.detach().double(), want.detach().double())
+        for out, want in zip(outs, wanted, strict=True)
+    ]
+    errors = [(out - want).norm() / want.norm() for out, want in pairs]
     # Python's max() would pass over what is not a number.
     return float(torch.stack(errors).max())
 
 
-@torch.no_grad()
+def all_gradients(model: nn.Module, outs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of all parameters in one vector, of a random sum of maps; it is the only one."""
+    generator = torch.Generator(outs[0].device).manual_seed(0)
+    loss: Any = 0.0
+    for out in outs:
+        loss += (out * torch.randn(out.shape, generator=generator, device=out.device)).sum()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return [torch.cat([grad.flatten() for grad in grads])]
+
+
 def difference(
-    outs: Sequence[Tensor], masks: Sequence[Sequence[Tensor]], model: nn.Module, images: Tensor
+    found: Sequence[Tensor],
+    masks: Sequence[Sequence[Tensor]],
+    model: nn.Module,
+    images: Tensor,
+    of: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]] = lambda _, outs: outs,
 ) -> Difference:
     """What a run on images (B, 3, H, W) came to, against the same tokens through another model.
 
     Args:
-        outs: Maps of the run.
+        found: Maps of the run, or what else is made of them.
         masks: Its ``keep_masks``.
         model: An idle backbone of the same architecture and keep ratios, such as in float32, with
             the scope 'map'.
         images: Of the run, in the precision of the model.
+        of: Makes of a model and its maps what is found.
     """
     model = shared_copy(model)
     replays = []
@@ -114,7 +132,7 @@ def difference(
             if not mask.all():
                 block.policy.scorer = Replayed(block.policy.scorer, mask)
                 replays.append(block.policy.scorer)
-    error = relative_error(outs, model(images))
+    error = relative_error(found, of(model, model(images)))
     shared = sum(replay.shared for replay in replays) / len(replays) if replays else 1.0
     return Difference(error, shared)
 
@@ -151,6 +169,36 @@ def against_float32(
     found |= own._asdict() | {f'plain_{name}': value for name, value in plain._asdict().items()}
     wrong = own.wrong(images.dtype)
     if taken == 'triton' and not counted.kernels:
+        wrong.append('Triton is taken, but none of its kernels ran')
+    return found, wrong
+
+
+@torch.enable_grad()
+def gradients_against_float32(
+    model: nn.Module, images: Tensor, dtype: torch.dtype, backend: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """``against_float32`` of a step of training: gradients of all parameters, under autocast.
+
+    Args:
+        model: An idle backbone in float32, with the scope 'map'.
+        images: (B, 3, H, W) in float32.
+        dtype: Of layers under autocast.
+        backend: The one to be taken; None for the one that is taken by itself.
+    """
+    found: dict[str, Any] = {}
+    for prefix, wanted in (('', backend), ('plain_', 'reference')):
+        with use(wanted) if wanted else nullcontext(), Traffic() as counted:
+            with torch.autocast(images.device.type, dtype):
+                about = backend_at(images).name, why_not(site_of(images)).get('triton')
+                outs = model(images)
+            run = all_gradients(model, outs), model.keep_masks
+        with use('reference'), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            one = difference(*run, model, images, all_gradients)
+        if not prefix:
+            found |= dict(backend=about[0], why_not=about[1], kernels=counted.kernels)
+            wrong = one.wrong(dtype)
+        found |= {f'{prefix}{name}': value for name, value in one._asdict().items()}
+    if found['backend'] == 'triton' and not found['kernels']:
         wrong.append('Triton is taken, but none of its kernels ran')
     return found, wrong
 

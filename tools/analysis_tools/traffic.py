@@ -105,10 +105,13 @@ def _size(tensors: Iterable[Tensor]) -> int:
     )
 
 
-def launches(call: Callable[[], Any]) -> list[float]:
-    """Seconds of each kernel and copy that a call has a GPU run, as torch's profiler sees them."""
+def launches(call: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each kernel and copy that a call has a GPU run, by name, as torch sees them."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize()
-    events = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
-    return [event.time_range.elapsed_us() / 1e6 for event in events]
+    seconds: dict[str, list[float]] = {}
+    for event in recorded.events():
+        if event.device_type == DeviceType.CUDA:
+            seconds.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
+    return seconds
