@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--rounds', type=int, default=30, help='how often each candidate is timed')
     parity_models = ['swin-t', 'pvt-t', 'pvtv2-b1', 'mit-b1']
     add('--parity-models', nargs='*', default=parity_models, choices=PRESETS)
-    add('--parity-shapes', nargs='+', default=['203x277'], metavar='HxW', help='odd ones')
+    add('--parity-shapes', nargs='+', default=['411x517'], metavar='HxW', help='odd ones')
     add('--max-minutes', type=float, default=8.0, help='start no case that would end later')
     args = parser.parse_args(argv)
     if len(args.shapes) != len(args.batches):
