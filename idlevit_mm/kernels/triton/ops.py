@@ -17,10 +17,10 @@ from . import rows, selection, windows
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
-# Tokens of an image from which on several programs choose. One walks over an image five times on one
-# multiprocessor: computed, 0.2 ms for 67200 tokens, where four launches take 0.02 ms. On an H100,
-# where one chose, idling cost each block of Swin-T about 0.13 ms before it saved anything. Where
-# the threshold is best was not measured.
+# Tokens of an image from which on several programs choose. One walks over an image five times on
+# one multiprocessor: computed, 0.2 ms for 67200 tokens, where four launches take 0.02 ms. Where one
+# chose, idling cost blocks of Swin-T on an H100 0.13 ms before it saved anything. Where the
+# threshold is best was not measured.
 _MANY = 2**13
 # Tokens of such a block.
 _BLOCK = 4096
