@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError, one_line
-from .models import idle_backbone, noise_image, shared_copy
+from ..losses import shared_copy
+from .models import idle_backbone, noise_image
 
 Run = Callable[[Tensor], list[Tensor]]
 

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from ..errors import UsageError
 from ..kernels import LINEAR, backend_at, is_plain, split_heads
 from ..layers.ffn import MixLayers
+from ..losses import shared_copy
 from ..policies import Policy
-from .models import idle_backbone, shared_copy
+from .models import idle_backbone
 
 _LARGEST = 127
 

@@ -22,6 +22,7 @@ from ..checkpoints import compare, of_policy, read_weights
 from ..engine import launch
 from ..engine.assembly import assembled
 from ..errors import UsageError
+from ..losses import shared_copy
 from ..policies import KeepRatios
 from ..registry import arguments_of
 
@@ -87,12 +88,6 @@ def load_model(
             logger.setLevel(level)
     model.cfg = cfg
     return model.to(device).eval()
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that has its parameters and buffers instead of doubling them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:

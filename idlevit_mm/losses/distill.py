@@ -32,7 +32,8 @@ class FeatureDistillation(AuxiliaryLoss):
     Args:
         teacher: ``dict(checkpoint='...')`` for the student's own network with every token active,
             or ``dict(config='...', checkpoint='...')`` for another one. None: the student's own
-            network as training started from it (``load_from``).
+            network as training started from it (``load_from``). ``'student'``: the student itself
+            as it is at the time, with every token active.
         stages: Places among the outputs of the backbone; None for all.
         tokens: What is compared: the ``map``, as said above; the ``class`` token after the last
             norm, as IdleViT does on DeiT; or the tokens ``kept`` by the student's last block, the
@@ -46,7 +47,7 @@ class FeatureDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        teacher: dict[str, Any] | None = None,
+        teacher: dict[str, Any] | str | None = None,
         loss_weight: float = 2.5,
         stages: Sequence[int] | None = None,
         name: str = 'loss_distill_feature',
@@ -142,7 +143,7 @@ class LogitDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        teacher: dict[str, Any] | None = None,
+        teacher: dict[str, Any] | str | None = None,
         modules: Sequence[str] = (),
         loss_weight: float = 1.0,
         temperature: float = 1.0,

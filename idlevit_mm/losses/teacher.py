@@ -14,6 +14,10 @@ from ..checkpoints import compare, is_local, of_policy, read_weights
 from ..errors import MissingFileError, SettingError
 from .capture import Call, Step, captured
 
+# What stands in the place of a description, and its checkpoint and config.
+STUDENT = 'student'
+_OF_ITSELF = '', STUDENT
+
 
 class Teacher:
     """A frozen network that sees the same images as the student.
@@ -81,6 +85,22 @@ class Teacher:
         return calls
 
 
+class Student(Teacher):
+    """The student itself, as it is at the time, with every token active.
+
+    In-place distillation (Yu and Huang, arXiv 1903.05134): of one set of weights, its largest
+    network teaches the others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Not frozen: these are the student's own weights.
+        super().__init__(nn.Module())
+        self.model = shared_copy(model).eval()
+
+    def load(self, path: str) -> None:
+        """There is nothing to load."""
+
+
 class Teachers:
     """Builds teachers of a student; the same description gives the same teacher.
 
@@ -98,25 +118,26 @@ class Teachers:
         self.start = start
         self.built: dict[tuple[str, str], Teacher] = {}
 
-    def get(self, description: dict[str, Any] | None) -> Teacher:
+    def get(self, description: dict[str, Any] | str | None) -> Teacher:
         """The teacher of a description: ``dict(checkpoint=...)``, optionally with ``config``.
 
         Its weights are loaded by ``load``, when all losses have said what they need of it.
 
         Raises:
             FileNotFoundError: Checkpoint or config do not exist.
-            SettingError: There is no description, and training started from no checkpoint.
+            SettingError: There is no description, and training started from no checkpoint; or the
+                student is to teach itself, and its weights are sharded.
             TypeError: See ``check_description``.
         """
-        checkpoint, config = check_description(description) or (self.start, '')
-        if not checkpoint:
+        key = check_description(description) or (self.start or '', '')
+        if not any(key):
             raise SettingError(
                 'teacher=None is the checkpoint that training starts from, but there is none: '
                 "set load_from, or teacher=dict(checkpoint='...')"
             )
-        key = checkpoint, config
         if key not in self.built:
-            self.built[key] = Teacher(self._build(checkpoint, config))
+            of_itself = key == _OF_ITSELF
+            self.built[key] = self._of_itself() if of_itself else Teacher(self._build(*key))
         return self.built[key]
 
     def load(self) -> None:
@@ -131,6 +152,21 @@ class Teachers:
         for teacher in self.built.values():
             teacher.forget()
 
+    def _of_itself(self) -> Student:
+        # As tensors of torch.distributed are, which need not be there.
+        if any(hasattr(weight, 'full_tensor') for weight in self.student.parameters()):
+            raise SettingError(
+                f'teacher={STUDENT!r} needs the weights whole, and FSDP has them in shards; '
+                "allowed: teacher=dict(checkpoint='...')"
+            )
+        teacher = Student(self.student)
+        self._all_active(teacher.model)
+        return teacher
+
+    def _all_active(self, model: nn.Module) -> None:
+        for name in self.backbones:
+            model.get_submodule(name).set_keep_ratios(1.0)
+
     def _build(self, checkpoint: str, config: str) -> nn.Module:
         for key, path in dict(checkpoint=checkpoint, config=config).items():
             if path and is_local(path) and not Path(path).is_file():
@@ -140,9 +176,14 @@ class Teachers:
             return MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
         # A copy of the model is a copy of its config, and also works for models built in code.
         model = copy.deepcopy(self.student)
-        for name in self.backbones:
-            model.get_submodule(name).set_keep_ratios(1.0)
+        self._all_active(model)
         return model
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that has its parameters and buffers instead of doubling them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def only(model: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -162,12 +203,18 @@ def only(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def check_description(description: Any) -> tuple[str, str] | None:
     """Checkpoint and config ('' where none is given) of a description; None of None.
 
+    Of the student itself there is no checkpoint.
+
     Raises:
         TypeError: The description is no dict of paths, or has an unknown key.
     """
     if description is None:
         return None
-    allowed = "allowed: None, dict(checkpoint='...') or dict(config='...', checkpoint='...')"
+    if description == STUDENT:
+        return _OF_ITSELF
+    allowed = (
+        f"allowed: None, {STUDENT!r}, dict(checkpoint='...'), dict(config=..., checkpoint=...)"
+    )
     if not isinstance(description, dict) or set(description) - {'checkpoint', 'config'}:
         raise TypeError(f'teacher={description!r}; {allowed}')
     checkpoint, config = description.get('checkpoint'), description.get('config')

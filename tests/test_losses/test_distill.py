@@ -201,6 +201,35 @@ def test_one_teacher_runs_once_for_all_losses(checkpoint):
     assert not losses[0].teacher._calls, 'the last batch is kept alive'
 
 
+def test_the_student_teaches_itself_with_all_tokens_active():
+    model = ToyModel(keep_ratios=0.5)
+    losses = [FeatureDistillation('student'), LogitDistillation('student', ['head'])]
+    keys = set(model.state_dict())
+    undo = add_losses(model, losses)
+    (teacher,) = {loss.teacher for loss in losses}
+    for _ in range(2):
+        found = model.loss(torch.randn(2, 3, 32, 32), None)
+        sum(found.values()).backward()
+        assert found['loss_distill_feature'] > 0
+        # What it teaches has no gradient, and follows the weights.
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight -= 0.1 * (0 if weight.grad is None else weight.grad)
+        for one, other in zip(model.parameters(), teacher.model.parameters(), strict=True):
+            assert one is other
+            assert one.requires_grad
+    assert teacher.model.backbone.keep_ratios == [[1.0, 1.0], [1.0, 1.0]]
+    assert model.backbone.keep_ratios == [[0.5, 0.5], [0.5, 0.5]]
+    assert model.training
+    assert set(model.state_dict()) == keys
+    model.backbone.set_keep_ratios(1.0)
+    assert model.loss(torch.randn(2, 3, 32, 32), None)['loss_distill_feature'] < 1e-9
+    undo()
+    next(model.parameters()).full_tensor = None  # as those have that FSDP keeps in shards
+    with pytest.raises(SettingError, match="teacher='student' needs the weights whole"):
+        add_losses(model, [FeatureDistillation('student')])
+
+
 def test_another_network_as_teacher(checkpoint, tmp_path):
     config = tmp_path / 'teacher.py'
     config.write_text("model = dict(type='ToyTeacher')\ndefault_scope = 'mmengine'\n")
@@ -278,7 +307,7 @@ def test_refused_teachers(tmp_path, checkpoint):
     deep = other_teacher(tmp_path, depths=(2, 4))
     refuse(ValueError, 'has unknown 2. weights', checkpoint=deep)
     refuse(TypeError, 'must name a checkpoint', config='x.py')
-    refuse(TypeError, 'allowed: None, dict', checkpoint=checkpoint, weights='x')
+    refuse(TypeError, "allowed: None, 'student', dict", checkpoint=checkpoint, weights='x')
 
 
 def test_the_tools_check_for_files_of_teachers(checkpoint):

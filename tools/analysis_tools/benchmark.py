@@ -29,6 +29,7 @@ from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.engine.options import Overrides
 from idlevit_mm.errors import UsageError, reason
+from idlevit_mm.losses import shared_copy
 
 
 class Candidate(NamedTuple):
@@ -144,7 +145,7 @@ def load_target(
     if not args.against_own:
         try:
             own = models.host_backbone(getattr(model, 'backbone', model), backbone)
-            dense = models.shared_copy(model) if whole else own
+            dense = shared_copy(model) if whole else own
             if whole:
                 dense.backbone = own
             library = type(own).__module__.split('.')[0]

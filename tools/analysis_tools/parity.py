@@ -17,8 +17,8 @@ from measures import captured
 from torch import Tensor, nn
 from traffic import Traffic
 
-from idlevit_mm.analysis.models import shared_copy
 from idlevit_mm.kernels import backend_at, site_of, use, why_not
+from idlevit_mm.losses import shared_copy
 
 # The largest error and the least share of tokens chosen as in float32. What PyTorch computes came
 # to 9e-4 and 0.998 in float16, to 7e-3 and 0.996 in bfloat16.
