@@ -1,14 +1,16 @@
 """Rules that were tried and are in no release: policies and a scorer for studies alone.
 
-Shape letters: B images, N tokens of the map, K active tokens.
+Shape letters: B images, N tokens of the map, K active tokens, C hidden channels.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from idlevit_mm.ops import Units
+from idlevit_mm.kernels import backend_at
+from idlevit_mm.layers import ffn
+from idlevit_mm.ops import Rows, Units
 from idlevit_mm.policies import IdleViT, Plan
 from idlevit_mm.policies.scorers import MeanQuery, Seen
 from idlevit_mm.registry import POLICIES, SCORERS
@@ -51,3 +53,46 @@ class QueryLogits(MeanQuery):
         # The logarithm is the logit but for a number of each head, which ranks nothing.
         assert seen.mean_query is not None
         return seen.mean_query.log().mean(dim=1)
+
+
+class _LastHidden:
+    """What idle tokens were when they were last computed, in place of zeros in a convolution."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Tensor] = {}
+        self.seen: set[nn.Module] = set()
+
+    def __call__(
+        self,
+        x: Tensor,
+        conv: nn.Module,
+        part: slice,
+        hw_shape: tuple[int, int],
+        rows: Rows | None,
+        _: Tensor | None,
+    ) -> Tensor:
+        """Hidden features (B, K, C) of active tokens, convolved among the last ones of all."""
+        key, number = (hw_shape, part.start, x.shape[2]), hw_shape[0] * hw_shape[1]
+        if key[1] in (None, 0):
+            if conv in self.seen:  # another pass has begun
+                self.known, self.seen = {}, set()
+            self.seen.add(conv)
+        last, backend = self.known.get(key), backend_at(x)
+        if last is None or len(last) != len(x):
+            last = x.new_zeros(len(x), number, x.shape[2])
+        self.known[key] = x if rows is None else backend.put(last, rows, x)
+        cells = torch.arange(number, device=x.device)
+        bias = None if conv.bias is None else conv.bias[part]
+        return backend.convolve(x, last, conv.weight[part], bias, hw_shape, rows, cells)
+
+
+@POLICIES.register_module()
+class RememberingIdleViT(IdleViT):
+    """In PVTv2's convolution idle tokens are what they were in the last block that computed them.
+
+    From the moment that one is made, in all backbones of the process.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ffn._convolve = _LastHidden()

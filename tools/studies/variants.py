@@ -68,11 +68,12 @@ TEACHER = 'DENSE'  # stands for the path of the dense checkpoint
 # IdleViT's own runs give the token cut 20 (arXiv 2310.05654): here that costs 7 points of AP.
 _CUT = dict(type='TokenCutLoss', loss_weight=0.1)
 _DISTILL = dict(type='FeatureDistillation', teacher=dict(checkpoint=TEACHER), loss_weight=5.0)
+_IN_PLACE = dict(_DISTILL, teacher='student')
 _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
 _SUMMARY = dict(_IDLEVIT, context='summary')
 _EVOVIT = dict(type='EvoViT')
 _SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
-TRIED = 'AgedIdleViT', 'BlendedIdleViT', 'query_logits'  # of rules.py
+TRIED = 'AgedIdleViT', 'BlendedIdleViT', 'RememberingIdleViT', 'query_logits'  # of rules.py
 _ENTRY, _ODD = 'stage entry', 'stages 1 and 3'
 METHODS = {
     'idlevit': Method(_IDLEVIT),
@@ -100,6 +101,7 @@ METHODS |= {
     'idlevit+cut': Method(_IDLEVIT, (_CUT,)),
     'idlevit-age': Method(dict(_IDLEVIT, type='AgedIdleViT')),
     'idlevit-two-blocks': Method(dict(_IDLEVIT, type='BlendedIdleViT')),
+    'idlevit-last-hidden': Method(dict(_IDLEVIT, type='RememberingIdleViT'), tasks=_PVTV2),
     # PVTv2 would save less than a third so.
     'idlevit-odd-stages': Method(_IDLEVIT, idles=_ODD, tasks=_SWIN),
     'evovit-contrast': Method(dict(_EVOVIT, scorer='local_contrast')),
@@ -121,7 +123,7 @@ _SANDWICH = dict(_RANDOM, sandwich=True)
 METHODS |= {
     f'{name}{more}-{way}': Method(policy, losses, hook, tasks=_SWIN)
     for name, policy in (('idlevit', _IDLEVIT), ('evovit', _EVOVIT))
-    for more, losses in (('', ()), ('+distill', (_DISTILL,)))
+    for more, losses in (('', ()), ('+distill', (_DISTILL,)), ('+in-place', (_IN_PLACE,)))
     for way, hook in (('random', _RANDOM), ('sandwich', _SANDWICH))
 }
 # More image for the same multiply-adds; and what that image gives a dense backbone.
