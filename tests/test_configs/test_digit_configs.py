@@ -51,6 +51,7 @@ LOGGED = {
     'retinanet_idle-swin_evit': ['keep_ratio'],
     'retinanet_idle-swin_evovit': [],
     'retinanet_idle-swin_sparsevit': ['keep_ratio'],
+    'retinanet_idle-swin_larger-images': [],
     'retinanet_idle-swin_learned': [],
     'retinanet_idle-swin_random-ratios': ['keep_ratio'],
     'retinanet_idle-swin_token-cut': ['loss_token_cut'],
