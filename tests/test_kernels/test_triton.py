@@ -125,7 +125,7 @@ _SETS = [(0, 0), (192, 0), (192, 128)]
 @pytest.mark.parametrize('family', ['swin', 'pvt'])
 @torch.no_grad()
 def test_sets_of_fusions(family, widest, one, monkeypatch):
-    monkeypatch.setattr(fusions, 'widest', lambda: widest)
+    monkeypatch.setattr(fusions, 'WIDEST', widest)
     monkeypatch.setattr(fusions, 'ONE_KERNEL', one)
     # On a map of 9 x 6 the only cell is not full.
     config = dict(PVT, sr_ratios=[8, 1]) if family == 'pvt' else SWIN

@@ -95,4 +95,4 @@ class RememberingIdleViT(IdleViT):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ffn._convolve = _LastHidden()
+        setattr(ffn, '_convolve', _LastHidden())  # noqa: B010

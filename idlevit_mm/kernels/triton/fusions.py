@@ -4,10 +4,8 @@ Shape letters: B images, N tokens of the map (H * W), K active tokens of an imag
 channels out.
 """
 
-from functools import cache
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
@@ -17,24 +15,14 @@ from ..plain import LINEAR, all_plain, is_plain, kind_of
 from . import layers, ops
 
 # The most channels of tokens for which a norm is fused into the product behind it, and rows are
-# put back by the product before, by capability; it pays if Triton reaches so much of cuBLAS's rate:
-# on an A100 0.53 at 192 channels, 0.70 at 384 and 0.77 at 768, on an H100 0.33, 0.53 and 0.60
-# (computed by bytes and peaks). It is known to reach 0.6 to 0.9, less in small products; so 384 on
-# an A100 loses more than it saves. Where nothing is known an A100's holds.
-_WIDEST = {(8, 0): 192, (9, 0): 384}
+# put back by the product before. Rows of a norm are kept whole while all columns are made of them:
+# wider ones would not fit beside a tile of weights; and beyond, a library's product is so much
+# faster that what it reads and writes besides costs less (computed by bytes and peaks).
+WIDEST = 192
 # The same for both layers of an MLP in one kernel: beyond, weights that each tile of rows reads
 # anew cost what hidden channels would; and for spatial reduction: beyond, tiles of columns would
 # read the map once each.
 ONE_KERNEL = 128
-
-
-@torch.compiler.assume_constant_result
-@cache
-def widest() -> int:
-    """The most channels that norms and scatters are fused for on the current device."""
-    # Of fake tensors that lie on a device which is not there nothing is known.
-    known = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return _WIDEST.get(known or (8, 0), _WIDEST[8, 0])
 
 
 def is_norm(norm: Any) -> bool:
@@ -68,7 +56,7 @@ def project(
     Where there are ids, the norm is plain or there is none.
     """
     weights: tuple[Any, Any, float] = (None, None, 0.0)
-    if is_norm(norm) and x.shape[2] <= widest():
+    if is_norm(norm) and x.shape[2] <= WIDEST:
         weights = weights_of(norm)
     elif norm is not None:
         x = norm(x) if ids is None else layers.linear(x, ids, *weights_of(norm), None, None, False)
@@ -99,7 +87,7 @@ def mlp(
     for conv in convolutions:
         ids, places = (None, None) if rows is None else (rows.ids, rows.places)
         hidden = ops.convolve_gelu(hidden, ids, places, conv.weight, conv.bias, hw_shape)
-    if x.shape[2] <= widest():
+    if x.shape[2] <= WIDEST:
         return hidden, last
     return F.linear(hidden, *last), []
 

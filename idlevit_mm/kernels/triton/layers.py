@@ -22,9 +22,16 @@ MLP_TILES = dict(BLOCK_M=64, BLOCK_H=32)
 CELL_TILES = dict(BLOCK=16)
 
 
-def product_tiles(norm: bool) -> dict[str, int]:
-    """Of the product of rows; a norm wants registers of its own."""
-    return dict(BLOCK_M=64 if norm else 128, BLOCK_N=64, BLOCK_K=32)
+PRODUCT_TILES = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)
+# Programs from which on a GPU is busy: those of fewer rows share the columns of a layer.
+_BUSY = 256
+
+
+def norm_tiles(channels: int) -> dict[str, int]:
+    """Of the product of the norm of rows, which are kept whole."""
+    padded = triton.next_power_of_2(channels)
+    stages = 3 if padded <= 128 else 2
+    return dict(C=channels, P=padded, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=stages)
 
 
 def _applied(
@@ -68,15 +75,42 @@ def linear(
     if weight is None:
         return ops.take_norm(x, ids, None, scale, shift, eps)
     out = _applied(x, ids, scale, shift, eps, weight)
-    _multiply(x, ids, 'x', (scale, shift, eps), weight, bias, None, out, gelu)
+    if scale is None or shift is None:
+        _multiply(x, ids, 'x', weight, bias, None, out, gelu)
+    else:
+        _multiply_norm(x, ids, (scale, shift, eps), weight, bias, out, gelu)
     return out
+
+
+def _multiply_norm(
+    x: Tensor,
+    ids: _Maybe,
+    norm: tuple[Tensor, Tensor, float],
+    weight: Tensor,
+    bias: _Maybe,
+    out: Tensor,
+    gelu: bool,
+) -> None:
+    """Launch a product of the LayerNorm of rows of x (B, N, C) that ids name, or of all."""
+    x, (scale, shift, eps), (outputs, channels) = x.contiguous(), norm, weight.shape
+    assert channels == x.shape[2]
+    ids = None if ids is None else ids.contiguous()
+    total, tiles = out.shape[:2].numel(), norm_tiles(channels)
+    parts = triton.cdiv(total, tiles['BLOCK_M'])
+    shares = min(triton.cdiv(outputs, tiles['BLOCK_N']), triton.cdiv(_BUSY, parts))
+    with _on(x):
+        products.norm_linear_kernel[(parts, shares)](
+            *(x, _or(ids, x), scale, shift, weight.contiguous(), _or(bias, x), out),
+            *(x.shape[1], out.shape[1], total, eps),
+            **dict(tiles, OUT=outputs, GATHER=ids is not None, BIAS=bias is not None),
+            GELU=gelu,
+        )
 
 
 def _multiply(
     x: Tensor,
     ids: _Maybe,
     of: str,
-    norm: tuple[_Maybe, _Maybe, float],
     weight: Tensor,
     bias: _Maybe,
     residual: _Maybe,
@@ -85,24 +119,20 @@ def _multiply(
     changes: _Maybe = None,
 ) -> None:
     """Launch a product; ``of`` names the map that ids are of."""
-    scale, shift, eps = norm
     x = x.contiguous()
     assert weight.shape[1] == x.shape[2]
     ids = None if ids is None else ids.contiguous()
     tokens = dict(x=x, residual=residual, out=out)[of]
     total = x.shape[:2].numel() if ids is None else ids.numel()
-    tiles = product_tiles(scale is not None)
-    grid = triton.cdiv(total, tiles['BLOCK_M']) * triton.cdiv(len(weight), tiles['BLOCK_N'])
+    rows, columns = PRODUCT_TILES['BLOCK_M'], PRODUCT_TILES['BLOCK_N']
+    grid = triton.cdiv(total, rows) * triton.cdiv(len(weight), columns)
     with _on(x):
         products.linear_kernel[(grid,)](
-            *(x, _or(ids, x), _or(scale, x), _or(shift, x), weight.contiguous(), _or(bias, x)),
-            *(_or(residual, x), out, _or(changes, x)),
-            *(_or(tokens, x).shape[1], _or(ids, x).shape[1], total, eps),
+            *(x, _or(ids, x), weight.contiguous(), _or(bias, x), _or(residual, x), out),
+            *(_or(changes, x), _or(tokens, x).shape[1], _or(ids, x).shape[1], total),
             **dict(C=x.shape[2], OUT=len(weight), IDS='' if ids is None else of, GELU=gelu),
-            **dict(NORM=scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None),
-            COUNT=changes is not None,
-            **tiles,
-            num_warps=_WARPS,
+            **dict(BIAS=bias is not None, RESIDUAL=residual is not None),
+            **dict(PRODUCT_TILES, COUNT=changes is not None),
         )
 
 
@@ -152,7 +182,7 @@ def add_branch(
     elif weights:
         weight, bias = (*weights, None)[:2]
         of = 'residual' if into is None else 'out'
-        _multiply(branch, ids, of, (None, None, 0.0), weight, bias, now, out, False, changes)
+        _multiply(branch, ids, of, weight, bias, now, out, False, changes)
     else:
         put(out, ids, now, branch, out, changes)
     return made
@@ -171,7 +201,6 @@ def _add_mlp(
             **dict(C=channels, P=triton.next_power_of_2(channels), HIDDEN=len(first)),
             **dict(SCATTER=ids is not None, COUNT=changes is not None),
             **MLP_TILES,
-            num_warps=_WARPS,
         )
 
 
@@ -217,6 +246,6 @@ def reduce_map(
             *(x, _or(mean, x), _or(changes, x), scale, shift, weight, _or(bias, x)),
             *(out[-1], out[0], *sizes),
             **dict(C=channels, P=triton.next_power_of_2(channels), SIDE=side, SCORE=score),
-            **dict(CELL_TILES, BIAS=bias is not None, num_warps=_WARPS),
+            **dict(CELL_TILES, BIAS=bias is not None),
         )
     return out

@@ -24,6 +24,8 @@ _TILE = 4096
 _MANY = 2**13
 # Tokens of such a block.
 _BLOCK = 4096
+ATTENTION_TILES = dict(BLOCK_M=16, BLOCK_N=16, num_warps=1)
+CONVOLUTION_TILES = dict(BLOCK=32, BLOCK_C=64, num_warps=4)
 
 
 # Whether kernels run in Triton's interpreter, on the CPU.
@@ -269,7 +271,7 @@ def window_attention(
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
             *(table, blank, out, out, *hw_shape, *padded, number, scale),
-            **dict(constants, TRAINS=False, BLOCK_M=16, BLOCK_N=16, num_warps=1),
+            **dict(constants, TRAINS=False, **ATTENTION_TILES),
         )
     return out
 
@@ -280,12 +282,13 @@ def convolve_gelu(
 ) -> Tensor:
     """GELU of a depth-wise convolution by weight (C, 1, 3, 3) of rows, or of all: (B, K, C)."""
     batch, count, channels = x.shape
-    out, block, width = torch.empty_like(x), 32, min(triton.next_power_of_2(channels), 64)
+    out, tiles = torch.empty_like(x), dict(CONVOLUTION_TILES)
+    tiles['BLOCK_C'] = min(triton.next_power_of_2(channels), tiles['BLOCK_C'])
+    parts = triton.cdiv(batch * count, tiles['BLOCK']), triton.cdiv(channels, tiles['BLOCK_C'])
     with _on(x):
-        rows.convolve_kernel[(triton.cdiv(batch * count, block), triton.cdiv(channels, width))](
+        rows.convolve_kernel[parts](
             *(x, _or(ids, x), _or(places, x), weight),
             *(_or(bias, x), out, *hw_shape, count, batch * count),
-            **dict(C=channels, BLOCK=block, BLOCK_C=width, PACKED=ids is not None),
-            **dict(HAS_BIAS=bias is not None, num_warps=4),
+            **dict(tiles, C=channels, PACKED=ids is not None, HAS_BIAS=bias is not None),
         )
     return out

@@ -1,8 +1,8 @@
 """Products with what surrounds them: gather and norm before, GELU, residual and scatter behind.
 
 Widths are rarely powers of two, and tiles must be: inner dimensions are walked in steps, so that no
-product is padded there. Tiles of columns are neighbours in the grid: those of one row read it
-together, and once from memory.
+product is padded there, but for that of a norm, whose rows are kept. Tiles of columns are
+neighbours in the grid: those of one row read it together, and once from memory.
 
 Shape letters: N tokens of the map, K rows of an image, R rows of the batch, C channels in (P, the
 next power of two), OUT channels out.
@@ -21,31 +21,9 @@ def _gelu(x):
 
 
 @triton.jit
-def _moments(x, start, there, eps, C: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Mean and reciprocal deviation of rows that start in some places, in float32.
-
-    Two looks at the row, of which the second finds it in the cache: sums of squares cancel.
-    """
-    total = tl.zeros([BLOCK, STEP], tl.float32)
-    for first in range(0, C, STEP):
-        c = first + tl.arange(0, STEP)
-        seen = there[:, None] & (c < C)[None, :]
-        total += tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
-    mean = tl.sum(total, axis=1) / C
-    total = tl.zeros([BLOCK, STEP], tl.float32)
-    for first in range(0, C, STEP):
-        c = first + tl.arange(0, STEP)
-        seen = there[:, None] & (c < C)[None, :]
-        v = tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0).to(tl.float32)
-        apart = tl.where(seen, v - mean[:, None], 0.0)
-        total += apart * apart
-    return mean, tl.rsqrt(tl.sum(total, axis=1) / C + eps)
-
-
-@triton.jit
 def linear_kernel(
-    x, ids, norm_weight, norm_bias, weight, bias, residual, out, changes, N, K, R, eps,
-    C: tl.constexpr, OUT: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    x, ids, weight, bias, residual, out, changes, N, K, R,
+    C: tl.constexpr, OUT: tl.constexpr, IDS: tl.constexpr, BIAS: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -60,17 +38,11 @@ def linear_kernel(
     if IDS != '':
         place = (r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)
     start = (place if IDS == 'x' else packed) * C
-    if NORM:
-        mean, scale = _moments(x, start, there, eps, C, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, C, BLOCK_K):
         c = first + tl.arange(0, BLOCK_K)
         seen = there[:, None] & (c < C)[None, :]
         v = tl.load(x + start[:, None] + c[None, :], mask=seen, other=0.0)
-        if NORM:
-            g = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
-            b = tl.load(norm_bias + c, mask=c < C, other=0.0).to(tl.float32)
-            v = (v.to(tl.float32) - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]
         used = (n < OUT)[None, :] & (c < C)[:, None]
         w = tl.load(weight + n[None, :] * C + c[:, None], mask=used, other=0.0)
         acc = tl.dot(v.to(w.dtype), w, acc, input_precision='ieee')
@@ -89,6 +61,39 @@ def linear_kernel(
     if COUNT:
         change = tl.where(seen, new.to(tl.float32) - old, 0.0)
         count_changes(changes, change, r, K, R, n, OUT)
+
+
+@triton.jit
+def norm_linear_kernel(
+    x, ids, norm_weight, norm_bias, weight, bias, out, N, K, R, eps,
+    C: tl.constexpr, P: tl.constexpr, OUT: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A linear layer of the norm of rows, which are read once for all tiles of columns.
+
+    So many programs as the second side of the grid has share the tiles of columns.
+    """
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, P)
+    there = r < R
+    place = r.to(tl.int64)
+    if GATHER:
+        place = (r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)
+    seen = there[:, None] & (c < C)[None, :]
+    v = tl.load(x + place[:, None] * C + c[None, :], mask=seen, other=0.0)
+    y = normalised(v.to(tl.float32), norm_weight, norm_bias, c, eps, C)
+    y = y.to(weight.dtype.element_ty)
+    for first in range(tl.program_id(1) * BLOCK_N, OUT, tl.num_programs(1) * BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        used = (c < C)[:, None] & (n < OUT)[None, :]
+        w = tl.load(weight + n[None, :] * C + c[:, None], mask=used, other=0.0)
+        acc = tl.dot(y, w, input_precision='ieee')
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            acc = _gelu(acc)
+        at = r.to(tl.int64)[:, None] * OUT + n[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=there[:, None] & (n < OUT)[None, :])
 
 
 @triton.jit
