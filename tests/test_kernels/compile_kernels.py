@@ -35,7 +35,7 @@ from idlevit_mm.kernels.triton import (
 _TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # Arguments that are neither sizes nor of half precision.
 _TYPES = dict(ids='*i64', where='*i64', offsets='*i32', places='*i32', starts='*i64')
-_TYPES |= dict.fromkeys(('parts', 'middle', 'above', 'known'), '*i32')
+_TYPES |= dict(known='*i32', sums='*i64')
 _TYPES |= dict(changes='*i64', scores='*fp32', mean='*fp32', eps='fp32', scale='fp32', lse='*fp32')
 _TYPES |= dict(grad_pairs='*fp32', grad_blank='*fp32', means='*fp32', total='i32')
 _TYPES |= dict.fromkeys(('N', 'K', 'R', 'H', 'W', 'HP', 'WP', 'HIGH', 'WIDE', 'windows'), 'i32')
@@ -49,6 +49,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any]]]:
     for channels in _CHANNELS:
         padded = triton.next_power_of_2(channels)
         tiles = dict(C=channels, P=padded, BLOCK=max(4096 // padded, 1))
+        yield rows.sum_kernel, dict(tiles, STEPS=8)
         for norm in (False, True):
             yield rows.look_kernel, dict(tiles, DISTANCE=True, NORM=norm)
         yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=False, NORM=True)
@@ -57,13 +58,10 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any]]]:
             flags = dict(COPY=copy, IDLE=idle, ACTIVE=active, ADD=add, COUNT=not copy)
             yield rows.put_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}
         yield from _products(channels)
-    for block in (1024, 4096):
-        tiles = dict(WS=7, SHIFT=3, BLOCK=block, num_warps=block // 256)
-        yield selection.select_kernel, tiles
-    tiles = dict(WS=7, SHIFT=3, BLOCK=4096, num_warps=16)
-    for step in range(3):
-        yield selection.count_kernel, dict(tiles, STEP=step)
-    yield selection.pack_kernel, tiles
+    tiles = dict(BLOCK=8192, num_warps=16)
+    yield selection.cut_kernel, tiles
+    yield selection.select_kernel, dict(tiles, WS=7, SHIFT=3, SLOTS=4096)
+    yield selection.pack_kernel, dict(WS=7, SHIFT=3, BLOCK=4096, num_warps=16)
     for packed in (False, True):
         constants = dict(C=512, PACKED=packed, HAS_BIAS=True)
         yield rows.convolve_kernel, constants | ops.CONVOLUTION_TILES
@@ -73,7 +71,10 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any]]]:
         for shift, is_padded in ((0, False), (side // 2, True)):
             for dense in (False, True):
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
-                yield windows.attention_kernel, dict(layout, TRAINS=False, **ops.ATTENTION_TILES)
+                yield (
+                    windows.attention_kernel,
+                    dict(layout, TRAINS=False, **ops.attention_tiles(dense, 32)),
+                )
                 tiles = dict(TRAINS=True, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=3 - dense)
                 yield windows.attention_kernel, dict(layout, **tiles)
                 tiles = dict(BLOCK=16, num_warps=1, num_stages=2)
@@ -97,7 +98,7 @@ def _products(channels: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     for gelu, of, ins, outs in ((True, '', 1, 4), (False, 'residual', 1, 1), (False, 'out', 4, 1)):
         constants = dict(C=ins * channels, OUT=outs * channels, IDS=of, BIAS=True)
         constants |= dict(GELU=gelu, RESIDUAL=bool(of), COUNT=bool(of))
-        yield products.linear_kernel, constants | layers.PRODUCT_TILES
+        yield products.linear_kernel, constants | layers.product_tiles(constants['C'], gelu)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], arch: int) -> Any:

@@ -171,6 +171,7 @@ def test_many_programs_choose_as_one_does(values, count, monkeypatch):
     # Windows of 4 on 9 x 6 tokens have 96 slots, in three blocks.
     monkeypatch.setattr(ops.selection, 'select_kernel', None)
     monkeypatch.setattr(ops, '_MANY', 54)
-    monkeypatch.setattr(ops, '_BLOCK', 32)
+    monkeypatch.setattr(ops, '_SCORES', 128)
+    monkeypatch.setattr(ops, '_SLOTS', 32)
     gots = ops.select(scores, count, (9, 6), 4, 2, None)
     assert all(map(torch.equal, gots, wants))

@@ -13,19 +13,12 @@ from torch import Tensor, nn
 from ...ops import Extent, Rows, mean_inside, on_device
 from ..backends import backend_at
 from ..plain import LINEAR, is_plain, kind_of
-from ..site import site_of
 from . import layers, ops
-from .fusions import are_idle, is_norm, mlp, project, reduced, reduces, weights_of
+from .fusions import are_idle, infers, is_norm, mlp, normed, project, reduced, reduces, weights_of
 
 # Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
 _TILE = 8
 _HEAD_CHANNELS = 16, 32, 64, 128
-
-
-def infers(x: Tensor) -> bool:
-    """Whether kernels may stand for whole layers: neither gradients nor autocast are wanted."""
-    site = site_of(x)
-    return not (site.grad or site.autocast)
 
 
 def choose(
@@ -53,13 +46,11 @@ def choose(
     if scorer == 'MeanDistance':
         if tokens.centre is not None:
             mean, changes = centre = tokens.centre
+        elif extent is None:
+            mean, changes = centre = tuple(ops.begin_mean(x))
         else:
-            if extent is None:
-                mean = x.mean(dim=1, dtype=torch.float32)
-            else:
-                mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
+            mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
             changes = torch.zeros_like(mean, dtype=torch.int64)
-            centre = (mean, changes) if extent is None else None
     # Spatial reduction wants the norm of all tokens.
     whole = kind == 'IdlePVTBlock' and is_norm(norm) and infers(tokens.x)
     if whole and reduces(block):
@@ -214,7 +205,7 @@ def _reduction(block: Any, tokens: Any, rows: Rows | None) -> tuple[Any, ...] | 
         if cells is None:
             (cells,) = reduced(block, x, tokens.hw_shape)
     else:
-        x, norm = norm(x) if known is None else known, None
+        x, norm = normed(norm, x) if known is None else known, None
         cells = attn.reduce(x, tokens.hw_shape)
     (weight, bias), channels = attn.weights(), x.shape[2]
     first, others = (None, None) if bias is None else (bias[:channels], bias[channels:])

@@ -17,14 +17,10 @@ from . import rows, selection, windows
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
-# Tokens of an image from which on several programs choose. One walks over an image five times on
-# one multiprocessor: computed, 0.2 ms for 67200 tokens, where four launches take 0.02 ms. Where one
-# chose, idling cost blocks of Swin-T on an H100 0.13 ms before it saved anything. Where the
-# threshold is best was not measured.
+# Tokens of an image from which its packing, not its cut, is done by several programs.
 _MANY = 2**13
-# Tokens of such a block.
-_BLOCK = 4096
-ATTENTION_TILES = dict(BLOCK_M=16, BLOCK_N=16, num_warps=1)
+# Scores that a program looks at together, and slots of windows that it packs.
+_SCORES, _SLOTS = 8192, 4096
 CONVOLUTION_TILES = dict(BLOCK=32, BLOCK_C=64, num_warps=4)
 
 
@@ -73,6 +69,24 @@ def _layout(hw_shape: list[int], window: int) -> tuple[int, int, int]:
 
 
 # Scores and choice
+
+
+# Tiles of tokens that a program adds up.
+_STEPS = 8
+
+
+@operator(
+    lambda x: [x.new_empty(len(x), x.shape[2], dtype=d) for d in (torch.float32, torch.int64)]
+)
+def begin_mean(x: Tensor) -> list[Tensor]:
+    """Mean of tokens (B, N, C), as ``score_norm`` takes it: zeros, and all that was added since."""
+    shape, tiles = (len(x), x.shape[2]), _tiles(x.shape[2])
+    mean, sums = x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.int64)
+    with _on(x):
+        rows.sum_kernel[(triton.cdiv(x.shape[1], tiles['BLOCK'] * _STEPS), len(x))](
+            x, sums, x.shape[1], STEPS=_STEPS, **tiles
+        )
+    return [mean, sums]
 
 
 def _looked(x: Tensor, mean: _Maybe, changes: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
@@ -125,34 +139,24 @@ def select(
     (batch, tokens), side = scores.shape, triton.next_power_of_2(window**2)
     *padded, number = _layout(hw_shape, window)
     sizes = *out, tokens, count, *hw_shape, *padded
-    block = min(max(triton.next_power_of_2(tokens), 128), _TILE)
+    block = min(max(triton.next_power_of_2(tokens), 128), _SCORES)
+    cut = dict(BLOCK=block, num_warps=max(block // 512, 1))
     layout = dict(WS=window, SHIFT=shift)
     with _on(scores):
         if starts is not None:
             kernel = selection.select_in_windows_kernel[(number, batch)]
             bits = 32 + side.bit_length()
             kernel(scores, starts, *sizes, **layout, SLOTS=side, BITS=bits, num_warps=1)
-        elif tokens >= _MANY:
-            _select_by_many(scores, sizes, layout)
+        elif tokens < _MANY:
+            tiles = dict(layout, SLOTS=min(block, _SLOTS))
+            selection.select_kernel[(batch,)](scores, *sizes, **tiles, **cut)
         else:
-            tiles = dict(layout, BLOCK=block, num_warps=max(block // 256, 1))
-            selection.select_kernel[(batch,)](scores, *sizes, **tiles)
+            known = scores.new_empty(2 * batch, dtype=torch.int32)
+            selection.cut_kernel[(batch,)](scores, known, tokens, count, **cut)
+            parts = triton.cdiv(padded[0] * padded[1], _SLOTS), batch
+            tiles = dict(layout, BLOCK=_SLOTS, num_warps=max(_SLOTS // 256, 1))
+            selection.pack_kernel[parts](scores, known, *sizes, **tiles)
     return out
-
-
-def _select_by_many(scores: Tensor, sizes: tuple[Any, ...], layout: dict[str, int]) -> None:
-    """``select`` by a program for each block of an image, in four launches."""
-    out, rest = sizes[:3], sizes[3:]
-    batch, blocks = len(scores), triton.cdiv(rest[-2] * rest[-1], _BLOCK)
-    parts, middle, above, known = (
-        scores.new_empty(batch * number, dtype=torch.int32)
-        for number in (blocks * 1024, 4096, blocks, 4)
-    )
-    grid, tiles = (blocks, batch), dict(layout, BLOCK=_BLOCK, num_warps=max(_BLOCK // 256, 1))
-    for step in range(3):
-        kernel = selection.count_kernel[grid]
-        kernel(scores, parts, middle, above, known, *rest, **tiles, STEP=step)
-    selection.pack_kernel[grid](scores, parts, above, known, *out, *rest, **tiles)
 
 
 # Rows
@@ -249,6 +253,13 @@ def window_constants(
     return dict(A=num_heads, D=depth, WS=window, SHIFT=shift, PADDED=padded, DENSE=ids is None)
 
 
+def attention_tiles(dense: bool, depth: int) -> dict[str, int]:
+    """The fastest of ten on an H100, for windows of 49 slots, that spill nowhere."""
+    if dense and depth <= 64:
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4)
+    return dict(BLOCK_M=16, BLOCK_N=16, num_warps=max(depth // 64, 1))
+
+
 @operator(lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), flops=_attention_flops)
 def window_attention(
     qkv: Tensor,
@@ -271,7 +282,7 @@ def window_attention(
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
             *(table, blank, out, out, *hw_shape, *padded, number, scale),
-            **dict(constants, TRAINS=False, **ATTENTION_TILES),
+            **dict(constants, TRAINS=False, **attention_tiles(ids is None, constants['D'])),
         )
     return out
 

@@ -38,6 +38,22 @@ def count_changes(changes, change, r, K, R, c, C: tl.constexpr):
 
 
 @triton.jit
+def sum_kernel(
+    x, sums, N, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Add up the tokens of an image, in fixed point as ``count_changes`` does."""
+    image, c = tl.program_id(1), tl.arange(0, P)
+    total = tl.zeros([P], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        at = (image.to(tl.int64) * N + row)[:, None] * C + c[None, :]
+        seen = (row < N)[:, None] & (c < C)[None, :]
+        total += tl.sum(tl.load(x + at, mask=seen, other=0.0).to(tl.float32), axis=0)
+    fixed = (total * 16777216.0).to(tl.int64)
+    tl.atomic_add(sums + image * C + c, fixed, mask=c < C, sem='relaxed')
+
+
+@triton.jit
 def look_kernel(
     x, mean, changes, weight, bias, scores, normed, N, eps,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,

@@ -15,10 +15,16 @@ from .windows import is_token, token_at
 
 @triton.jit
 def _order(score):
-    """Float32 as an integer of the same order, from 0 to 2 ** 32 - 1; NaN is above all."""
+    """Float32 as an integer of 32 bits of the same order; NaN is the highest of all."""
     # Whatever its sign and payload are.
     bits = tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _keys(base, i, N):
+    """Keys of some tokens; that of none is the lowest, which no score has."""
+    return tl.where(i < N, _order(tl.load(base + i, mask=i < N, other=0.0)), -0x80000000)
 
 
 @triton.jit
@@ -30,27 +36,75 @@ def _in_order(base, i, H, W, HP, WP, WS: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _reached(counts, left, BINS: tl.constexpr):
-    """The highest bin that still reaches ``left``, how many of it are left, and how many it has."""
-    bins = tl.arange(0, BINS)
-    best = tl.sum((tl.cumsum(counts, axis=0, reverse=True) >= left).to(tl.int32), axis=0) - 1
-    left -= tl.sum(tl.where(bins > best, counts, 0), axis=0)
-    return best, left, tl.sum(tl.where(bins == best, counts, 0), axis=0)
-
-
-@triton.jit
-def _last(base, least, left, equal, N, BLOCK: tl.constexpr):
-    """The last token that is kept of those with the K-th key: N if all of them are."""
-    more = tl.sum((equal > left).to(tl.int32), axis=0)
+def _last(base, least, left, more, N, BLOCK: tl.constexpr):
+    """The last token that is kept of those with the lowest key: N if no more have it than are."""
     last = tl.zeros([1], tl.int32) + N * (1 - more)
     ties = tl.zeros([1], tl.int32)
     for first in range(0, N * more, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        same = (_order(tl.load(base + i, mask=i < N, other=0.0)) == least) & (i < N)
+        same = (_keys(base, i, N) == least) & (i < N)
         rank = tl.cumsum(same.to(tl.int32), axis=0) + ties
         last += tl.sum(tl.where(same & (rank == left), i, 0), axis=0)
         ties += tl.sum(same.to(tl.int32), axis=0)
-    return last
+    return tl.sum(last, axis=0)
+
+
+@triton.jit
+def _raised(low, count, pivot, found, K):
+    """The lower key, and how many reach it: the pivot if K keys do."""
+    return tl.where(found >= K, pivot, low), tl.where(found >= K, found, count)
+
+
+@triton.jit
+def _lowered(high, above, pivot, found, K):
+    """The higher key, and how many are above it: the one before the pivot if fewer reach that."""
+    return tl.where(found < K, pivot - 1, high), tl.where(found < K, found, above)
+
+
+@triton.jit
+def _cut(base, K, N, BLOCK: tl.constexpr):
+    """The lowest key of the K best, and the last token that is kept of those with it.
+
+    It lies between two keys, which three more a step, each counted, bring four times as near; as
+    soon as exactly K keys reach the lower one, that one does. Most scores differ in few of their
+    first bits and need few of their last.
+    """
+    i = tl.arange(0, BLOCK)
+    most = _keys(base, i, N)
+    least = tl.where(i < N, most, 0x7FFFFFFF)
+    for first in range(BLOCK, N, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        key = _keys(base, i, N)
+        most = tl.maximum(most, key)
+        least = tl.minimum(least, tl.where(i < N, key, 0x7FFFFFFF))
+    low = tl.min(least, axis=0).to(tl.int64)
+    high = tl.max(most, axis=0).to(tl.int64)
+    # How many keys reach the lower one, and how many are above the higher one.
+    count = N + (low & 0)
+    above = low & 0
+    while (count > K) & (low < high):
+        step = (high - low + 4) >> 2
+        first_pivot = low + step
+        second = tl.minimum(first_pivot + step, high)
+        third = tl.minimum(second + step, high)
+        one, two, three = first_pivot.to(tl.int32), second.to(tl.int32), third.to(tl.int32)
+        # Three counts in one number: those of a thread have 10 bits each, those of all 21.
+        found = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, N, BLOCK):
+            key = _keys(base, first + tl.arange(0, BLOCK), N)
+            found += (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10)
+            found += (key >= three).to(tl.int32) << 20
+        wide = (found & 1023).to(tl.int64) + (((found >> 10) & 1023).to(tl.int64) << 21)
+        sums = tl.sum(wide + ((found >> 20).to(tl.int64) << 42), axis=0)
+        of_one, of_two, of_three = sums & 0x1FFFFF, (sums >> 21) & 0x1FFFFF, sums >> 42
+        low, count = _raised(low, count, first_pivot, of_one, K)
+        low, count = _raised(low, count, second, of_two, K)
+        low, count = _raised(low, count, third, of_three, K)
+        high, above = _lowered(high, above, third, of_three, K)
+        high, above = _lowered(high, above, second, of_two, K)
+        high, above = _lowered(high, above, first_pivot, of_one, K)
+    more = (count > K).to(tl.int32)
+    return low.to(tl.int32), _last(base, low.to(tl.int32), (K - above).to(tl.int32), more, N, BLOCK)
 
 
 @triton.jit
@@ -75,33 +129,19 @@ def _pack(
 @triton.jit
 def select_kernel(
     scores, ids, offsets, places, N, K, H, W, HP, WP,
-    WS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    WS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The K best tokens of an image in the order of windows; of equal ones the first.
 
-    A program per image: four steps of eight bits find the K-th score, one more walk packs.
+    A program per image.
     """
     image = tl.program_id(0)
     base = scores + image.to(tl.int64) * N
-    prefix = tl.zeros([1], tl.uint32)
-    left = tl.zeros([1], tl.int32) + K
-    for step in tl.static_range(4):
-        low = 24 - 8 * step
-        counts = tl.zeros([256], tl.int32)
-        for first in range(0, N, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            key = _order(tl.load(base + i, mask=i < N, other=0.0))
-            mine = i < N
-            if step > 0:
-                mine = mine & ((key >> (low + 8)) == prefix)
-            counts += tl.histogram(((key >> low) & 255).to(tl.int32), 256, mask=mine)
-        best, left, equal = _reached(counts, left, 256)
-        prefix = (prefix << 8) + best.to(tl.uint32)
-    last = _last(base, prefix, left, equal, N, BLOCK)
+    least, last = _cut(base, K, N, BLOCK)
     taken = tl.zeros([1], tl.int32)
-    for first in range(0, HP * WP, BLOCK):
+    for first in range(0, HP * WP, SLOTS):
         taken += _pack(
-            base, ids, offsets, places, image, first + tl.arange(0, BLOCK), taken, prefix, last,
+            base, ids, offsets, places, image, first + tl.arange(0, SLOTS), taken, least, last,
             N, K, H, W, HP, WP, WS, SHIFT,
         )  # fmt: skip
     if image == tl.num_programs(0) - 1:
@@ -109,92 +149,34 @@ def select_kernel(
 
 
 @triton.jit
-def _summed(parts, blocks, block, BINS: tl.constexpr):
-    """Counts of all blocks of an image, and of those before one."""
-    counts = tl.zeros([BINS], tl.int32)
-    early = tl.zeros([BINS], tl.int32)
-    for first in range(0, blocks, 16):
-        row = first + tl.arange(0, 16)
-        at = row[:, None] * BINS + tl.arange(0, BINS)[None, :]
-        found = tl.load(parts + at, mask=(row < blocks)[:, None], other=0)
-        counts += tl.sum(found, axis=0)
-        early += tl.sum(tl.where((row < block)[:, None], found, 0), axis=0)
-    return counts, early
-
-
-@triton.jit
-def count_kernel(
-    scores, parts, middle, above, known, N, K, H, W, HP, WP,
-    WS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Count keys by 10, 12 and 10 bits, in a launch each, among those that began as the K-th does.
-
-    A program per block and image. First and last counts are written block by block (B, blocks,
-    1024), those between are added up in ``middle`` (B, 4096), which the first launch clears.
-    ``known`` (B, 4) is the first bits of the K-th key and how many of those are left, twice.
-    """
-    block, image, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    base, known = scores + image.to(tl.int64) * N, known + 4 * image
-    own, sums = parts + image * blocks * 1024, middle + image * 4096 + tl.arange(0, 4096)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    _, valid, key = _in_order(base, i, H, W, HP, WP, WS, SHIFT)
-    if STEP == 0:
-        counts = tl.histogram((key >> 22).to(tl.int32), 1024, mask=valid)
-        if block == 0:
-            tl.store(sums, tl.zeros([4096], tl.int32))
-    if STEP == 1:
-        counts, _ = _summed(own, blocks, block, 1024)
-        best, left, _ = _reached(counts, K, 1024)
-        mine = valid & ((key >> 22).to(tl.int32) == best)
-        # A histogram of so many bins would take all registers; these bits are spread evenly.
-        at = middle + image * 4096 + ((key >> 10) & 4095).to(tl.int32)
-        tl.atomic_add(at, tl.full([BLOCK], 1, tl.int32), mask=mine, sem='relaxed')
-        if block == 0:
-            tl.store(known, best)
-            tl.store(known + 1, left)
-    if STEP == 2:
-        best, left, _ = _reached(tl.load(sums), tl.load(known + 1), 4096)
-        best += tl.load(known) << 12
-        start = (key >> 10).to(tl.int32)
-        counts = tl.histogram((key & 1023).to(tl.int32), 1024, mask=valid & (start == best))
-        tl.store(above + image * blocks + block, tl.sum((valid & (start > best)).to(tl.int32)))
-        if block == 0:
-            tl.store(known + 2, best)
-            tl.store(known + 3, left)
-    if STEP != 1:
-        tl.store(own + block * 1024 + tl.arange(0, 1024), counts)
+def cut_kernel(scores, known, N, K, BLOCK: tl.constexpr):
+    """What ``pack_kernel`` needs to know of each image; a program each."""
+    image = tl.program_id(0)
+    least, last = _cut(scores + image.to(tl.int64) * N, K, N, BLOCK)
+    tl.store(known + 2 * image, least)
+    tl.store(known + 2 * image + 1, last)
 
 
 @triton.jit
 def pack_kernel(
-    scores, parts, above, known, ids, offsets, places, N, K, H, W, HP, WP,
+    scores, known, ids, offsets, places, N, K, H, W, HP, WP,
     WS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pack the tokens of a block that are among the K best of an image, after ``count_kernel``."""
-    block, image, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    """Pack those of a block of an image that ``cut_kernel`` has found; a program each."""
+    block, image = tl.program_id(0), tl.program_id(1)
     base = scores + image.to(tl.int64) * N
-    bins = tl.arange(0, 1024)
-    counts, early = _summed(parts + image * blocks * 1024, blocks, block, 1024)
-    left = tl.zeros([1], tl.int32) + tl.load(known + 4 * image + 3)
-    best, left, equal = _reached(counts, left, 1024)
-    least = ((tl.load(known + 4 * image + 2) << 10) + best).to(tl.uint32, bitcast=True)
-    last = _last(base, least, left, equal, N, BLOCK)
-    taken = tl.zeros([1], tl.int32) + tl.sum(tl.where(bins > best, early, 0), axis=0)
-    for first in range(0, block, 1024):
-        row = first + bins
-        taken += tl.sum(tl.load(above + image * blocks + row, mask=row < block, other=0), axis=0)
-    # Of ties that are not all kept it must be seen which lie in the blocks before.
-    some = tl.sum((equal > left).to(tl.int32), axis=0)
-    taken += tl.sum(tl.where(bins == best, early, 0), axis=0) * (1 - some)
-    for first in range(block * some):
-        i = first * BLOCK + tl.arange(0, BLOCK)
+    least, last = tl.load(known + 2 * image), tl.load(known + 2 * image + 1)
+    before = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, block * BLOCK, BLOCK):
+        i = first + tl.arange(0, BLOCK)
         token, valid, key = _in_order(base, i, H, W, HP, WP, WS, SHIFT)
-        taken += tl.sum((valid & (key == least) & (token <= last)).to(tl.int32), axis=0)
+        before += (valid & ((key > least) | ((key == least) & (token <= last)))).to(tl.int32)
+    taken = tl.sum(before, axis=0)
     _pack(
         base, ids, offsets, places, image, block * BLOCK + tl.arange(0, BLOCK), taken, least, last,
         N, K, H, W, HP, WP, WS, SHIFT,
     )  # fmt: skip
-    if (image == tl.num_programs(1) - 1) & (block == blocks - 1):
+    if (image == tl.num_programs(1) - 1) & (block == tl.num_programs(0) - 1):
         tl.store(offsets + (image + 1) * (HP // WS) * (WP // WS), (image + 1) * K)
 
 
@@ -215,7 +197,8 @@ def select_in_windows_kernel(
     valid = (slot < WS * WS) & is_token(window, slot, H, W, HP, WP, WS, SHIFT)
     score = tl.load(scores + image.to(tl.int64) * N + token, mask=valid, other=0.0)
     # No two are equal: the number of the slot decides. The least one that is kept, bit by bit.
-    key = tl.where(valid, _order(score).to(tl.int64) * SLOTS + (SLOTS - slot), 0)
+    order = _order(score).to(tl.int64) + 0x80000000
+    key = tl.where(valid, order * SLOTS + (SLOTS - slot), 0)
     least = tl.zeros([1], tl.int64)
     one = tl.full([1], 1, tl.int64)
     for step in tl.static_range(BITS):
