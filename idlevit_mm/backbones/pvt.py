@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -18,7 +17,13 @@ from ..blocks import IdleBlock, Tokens, Work, layers, moves
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at
-from ..layers import AbsolutePositionEmbedding, MixFFN, SpatialReductionAttention, pad_to
+from ..layers import (
+    AbsolutePositionEmbedding,
+    EmbedPatches,
+    MixFFN,
+    SpatialReductionAttention,
+    pad_to,
+)
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
@@ -188,7 +193,7 @@ class IdlePyramidVisionTransformer(IdlePyramid):
         self.layers = ModuleList()
         for index in range(num_stages):
             channels = embed_dims * num_heads[index]
-            patch_embed = PatchEmbed(
+            patch_embed = EmbedPatches(
                 in_channels,
                 channels,
                 kernel_size=patch_sizes[index],

@@ -11,6 +11,7 @@ from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Relay, run_blocks
+from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, makes_anew, to_map
 from .base import IdleBackbone
 from .extents import Extents, ImgShapes
@@ -35,7 +36,7 @@ class IdlePyramid(IdleBackbone):
             (x,), record = run_blocks(blocks, x, hw_shape, ratios, *last)
             relay = relay.after
             records.append(record)
-            x = to_map(norm(x), hw_shape)
+            x = to_map(backend_at(x).norm(x, norm), hw_shape)
             if index in self.out_indices:
                 outs.append(x.contiguous())
         self.records = records

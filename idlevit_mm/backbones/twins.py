@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock
-from ..layers import ConditionalPositionEncoding, FeedForward, LocallyGroupedAttention
+from ..layers import ConditionalPositionEncoding, EmbedPatches, FeedForward, LocallyGroupedAttention
 from ..policies import KeepRatios, Plan
 from .base import GELU
 from .names import twins as names
@@ -131,7 +130,9 @@ class _Twins(IdlePyramid):
         for index, depth in enumerate(depths):
             channels = embed_dims[index]
             patch = dict(kernel_size=patch_sizes[index], stride=strides[index])
-            self.patch_embeds.append(PatchEmbed(in_channels, channels, norm_cfg=norm_cfg, **patch))
+            self.patch_embeds.append(
+                EmbedPatches(in_channels, channels, norm_cfg=norm_cfg, **patch)
+            )
             self.position_encoding_drops.append(nn.Dropout(drop_rate))
             self.position_encodings.append(ConditionalPositionEncoding(channels))
             in_channels = channels

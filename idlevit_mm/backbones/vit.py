@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.registry import MODELS
@@ -21,7 +20,7 @@ from ..blocks import IdleBlock, Tokens, Work, layers, moves, without_cells
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
-from ..layers import ConvStemEmbed, FeedForward, SelfAttention, resize_position_table
+from ..layers import ConvStemEmbed, EmbedPatches, FeedForward, SelfAttention, resize_position_table
 from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
@@ -210,7 +209,7 @@ class IdleVisionTransformer(PlainBackbone):
         else:
             patch = dict(kernel_size=patch_size, stride=patch_size, bias=patch_bias)
             patch_norm_cfg = norm_cfg if patch_norm else None
-            self.patch_embed = PatchEmbed(in_channels, channels, norm_cfg=patch_norm_cfg, **patch)
+            self.patch_embed = EmbedPatches(in_channels, channels, norm_cfg=patch_norm_cfg, **patch)
         self.pos_shape = table_size(shape['img_size'], patch_size)
         places = self.num_placed + math.prod(self.pos_shape)
         if with_cls_token:

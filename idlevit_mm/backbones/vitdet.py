@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.registry import MODELS
@@ -17,7 +16,13 @@ from torch import Tensor, nn
 from ..blocks import WindowBlock, Work, moves
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, in_tokens
-from ..layers import LayerNorm2d, RelativeAttention, resize_axis_table, resize_position_table
+from ..layers import (
+    EmbedPatches,
+    LayerNorm2d,
+    RelativeAttention,
+    resize_axis_table,
+    resize_position_table,
+)
 from ..policies import KeepRatios
 from .arguments import table_size
 from .base import GELU
@@ -158,7 +163,7 @@ class IdleViTDet(PlainBackbone):
         self.interpolate_mode = interpolate_mode
         self.single_output = single_output
         patch = dict(kernel_size=patch_size, stride=patch_size)
-        self.patch_embed = PatchEmbed(in_channels, channels, **patch)
+        self.patch_embed = EmbedPatches(in_channels, channels, **patch)
         self.pos_shape = table_size(pretrain_img_size or shape['img_size'], patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.pos_shape, channels))
         self.drop_after_pos = nn.Dropout(p=drop_rate)

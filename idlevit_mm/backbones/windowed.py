@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Relay, StageRecord, run_blocks
 from ..checkpoints import StateDict
 from ..converters import Size, in_tokens
-from ..kernels import is_plain
-from ..layers import MergePatches, makes_anew, resize_position_table, to_map
+from ..kernels import backend_at, is_plain
+from ..layers import EmbedPatches, MergePatches, makes_anew, resize_position_table, to_map
 from .base import IdleBackbone
 from .extents import Extents, ImgShapes
 
@@ -52,7 +51,7 @@ class SwinBackbone(IdleBackbone):
     ) -> None:
         """Add the patch embedding, and an absolute position table of a shape in tokens, if any."""
         patch = dict(kernel_size=patch_size, stride=patch_size)
-        self.patch_embed = PatchEmbed(in_channels, embed_dims, norm_cfg=norm_cfg, **patch)
+        self.patch_embed = EmbedPatches(in_channels, embed_dims, norm_cfg=norm_cfg, **patch)
         self.use_abs_pos_embed = pos_shape is not None
         if pos_shape is not None:
             self.pos_shape = pos_shape
@@ -116,7 +115,7 @@ class SwinBackbone(IdleBackbone):
             records.append(record)
             if index in self.out_indices:
                 norm = getattr(self, f'norm{index}')
-                outs.append(to_map(norm(x), hw_shape).contiguous())
+                outs.append(to_map(backend_at(x).norm(x, norm), hw_shape).contiguous())
         self.records = records
         return tuple(outs)
 

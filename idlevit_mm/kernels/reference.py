@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import Rows, on_device, window_layout
 from .convolution import ConvolveRows, depthwise
+from .plain import is_plain
 from .rows import put_rows, take_rows
 from .site import Site, site_of
 from .slots import WindowCore, attend_slots, attend_whole_windows, join_heads
@@ -89,6 +90,18 @@ class Reference:
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply weight (O, C), a part of a layer's: (..., C) to (..., O)."""
         return F.linear(x, weight, bias)
+
+    def norm(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """Apply a norm to tokens (B, T, C)."""
+        if not is_plain(layer, nn.LayerNorm):
+            return layer(x)
+        return self.layer_norm(x, layer.weight, layer.bias, layer.eps)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """LayerNorm of tokens (B, T, C) by scale and shift (C,), if there are any."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def by_tokens(
         self, function: Callable[[Tensor], Tensor], x: Tensor, width: int, training: bool = False

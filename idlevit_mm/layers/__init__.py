@@ -4,7 +4,7 @@ from ..ops import pad_to, to_map, to_tokens
 from .cosine_attention import ShiftCosineMSA
 from .ffn import FeedForward, MixFFN
 from .norm import LayerNorm2d
-from .patch import ConvStemEmbed, MergePatches, MergeThenNorm, makes_anew
+from .patch import ConvStemEmbed, EmbedPatches, MergePatches, MergeThenNorm, makes_anew
 from .position import (
     AbsolutePositionEmbedding,
     ConditionalPositionEncoding,

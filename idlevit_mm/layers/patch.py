@@ -5,7 +5,6 @@ Shape letters: B images, N tokens of the map (H * W), C channels.
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchEmbed, PatchMerging
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -13,6 +12,18 @@ from torch import Tensor, nn
 from ..kernels import backend_at, is_plain
 from ..ops import to_map, to_tokens
 from .position import AbsolutePositionEmbedding
+
+
+class EmbedPatches(PatchEmbed):
+    """mmcv's patch embedding, its norm by the backend's way."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embed images (B, 3, height, width) or a map: tokens (B, N, C) and (H, W)."""
+        x = self.projection(self.adaptive_padding(x) if self.adaptive_padding else x)
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.norm is not None:
+            tokens = backend_at(x).norm(tokens.contiguous(), self.norm)
+        return tokens, (x.shape[2], x.shape[3])
 
 
 class MergePatches(PatchMerging):
@@ -54,7 +65,7 @@ class MergePatches(PatchMerging):
             weight, bias = (
                 None if part is None else _token_by_token(part) for part in (norm.weight, norm.bias)
             )
-            cells = F.layer_norm(cells, norm.normalized_shape, weight, bias, norm.eps)
+            cells = backend_at(cells).layer_norm(cells, weight, bias, norm.eps)
         weight = _token_by_token(self.reduction.weight)
         return backend_at(cells).product(cells, weight, self.reduction.bias)
 
@@ -77,11 +88,12 @@ class MergeThenNorm(MergePatches):
 
     def _reduce(self, cells: Tensor) -> Tensor:
         weight = _token_by_token(self.reduction.weight)
-        return self.norm(backend_at(cells).product(cells, weight, self.reduction.bias))
+        backend = backend_at(cells)
+        return backend.norm(backend.product(cells, weight, self.reduction.bias), self.norm)
 
 
 _MAKERS = (
-    *(PatchEmbed, MergePatches, MergeThenNorm, AbsolutePositionEmbedding, AdaptivePadding),
+    *(EmbedPatches, MergePatches, MergeThenNorm, AbsolutePositionEmbedding, AdaptivePadding),
     *(nn.Conv2d, nn.Unfold, nn.LayerNorm, nn.Linear, nn.Dropout),
 )
 

@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--device', default='cuda', help='cpu tries everything out but the kernels')
     add('--out-dir', type=Path, default=Path('work_dirs/gpu'))
-    add('--models', nargs='+', default=['swin-t', 'pvt-s', 'pvtv2-b2'], choices=PRESETS)
+    add('--models', nargs='*', default=['swin-t', 'pvt-s', 'pvtv2-b2'], choices=PRESETS)
     add('--shapes', nargs='+', default=['800x1344', '512x512'], metavar='HxW')
     add('--batches', nargs='+', type=int, default=[2, 1], help='of each shape')
     add('--modes', nargs='+', default=MODES, choices=MODES)

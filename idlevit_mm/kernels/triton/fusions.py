@@ -11,6 +11,7 @@ from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
 from ...ops import Rows
+from ..backends import backend_at
 from ..plain import LINEAR, all_plain, is_plain, kind_of
 from ..site import site_of
 from . import layers, ops
@@ -42,13 +43,6 @@ def weights_of(norm: nn.Module) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
-def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm of tokens (B, N, C): PyTorch's takes five times as long where channels are few."""
-    if is_norm(norm) and x.ndim == 3 and x.is_contiguous() and infers(x):
-        return ops.take_norm(x, None, None, *weights_of(norm))
-    return norm(x)
-
-
 def are_idle(*drops: nn.Module) -> bool:
     """Whether layers leave all as it is."""
     return all(
@@ -77,7 +71,7 @@ def project(
         x = (
             layers.linear(x, ids, *weights_of(norm), None, None, False)
             if taken
-            else normed(norm, x)
+            else backend_at(x).norm(x, norm)
         )
         ids = None
     if gelu or ids is not None or weights[0] is not None:

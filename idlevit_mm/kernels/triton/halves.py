@@ -14,7 +14,7 @@ from ...ops import Extent, Rows, mean_inside, on_device
 from ..backends import backend_at
 from ..plain import LINEAR, is_plain, kind_of
 from . import layers, ops
-from .fusions import are_idle, infers, is_norm, mlp, normed, project, reduced, reduces, weights_of
+from .fusions import are_idle, infers, is_norm, mlp, project, reduced, reduces, weights_of
 
 # Side of the tiles that rows are sorted by where there are no windows: neighbours stay close.
 _TILE = 8
@@ -205,7 +205,7 @@ def _reduction(block: Any, tokens: Any, rows: Rows | None) -> tuple[Any, ...] | 
         if cells is None:
             (cells,) = reduced(block, x, tokens.hw_shape)
     else:
-        x, norm = normed(norm, x) if known is None else known, None
+        x, norm = backend_at(x).norm(x, norm) if known is None else known, None
         cells = attn.reduce(x, tokens.hw_shape)
     (weight, bias), channels = attn.weights(), x.shape[2]
     first, others = (None, None) if bias is None else (bias[:channels], bias[channels:])
