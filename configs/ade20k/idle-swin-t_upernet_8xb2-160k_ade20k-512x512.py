@@ -1,4 +1,9 @@
 _base_ = './upernet/idle-swin-t_upernet_8xb2-160k-dense_ade20k-512x512.py'
 
 # 70 % of the tokens from the beginning: not fine-tuned, but trained from the backbone's weights.
-model = dict(backbone=dict(keep_ratios=0.7, idle_where='pays'))
+model = dict(
+    backbone=dict(
+        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
+        idle_where='pays',
+    )
+)

@@ -22,7 +22,7 @@ class EmbedPatches(PatchEmbed):
         x = self.projection(self.adaptive_padding(x) if self.adaptive_padding else x)
         tokens = x.flatten(2).transpose(1, 2)
         if self.norm is not None:
-            tokens = backend_at(x).norm(tokens.contiguous(), self.norm)
+            tokens = backend_at(x).norm(tokens, self.norm)
         return tokens, (x.shape[2], x.shape[3])
 
 

@@ -464,12 +464,16 @@ def test_recipes_are_the_references(subtests: pytest.Subtests) -> None:
             assert differences(theirs, ours) == expected
 
 
+# All blocks but the first.
+RATIOS = {'model.backbone.keep_ratios': (1.0, ABSENT)} | {
+    f'model.backbone.keep_ratios.{key}': (ABSENT, value)
+    for key, value in dict(type='powers', keep_ratio=0.7, first_idle=1, groups=1).items()
+}
+
+
 def test_training_from_the_backbones_weights_changes_the_ratio_alone() -> None:
     for name, dense in FROM_BACKBONE.items():
-        changed = {
-            'model.backbone.keep_ratios': (1.0, 0.7),
-            'model.backbone.idle_where': (ABSENT, 'pays'),
-        }
+        changed = RATIOS | {'model.backbone.idle_where': (ABSENT, 'pays')}
         assert differences(read(dense), read(name)) == changed, name
 
 
@@ -482,7 +486,7 @@ def test_what_fine_tuning_changes(subtests: pytest.Subtests) -> None:
 
 def assert_fine_tuning(before: Config, after: Config, has_conv: bool) -> None:
     changes = differences(before, after)
-    assert changes.pop('model.backbone.keep_ratios') == (1.0, 0.7)
+    assert {key: changes.pop(key) for key in RATIOS} == RATIOS
     assert changes.pop('model.backbone.idle_where') == (ABSENT, 'pays')
     context = changes.pop('model.backbone.policy.context', None)
     assert context == ((ABSENT, 'summary') if has_conv else None)
@@ -533,7 +537,7 @@ def test_what_the_other_modes_change(subtests: pytest.Subtests) -> None:
         with subtests.test(dense):
             base = read(mode_of(dense, 'keep70'))
             assert differences(base, read(mode_of(dense, 'keep50'))) == {
-                'model.backbone.keep_ratios': (0.7, 0.5)
+                'model.backbone.keep_ratios.keep_ratio': (0.7, 0.5)
             }
             random = load(mode_of(dense, 'random'))
             drawing, distilling = random.custom_hooks
@@ -586,7 +590,9 @@ def assert_recipe_builds(name: str) -> None:
     cfg = load(name)
     with Uninitialised():
         model.backbone = MODELS.build(cfg.model.backbone)
-    assert model.backbone.keep_ratios == [[0.7] * depth for depth in model.backbone.depths]
+    ratios = [[0.7] * depth for depth in model.backbone.depths]
+    ratios[0][0] = 1.0
+    assert model.backbone.keep_ratios == [pytest.approx(stage) for stage in ratios]
     assert_builds(name, cfg, model)
 
 

@@ -52,8 +52,9 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any]]]:
         yield rows.sum_kernel, dict(tiles, STEPS=8)
         for norm in (False, True):
             yield rows.look_kernel, dict(tiles, DISTANCE=True, NORM=norm)
-        yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=False, NORM=True)
-        yield rows.rows_kernel, dict(tiles, GATHER=True, ADD=True, NORM=False)
+        for gather, add, norm, turned in ((1, 0, 1, 0), (1, 1, 0, 0), (0, 0, 1, 1)):
+            flags = dict(GATHER=gather, ADD=add, NORM=norm, TURNED=turned)
+            yield rows.rows_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}
         for copy, idle, active, add in ((0, 0, 1, 1), (1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 1, 0)):
             flags = dict(COPY=copy, IDLE=idle, ACTIVE=active, ADD=add, COUNT=not copy)
             yield rows.put_kernel, tiles | {name: bool(flag) for name, flag in flags.items()}

@@ -69,6 +69,9 @@ TEACHER = 'DENSE'  # stands for the path of the dense checkpoint
 _CUT = dict(type='TokenCutLoss', loss_weight=0.1)
 _DISTILL = dict(type='FeatureDistillation', teacher=dict(checkpoint=TEACHER), loss_weight=5.0)
 _IN_PLACE = dict(_DISTILL, teacher='student')
+_LOGITS = dict(
+    type='LogitDistillation', teacher=_DISTILL['teacher'], modules=('decode_head',), loss_weight=1.0
+)
 _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
 _SUMMARY = dict(_IDLEVIT, context='summary')
 _EVOVIT = dict(type='EvoViT')
@@ -82,6 +85,7 @@ METHODS = {
     'idlevit-summary+distill': Method(_SUMMARY, (_DISTILL,)),
     'evovit': Method(_EVOVIT),
     'evovit+distill': Method(_EVOVIT, (_DISTILL,)),
+    'evovit+distill+logits': Method(_EVOVIT, (_DISTILL, _LOGITS), tasks=('pvtv2-seg',)),
     # Drops for good, once per stage, as EViT does in three of twelve layers.
     'evit': Method(dict(type='EViT'), idles=_ENTRY),
     'sparsevit': Method(dict(type='SparseViT'), tasks=_SWIN),

@@ -5,7 +5,12 @@ _base_ = [
 
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/segformer/segformer_mit-b0_512x512_160k_ade20k/segformer_mit-b0_512x512_160k_ade20k_20210726_101530-8ffa8fda.pth'
 model = dict(
-    backbone=dict(keep_ratios=0.7, idle_where='pays', policy=dict(context='summary'), init_cfg=None)
+    backbone=dict(
+        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
+        idle_where='pays',
+        policy=dict(context='summary'),
+        init_cfg=None,
+    )
 )
 
 train_cfg = {{_base_.finetune.train_cfg}}

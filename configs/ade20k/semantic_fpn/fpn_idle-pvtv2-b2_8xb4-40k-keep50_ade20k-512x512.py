@@ -1,3 +1,3 @@
 _base_ = './fpn_idle-pvtv2-b2_8xb4-40k-keep70_ade20k-512x512.py'
 
-model = dict(backbone=dict(keep_ratios=0.5))
+model = dict(backbone=dict(keep_ratios=dict(keep_ratio=0.5)))

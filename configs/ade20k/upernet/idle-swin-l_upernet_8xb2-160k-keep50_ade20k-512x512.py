@@ -1,3 +1,3 @@
 _base_ = './idle-swin-l_upernet_8xb2-160k-keep70_ade20k-512x512.py'
 
-model = dict(backbone=dict(keep_ratios=0.5))
+model = dict(backbone=dict(keep_ratios=dict(keep_ratio=0.5)))

@@ -1,3 +1,3 @@
 _base_ = './dino-4scale_idle-swin-t_8xb2-12e-keep70_coco.py'
 
-model = dict(backbone=dict(keep_ratios=0.5))
+model = dict(backbone=dict(keep_ratios=dict(keep_ratio=0.5)))

@@ -1,3 +1,3 @@
 _base_ = './retinanet_idle-pvtv2-b5_fpn_1x-keep70_coco.py'
 
-model = dict(backbone=dict(keep_ratios=0.5))
+model = dict(backbone=dict(keep_ratios=dict(keep_ratio=0.5)))

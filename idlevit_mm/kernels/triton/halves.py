@@ -47,7 +47,12 @@ def choose(
         if tokens.centre is not None:
             mean, changes = centre = tokens.centre
         elif extent is None:
-            mean, changes = centre = tuple(ops.begin_mean(x))
+            # In one piece; that of tokens of no mean has changed by all of them.
+            parts = torch.zeros(3, len(x) * x.shape[2], dtype=torch.int32, device=x.device)
+            changes = parts[:2].flatten().view(torch.int64).view(len(x), -1)
+            mean = parts[2].view(torch.float32).view(len(x), -1)
+            centre = mean, changes
+            ops.add_up(x, changes)
         else:
             mean = mean_inside(x, hw_shape, extent).squeeze(1).float()
             changes = torch.zeros_like(mean, dtype=torch.int64)

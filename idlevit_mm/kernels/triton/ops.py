@@ -75,18 +75,14 @@ def _layout(hw_shape: list[int], window: int) -> tuple[int, int, int]:
 _STEPS = 8
 
 
-@operator(
-    lambda x: [x.new_empty(len(x), x.shape[2], dtype=d) for d in (torch.float32, torch.int64)]
-)
-def begin_mean(x: Tensor) -> list[Tensor]:
-    """Mean of tokens (B, N, C), as ``score_norm`` takes it: zeros, and all that was added since."""
-    shape, tiles = (len(x), x.shape[2]), _tiles(x.shape[2])
-    mean, sums = x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.int64)
+@operator(lambda *_: None, lambda x, sums: (size(x, sums), size(sums)), ('sums',))
+def add_up(x: Tensor, sums: Tensor) -> None:
+    """Add tokens (B, N, C) to sums (B, C), which ``score_norm`` takes for changes of the mean."""
+    tiles = _tiles(x.shape[2])
     with _on(x):
         rows.sum_kernel[(triton.cdiv(x.shape[1], tiles['BLOCK'] * _STEPS), len(x))](
             x, sums, x.shape[1], STEPS=_STEPS, **tiles
         )
-    return [mean, sums]
 
 
 def _looked(x: Tensor, mean: _Maybe, changes: _Maybe, weight: _Maybe, *_: Any) -> list[Tensor]:
@@ -177,10 +173,11 @@ def take_norm(
 ) -> Tensor:
     """Rows (B, K) of x (B, N, C), all where there are no ids, maybe plus a branch: (B, K, C).
 
-    With weights of a LayerNorm the norm of that.
+    With weights of a LayerNorm the norm of that. x may be a map (B, C, N) turned around, of which
+    all is taken.
     """
     out, tiles = _taken(x, ids), _tiles(x.shape[2])
-    total = out.shape[:2].numel()
+    total, turned = out.shape[:2].numel(), not x.is_contiguous()
     # All images may share the ids of one.
     ids = None if ids is None else ids.contiguous()
     with _on(x):
@@ -188,6 +185,7 @@ def take_norm(
             *(x, _or(ids, x), _or(branch, x), _or(weight, x), _or(bias, x), out),
             *(x.shape[1], out.shape[1], total, eps),
             **dict(tiles, GATHER=ids is not None, ADD=branch is not None, NORM=weight is not None),
+            TURNED=turned,
         )
     return out
 

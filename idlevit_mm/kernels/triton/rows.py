@@ -82,9 +82,9 @@ def look_kernel(
 def rows_kernel(
     x, ids, branch, weight, bias, out, N, K, R, eps,
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    GATHER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    GATHER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x, all or gathered, maybe plus a branch, maybe normalised."""
+    """Rows of x, all or gathered, maybe plus a branch, maybe normalised; TURNED, x is (B, C, N)."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, P)
     there = r < R
@@ -93,7 +93,10 @@ def rows_kernel(
         row = (r // K).to(tl.int64) * N + tl.load(ids + r, mask=there, other=0)
     seen = there[:, None] & (c < C)[None, :]
     packed = r.to(tl.int64)[:, None] * C + c[None, :]
-    v = tl.load(x + row[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
+    at = row[:, None] * C + c[None, :]
+    if TURNED:
+        at = (row // N * N * C + row % N)[:, None] + c[None, :] * N
+    v = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
     if ADD:
         v += tl.load(branch + packed, mask=seen, other=0.0).to(tl.float32)
     if NORM:
