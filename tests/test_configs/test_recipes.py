@@ -480,16 +480,14 @@ def test_training_from_the_backbones_weights_changes_the_ratio_alone() -> None:
 def test_what_fine_tuning_changes(subtests: pytest.Subtests) -> None:
     for dense in RECIPES:
         with subtests.test(dense):
-            has_conv = 'pvtv2' in dense or 'mit-' in dense
-            assert_fine_tuning(read(dense), read(mode_of(dense, 'keep70')), has_conv)
+            assert_fine_tuning(read(dense), read(mode_of(dense, 'keep70')))
 
 
-def assert_fine_tuning(before: Config, after: Config, has_conv: bool) -> None:
+def assert_fine_tuning(before: Config, after: Config) -> None:
     changes = differences(before, after)
     assert {key: changes.pop(key) for key in RATIOS} == RATIOS
     assert changes.pop('model.backbone.idle_where') == (ABSENT, 'pays')
-    context = changes.pop('model.backbone.policy.context', None)
-    assert context == ((ABSENT, 'summary') if has_conv else None)
+    assert changes.pop('model.backbone.policy.type') == (ABSENT, 'EvoViT')
     # All weights come with load_from.
     weights = before.model.backbone.init_cfg.checkpoint
     assert changes.pop('model.backbone.init_cfg.checkpoint') == (weights, ABSENT)

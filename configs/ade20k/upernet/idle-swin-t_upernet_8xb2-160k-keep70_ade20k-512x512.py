@@ -8,6 +8,7 @@ model = dict(
     backbone=dict(
         keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
         idle_where='pays',
+        policy=dict(type='EvoViT'),
         init_cfg=None,
     )
 )

@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
         idle_where='pays',
-        policy=dict(context='summary'),
+        policy=dict(type='EvoViT'),
         init_cfg=None,
     )
 )

@@ -1,10 +1,8 @@
 _base_ = '../fpn_idle-pvtv2_finetune_digits.py'
 
-# About a third of the backbone's multiply-adds saved: the first block dense, a summary of idle
-# tokens as context, and features taught by the dense model.
-model = dict(
-    backbone=dict(keep_ratios=[[1.0, 0.45], 0.45, 0.45, 0.45], policy=dict(context='summary'))
-)
+# A third of the backbone's multiply-adds saved: the first block dense, what idle tokens receive
+# that of their representative, and features taught by the dense model.
+model = dict(backbone=dict(keep_ratios=[[1.0, 0.47], 0.47, 0.47, 0.47], policy=dict(type='EvoViT')))
 custom_hooks = [
     dict(
         type='AuxiliaryLossHook',
