@@ -55,6 +55,9 @@ class QueryLogits(MeanQuery):
         return seen.mean_query.log().mean(dim=1)
 
 
+_CONVOLVE = ffn._convolve
+
+
 class _LastHidden:
     """What idle tokens were when they were last computed, in place of zeros in a convolution."""
 
@@ -69,28 +72,30 @@ class _LastHidden:
         part: slice,
         hw_shape: tuple[int, int],
         rows: Rows | None,
-        _: Tensor | None,
+        cells: Tensor | None,
     ) -> Tensor:
         """Hidden features (B, K, C) of active tokens, convolved among the last ones of all."""
+        if rows is not None and rows.ids.shape[1] != x.shape[1]:  # of a policy with summaries
+            return _CONVOLVE(x, conv, part, hw_shape, rows, cells)
         key, number = (hw_shape, part.start, x.shape[2]), hw_shape[0] * hw_shape[1]
         if key[1] in (None, 0):
             if conv in self.seen:  # another pass has begun
                 self.known, self.seen = {}, set()
             self.seen.add(conv)
         last, backend = self.known.get(key), backend_at(x)
-        if last is None or len(last) != len(x):
+        if last is None or len(last) != len(x) or last.device != x.device:
             last = x.new_zeros(len(x), number, x.shape[2])
         self.known[key] = x if rows is None else backend.put(last, rows, x)
-        cells = torch.arange(number, device=x.device)
+        own = torch.arange(number, device=x.device)
         bias = None if conv.bias is None else conv.bias[part]
-        return backend.convolve(x, last, conv.weight[part], bias, hw_shape, rows, cells)
+        return backend.convolve(x, last, conv.weight[part], bias, hw_shape, rows, own)
 
 
 @POLICIES.register_module()
 class RememberingIdleViT(IdleViT):
     """In PVTv2's convolution idle tokens are what they were in the last block that computed them.
 
-    From the moment that one is made, in all backbones of the process.
+    From the moment that one is made, in all backbones of the process without summaries.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
