@@ -74,7 +74,7 @@ def configurations() -> Iterator[tuple[Any, dict[str, Any]]]:
                 layout = dict(A=3, D=32, WS=side, SHIFT=shift, PADDED=is_padded, DENSE=dense)
                 yield (
                     windows.attention_kernel,
-                    dict(layout, TRAINS=False, **ops.attention_tiles(dense, 32)),
+                    dict(layout, TRAINS=False, **ops.attention_tiles(dense, 32, side)),
                 )
                 tiles = dict(TRAINS=True, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=3 - dense)
                 yield windows.attention_kernel, dict(layout, **tiles)

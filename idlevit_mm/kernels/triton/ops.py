@@ -251,9 +251,9 @@ def window_constants(
     return dict(A=num_heads, D=depth, WS=window, SHIFT=shift, PADDED=padded, DENSE=ids is None)
 
 
-def attention_tiles(dense: bool, depth: int) -> dict[str, int]:
+def attention_tiles(dense: bool, depth: int, window: int) -> dict[str, int]:
     """The fastest of ten on an H100, for windows of 49 slots, that spill nowhere."""
-    if dense and depth <= 64:
+    if dense and depth <= 64 and window <= 8:
         return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4)
     return dict(BLOCK_M=16, BLOCK_N=16, num_warps=max(depth // 64, 1))
 
@@ -280,7 +280,7 @@ def window_attention(
         windows.attention_kernel[(batch * number * num_heads,)](
             *(qkv, _or(ids, qkv), _or(offsets, qkv)),
             *(table, blank, out, out, *hw_shape, *padded, number, scale),
-            **dict(constants, TRAINS=False, **attention_tiles(ids is None, constants['D'])),
+            **dict(constants, TRAINS=False, **attention_tiles(ids is None, constants['D'], window)),
         )
     return out
 
