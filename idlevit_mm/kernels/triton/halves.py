@@ -47,7 +47,7 @@ def choose(
         if tokens.centre is not None:
             mean, changes = centre = tokens.centre
         elif extent is None:
-            # In one piece; that of tokens of no mean has changed by all of them.
+            # A mean of zero that has changed by all tokens; one launch clears both.
             parts = torch.zeros(3, len(x) * x.shape[2], dtype=torch.int32, device=x.device)
             changes = parts[:2].flatten().view(torch.int64).view(len(x), -1)
             mean = parts[2].view(torch.float32).view(len(x), -1)
