@@ -37,6 +37,7 @@ def choose(
         or scorer not in ('MeanDistance', 'ActivationNorm')
         or not all(is_plain(part, type(part)) for part in (policy, policy.scorer))
         or tokens.pack is not None
+        or hw_shape[0] * hw_shape[1] > ops.MOST_TOKENS
     ):
         return None
     tokens = tokens._replace(x=tokens.x.contiguous())

@@ -17,6 +17,8 @@ from . import rows, selection, windows
 _Maybe: TypeAlias = Tensor | None
 # Numbers of a tile of rows.
 _TILE = 4096
+# Tokens of an image that ``select`` can count, which has 21 bits for them.
+MOST_TOKENS = 2**21 - 1
 # Tokens of an image from which its packing, not its cut, is done by several programs.
 _MANY = 2**13
 # Scores that a program looks at together, and slots of windows that it packs.
