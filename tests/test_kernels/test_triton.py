@@ -243,6 +243,14 @@ def test_hooked_layers_are_called(kind):
 
 
 @inside
+def test_more_tokens_than_can_be_counted(monkeypatch):
+    monkeypatch.setattr(ops, 'MOST_TOKENS', 53)
+    monkeypatch.setattr(ops, 'select', None)
+    one_stage = dict(depths=(1,), num_heads=(1,), strides=(4,), out_indices=(0,))
+    assert_same(built(SWIN | one_stage, keep_ratios=0.5), image(SIZE))
+
+
+@inside
 @pytest.mark.parametrize('policy', [dict(context='summary'), dict(type='EViT')], ids=str)
 def test_images_share_ids_of_rows(policy):
     """Without padding in windows the rows that summaries are made of are one expanded tensor."""
