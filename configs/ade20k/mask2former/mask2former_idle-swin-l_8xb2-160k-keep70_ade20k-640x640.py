@@ -4,14 +4,7 @@ _base_ = [
 ]
 
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/mask2former/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640_20221203_235933-7120c214.pth'
-model = dict(
-    backbone=dict(
-        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
-        idle_where='pays',
-        policy=dict(type='EvoViT'),
-        init_cfg=None,
-    )
-)
+model = dict(backbone={{_base_.finetune.backbone}})
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00003))

@@ -4,14 +4,7 @@ _base_ = [
 ]
 
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/swin/upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K/upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K_20210531_112542-e380ad3e.pth'
-model = dict(
-    backbone=dict(
-        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
-        idle_where='pays',
-        policy=dict(type='EvoViT'),
-        init_cfg=None,
-    )
-)
+model = dict(backbone={{_base_.finetune.backbone}})
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.000018))

@@ -4,14 +4,7 @@ _base_ = [
 ]
 
 load_from = 'work_dirs/dino-4scale_idle-swin-t_8xb2-12e-dense_coco/epoch_12.pth'
-model = dict(
-    backbone=dict(
-        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
-        idle_where='pays',
-        policy=dict(type='EvoViT'),
-        init_cfg=None,
-    )
-)
+model = dict(backbone={{_base_.finetune.backbone}})
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00003))

@@ -4,14 +4,7 @@ _base_ = [
 ]
 
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_swin-t-p4-w7_fpn_fp16_ms-crop-3x_coco/mask_rcnn_swin-t-p4-w7_fpn_fp16_ms-crop-3x_coco_20210908_165006-90a4008c.pth'
-model = dict(
-    backbone=dict(
-        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
-        idle_where='pays',
-        policy=dict(type='EvoViT'),
-        init_cfg=None,
-    )
-)
+model = dict(backbone={{_base_.finetune.backbone}})
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00003))

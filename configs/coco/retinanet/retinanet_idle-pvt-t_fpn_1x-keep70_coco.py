@@ -1,14 +1,7 @@
 _base_ = ['./retinanet_idle-pvt-t_fpn_1x-dense_coco.py', '../../_base_/schedules/finetune_1x.py']
 
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/pvt/retinanet_pvt-t_fpn_1x_coco/retinanet_pvt-t_fpn_1x_coco_20210831_103110-17b566bd.pth'
-model = dict(
-    backbone=dict(
-        keep_ratios=dict(_delete_=True, type='powers', keep_ratio=0.7, first_idle=1, groups=1),
-        idle_where='pays',
-        policy=dict(type='EvoViT'),
-        init_cfg=None,
-    )
-)
+model = dict(backbone={{_base_.finetune.backbone}})
 
 train_cfg = {{_base_.finetune.train_cfg}}
 optim_wrapper = dict(optimizer=dict(lr=0.00003))
