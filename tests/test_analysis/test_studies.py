@@ -117,6 +117,17 @@ def test_a_level_out_of_reach_is_named(shares):
         variants.level_ratios('swin-det', 'evit', 0.9)
 
 
+@pytest.mark.parametrize('task', variants.TASKS)
+def test_ratios_that_were_found_save_what_they_are_for(task):
+    method = 'evovit-found+distill'
+    for level in (0.33, 0.45):
+        ratios = variants.level_ratios(task, method, level)
+        share = variants.operations(task, variants.METHODS[method].policy, ratios)
+        assert 0.95 - level < share < 1.005 - level  # never dearer than what it stands beside
+    with pytest.raises(UsageError, match=r'level=0\.2 .* allowed for .*: 0\.33, 0\.45'):
+        variants.level_ratios(task, method, 0.2)
+
+
 def test_bisection_stops_at_the_nearest_step():
     assert variants.nearest_ratio(lambda ratio: round(1000 * ratio), 670) == 0.67
     assert variants.nearest_ratio(lambda ratio: round(1000 * ratio), 1) == 0.001

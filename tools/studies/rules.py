@@ -1,17 +1,21 @@
 """Rules that were tried and are in no release: policies and a scorer for studies alone.
 
-Shape letters: B images, N tokens of the map, K active tokens, C hidden channels.
+Shape letters: B images, N tokens of the map, K active tokens, C channels (hidden ones where a
+convolution is meant).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from idlevit_mm.blocks.idle_block import IdleBlock
+from idlevit_mm.blocks.tokens import Pack, Tokens
 from idlevit_mm.kernels import backend_at
 from idlevit_mm.layers import ffn
 from idlevit_mm.ops import Rows, Units
-from idlevit_mm.policies import IdleViT, Plan
+from idlevit_mm.policies import EvoViT, IdleViT, Plan
 from idlevit_mm.policies.scorers import MeanQuery, Seen
 from idlevit_mm.registry import POLICIES, SCORERS
 
@@ -101,3 +105,71 @@ class RememberingIdleViT(IdleViT):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         setattr(ffn, '_convolve', _LastHidden())  # noqa: B010
+
+
+class _Giving:
+    """A policy that says itself what idle tokens receive, once a block has run."""
+
+    instead = False  # whether they receive nothing from their representatives then
+
+    def added(self, x: Tensor, pack: Pack) -> Tensor:
+        """What all tokens (B, N, C) receive; computed ones are put over it."""
+        raise NotImplementedError
+
+
+_SETTLED = IdleBlock.settled
+
+
+def _settled(block: IdleBlock, tokens: Tokens) -> Tensor:
+    pack, policy = tokens.pack, block.policy
+    if isinstance(policy, _Giving) and pack is not None and pack.rows is not None:
+        if policy.instead:
+            pack = pack._replace(plan=pack.plan.but(spread=False))
+        tokens = tokens._replace(x=tokens.x + policy.added(tokens.x, pack), pack=pack)
+    return _SETTLED(block, tokens)
+
+
+setattr(IdleBlock, 'settled', _settled)  # noqa: B010
+
+
+@POLICIES.register_module()
+class MixingEvoViT(_Giving, EvoViT):
+    """Idle tokens receive what representatives received, mixed by likeness to them.
+
+    The many-to-many mix of Token Transforming (arXiv 2506.05709) between idle tokens and the
+    representatives of cells.
+    """
+
+    instead = True
+
+    def added(self, x: Tensor, pack: Pack) -> Tensor:
+        assert pack.rows is not None
+        count = pack.rows.ids.shape[1]
+        before, now = pack.before[:, count:], pack.now[:, count:]
+        likeness = functional.normalize(x, dim=2) @ functional.normalize(before, dim=2).mT
+        return (10 * likeness).softmax(dim=2) @ (now - before)
+
+
+class _Fast(_Giving):
+    """Idle tokens receive what two small layers make of their norm, which begins at nothing."""
+
+    def __init__(self, embed_dims: int, **kwargs: Any) -> None:
+        super().__init__(embed_dims, **kwargs)
+        self.down = nn.Linear(embed_dims, embed_dims // 8)
+        self.up = nn.Linear(embed_dims // 8, embed_dims)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def added(self, x: Tensor, pack: Pack) -> Tensor:
+        x = functional.layer_norm(x, x.shape[2:])
+        return self.up(functional.gelu(self.down(x)))
+
+
+@POLICIES.register_module()
+class FastIdleViT(_Fast, IdleViT):
+    """IdleViT whose idle tokens receive a cheap update of their own."""
+
+
+@POLICIES.register_module()
+class FastEvoViT(_Fast, EvoViT):
+    """Evo-ViT whose idle tokens receive a cheap update of their own besides."""

@@ -76,8 +76,28 @@ _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
 _SUMMARY = dict(_IDLEVIT, context='summary')
 _EVOVIT = dict(type='EvoViT')
 _SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
-TRIED = 'AgedIdleViT', 'BlendedIdleViT', 'RememberingIdleViT', 'query_logits'  # of rules.py
-_ENTRY, _ODD = 'stage entry', 'stages 1 and 3'
+# Of rules.py.
+TRIED = (
+    *('AgedIdleViT', 'BlendedIdleViT', 'RememberingIdleViT', 'query_logits'),
+    *('MixingEvoViT', 'FastIdleViT', 'FastEvoViT'),
+)
+_ENTRY, _ODD, _FOUND = 'stage entry', 'stages 1 and 3', 'found'
+# Ratios that do the dense checkpoints the least damage: by tools/search.py, with Evo-ViT, on
+# training images. Commands: docs/studies/one_frame.md.
+FOUND = {
+    'swin-det': {
+        0.33: [[1.0, 1.0], [0.5, 1.0], [0.4, 0.2], [0.3, 0.1]],
+        0.45: [[0.6, 1.0], [0.5, 0.6], [0.4, 0.2], [0.1, 0.1]],
+    },
+    'pvtv2-det': {
+        0.33: [[1.0, 0.8], [0.6, 0.6], [0.5, 0.2], [0.1, 0.1]],
+        0.45: [[0.8, 0.5], [0.5, 0.5], [0.2, 0.1], [0.1, 0.1]],
+    },
+    'pvtv2-seg': {
+        0.33: [[1.0, 0.6], [0.6, 0.6], [0.5, 0.5], [0.1, 0.1]],
+        0.45: [[0.6, 0.4], [0.4, 0.5], [0.4, 0.4], [0.1, 0.1]],
+    },
+}
 METHODS = {
     'idlevit': Method(_IDLEVIT),
     'idlevit+distill': Method(_IDLEVIT, (_DISTILL,)),
@@ -108,6 +128,13 @@ METHODS |= {
     'idlevit-last-hidden': Method(dict(_IDLEVIT, type='RememberingIdleViT'), tasks=_PVTV2),
     # PVTv2 would save less than a third so.
     'idlevit-odd-stages': Method(_IDLEVIT, idles=_ODD, tasks=_SWIN),
+    'evovit-found+distill': Method(_EVOVIT, (_DISTILL,), idles=_FOUND),
+    'idlevit-found+distill': Method(_IDLEVIT, (_DISTILL,), idles=_FOUND),
+    'evovit-mixing+distill': Method(
+        dict(type='MixingEvoViT', summary_size=8), (_DISTILL,), tasks=_PVTV2
+    ),
+    'idlevit-fast+distill': Method(dict(_IDLEVIT, type='FastIdleViT'), (_DISTILL,)),
+    'evovit-fast+distill': Method(dict(type='FastEvoViT'), (_DISTILL,)),
     'evovit-contrast': Method(dict(_EVOVIT, scorer='local_contrast')),
     'learned': Method(dict(_IDLEVIT, scorer='learned')),
     'learned-importance': Method(
@@ -236,9 +263,16 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
     """Keep ratios with which a method saves a share of the dense backbone's multiply-adds.
 
     Raises:
-        UsageError: it cannot come near to the level.
+        UsageError: it cannot come near to the level, or none was searched for it.
     """
     policy, idles = METHODS[method].policy, METHODS[method].idles
+    if idles == _FOUND:
+        if level not in FOUND[task]:
+            raise UsageError(
+                f'level={level:g} was not searched for {task}; allowed for {method}: '
+                f'{", ".join(map(str, FOUND[task]))}'
+            )
+        return FOUND[task][level]
     depths = _backbone(task, 'null').depths
     ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, idles)), 1 - level)
     saved = 1 - operations(task, policy, spread(ratio, depths, idles))
