@@ -233,6 +233,8 @@ def write_config(args: argparse.Namespace, keep: Any, out: Path, trials: Trials)
     config, budget = Path(args.config).absolute(), args.latency or args.multiply_adds
     before, wanted = load_config(args.config).to_dict(), trials.cfg.to_dict()
     wanted['model']['backbone']['keep_ratios'] = plain(keep)
+    # The images that a search looks at are not those that the model is tested on ever after.
+    wanted |= {key: before[key] for key in ('test_dataloader', 'test_evaluator') if key in before}
     # Lists are replaced as a whole.
     before['model']['backbone']['keep_ratios'] = None
     write_heir(config, out, before, wanted, f'{config.name} for {budget}, by tools/search.py')

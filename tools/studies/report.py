@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
@@ -67,13 +67,11 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
     rows = []
     for row in chosen.sort_values([*order], ascending=[*order.values()]).itertuples():
         dense = row.method == 'dense'
-        blocks = row.ratios if isinstance(row.ratios, list) else [[row.ratios]]
-        ratios, late = np.hstack(blocks), not dense and blocks[0][0] == 1.0
         half = f' ± {row.half:.2f}' if len(row.seeds) > 1 else ''
         cells = [
             row.method,
             f'-{100 * row.level:g} %' if row.level else '–',
-            f'{ratios.min():g}' + ' from block 1' * late,
+            '1' if dense else keep_of(row.ratios),
             f'{row.share:.3f}',
             f'{row.score:.2f}',
             '–' if dense else f'{row.gain:+.2f}{half}',
@@ -82,6 +80,21 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
         rows.append(cells)
     columns = ['method', 'level', 'keep', 'multiply-adds', TASKS[task].unit, 'against dense']
     return tabulate(rows, [*columns, 'each seed'], 'pipe', disable_numparse=True)
+
+
+def keep_of(ratios: float | list[list[float]]) -> str:
+    """Keep ratios as a table has them: the one of all idle blocks, or those of each stage."""
+    stages = ratios if isinstance(ratios, list) else [[ratios]]
+    first, *rest = chain(*stages)
+    late = ' from block 1' * (first == 1.0)
+    if len(idle := {ratio for ratio in (first, *rest) if ratio < 1.0} or {1.0}) == 1:
+        return f'{idle.pop():g}{late}'
+    return ', '.join('/'.join(f'{ratio:g}' for ratio in unique(stage)) for stage in stages)
+
+
+def unique(stage: list[float]) -> list[float]:
+    """The ratios of a stage; a single one where all are equal."""
+    return stage[:1] if len(set(stage)) == 1 else stage
 
 
 def serves(method: str) -> bool:
