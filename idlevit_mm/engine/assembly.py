@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .settings import with_likely_word
 # What a head raises that gets other maps than it was built for.
 _MISFITS = (RuntimeError, ValueError, AssertionError, IndexError)
 _SHORT = 80
-_HEADS = ('bbox_head', 'rpn_head', 'decode_head', 'auxiliary_head')
+_HEADS = re.compile(r'(bbox|rpn|decode|auxiliary)_head(\.\d+)?')
 
 
 def assembled(build: Callable[[], nn.Module], config: Any) -> nn.Module:
@@ -100,8 +101,7 @@ def _check_joints(model: Any, prefix: str) -> None:
             f'has {len(mean)} entries, one for each channel of an image'
         )
     # What somebody's own family or subclass returns need not be as wide as its blocks.
-    own = type(backbone).forward.__module__.startswith('idlevit_mm.')
-    if not own:
+    if not type(backbone).forward.__module__.startswith('idlevit_mm.'):
         return
     widths = [stage[0].embed_dims for stage in backbone.idle_blocks]
     maps = [widths[index if len(widths) > 1 else 0] for index in backbone.out_indices]
@@ -122,7 +122,10 @@ def _check_joints(model: Any, prefix: str) -> None:
         if not isinstance(number, int) or not isinstance(width, int):
             return
         maps, source = [width] * number, f'{prefix}neck (num_outs={number})'
-    for name, head in _heads(model, prefix):
+    for name, head in model.named_modules():
+        if not _HEADS.fullmatch(name) or isinstance(head, nn.ModuleList):
+            continue
+        name = f'{prefix}{name}'
         wanted, index = getattr(head, 'in_channels', None), getattr(head, 'in_index', None)
         if isinstance(index, int):
             index, wanted = [index], [wanted]
@@ -168,15 +171,6 @@ def _check_windows(test_cfg: Any, prefix: str) -> None:
                 f'{prefix}test_cfg.{name}={value!r}; allowed with mode=slide: (height, width) in '
                 'whole numbers from 1 on'
             )
-
-
-def _heads(model: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name in _HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.ModuleList):
-            yield from ((f'{prefix}{name}.{number}', one) for number, one in enumerate(head))
-        elif head is not None:
-            yield f'{prefix}{name}', head
 
 
 def _check_joint(

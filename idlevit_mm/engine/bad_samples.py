@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest import mock
 
@@ -205,12 +205,12 @@ def guard(
     dataset: Any,
     training: bool,
     model: torch.nn.Module | None = None,
-    limits: Mapping[str, Any] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Guard mmengine's pipelines, of a data set and of those inside it, against unusable images.
 
-    ``limits`` may have ``max_pixels``. Labels that the data set or a part of the model ignores are
-    none of a class.
+    Images of more than ``max_pixels`` are such. Labels that the data set or a part of the model
+    ignores are none of a class.
     """
     parts = [] if model is None else list(model.modules())
     for leaf in leaves(dataset):
@@ -225,5 +225,5 @@ def guard(
                 number,
                 ignored,
                 str(getattr(leaf, 'ann_file', '')),
-                (limits or {}).get('max_pixels', MAX_PIXELS),
+                max_pixels,
             )

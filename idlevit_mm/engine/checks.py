@@ -122,11 +122,9 @@ def _check_dataset(dataset: dict, key: str, scope: str | None) -> None:
         return
     if dataset.get('download', _downloads(dataset.get('type'), scope)):
         return
-    inside = {'ann_file': dataset.get('ann_file')}
     prefix = dataset.get('data_prefix')
-    if isinstance(prefix, str):
-        inside['data_prefix'] = prefix
-    elif isinstance(prefix, dict):
+    inside = {'ann_file': dataset.get('ann_file'), 'data_prefix': prefix}
+    if isinstance(prefix, dict):
         inside |= {f'data_prefix.{name}': value for name, value in prefix.items()}
     paths = {'data_root': root}
     for name, value in inside.items():
@@ -285,6 +283,7 @@ def check_weights(
         raise UsageError(f'checkpoint {path} holds no weights')
 
     report = compare(wanted, given)
+    shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
     backbone = sorted(name for name in wanted if name.startswith(BACKBONE))
     if backbone and not set(report.matched) & set(backbone):
         bare = given.keys() & {name.removeprefix(BACKBONE) for name in backbone}
@@ -295,13 +294,11 @@ def check_weights(
             )
         else:
             advice = 'It belongs to another model'
-        shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
         held = f'has other shapes than the model: {shapes}' if shapes else shortened(list(given))
         raise UsageError(
             f'checkpoint {path} shares no backbone weights with the model: it holds '
             f'{held}; the model has {shortened(backbone)}. {advice}'
         )
-    shapes = shortened(with_shapes(report.mismatched, 'but the model has'))
     if purpose == 'load_from':
         return [f'{path} does not fit everywhere; initialised anew: {shapes}'] if shapes else []
     missing = [name for name, _ in model.named_parameters() if name not in given]

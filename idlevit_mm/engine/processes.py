@@ -61,12 +61,10 @@ def place_process(launcher: str) -> None:
     if absent := [name for name in names if name not in env]:
         problem = f'--launcher {launcher} without {absent[0]} in the environment'
         raise UsageError(f'{problem}: start it by {_STARTERS[launcher]}')
-    for ours, theirs in zip(LAUNCHERS['pytorch'][:3], names, strict=False):
-        env[ours] = env[theirs]
-    place = [(name, env[name]) for name in LAUNCHERS['pytorch'][:3]]
-    for (name, value), least in zip(place, (0, 1, 0), strict=True):
+    for ours, theirs, least in zip(LAUNCHERS['pytorch'], names, (0, 1, 0), strict=False):
+        value = env[ours] = env[theirs]
         if not value.isdecimal() or int(value) < least:
-            raise UsageError(f'{name}={value!r} must be a whole number from {least} on')
+            raise UsageError(f'{ours}={value!r} must be a whole number from {least} on')
     if int(env['RANK']) >= int(env['WORLD_SIZE']):
         largest = int(env['WORLD_SIZE']) - 1
         raise UsageError(

@@ -18,19 +18,17 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import SettingError, UsageError, one_line
 from ..hooks import ExactResumeHook, OrderlyEndHook
 from ..hooks.atomic_checkpoint import provisional_name
 from ..hooks.replay import ReplayDataLoader, run_seed
 from .assembly import assembled
-from .bad_samples import guard
+from .bad_samples import MAX_PIXELS, guard
 from .checks import class_of, find_resumable
 from .data_sets import check_built, naming_the_data
-from .first import build_first
+from .first import build_first, first_step
 from .mends import mend_class_weights
-from .rehearsal import first_step
 from .settings import naming, part_of
 from .sharding import FullyShardedModel, ShardHook, optimizers_of
 from .start import locked
@@ -233,18 +231,19 @@ class ResumableRunner(Runner):
                 diff_rank_seed=self._randomness_cfg.get('diff_rank_seed', False),
             )
         check_built(loader.dataset, self.model, phase)
-        guard(loader.dataset, phase == 'train', self.model, part_of(self.cfg, 'env_cfg'))
-        if isinstance(loader, DataLoader) and loader.drop_last and not len(loader):
+        max_pixels = part_of(self.cfg, 'env_cfg').get('max_pixels', MAX_PIXELS)
+        guard(loader.dataset, phase == 'train', self.model, max_pixels)
+        if loader.drop_last and not len(loader):
             raise SettingError(
                 f'{phase}_dataloader.batch_size={loader.batch_size} with drop_last=True, but '
                 f'{len(loader.dataset)} images make no whole batch'
             )
-        if isinstance(loader, DataLoader) and loader.num_workers > 0:
+        if loader.num_workers > 0:
             # A worker that finds no shared memory says nothing, and its batch never comes.
             loader.timeout = loader.timeout or _LONGEST_WAIT
             loader.worker_init_fn = functools.partial(_apart, loader.worker_init_fn)
         # Iterable data sets and loaders without batches have no index to tie a seed to.
-        if phase == 'train' and isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+        if phase == 'train' and loader.batch_sampler is not None:
             loader = ReplayDataLoader.from_loader(loader, run_seed(self), get_rank())
         # The loop takes the built loader; scale_lr and others still read the config.
         return mock.patch.object(self, name, loader)

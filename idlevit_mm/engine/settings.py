@@ -24,6 +24,7 @@ _KEYS = {
     *('runner_type', 'model_wrapper_cfg', 'custom_imports', 'activation_checkpointing', 'compile'),
     *('efficient_conv_bn_eval', 'find_unused_parameters', 'tta_model', 'tta_pipeline'),
 }
+_PHASES = ('train', 'val', 'test')
 _TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ('resume', (bool,), 'True or False; --resume takes a path'),
     ('load_from', (str,), 'a path or an address'),
@@ -32,13 +33,17 @@ _TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     *((key, (Mapping,), 'a dict') for key in ('default_hooks', 'env_cfg', 'randomness')),
     ('compile', (bool, Mapping), 'True, False or a dict'),
 )
-_LOADER = dict(batch_size=1, num_workers=0)
+# Parts that must be dicts, or what is built of them.
+_DICTS = (
+    *(f'{phase}_dataloader{inside}' for phase in _PHASES for inside in ('', '.dataset')),
+    'optim_wrapper',
+)
 # Least value of whole numbers, by the part that they are in.
 _WHOLE: dict[str, dict[str, int]] = {
     'train_cfg': dict(max_epochs=1, max_iters=1, val_interval=1, val_begin=0),
     'optim_wrapper': dict(accumulative_counts=1),
     'env_cfg': dict(max_pixels=1),
-    **dict.fromkeys(('train_dataloader', 'val_dataloader', 'test_dataloader'), _LOADER),
+    **{f'{phase}_dataloader': dict(batch_size=1, num_workers=0) for phase in _PHASES},
 }
 # Names that mmengine passes over where they are misspelt, by the part that they are in.
 _NAMES = {
@@ -68,18 +73,13 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
         if hint := likely(key, known, 0.9 if len(key) > 7 else 0.8):
             raise UsageError(f'{key} is no setting of a training{hint}')
     for key, allowed, what in _TYPES:
-        holder, _, name = key.rpartition('.')
-        value = (part_of(cfg, holder) if holder else cfg).get(name)
+        value = _value_of(cfg, key)
         if not isinstance(value, (*allowed, type(None))):
             raise UsageError(f'{key}={value!r} must be {what}')
-    for phase in ('train', 'val', 'test'):
-        name = f'{phase}_dataloader'
-        for key, value in (
-            (name, cfg.get(name)),
-            (f'{name}.dataset', part_of(cfg, name).get('dataset')),
-        ):
-            _check_dict(key, value)
-    _check_dict('optim_wrapper', cfg.get('optim_wrapper'))
+    for key in _DICTS:
+        value = _value_of(cfg, key)
+        if isinstance(value, (str, Real, list, tuple)):
+            raise UsageError(f'{key}={value!r} must be a dict')
     for key, least in _WHOLE.items():
         for name in least.keys() & part_of(cfg, key).keys():
             check_number(f'{key}.{name}', cfg[key][name], least[name])
@@ -103,12 +103,13 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
             'train_dataloader.sampler.type=InfiniteSampler never ends the epochs that train_cfg '
             'counts: use DefaultSampler, or train_cfg=dict(by_epoch=False, max_iters=...)'
         )
-    scope = cfg.get('default_scope')
-    _check_arguments('train_cfg', train, LOOPS, default, ('by_epoch',), scope)
-    _check_arguments('val_cfg', cfg.get('val_cfg'), LOOPS, ValLoop, (), scope)
-    _check_arguments('test_cfg', cfg.get('test_cfg'), LOOPS, TestLoop, (), scope)
-    wrapper = cfg.get('model_wrapper_cfg')
-    _check_arguments('model_wrapper_cfg', wrapper, MODEL_WRAPPERS, None, (), scope)
+    for key, registry, usual, more in (
+        ('train_cfg', LOOPS, default, ('by_epoch',)),
+        ('val_cfg', LOOPS, ValLoop, ()),
+        ('test_cfg', LOOPS, TestLoop, ()),
+        ('model_wrapper_cfg', MODEL_WRAPPERS, None, ()),
+    ):
+        _check_arguments(key, cfg.get(key), registry, usual, more, cfg.get('default_scope'))
 
 
 @contextlib.contextmanager
@@ -129,10 +130,14 @@ def naming(key: str) -> Iterator[None]:
 
 def part_of(cfg: Mapping[str, Any] | Config, key: str) -> Mapping[str, Any]:
     """The part of a config of a dotted name; an empty one where there is none."""
-    found: Any = cfg
-    for name in key.split('.'):
-        found = found.get(name) if isinstance(found, (Mapping, Config)) else None
+    found = _value_of(cfg, key)
     return found if isinstance(found, Mapping) else {}
+
+
+def _value_of(cfg: Any, key: str) -> Any:
+    for name in key.split('.'):
+        cfg = cfg.get(name) if isinstance(cfg, (Mapping, Config)) else None
+    return cfg
 
 
 def check_number(key: str, value: Any, least: float = -math.inf, whole: bool = True) -> None:
@@ -145,12 +150,6 @@ def check_number(key: str, value: Any, least: float = -math.inf, whole: bool = T
     if not number >= least or (whole and number % 1):
         what = f'a {"whole " if whole else ""}number'
         raise SettingError(f'{key}={value!r} must be {what} from {least:g} on')
-
-
-def _check_dict(key: str, value: Any) -> None:
-    """Check a part of a config that may also be built already."""
-    if isinstance(value, (str, Real, list, tuple)):
-        raise UsageError(f'{key}={value!r} must be a dict')
 
 
 def _check_names(key: str, part: Any, names: Collection[str]) -> None:

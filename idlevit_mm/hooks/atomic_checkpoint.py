@@ -133,9 +133,7 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.message_hub.update_info(_INTERIM, interim)
             if outdated not in (None, name):
                 self.file_backend.remove(self.file_backend.join_path(self.out_dir, outdated))
-            super(AtomicCheckpointHook, self)._save_checkpoint_with_step(
-                _TellsAll(runner), step, meta
-            )
+            super(AtomicCheckpointHook, self)._save_checkpoint_with_step(runner, step, meta)
 
         if self._succeeds('last', name, write, runner):
             self._saved_at, self._interim = at, interim
@@ -148,7 +146,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 f'default_hooks.checkpoint.save_best={unknown[0]!r} is no score of this '
                 f'validation; allowed: auto, {", ".join(metrics)}. Go on with --resume'
             )
-        write = functools.partial(super()._save_best_checkpoint, _TellsAll(runner), metrics)
+        write = functools.partial(super()._save_best_checkpoint, runner, metrics)
         self._succeeds('best', 'of the best score', write, runner)
 
     def _succeeds(self, kind: str, name: str, write: Callable[[], None], runner: Any) -> bool:
@@ -159,18 +157,20 @@ class AtomicCheckpointHook(CheckpointHook):
         # A shard may be all right where that of another process is not.
         bad = next(filter(None, all_gather_object(_not_finite(runner.model))), None)
         problems = [f'the weights are not finite ({bad})' if bad else None]
-        self.file_backend = later = _DeletesLater(backend)
+        outdated: list[str] = []
         try:
             if bad is None:
-                write()
+                with (  # some backends cannot delete, and need not
+                    mock.patch.object(backend, 'remove', outdated.append, create=True),
+                    mock.patch.object(runner, 'save_checkpoint', _together(runner.save_checkpoint)),
+                ):
+                    write()
         except OSError as error:
             problems = [f'{error.strerror or error} ({self.out_dir})']
-        finally:
-            self.file_backend = backend
         broadcast_object_list(problems)
         if problems[0] is None:
             self._unwritten.pop(kind, None)
-            for path in later.outdated if is_main_process() else ():
+            for path in outdated if is_main_process() else ():
                 try:
                     if backend.isfile(path):
                         backend.remove(path)
@@ -188,36 +188,21 @@ class AtomicCheckpointHook(CheckpointHook):
         return False
 
 
-class _TellsAll:
-    """A runner whose checkpoints all processes fail to write if the main process does."""
+def _together(save: Callable[..., None]) -> Callable[..., None]:
+    """Let a function that writes a checkpoint fail on all processes if it does on the main one."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(save)
+    def together(*args: Any, **kwargs: Any) -> None:
         problems: list[OSError | None] = [None]
         try:
-            self._runner.save_checkpoint(*args, **kwargs)
+            save(*args, **kwargs)
         except OSError as error:
             problems = [error]
         broadcast_object_list(problems)
         if problems[0] is not None:
             raise problems[0]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-
-class _DeletesLater:
-    """A file backend that notes what is to be deleted; everything else is done."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self.outdated: list[str] = []
-        self.remove = self.outdated.append
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+    return together
 
 
 def _not_finite(model: torch.nn.Module) -> str | None:

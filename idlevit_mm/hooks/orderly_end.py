@@ -18,11 +18,8 @@ from ..errors import DivergenceError
 from .atomic_checkpoint import AtomicCheckpointHook
 from .exact_resume import ExactResumeHook
 
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
-    if hasattr(signal, name)
-)
+# Not every system has all of them.
+SIGNALS = [one for one in signal.Signals if one.name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')]
 _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 # torchrun hands on to its processes what a terminal or Slurm has told them already.
 _SAME_WISH = 2.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds

@@ -54,7 +54,7 @@ class FeatureDistillation(AuxiliaryLoss):
         tokens: str = 'map',
     ) -> None:
         super().__init__(loss_weight, name)
-        check_description(teacher)
+        self.described = check_description(teacher)
         if tokens not in TOKENS:
             raise ValueError(f'tokens={tokens!r} is unknown; allowed: {", ".join(TOKENS)}')
         if tokens != 'map' and stages is not None:
@@ -65,14 +65,13 @@ class FeatureDistillation(AuxiliaryLoss):
             or any(not isinstance(stage, int) or stage < 0 for stage in stages)
         ):
             raise ValueError(f'stages={stages!r} must be None or places among the outputs from 0')
-        self.description = teacher
         self.stages, self.tokens = stages, tokens
         self.names: tuple[str, ...] = ()
         # The norm of each backbone that has the tokens.
         self.norms: dict[str, str] = {}
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
-        self.teacher = teachers.get(self.description)
+        self.teacher = teachers.get(self.described)
         self.names = tuple(backbones)
         for name, backbone in backbones.items():
             outputs = len(backbone.out_indices)
@@ -81,7 +80,8 @@ class FeatureDistillation(AuxiliaryLoss):
                     f'stages={tuple(self.stages)} must lie in 0 to {outputs - 1}: {name} has '
                     f'{outputs} outputs'
                 )
-            if self.tokens == 'class' or (self.tokens == 'kept' and _has_class(backbone)):
+            has_class = backbone.idle_blocks[0][0].num_class > 0
+            if self.tokens == 'class' or (self.tokens == 'kept' and has_class):
                 user = f'FeatureDistillation with tokens={self.tokens!r}'
                 self.norms[name] = last_norm(backbone, name, user)
         wanted = (*self.names, *self.norms.values())
@@ -150,17 +150,16 @@ class LogitDistillation(AuxiliaryLoss):
         name: str = 'loss_distill_logits',
     ) -> None:
         super().__init__(loss_weight, name)
-        check_description(teacher)
+        self.described = check_description(teacher)
         if isinstance(modules, str) or not modules or not all(isinstance(m, str) for m in modules):
             raise TypeError(f"modules={modules!r} must be names of heads, such as ('bbox_head',)")
         if not temperature > 0:
             raise ValueError(f'temperature={temperature} must be above 0')
-        self.description = teacher
         self.names = tuple(modules)
         self.temperature = temperature
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
-        self.teacher: Teacher = teachers.get(self.description)
+        self.teacher: Teacher = teachers.get(self.described)
         find_modules(model, self.names, 'modules', 'model')
         find_modules(self.teacher.model, self.names, 'modules', 'teacher')
         if not hasattr(self.teacher.model, 'extract_feat'):
@@ -185,10 +184,6 @@ class LogitDistillation(AuxiliaryLoss):
             check_same_shapes(own, other, f'class scores of {name}')
             parts.append(divergence(own, other, self.temperature, is_sigmoid(head)))
         return self.loss_weight * torch.stack(parts).mean()
-
-
-def _has_class(backbone: Any) -> bool:
-    return backbone.idle_blocks[0][0].num_class > 0
 
 
 def feature_maps(output: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ _OF_ITSELF = '', STUDENT
 
 
 class Teacher:
-    """A frozen network that sees the same images as the student.
+    """A network that sees the same images as the student.
 
     It runs at most once in each forward pass of the student, however many losses ask.
 
@@ -31,7 +31,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.backbones: set[str] = set()
         self.heads: set[str] = set()
         self.parts: set[str] = set()
@@ -85,22 +85,6 @@ class Teacher:
         return calls
 
 
-class Student(Teacher):
-    """The student itself, as it is at the time, with every token active.
-
-    In-place distillation (Yu and Huang, arXiv 1903.05134): of one set of weights, its largest
-    network teaches the others.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # Not frozen: these are the student's own weights.
-        super().__init__(nn.Module())
-        self.model = shared_copy(model).eval()
-
-    def load(self, path: str) -> None:
-        """There is nothing to load."""
-
-
 class Teachers:
     """Builds teachers of a student; the same description gives the same teacher.
 
@@ -118,8 +102,8 @@ class Teachers:
         self.start = start
         self.built: dict[tuple[str, str], Teacher] = {}
 
-    def get(self, description: dict[str, Any] | str | None) -> Teacher:
-        """The teacher of a description: ``dict(checkpoint=...)``, optionally with ``config``.
+    def get(self, described: tuple[str, str] | None) -> Teacher:
+        """The teacher of a description, as ``check_description`` gives it.
 
         Its weights are loaded by ``load``, when all losses have said what they need of it.
 
@@ -127,24 +111,23 @@ class Teachers:
             FileNotFoundError: Checkpoint or config do not exist.
             SettingError: There is no description, and training started from no checkpoint; or the
                 student is to teach itself, and its weights are sharded.
-            TypeError: See ``check_description``.
         """
-        key = check_description(description) or (self.start or '', '')
+        key = described or (self.start or '', '')
         if not any(key):
             raise SettingError(
                 'teacher=None is the checkpoint that training starts from, but there is none: '
                 "set load_from, or teacher=dict(checkpoint='...')"
             )
         if key not in self.built:
-            of_itself = key == _OF_ITSELF
-            self.built[key] = self._of_itself() if of_itself else Teacher(self._build(*key))
+            self.built[key] = Teacher(self._build(*key))
         return self.built[key]
 
     def load(self) -> None:
         """Load the weights of all teachers; see ``Teacher.load``."""
         device = next(self.student.parameters()).device
         for (checkpoint, _), teacher in self.built.items():
-            teacher.load(checkpoint)
+            if checkpoint:  # the student itself has its weights
+                teacher.load(checkpoint)
             teacher.model.to(device)
 
     def forget(self) -> None:
@@ -152,31 +135,32 @@ class Teachers:
         for teacher in self.built.values():
             teacher.forget()
 
-    def _of_itself(self) -> Student:
-        # As tensors of torch.distributed are, which need not be there.
-        if any(hasattr(weight, 'full_tensor') for weight in self.student.parameters()):
-            raise SettingError(
-                f'teacher={STUDENT!r} needs the weights whole, and FSDP has them in shards; '
-                "allowed: teacher=dict(checkpoint='...')"
-            )
-        teacher = Student(self.student)
-        self._all_active(teacher.model)
-        return teacher
-
-    def _all_active(self, model: nn.Module) -> None:
-        for name in self.backbones:
-            model.get_submodule(name).set_keep_ratios(1.0)
-
     def _build(self, checkpoint: str, config: str) -> nn.Module:
+        """A frozen network; or the student itself, with its own weights."""
+        if (checkpoint, config) == _OF_ITSELF:
+            # As tensors of torch.distributed are, which need not be there.
+            if any(hasattr(weight, 'full_tensor') for weight in self.student.parameters()):
+                raise SettingError(
+                    f'teacher={STUDENT!r} needs the weights whole, and FSDP has them in shards; '
+                    "allowed: teacher=dict(checkpoint='...')"
+                )
+            # In-place distillation (Yu and Huang, arXiv 1903.05134): of one set of weights, its
+            # largest network teaches the others.
+            return self._all_active(shared_copy(self.student))
         for key, path in dict(checkpoint=checkpoint, config=config).items():
             if path and is_local(path) and not Path(path).is_file():
                 raise MissingFileError(f'teacher.{key}={path!r} does not exist')
         if config:
             cfg = Config.fromfile(config)
-            return MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
-        # A copy of the model is a copy of its config, and also works for models built in code.
-        model = copy.deepcopy(self.student)
-        self._all_active(model)
+            model = MODELS.build({'_scope_': cfg.get('default_scope'), **cfg.model})
+        else:
+            # A copy of the model is a copy of its config, and also works for models built in code.
+            model = self._all_active(copy.deepcopy(self.student))
+        return model.requires_grad_(False)
+
+    def _all_active(self, model: nn.Module) -> nn.Module:
+        for name in self.backbones:
+            model.get_submodule(name).set_keep_ratios(1.0)
         return model
 
 

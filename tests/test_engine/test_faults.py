@@ -188,7 +188,7 @@ def test_an_image_that_is_too_large_is_not_even_opened(tmp_path, annotated):
 def test_the_limit_is_that_of_the_config():
     data = ToyData()
     data.pipeline = Compose([])
-    guard(data, True, None, dict(max_pixels=7))
+    guard(data, True, None, 7)
     assert data.pipeline.max_pixels == 7
     data.pipeline = Compose([])
     guard(data, True)

@@ -12,9 +12,8 @@ from toy import ToyData, ToyMetric, toy_runner
 
 from idlevit_mm.analysis.models import load_model
 from idlevit_mm.engine import ResumableRunner, SettingError, UsageError, first
-from idlevit_mm.engine.first import _check_score
+from idlevit_mm.engine.first import _batch, _check_score, rehearse
 from idlevit_mm.engine.launch import load_config, train_from_config
-from idlevit_mm.engine.rehearsal import _batch, rehearse
 from idlevit_mm.engine.settings import check_settings
 
 WRONG = [
@@ -315,7 +314,7 @@ class DumpResults(IoUMetric):
 
 def test_scores_that_decide_which_checkpoint_is_best(monkeypatch):
     said = []
-    monkeypatch.setattr(first, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(first, 'warn', said.append)
     for key, metrics in [
         *((key, [IoUMetric()]) for key in ('mIoU', 'auto')),
         *((key, [CocoMetric(), DumpResults()]) for key in ('coco/bbox_mAP', 'coco/segm_mAP_50')),
@@ -342,7 +341,7 @@ def test_scores_that_decide_which_checkpoint_is_best(monkeypatch):
 
 def test_what_would_wait_in_vain_is_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(first, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(first, 'warn', said.append)
     monkeypatch.setattr(first, '_scores', lambda _: ['acc'])
     stop = dict(type='EarlyStoppingHook', monitor='toy/accc')
     runner = toy_runner(
