@@ -204,8 +204,13 @@ def test_a_search(run, nets, tmp_path, paced, capsys):
 def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, capsys, paced):
     what = ('--proxy', proxy, '--shape', '64x64', '--ratios', '0.5', '--spread', '0')
     what += ('--part', 'backbone', '--candidates', '1')
-    assert run('search', *nets[DETECTOR], *what, '--multiply-adds', '0.97x') == 0
+    other = ('--cfg-options', 'test_dataloader.batch_size=3', 'model.backbone.drop_rate=0.1')
+    assert run('search', *nets[DETECTOR], *what, '--multiply-adds', '0.97x', *other) == 0
     lines = lines_of(tmp_path / 'work' / 'found.jsonl')
+    # Which images a search looks at, and how, is not handed on; all else is.
+    own, cfg = Config.fromfile(nets[DETECTOR][0]), Config.fromfile(tmp_path / 'work' / 'found.py')
+    assert cfg.test_dataloader == own.test_dataloader
+    assert cfg.model.backbone.drop_rate == 0.1
     damage = np.array([line['damage'] for line in lines if line['kind'] == 'damage'])
     assert damage.shape == (4, 2)
     assert (damage[:, 1] == 0).all()
