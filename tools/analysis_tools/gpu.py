@@ -94,11 +94,8 @@ def check_parity(case: Line, device: torch.device, _: argparse.Namespace) -> Non
     parity.randomize(half)
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     backend = 'triton' if interpreted else None
-    if case['what'] == 'parity':
-        found, wrong = parity.against_float32(half, images, backend)
-    else:
-        whole = half.float(), images.float(), images.dtype
-        found, wrong = parity.gradients_against_float32(*whole, backend)
+    training = case['what'] == 'gradients'
+    found, wrong = parity.against_float32(half, images, backend, training)
     if device.type == 'cuda' and found['backend'] != 'triton':
         wrong.append(f'Triton is not taken: {found["why_not"]}')
     case |= dict(found, error='; '.join(wrong) or None)
