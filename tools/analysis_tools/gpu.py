@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,14 @@ def time_all(case: Line, device: torch.device, args: argparse.Namespace) -> None
     except ValueError as error:
         case['note'] = one_line(error)
     figures: dict[str, dict[str, Any]] = {name: {} for name in candidates}
-    calls: dict[str, Callable[[], Any]] = {}
+    makers = {
+        name: functools.partial(parity.checked_call, candidate, images, case['mode'])
+        for name, candidate in candidates.items()
+    }
     compiled = case['mode'] == 'compiled'
     with measures.strictly_compiled() if compiled else nullcontext():
-        for name, candidate in candidates.items():
-            try:
-                calls[name] = parity.checked_call(candidate, images, case['mode'])
-            except Exception as error:
-                figures[name]['error'] = reason(error)
-        seconds, failed = measures.compare_working(calls, OWN, args.rounds, 3, _MAX_SECONDS)
+        limits = args.rounds, 3, _MAX_SECONDS
+        _, seconds, failed = measures.compare_working(makers, OWN, *limits)
     for name, taken in seconds.items():
         figures[name]['ms'] = measures.spread(taken, case['images'][0] / 1000)
         for key, other in (('own', OWN), ('host', report.HOST)):
