@@ -73,13 +73,7 @@ class Point(NamedTuple):
 
 
 class Search:
-    """Looks for schedules under a budget, and tests them.
-
-    Args:
-        tables: What is measured of the checkpoint.
-        args: The command line.
-        cap: The budget as a share of the cost of keep 1.0.
-    """
+    """Looks for schedules under ``cap``, a share of the cost of keep 1.0, and tests them."""
 
     def __init__(self, tables: Tables, args: argparse.Namespace, cap: float) -> None:
         self.tables, self.args, self.cap = tables, args, cap

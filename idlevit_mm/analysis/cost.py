@@ -25,13 +25,11 @@ def stage_seconds(
     times = []
     stages = zip(backbone.idle_blocks, backbone.keep_ratios, backbone.records, strict=True)
     for blocks, ratios, record in stages:
-        ran = zip(blocks, ratios, record.plans, strict=True)
-        shares = [
-            (block, keep_ratio or (1.0 if plan.rows is None else ratio))
-            for block, ratio, plan in ran
-        ]
-        works = [block.work(record.batch, record.hw_shape, share) for block, share in shares]
-        times.append(sum(seconds(work, pace, dtype) for work in works))
+        total = 0.0
+        for block, ratio, plan in zip(blocks, ratios, record.plans, strict=True):
+            share = keep_ratio or (1.0 if plan.rows is None else ratio)
+            total += seconds(block.work(record.batch, record.hw_shape, share), pace, dtype)
+        times.append(total)
     return times
 
 

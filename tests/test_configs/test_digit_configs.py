@@ -17,12 +17,7 @@ from config_zoo import (
     load,
     read,
 )
-from digit_scenes import (
-    CLASSES,
-    PALETTE,
-    SEMANTIC_CLASSES,
-    SEMANTIC_PALETTE,
-)
+from digit_scenes import CLASSES
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
@@ -275,10 +270,12 @@ def test_policy_config_trains(name: str, scenes: Path, tmp_path: Path) -> None:
 
 
 def test_data_configs_name_the_written_classes() -> None:
+    colours = 'e41a1c 377eb8 4daf4a 984ea3 ff7f00 ffff33 a65628 f781bf 00ced1 99ff33'
+    palette = [tuple(bytes.fromhex(colour)) for colour in colours.split()]
     for kind in ('detection', 'instance'):
         cfg = Config.fromfile(CONFIGS / f'_base_/datasets/digit_scenes_{kind}.py')
         assert tuple(cfg.metainfo.classes) == CLASSES
-        assert [tuple(colour) for colour in cfg.metainfo.palette] == list(PALETTE)
+        assert [tuple(colour) for colour in cfg.metainfo.palette] == palette
     cfg = Config.fromfile(CONFIGS / '_base_/datasets/digit_scenes_semantic.py')
-    assert tuple(cfg.metainfo.classes) == SEMANTIC_CLASSES
-    assert [tuple(colour) for colour in cfg.metainfo.palette] == list(SEMANTIC_PALETTE)
+    assert tuple(cfg.metainfo.classes) == ('background', *CLASSES)
+    assert [tuple(colour) for colour in cfg.metainfo.palette] == [(0, 0, 0), *palette]

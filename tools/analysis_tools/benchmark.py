@@ -28,7 +28,7 @@ from idlevit_mm.analysis import models
 from idlevit_mm.analysis.flops import model_multiply_adds
 from idlevit_mm.analysis.results import exit_code
 from idlevit_mm.engine.options import Overrides
-from idlevit_mm.errors import UsageError, reason
+from idlevit_mm.errors import UsageError
 from idlevit_mm.losses import shared_copy
 
 
@@ -190,24 +190,27 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
     device, shape = torch.device(case['device']), tuple(case['shape'])
     images: Tensor | None = None
     graphs, reference = case['compile'] == 'reduce-overhead', candidates[0].name
-    figures: dict[str, dict[str, Any]] = {candidate.name: {} for candidate in candidates}
-    calls: dict[str, Callable[[], Any]] = {}
+    blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
+    figures: dict[str, dict[str, Any]] = {
+        c.name: dict(name=c.name, kind=c.kind, keep=c.keep, **blank) for c in candidates
+    }
+
+    def call_to(candidate: Candidate) -> Callable[[], Any]:
+        nonlocal images
+        model = candidate.build(shape).to(device)
+        if images is None:
+            images = models.noise_image(shape, device, model, case['batch'])
+        *_, count = model_multiply_adds(model, shape).values()
+        figures[candidate.name]['multiply_adds'] = count
+        return call_of(model, images, case)
+
+    makers = {c.name: functools.partial(call_to, c) for c in candidates}
     compiled = case['compile'] != 'none'
     with measures.strictly_compiled() if compiled else contextlib.nullcontext():
-        for candidate in candidates:
-            own = figures[candidate.name]
-            try:
-                model = candidate.build(shape).to(device)
-                if images is None:
-                    images = models.noise_image(shape, device, model, case['batch'])
-                *_, own['multiply_adds'] = model_multiply_adds(model, shape).values()
-                calls[candidate.name] = call_of(model, images, case)
-            except Exception as error:
-                own['error'] = reason(error)
         # CUDA graphs are recorded in the second and third call.
         warmup = max(args.warmup, 5) if graphs else args.warmup
         limits = args.rounds, warmup, args.max_seconds
-        seconds, failed = measures.compare_working(calls, reference, *limits)
+        calls, seconds, failed = measures.compare_working(makers, reference, *limits)
         for name, why in failed.items():
             figures[name]['error'] = why
         for name, taken in seconds.items():
@@ -219,11 +222,7 @@ def measure(case: report.Line, candidates: Sequence[Candidate], args: argparse.N
                 with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():
                     figures[name]['memory'] = measures.peak_memory(calls[name], device)
     case |= dict(reference=reference, rounds=len(seconds.get(reference, ())))
-    blank = dict.fromkeys((*report.TIMES, 'multiply_adds', 'memory', 'error'))
-    case['candidates'] = [
-        dict(name=c.name, kind=c.kind, keep=c.keep, **{**blank, **figures[c.name]})
-        for c in candidates
-    ]
+    case['candidates'] = list(figures.values())
 
 
 def call_of(model: nn.Module, images: Tensor, case: report.Line) -> Callable[[], Any]:
@@ -267,9 +266,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> list[report.Line]:
         if not args.resume:
             raise UsageError(f'--out {args.out} exists: add --resume, or move it away')
         lines = report.read(args.out)
-    measures.started(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    measures.started(args.device, args.threads)
     targets: dict[str, list[Candidate]] = {}
     notes: list[str] = []
     for spec, checkpoint in itertools.zip_longest(args.targets, args.checkpoints or ()):

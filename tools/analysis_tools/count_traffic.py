@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -99,13 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     ((height, width),) = models.parse_shapes([args.shape])
     print('| model | keep | by | GB moved | GB kept | operations |\n|---|---|---|---|---|---|')
-    for name in args.models:
-        for ratio in args.keep_ratios:
-            for backend in ('reference', 'triton'):
-                shape = args.batch, 3, height, width
-                found, kept = count(name, ratio, shape, backend, args.mode == 'training')
-                sizes = f'{found.bytes.total() / 1e9:.2f} | {kept / 1e9:.2f}'
-                print(f'| {name} | {ratio:g} | {backend} | {sizes} | {found.operations.total()} |')
+    shape, training = (args.batch, 3, height, width), args.mode == 'training'
+    ways = product(args.models, args.keep_ratios, ('reference', 'triton'))
+    for name, ratio, backend in ways:
+        found, kept = count(name, ratio, shape, backend, training)
+        sizes = f'{found.bytes.total() / 1e9:.2f} | {kept / 1e9:.2f}'
+        print(f'| {name} | {ratio:g} | {backend} | {sizes} | {found.operations.total()} |')
 
 
 if __name__ == '__main__':

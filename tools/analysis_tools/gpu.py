@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,8 @@ def check_parity(case: Line, device: torch.device, _: argparse.Namespace) -> Non
     parity.randomize(half)
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     backend = 'triton' if interpreted else None
-    if case['what'] == 'parity':
-        found, wrong = parity.against_float32(half, images, backend)
-    else:
-        whole = half.float(), images.float(), images.dtype
-        found, wrong = parity.gradients_against_float32(*whole, backend)
+    training = case['what'] == 'gradients'
+    found, wrong = parity.against_float32(half, images, backend, training)
     if device.type == 'cuda' and found['backend'] != 'triton':
         wrong.append(f'Triton is not taken: {found["why_not"]}')
     case |= dict(found, error='; '.join(wrong) or None)
@@ -129,15 +126,14 @@ def time_all(case: Line, device: torch.device, args: argparse.Namespace) -> None
     except ValueError as error:
         case['note'] = one_line(error)
     figures: dict[str, dict[str, Any]] = {name: {} for name in candidates}
-    calls: dict[str, Callable[[], Any]] = {}
+    makers = {
+        name: functools.partial(parity.checked_call, candidate, images, case['mode'])
+        for name, candidate in candidates.items()
+    }
     compiled = case['mode'] == 'compiled'
     with measures.strictly_compiled() if compiled else nullcontext():
-        for name, candidate in candidates.items():
-            try:
-                calls[name] = parity.checked_call(candidate, images, case['mode'])
-            except Exception as error:
-                figures[name]['error'] = reason(error)
-        seconds, failed = measures.compare_working(calls, OWN, args.rounds, 3, _MAX_SECONDS)
+        limits = args.rounds, 3, _MAX_SECONDS
+        _, seconds, failed = measures.compare_working(makers, OWN, *limits)
     for name, taken in seconds.items():
         figures[name]['ms'] = measures.spread(taken, case['images'][0] / 1000)
         for key, other in (('own', OWN), ('host', report.HOST)):

@@ -14,8 +14,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.profiler import profile
+from torch.utils import collect_env
 
 from idlevit_mm.errors import UsageError, one_line, reason
 
@@ -92,16 +91,22 @@ def compare(
 
 
 def compare_working(
-    candidates: dict[str, Callable[[], Any]], reference: str, *limits: Any
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """``compare``, by rounds and other limits, of those candidates that do not fail.
+    makers: Mapping[str, Callable[[], Callable[[], Any]]], reference: str, *limits: Any
+) -> tuple[dict[str, Callable[[], Any]], dict[str, list[float]], dict[str, str]]:
+    """``compare``, by rounds and other limits, of those candidates that can be made and called.
 
     Returns:
-        Seconds by round of those that are left in ``candidates``, and why the others failed.
-        Nothing is timed where the reference fails.
+        These candidates, their seconds by round, and why the others failed. Nothing is timed where
+        the reference fails.
     """
+    candidates: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            candidates[name] = make()
+        except Exception as error:
+            failed[name] = reason(error)
     while reference in candidates and not seconds:
         try:
             seconds = compare(candidates, *limits)
@@ -113,7 +118,7 @@ def compare_working(
         torch.cuda.empty_cache()
     for name in candidates if not seconds else ():
         failed[name] = f'nothing to compare with: {reference} failed'
-    return seconds, failed
+    return candidates, seconds, failed
 
 
 @contextmanager
@@ -214,8 +219,10 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - level
 
 
-def started(device: str) -> torch.device:
+def started(device: str, threads: int | None = None) -> torch.device:
     """A device that is in use from now on, by everything that names none.
+
+    On a CPU with so many computing threads, by default as many as there are.
 
     Raises:
         UsageError: there is no such device, or it cannot be used.
@@ -226,6 +233,8 @@ def started(device: str) -> torch.device:
         raise UsageError(f'--device {device}: {one_line(error)}') from error
     if place.type == 'cuda':
         torch.cuda.set_device(place)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return place
 
 
@@ -250,16 +259,9 @@ def machine() -> str:
     text = f'{[*found, platform.processor() or platform.machine()][0]}, {cores} cores'
     if not torch.cuda.is_initialized():
         return text
-    cuda = f'CUDA {torch.version.cuda}, driver {_driver() or "unknown"}'
+    driver = collect_env.get_nvidia_driver_version(collect_env.run) or 'unknown'
+    cuda = f'CUDA {torch.version.cuda}, driver {driver}'
     return f'{torch.cuda.get_device_name()} ({cuda}), {text}'
-
-
-def _driver() -> str:
-    """Version of NVIDIA's driver."""
-    tool = shutil.which('nvidia-smi')
-    command = [str(tool), '--query-gpu=driver_version', '--format=csv,noheader']
-    told = subprocess.run(command, capture_output=True, text=True).stdout.split() if tool else []
-    return next(iter(told), '')
 
 
 def versions() -> str:

@@ -92,9 +92,7 @@ def errors_of(blocks: pd.DataFrame, pace: Pace, dtype: torch.dtype) -> pd.Series
 def main() -> None:
     """Measure, fit and print."""
     args = parse_args()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    device, dtype = started(args.device), getattr(torch, args.dtype)
+    device, dtype = started(args.device, args.threads), getattr(torch, args.dtype)
     keep_freed_memory()
     blocks = measured(args, device)
     known = pace_of(device)

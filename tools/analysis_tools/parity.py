@@ -97,6 +97,11 @@ def relative_error(outs: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
+def maps_alone(_: nn.Module, outs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Maps as they are; see ``all_gradients``."""
+    return outs
+
+
 def all_gradients(model: nn.Module, outs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of all parameters in one vector, of a random sum of maps; it is the only one."""
     generator = torch.Generator(outs[0].device).manual_seed(0)
@@ -113,7 +118,7 @@ def difference(
     masks: Sequence[Sequence[Tensor]],
     model: nn.Module,
     images: Tensor,
-    of: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]] = lambda _, outs: outs,
+    of: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]] = maps_alone,
 ) -> Difference:
     """What a run on images (B, 3, H, W) came to, against the same tokens through another model.
 
@@ -137,70 +142,45 @@ def difference(
     return Difference(error, shared)
 
 
-@torch.no_grad()
 def against_float32(
-    half: nn.Module, images: Tensor, backend: str | None = None
+    model: nn.Module, images: Tensor, backend: str | None = None, gradients: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare an idle backbone in half precision, which becomes float32, with what it is there.
 
     Args:
-        half: The backbone, with the scope 'map'.
+        model: The backbone, with the scope 'map'.
         images: (B, 3, H, W) in the same precision.
         backend: The one to be taken; None for the one that is taken by itself.
+        gradients: Of a step of training compare the gradients of all parameters: weights are in
+            float32, and layers under autocast in the precision of the images.
 
     Returns:
         The backend, why it is not Triton, how many operators of this package ran, and the
         difference, with ``plain_`` that of the reference backend in the same precision; and in
         words what is wrong.
     """
-    with use(backend) if backend else nullcontext():
-        taken, reasons = backend_at(images).name, why_not(site_of(images))
-        run = half(images), half.keep_masks
-        with Traffic() as counted:
-            half(images)
-    with use('reference'):
-        plain_run = half(images), half.keep_masks
-    whole = half.float()
-    # A convolution in TF32 is no better than one in half precision.
-    with use('reference'), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        own = difference(*run, whole, images.float())
-        plain = difference(*plain_run, whole, images.float())
-    found = dict(backend=taken, why_not=reasons.get('triton'), kernels=counted.kernels)
-    found |= own._asdict() | {f'plain_{name}': value for name, value in plain._asdict().items()}
-    wrong = own.wrong(images.dtype)
-    if taken == 'triton' and not counted.kernels:
-        wrong.append('Triton is taken, but none of its kernels ran')
-    return found, wrong
-
-
-@torch.enable_grad()
-def gradients_against_float32(
-    model: nn.Module, images: Tensor, dtype: torch.dtype, backend: str | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """``against_float32`` of a step of training: gradients of all parameters, under autocast.
-
-    Args:
-        model: An idle backbone in float32, with the scope 'map'.
-        images: (B, 3, H, W) in float32.
-        dtype: Of layers under autocast.
-        backend: The one to be taken; None for the one that is taken by itself.
-    """
-    found: dict[str, Any] = {}
-    for prefix, wanted in (('', backend), ('plain_', 'reference')):
-        with use(wanted) if wanted else nullcontext(), Traffic() as counted:
-            with torch.autocast(images.device.type, dtype):
-                about = backend_at(images).name, why_not(site_of(images)).get('triton')
-                outs = model(images)
-            run = all_gradients(model, outs), model.keep_masks
+    dtype, of = images.dtype, all_gradients if gradients else maps_alone
+    if gradients:
+        model, images = model.float(), images.float()
+    runs = []
+    with torch.set_grad_enabled(gradients):
+        for wanted in (backend, 'reference'):
+            with use(wanted) if wanted else nullcontext(), Traffic() as counted:
+                with torch.autocast(images.device.type, dtype, enabled=gradients):
+                    taken, reasons = backend_at(images).name, why_not(site_of(images))
+                    outs = model(images)
+                found = of(model, outs)
+            about = dict(backend=taken, why_not=reasons.get('triton'), kernels=counted.kernels)
+            runs.append((about, found, model.keep_masks))
+        whole, images = model.float(), images.float()
+        # A convolution in TF32 is no better than one in half precision.
         with use('reference'), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            one = difference(*run, model, images, all_gradients)
-        if not prefix:
-            found |= dict(backend=about[0], why_not=about[1], kernels=counted.kernels)
-            wrong = one.wrong(dtype)
-        found |= {f'{prefix}{name}': value for name, value in one._asdict().items()}
-    if found['backend'] == 'triton' and not found['kernels']:
+            own, plain = (difference(found, masks, whole, images, of) for _, found, masks in runs)
+    about, wrong = runs[0][0], own.wrong(dtype)
+    if about['backend'] == 'triton' and not about['kernels']:
         wrong.append('Triton is taken, but none of its kernels ran')
-    return found, wrong
+    of_plain = {f'plain_{name}': value for name, value in plain._asdict().items()}
+    return about | own._asdict() | of_plain, wrong
 
 
 def checked_call(model: nn.Module, images: Tensor, mode: str) -> Callable[[], Any]:

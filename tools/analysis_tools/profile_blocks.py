@@ -17,7 +17,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
-from measures import machine, versions
+from measures import machine, started, versions
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -171,8 +171,7 @@ def table_of(found: dict[str, Any]) -> str:
 def main() -> None:
     """Profile and print."""
     args = parse_args()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    device = started(args.device, args.threads)
     is_file = Path(args.target).is_file()
     if not is_file and args.target not in MODELS.module_dict:
         raise UsageError(
@@ -180,14 +179,14 @@ def main() -> None:
             'IdleSwinTransformer'
         )
     config = args.target if is_file else Config(dict(model=dict(type=args.target)))
-    model = load_model(config, device=args.device, cfg_options=args.cfg_options)
+    model = load_model(config, device=device, cfg_options=args.cfg_options)
     if ratios := args.keep_ratios:
         idle_backbone(model).set_keep_ratios(ratios[0] if len(ratios) == 1 else ratios)
     threads = torch.get_num_threads()
     place = f'{threads} threads' if args.device == 'cpu' else args.device
     profiles: dict[str, dict[str, Any]] = {}
     for height, width in parse_shapes(args.shape):
-        images = noise_image((height, width), args.device, model, args.batch)
+        images = noise_image((height, width), device, model, args.batch)
         found = profile_blocks(model, images, args.mode, args.rounds, args.warmup)
         profiles[f'{height}x{width}'] = found
         print(f'{Path(args.target).stem}, {tuple(images.shape)}, {args.mode}, {place}')

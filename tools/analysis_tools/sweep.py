@@ -97,7 +97,7 @@ def measure(trials: Trials, args: argparse.Namespace, path: Path) -> list[Line]:
         calls = {key: trials.call(model) for key, (_, model) in missing.items()}
         calls.setdefault(key_of(reference[0]), trials.call(reference[1]))
         seconds = trials.seconds(calls)
-    for key in progress(missing, lambda key: title_of(missing[key][0]), len(missing)):
+    for key in progress(missing, lambda key: title_of(missing[key][0])):
         setting, model = missing[key]
         name, score = trials.score(metrics := trials.metrics(model))
         times = measures.spread(seconds[key], 1e-3)

@@ -26,13 +26,7 @@ PROXIES = ('distance', 'loss', 'metric')
 
 
 class Tables:
-    """All that a search measures, kept in lines of a file.
-
-    Args:
-        trials: The checkpoint.
-        space: What can be chosen.
-        args: The command line.
-        path: The file of lines.
+    """All that a search measures of a checkpoint, kept in lines of a file.
 
     Attributes:
         whole: Seconds and multiply-adds of keep 1.0.
@@ -52,7 +46,7 @@ class Tables:
         index = 1 if args.latency is None else 0
         # What is saved of keep 1.0, as a share of it.
         self.cost = (table[index] - table[index][:, -1:]) / self.whole[index]
-        units = progress(range(len(space.units)), self.title, len(space.units))
+        units = progress(range(len(space.units)), self.title)
         own = dict(kind='damage', proxy=args.proxy, **space_of)
         found = [self.once(partial(self.damage_of_unit, u), unit=u, **own) for u in units]
         self.damage = np.array([line['damage'] for line in found])

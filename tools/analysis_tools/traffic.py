@@ -58,7 +58,7 @@ class Traffic(TorchDispatchMode):
         fresh = [x for x in _tensors(result) if x.untyped_storage()._cdata not in known]
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
         given.update(kwargs)
-        written = _tensors([given.get(a.name) for a in schema.arguments if _is_written(a)])
+        written = _tensors([given.get(a.name) for a in schema.arguments if a.is_write])
         name = schema.name.split('::')[1]
         if (fresh or written) and not name.startswith(('empty', 'new_empty')):
             if schema.name in TRAFFIC:
@@ -68,10 +68,6 @@ class Traffic(TorchDispatchMode):
             self.bytes[schema.name] += moved
             self.operations[schema.name] += 1
         return result
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _tensors(tree: Any) -> list[Tensor]:

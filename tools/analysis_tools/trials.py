@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,9 @@ class Trials:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.num_images == 0:
             raise UsageError('--num-images 0: allowed are N, the first, or -N, the last')
-        if len(shapes := parse_shapes([args.shape])) != 1:
-            raise UsageError(f'--shape {args.shape}: one size')
-        self.args, (self.shape,) = args, shapes
-        self.device = measures.started(args.device)
+        self.args, (self.shape,) = args, parse_shapes([args.shape])
+        self.device = measures.started(args.device, args.threads)
         measures.keep_freed_memory()
-        if args.threads:
-            torch.set_num_threads(args.threads)
         self.cfg = load_config(args.config, args.cfg_options)
         self.work_dir = args.work_dir or Path('work_dirs', Path(args.config).stem)
         self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -200,11 +196,11 @@ class Trials:
         return f'`{command}`: {place}, {threads}. {measures.machine()}; {measures.versions()}'
 
 
-def progress(items: Iterable[Any], what: Callable[[Any], str], total: int) -> Iterator[Any]:
+def progress(items: Collection[Any], what: Callable[[Any], str]) -> Iterator[Any]:
     """Say before each item which one it is, and how much time is left."""
     begun = time.monotonic()
     for number, item in enumerate(items):
         spent = time.monotonic() - begun
-        left = f', about {spent / number * (total - number):.0f} s left' if number else ''
-        print(f'{number + 1}/{total} {what(item)}{left}', flush=True)
+        left = f', about {spent / number * (len(items) - number):.0f} s left' if number else ''
+        print(f'{number + 1}/{len(items)} {what(item)}{left}', flush=True)
         yield item

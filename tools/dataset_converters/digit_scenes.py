@@ -19,10 +19,6 @@ from rich.progress import track
 from scenes import LAYOUTS, SPLITS, DigitScenesParams, Scene, render_scene
 
 CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
-SEMANTIC_CLASSES = ('background', *CLASSES)
-_COLOURS = 'e41a1c 377eb8 4daf4a 984ea3 ff7f00 ffff33 a65628 f781bf 00ced1 99ff33'
-PALETTE = tuple(tuple(bytes.fromhex(colour)) for colour in _COLOURS.split())
-SEMANTIC_PALETTE = ((0, 0, 0), *PALETTE)
 MARKER = 'digit_scenes.json'
 # Raised whenever the same parameters would give other files than before.
 FORMAT = 1
