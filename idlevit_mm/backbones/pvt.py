@@ -152,19 +152,14 @@ class IdlePyramidVisionTransformer(IdlePyramid):
         use_conv_ffn: bool = False,
         act_cfg: dict = GELU,
         norm_cfg: dict = LAYER_NORM,
-        pretrained: str | None = None,
         convert_weights: bool = True,
         with_cp: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_layers, out_indices, frozen_stages, convert_weights, pretrained, init_cfg
-        )
+        super().__init__(num_layers, out_indices, convert_weights=convert_weights, **kwargs)
         per_stage = dict(
             num_layers=num_layers,
             num_heads=num_heads,
@@ -178,7 +173,7 @@ class IdlePyramidVisionTransformer(IdlePyramid):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
-        self.strides, self.padded_images = tuple(strides), padded_images
+        self.strides = tuple(strides)
         self.use_abs_pos_embed = use_abs_pos_embed
         # Sides in pixels of the smallest map that each patch embedding takes.
         self.least_sides = [

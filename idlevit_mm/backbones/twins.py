@@ -90,18 +90,14 @@ class _Twins(IdlePyramid):
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         norm_after_stage: bool = False,
         act_cfg: dict = GELU,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
         with_cp: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         out_indices = out_indices or range(len(depths))
-        super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(depths, out_indices, **kwargs)
         per_stage = dict(
             embed_dims=embed_dims,
             patch_sizes=patch_sizes,
@@ -119,7 +115,6 @@ class _Twins(IdlePyramid):
         if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f'num_heads={num_heads} must divide embed_dims={embed_dims}')
         self.strides = tuple(strides[: len(depths)])
-        self.padded_images = padded_images
 
         self.patch_embeds = ModuleList()
         self.position_encoding_drops = ModuleList()

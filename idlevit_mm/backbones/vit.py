@@ -27,7 +27,7 @@ from ..registry import arguments_of
 from .arguments import table_size
 from .base import GELU
 from .names import dinov2, vit
-from .plain import PlainBackbone, blocks_of
+from .plain import PlainBackbone
 from .vit_shapes import ARCHS, SCALE, check_dense, check_kind, shape_of
 
 
@@ -164,14 +164,10 @@ class IdleVisionTransformer(PlainBackbone):
         final_norm: bool = True,
         interpolate_mode: str | None = None,
         with_cp: bool = False,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         shape = shape_of(
             arch,
@@ -191,14 +187,11 @@ class IdleVisionTransformer(PlainBackbone):
         )
         norm_cfg, patch_size = shape['norm_cfg'], shape['patch_size']
         channels, depth = shape['embed_dims'], shape['num_layers']
-        indices = blocks_of(out_indices, depth)
-        super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(shape, out_indices, **kwargs)
         besides = dict(output_cls_token=output_cls_token, num_registers=num_registers)
         for name, value in besides.items():
             if value and not with_cls_token:
                 raise ValueError(f'{name}={value} needs with_cls_token=True')
-        self.shape = shape
-        self.strides, self.padded_images = (patch_size,), padded_images
         self.num_class = int(with_cls_token) + num_registers
         # Class tokens with a place in the position table.
         self.num_placed = int(with_cls_token and not num_registers)
