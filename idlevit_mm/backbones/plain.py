@@ -29,8 +29,8 @@ class PlainBackbone(IdleBackbone):
         self, shape: dict[str, Any], out_indices: int | Iterable[int], /, **kwargs: Any
     ) -> None:
         depth = shape['num_layers']
-        indices = (out_indices,) if isinstance(out_indices, int) else out_indices
-        indices = [depth - 1 if index == -1 else index for index in indices]
+        given = (out_indices,) if isinstance(out_indices, int) else out_indices
+        indices = [depth - 1 if index == -1 else index for index in given]
         super().__init__((depth,), indices, **kwargs)
         self.shape, self.strides = shape, (shape['patch_size'],)
 

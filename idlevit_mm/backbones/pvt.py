@@ -24,7 +24,6 @@ from ..layers import (
     SpatialReductionAttention,
     pad_to,
 )
-from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU
@@ -81,12 +80,6 @@ class IdlePVTBlock(IdleBlock):
         if self.uses_summaries:
             return function(now)
         return self.by_tokens(function, now, self.norm2, self.ffn)
-
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
-
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.norm1(x), hw_shape, mask)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         width, hidden, ratio = self.embed_dims, self.ffn.feedforward_channels, self.attn.sr_ratio

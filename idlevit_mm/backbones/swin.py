@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import IdleBlock, WindowBlock
 from ..layers import FeedForward, MergePatches, ShiftWindowMSA
-from ..ops import Extent, Units, map_units, window_units
+from ..ops import Units, map_units, window_units
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU, init_layer
@@ -28,7 +28,6 @@ class IdleSwinBlock(WindowBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
-    FIRST_NORM = 'norm1'
     ATTENTION: ClassVar[type[nn.Module]] = ShiftWindowMSA
 
     def __init__(
@@ -56,9 +55,6 @@ class IdleSwinBlock(WindowBlock):
             return map_units(*hw_shape, device)
         windows = self.attn.window_size, self.attn.shift_at(hw_shape)
         return window_units(*hw_shape, *windows, scope == 'windows', device)
-
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.entering(x), hw_shape, extent)
 
 
 @MODELS.register_module()

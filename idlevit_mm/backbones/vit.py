@@ -16,12 +16,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves, without_cells
+from ..blocks import IdleBlock, Tokens, Work, block_work, without_cells
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
 from ..layers import ConvStemEmbed, EmbedPatches, FeedForward, SelfAttention, resize_position_table
-from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
 from .arguments import table_size
@@ -34,6 +33,7 @@ from .vit_shapes import ARCHS, SCALE, check_dense, check_kind, shape_of
 class IdleViTBlock(IdleBlock):
     """One block of a plain ViT on the active tokens of a map, the class token and registers."""
 
+    FIRST_NORM = 'ln1'
     ATTENTION: type[nn.Module] = SelfAttention
     has_cells = True
 
@@ -79,22 +79,13 @@ class IdleViTBlock(IdleBlock):
 
         return self.by_tokens(function, now, self.ln2, self.ffn)
 
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.ln1(x), hw_shape, extent)
-
     def class_query(
         self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
     ) -> tuple[Tensor, Tensor | None]:
         return self.attn.class_query(self.ln1(x), hw_shape[0] * hw_shape[1], with_keys)
 
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.ln1(x), mask)
-
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        width, hidden = self.embed_dims, self.ffn.feedforward_channels
-        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
-        pairs = 2 * width * rows * rows / batch
-        return linear + Work(pairs=pairs) + moves(rows * (9 * width + 2 * hidden), 8)
+        return block_work(self.embed_dims, self.ffn.feedforward_channels, rows, rows / batch)
 
 
 @MODELS.register_module()
@@ -113,7 +104,6 @@ class IdleVisionTransformer(PlainBackbone):
         residual_scale: Factor of both branches of a block (LV-ViT, arXiv 2104.10858: 1 / 2).
         layer_scale: What the learned factors of each channel of both branches (arXiv 2103.17239)
             begin with; 0 for none.
-        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
         with_cls_token: Whether there is a class token.
         num_registers: Tokens beside the class token (arXiv 2309.16588), always active and never
             counted. Where there are some, the class token has no place in the position table.
@@ -124,10 +114,7 @@ class IdleVisionTransformer(PlainBackbone):
         interpolate_mode: How the position table is resized: a mode of torch's, or one with ``-aa``
             behind it, which smooths where the table shrinks.
 
-    Further arguments, and errors, are those of ``IdleBackbone``.
-
-    Attributes:
-        shape: What ``arch`` and the arguments that override it come to, by argument.
+    Further arguments, and errors, are those of ``PlainBackbone``.
     """
 
     family = 'vit'

@@ -48,7 +48,6 @@ _KEYS = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels', 'globa
 class IdleViTDetBlock(WindowBlock, IdleViTBlock):
     """One block of ViTDet, within windows or among all active tokens of a map."""
 
-    FIRST_NORM = 'ln1'
     ATTENTION = RelativeAttention
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
@@ -86,16 +85,12 @@ class IdleViTDet(PlainBackbone):
         pretrain_use_cls_token: Taken as mmdet's class has it, and without effect: the place of a
             class token is left out where weights are read.
         out_channels: Channels of SAM's reduction behind the blocks; 0 for none.
-        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
         single_output: Whether the first of the maps is returned alone, as by mmdet's class, and not
             a list.
         interpolate_mode: How the absolute position table is resized: a mode of torch's.
         policy: Its scope is ``map``.
 
-    Further arguments, and errors, are those of ``IdleBackbone``.
-
-    Attributes:
-        shape: What ``arch`` and the arguments that override it come to, by argument.
+    Further arguments, and errors, are those of ``PlainBackbone``.
     """
 
     family = 'vitdet'
