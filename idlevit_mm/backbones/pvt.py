@@ -28,37 +28,25 @@ from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU
 from .names import pvt as names
+from .normed import NormedBlock
 from .pyramid import IdlePyramid
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 _TABLE = 'layers.{}.1.0.pos_embed'
 
 
-class IdlePVTBlock(IdleBlock):
+class IdlePVTBlock(NormedBlock):
     """One PVT block on the active tokens of a map; all tokens serve as keys and values."""
 
+    ATTENTION = SpatialReductionAttention
     reads_map = has_cells = True
 
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        attention = dict(drop_path_rate=drop_path_rate) | attention
-        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **attention)
-        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = self.feed_forward(drop_path_rate, feedforward)
+    def __init__(self, embed_dims: int, feedforward: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(embed_dims, feedforward=feedforward, **kwargs)
         # All idle tokens are among the keys, so only the convolution has use for their summary.
         self.uses_summaries = feedforward.get('use_conv', False)
 
     def feed_forward(self, drop_path_rate: float, feedforward: dict[str, Any]) -> nn.Module:
-        """The layer of the second half."""
         return MixFFN(self.embed_dims, drop_path_rate=drop_path_rate, **feedforward)
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
@@ -173,7 +161,7 @@ class IdlePyramidVisionTransformer(IdlePyramid):
             patch - 2 * padding for patch, padding in zip(patch_sizes, paddings, strict=True)
         ]
         attention: dict[str, Any] = dict(
-            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias
+            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias, norm_cfg=norm_cfg
         )
         feedforward = dict(act_cfg=act_cfg, ffn_drop=drop_rate, use_conv=use_conv_ffn)
         settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)

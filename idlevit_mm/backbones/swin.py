@@ -7,48 +7,28 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmcv.cnn import build_norm_layer
 from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import IdleBlock, WindowBlock
-from ..layers import FeedForward, MergePatches, ShiftWindowMSA
+from ..layers import MergePatches, ShiftWindowMSA
 from ..ops import Units, map_units, window_units
-from ..policies import KeepRatios, Plan
+from ..policies import KeepRatios
 from .arguments import table_size
 from .base import GELU, init_layer
 from .names import swin as names
+from .normed import NormedBlock
 from .windowed import SwinBackbone, SwinStage
 
 LAYER_NORM = dict(type='LN')
 
 
-class IdleSwinBlock(WindowBlock):
+class IdleSwinBlock(WindowBlock, NormedBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
     ATTENTION: ClassVar[type[nn.Module]] = ShiftWindowMSA
-
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
-        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        attention = dict(drop_path_rate=drop_path_rate) | attention
-        self.attn = self.ATTENTION(embed_dims, **attention)
-        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
-
-    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':

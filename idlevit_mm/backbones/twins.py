@@ -13,10 +13,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock
-from ..layers import ConditionalPositionEncoding, EmbedPatches, FeedForward, LocallyGroupedAttention
-from ..policies import KeepRatios, Plan
+from ..layers import ConditionalPositionEncoding, EmbedPatches, LocallyGroupedAttention
+from ..policies import KeepRatios
 from .base import GELU
 from .names import twins as names
+from .normed import NormedBlock
 from .pvt import IdlePVTBlock
 from .pyramid import IdlePyramid
 from .swin import LAYER_NORM, IdleSwinBlock
@@ -33,12 +34,8 @@ class IdleGSABlock(IdlePVTBlock):
         super().__init__(embed_dims, **kwargs)
         self.holds_summaries = holds_summaries
 
-    def feed_forward(self, drop_path_rate: float, feedforward: dict[str, Any]) -> nn.Module:
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
-        return FeedForward(self.embed_dims, dropout_layer=drop_path, **feedforward)
-
-    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
+    feed_forward = NormedBlock.feed_forward
+    transform = NormedBlock.transform
 
 
 class IdleLSABlock(IdleSwinBlock):
@@ -121,7 +118,7 @@ class _Twins(IdlePyramid):
             in_channels = channels
             attention = dict(num_heads=num_heads[index], qkv_bias=qkv_bias)
             drops = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate)
-            globally = dict(attention, sr_ratio=sr_ratios[index], **drops)
+            globally = dict(attention, sr_ratio=sr_ratios[index], norm_cfg=LAYER_NORM, **drops)
             locally = attention | {f'{name}_rate': rate for name, rate in drops.items()}
             hidden = int(mlp_ratios[index] * channels)
             settings: dict[str, Any] = dict(

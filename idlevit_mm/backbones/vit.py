@@ -6,7 +6,7 @@ rows of both and of what a policy has appended, T computed rows, C channels.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -16,46 +16,36 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, Work, block_work, without_cells
+from ..blocks import Tokens, Work, block_work, without_cells
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
-from ..layers import ConvStemEmbed, EmbedPatches, FeedForward, SelfAttention, resize_position_table
+from ..layers import ConvStemEmbed, EmbedPatches, SelfAttention, resize_position_table
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
 from .arguments import table_size
 from .base import GELU
 from .names import dinov2, vit
+from .normed import NormedBlock
 from .plain import PlainBackbone
 from .vit_shapes import ARCHS, SCALE, check_dense, check_kind, shape_of
 
 
-class IdleViTBlock(IdleBlock):
-    """One block of a plain ViT on the active tokens of a map, the class token and registers."""
+class IdleViTBlock(NormedBlock):
+    """One block of a plain ViT on the active tokens of a map, the class token and registers.
 
-    FIRST_NORM = 'ln1'
-    ATTENTION: type[nn.Module] = SelfAttention
+    Args:
+        *args: Those of ``NormedBlock``, as are further keyword arguments.
+        residual_scale: Factor of both branches.
+    """
+
+    NORMS = ('ln1', 'ln2')
+    ATTENTION: ClassVar[type[nn.Module]] = SelfAttention
     has_cells = True
 
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        residual_scale: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
+    def __init__(self, *args: Any, residual_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.residual_scale = residual_scale
-        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = self.ATTENTION(embed_dims, drop_path_rate=drop_path_rate, **attention)
-        self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(
-            embed_dims, dropout_layer=drop_path, add_identity=False, **feedforward
-        )
 
     def attend(
         self, tokens: Tokens, plan: Plan, keys: Tensor | None
@@ -202,7 +192,7 @@ class IdleVisionTransformer(PlainBackbone):
         attention |= dict(num_heads=shape['num_heads'], layer_scale=shape['layer_scale'])
         hidden = int(shape['mlp_ratio'] * channels)
         feedforward = dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg)
-        feedforward['layer_scale_init_value'] = shape['layer_scale']
+        feedforward |= dict(layer_scale_init_value=shape['layer_scale'], add_identity=False)
         self.layers = ModuleList(
             IdleViTBlock(
                 channels,

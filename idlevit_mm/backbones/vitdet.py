@@ -162,13 +162,14 @@ class IdleViTDet(PlainBackbone):
             attn_drop_rate=attn_drop_rate,
         )
         hidden = int(shape['mlp_ratio'] * channels)
-        feedforward = dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg)
+        feedforward = dict(
+            feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg, add_identity=False
+        )
         self.layers = ModuleList(
             IdleViTDetBlock(
                 channels,
                 norm_cfg=norm_cfg,
                 drop_path_rate=rate,
-                residual_scale=1.0,
                 attention=attention | dict(window_size=shape['window_size'] * (index in windowed)),
                 feedforward=feedforward,
                 policy=policy,

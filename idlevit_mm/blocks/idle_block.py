@@ -49,7 +49,7 @@ class IdleBlock(BaseModule, ABC):
     """
 
     SCOPES: tuple[str, ...] = ('map',)
-    FIRST_NORM: str = 'norm1'  # name of the norm before the attention
+    NORMS: tuple[str, str] = ('norm1', 'norm2')  # names of those before attention and network
     # Whether summaries of idle tokens change active ones, and mean the same in the next block.
     uses_summaries: bool = True
     holds_summaries: bool = True
@@ -124,7 +124,7 @@ class IdleBlock(BaseModule, ABC):
 
     def entering(self, x: Tensor) -> Tensor:
         """What attention sees of tokens (..., C)."""
-        return getattr(self, self.FIRST_NORM)(x)
+        return getattr(self, self.NORMS[0])(x)
 
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
