@@ -66,14 +66,16 @@ class Joint(NamedTuple):
     shares: tuple[int, ...]
 
     def joined(self, state: StateDict) -> StateDict:
-        """Put parts together wherever all of them are there."""
-        joined = dict(state)
-        for key in state:
-            names = [_translated(key, self.parts[0], part) for part in self.parts]
+        """Put parts together wherever all of them are there, in the place of the first."""
+        first, joined, used = self.parts[0], {}, set()
+        for key, value in state.items():
+            names = [_translated(key, first, part) for part in self.parts]
             if all(name in state for name in names):
-                whole = torch.cat([joined.pop(name) for name in names])
-                joined[_translated(key, self.parts[0], self.whole)] = whole
-        return joined
+                joined[_translated(key, first, self.whole)] = torch.cat([state[n] for n in names])
+                used.update(names)
+            else:
+                joined[key] = value
+        return {key: value for key, value in joined.items() if key not in used}
 
     def parted(self, conversion: Conversion) -> Conversion:
         """The inverse of ``joined``, on weights that have their names already."""
