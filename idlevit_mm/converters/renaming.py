@@ -67,7 +67,9 @@ class Joint(NamedTuple):
 
     def joined(self, state: StateDict) -> StateDict:
         """Put parts together wherever all of them are there, in the place of the first."""
-        first, joined, used = self.parts[0], {}, set()
+        first = self.parts[0]
+        joined: StateDict = {}
+        used: set[str] = set()
         for key, value in state.items():
             names = [_translated(key, first, part) for part in self.parts]
             if all(name in state for name in names):
