@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
+from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
 from ..blocks import IDLE_WHERE, IdleBlock, Payer, StageRecord
@@ -30,6 +31,7 @@ from ..errors import SettingError, shortened
 from ..policies import KeepRatios, normalize_keep_ratios
 from ..registry import arguments_of
 from .arguments import check_numbers, pretrained_cfg
+from .extents import ImgShapes
 
 GELU = dict(type='GELU')
 
@@ -49,6 +51,7 @@ class IdleBackbone(BaseModule, ABC):
         convert_weights: Whether a checkpoint named in ``init_cfg`` may have other names than
             mmdet's and mmseg's: those of timm or of a release; its keys tell which.
         pretrained: Deprecated spelling of ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
+        padded_images: Whether images may be padded to share a batch; a classifier's are not.
         init_cfg: Where the weights come from: ``dict(type='Pretrained', checkpoint=...)`` with a
             ``.pth`` or ``.safetensors`` file, an address, or ``timm://`` and a model of timm. Of a
             file weights of other shapes are left out with a warning; with ``in_channels='mean'``
@@ -68,7 +71,6 @@ class IdleBackbone(BaseModule, ABC):
         idle_where: Whether blocks idle ``'always'``, or only where it ``'pays'``: where they are
             predicted to be faster than dense ones for the size of an image and the device of the
             first pass, whose pace is saved with the weights (``blocks.cost``).
-        padded_images: Whether images may be padded to share a batch; a classifier's are not.
 
     Raises:
         TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
@@ -102,9 +104,11 @@ class IdleBackbone(BaseModule, ABC):
         self,
         depths: Sequence[int],
         out_indices: Sequence[int],
+        /,
         frozen_stages: int = -1,
         convert_weights: bool = False,
         pretrained: str | None = None,
+        padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         if pretrained is not None:
@@ -119,7 +123,7 @@ class IdleBackbone(BaseModule, ABC):
         self.out_indices = tuple(out_indices)
         self.depths, self.frozen_stages = tuple(depths), frozen_stages
         self.strides: tuple[int, ...] = ()
-        self.padded_images = True
+        self.padded_images = padded_images
         self.convert_weights = convert_weights
         self._passes = threading.local()
         self.record_inputs = False
@@ -203,14 +207,9 @@ class IdleBackbone(BaseModule, ABC):
 
     def _freeze(self) -> None:
         for part in self._frozen_modules():
+            part.requires_grad_(False)
             if isinstance(part, nn.Module):
                 part.eval()
-        for parameter in self._frozen_parameters():
-            parameter.requires_grad = False
-
-    def _frozen_parameters(self) -> Iterable[nn.Parameter]:
-        for part in self._frozen_modules():
-            yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
 
     def init_weights(self) -> None:
         """Draw new weights, or load the checkpoint named in ``init_cfg``.
@@ -253,6 +252,14 @@ class IdleBackbone(BaseModule, ABC):
             ValueError: The dense class has no such settings.
         """
         return dict(cfg), self.state_dict()
+
+    @abstractmethod
+    def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> Any:
+        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
+
+        With ``output_cls_token`` each is a list of the map and the class token (B, C).
+        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
+        """
 
     @abstractmethod
     def _stages(self) -> Iterable[nn.Module]:
@@ -343,6 +350,14 @@ class IdleBackbone(BaseModule, ABC):
             what = f'lacks {shortened(lacking, 3)}' if lacking else f'has {shortened(unknown, 3)}'
             return f'is of another size than {name}: it {what}'
         return ''
+
+
+def init_layer(module: nn.Module) -> None:
+    """Draw a linear layer and reset a norm as mmdet does; leave other modules alone."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_init(module, std=0.02, bias=0.0)
+    elif isinstance(module, nn.LayerNorm):
+        constant_init(module, 1.0)
 
 
 def _of_stages(keys: Sequence[str]) -> list[str]:

@@ -17,14 +17,24 @@ from .extents import Extents, ImgShapes
 
 
 class PlainBackbone(IdleBackbone):
-    """One stage of blocks, ``layers``, on the map that ``patch_embed`` makes."""
+    """One stage of blocks, ``layers``, on the map that ``patch_embed`` makes.
+
+    Args:
+        shape: What ``arch`` and the arguments that override it come to, by argument.
+        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
+        **kwargs: Further arguments of ``IdleBackbone``.
+    """
+
+    def __init__(
+        self, shape: dict[str, Any], out_indices: int | Iterable[int], /, **kwargs: Any
+    ) -> None:
+        depth = shape['num_layers']
+        given = (out_indices,) if isinstance(out_indices, int) else out_indices
+        indices = [depth - 1 if index == -1 else index for index in given]
+        super().__init__((depth,), indices, **kwargs)
+        self.shape, self.strides = shape, (shape['patch_size'],)
 
     def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> Any:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
-
-        With ``output_cls_token`` each is a list of the map and the class token (B, C).
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
         extents = Extents.of(self, x, img_shapes)
         x, hw_shape = self.patch_embed(x)
         x = self.drop_after_pos(self._placed(x, hw_shape))
@@ -49,9 +59,3 @@ class PlainBackbone(IdleBackbone):
         if self.frozen_stages >= 0:
             yield from (self.patch_embed, self.drop_after_pos, self.pos_embed)
         yield from self.layers[: max(self.frozen_stages, 0)]
-
-
-def blocks_of(out_indices: int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """Numbers of blocks whose maps are returned, of one number or several; -1 is the last."""
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    return tuple(depth - 1 if index == -1 else index for index in indices)

@@ -24,42 +24,29 @@ from ..layers import (
     SpatialReductionAttention,
     pad_to,
 )
-from ..ops import Extent
 from ..policies import KeepRatios, Plan
 from .arguments import table_size
 from .base import GELU
 from .names import pvt as names
+from .normed import NormedBlock
 from .pyramid import IdlePyramid
 
 LAYER_NORM = dict(type='LN', eps=1e-6)
 _TABLE = 'layers.{}.1.0.pos_embed'
 
 
-class IdlePVTBlock(IdleBlock):
+class IdlePVTBlock(NormedBlock):
     """One PVT block on the active tokens of a map; all tokens serve as keys and values."""
 
+    ATTENTION = SpatialReductionAttention
     reads_map = has_cells = True
 
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        attention = dict(drop_path_rate=drop_path_rate) | attention
-        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = SpatialReductionAttention(embed_dims, norm_cfg=norm_cfg, **attention)
-        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = self.feed_forward(drop_path_rate, feedforward)
+    def __init__(self, embed_dims: int, feedforward: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(embed_dims, feedforward=feedforward, **kwargs)
         # All idle tokens are among the keys, so only the convolution has use for their summary.
         self.uses_summaries = feedforward.get('use_conv', False)
 
     def feed_forward(self, drop_path_rate: float, feedforward: dict[str, Any]) -> nn.Module:
-        """The layer of the second half."""
         return MixFFN(self.embed_dims, drop_path_rate=drop_path_rate, **feedforward)
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
@@ -81,12 +68,6 @@ class IdlePVTBlock(IdleBlock):
         if self.uses_summaries:
             return function(now)
         return self.by_tokens(function, now, self.norm2, self.ffn)
-
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.norm1(x), hw_shape, extent)
-
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.norm1(x), hw_shape, mask)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
         width, hidden, ratio = self.embed_dims, self.ffn.feedforward_channels, self.attn.sr_ratio
@@ -152,19 +133,14 @@ class IdlePyramidVisionTransformer(IdlePyramid):
         use_conv_ffn: bool = False,
         act_cfg: dict = GELU,
         norm_cfg: dict = LAYER_NORM,
-        pretrained: str | None = None,
         convert_weights: bool = True,
         with_cp: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_layers, out_indices, frozen_stages, convert_weights, pretrained, init_cfg
-        )
+        super().__init__(num_layers, out_indices, convert_weights=convert_weights, **kwargs)
         per_stage = dict(
             num_layers=num_layers,
             num_heads=num_heads,
@@ -178,14 +154,14 @@ class IdlePyramidVisionTransformer(IdlePyramid):
             if len(values) != num_stages:
                 raise ValueError(f'{name}={values} must have num_stages={num_stages} entries')
 
-        self.strides, self.padded_images = tuple(strides), padded_images
+        self.strides = tuple(strides)
         self.use_abs_pos_embed = use_abs_pos_embed
         # Sides in pixels of the smallest map that each patch embedding takes.
         self.least_sides = [
             patch - 2 * padding for patch, padding in zip(patch_sizes, paddings, strict=True)
         ]
         attention: dict[str, Any] = dict(
-            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias
+            attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias, norm_cfg=norm_cfg
         )
         feedforward = dict(act_cfg=act_cfg, ffn_drop=drop_rate, use_conv=use_conv_ffn)
         settings: dict[str, Any] = dict(norm_cfg=norm_cfg, with_cp=with_cp, policy=policy)

@@ -7,13 +7,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
-from mmengine.model.weight_init import constant_init, normal_init, trunc_normal_init
+from mmengine.model.weight_init import normal_init
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Relay, run_blocks
 from ..kernels import backend_at
 from ..layers import AbsolutePositionEmbedding, makes_anew, to_map
-from .base import IdleBackbone
+from .base import IdleBackbone, init_layer
 from .extents import Extents, ImgShapes
 
 
@@ -21,10 +21,6 @@ class IdlePyramid(IdleBackbone):
     """A backbone whose stages are alike."""
 
     def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
-
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
         extents = Extents.of(self, x, img_shapes)
         outs, records, relay = [], [], Relay()
         for index, ratios in enumerate(self.keep_ratios):
@@ -59,11 +55,8 @@ class IdlePyramid(IdleBackbone):
 
     def _init_from_scratch(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=0.02, bias=0.0)
-            elif isinstance(module, nn.LayerNorm):
-                constant_init(module, 1.0)
-            elif isinstance(module, nn.Conv2d):
+            init_layer(module)
+            if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 normal_init(module, 0, math.sqrt(2.0 / fan_out))
             elif isinstance(module, AbsolutePositionEmbedding):

@@ -7,60 +7,34 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmcv.cnn import build_norm_layer
-from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
+from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import IdleBlock, WindowBlock
-from ..checkpoints import StateDict
-from ..converters import Fitted
-from ..layers import FeedForward, MergePatches, ShiftWindowMSA
-from ..ops import Extent, Units, map_units, window_units
-from ..policies import KeepRatios, Plan
+from ..layers import MergePatches, ShiftWindowMSA
+from ..ops import Units, map_units, window_units
+from ..policies import KeepRatios
 from .arguments import table_size
-from .base import GELU
+from .base import GELU, init_layer
 from .names import swin as names
+from .normed import NormedBlock
 from .windowed import SwinBackbone, SwinStage
 
 LAYER_NORM = dict(type='LN')
 
 
-class IdleSwinBlock(WindowBlock):
+class IdleSwinBlock(WindowBlock, NormedBlock):
     """One Swin block on the active tokens of a map."""
 
     SCOPES: tuple[str, ...] = ('map', 'window_tokens', 'windows')
-    FIRST_NORM = 'norm1'
     ATTENTION: ClassVar[type[nn.Module]] = ShiftWindowMSA
-
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
-        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        attention = dict(drop_path_rate=drop_path_rate) | attention
-        self.attn = self.ATTENTION(embed_dims, **attention)
-        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(embed_dims, dropout_layer=drop_path, **feedforward)
-
-    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         if scope == 'map':
             return map_units(*hw_shape, device)
         windows = self.attn.window_size, self.attn.shift_at(hw_shape)
         return window_units(*hw_shape, *windows, scope == 'windows', device)
-
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.entering(x), hw_shape, extent)
 
 
 @MODELS.register_module()
@@ -108,16 +82,12 @@ class IdleSwinTransformer(SwinBackbone):
         act_cfg: dict = GELU,
         norm_cfg: dict = LAYER_NORM,
         with_cp: bool = False,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(depths, out_indices, **kwargs)
         if not len(depths) == len(num_heads) == len(strides):
             raise ValueError(
                 f'depths={depths}, num_heads={num_heads} and strides={strides} '
@@ -125,7 +95,7 @@ class IdleSwinTransformer(SwinBackbone):
             )
         if strides[0] != patch_size:
             raise ValueError(f'strides[0]={strides[0]} must equal patch_size={patch_size}')
-        self.strides, self.padded_images = tuple(strides), padded_images
+        self.strides = tuple(strides)
         widths = self.num_features = self.widths(embed_dims, num_heads)
         self.window_size = window_size
         pos_shape = table_size(pretrain_img_size, patch_size) if use_abs_pos_embed else None
@@ -167,10 +137,7 @@ class IdleSwinTransformer(SwinBackbone):
         if self.use_abs_pos_embed:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=0.02, bias=0.0)
-            elif isinstance(module, nn.LayerNorm):
-                constant_init(module, 1.0)
+            init_layer(module)
 
     def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         if self.frozen_stages >= 0:
@@ -181,7 +148,3 @@ class IdleSwinTransformer(SwinBackbone):
             yield self.stages[index]
             if index in self.out_indices:
                 yield getattr(self, f'norm{index}')
-
-    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
-        shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
-        return self.fit_tables(state, shapes, self.window_size, is_foreign)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Tokens, Work, moves
 from ..checkpoints import StateDict
-from ..converters import Fitted
 from ..layers import MergeThenNorm, ShiftCosineMSA
 from ..layers.cosine_attention import HIDDEN
 from ..policies import KeepRatios, Plan
@@ -125,20 +124,16 @@ class IdleSwinTransformerV2(SwinBackbone):
         use_abs_pos_embed: bool = False,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
-        frozen_stages: int = -1,
         pad_small_map: bool = True,
         norm_cfg: dict | None = LAYER_NORM,
         pretrained_window_sizes: Sequence[int] = (0, 0, 0, 0),
-        pretrained: str | None = None,
-        convert_weights: bool = False,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         embed_dims, depths, num_heads, every = _numbers_of(arch)
-        super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(depths, out_indices, **kwargs)
         windows = [window_size] * len(depths) if isinstance(window_size, int) else window_size
         if len(windows) != len(depths) or len(pretrained_window_sizes) < len(depths):
             raise ValueError(
@@ -146,7 +141,6 @@ class IdleSwinTransformerV2(SwinBackbone):
                 f'must have one entry for each of {len(depths)} stages'
             )
         self.strides = patch_size, *[2] * (len(depths) - 1)
-        self.padded_images = padded_images
         widths = self.num_features = self.widths(embed_dims, num_heads)
         self.interpolate_mode = interpolate_mode
         height, width = (-(-int(side) // patch_size) for side in to_2tuple(img_size))
@@ -199,10 +193,6 @@ class IdleSwinTransformerV2(SwinBackbone):
             yield stage
             if index in self.out_indices:
                 yield getattr(self, f'norm{index}')
-
-    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
-        shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
-        return self.fit_tables(state, shapes, None, is_foreign)
 
 
 def _numbers_of(arch: str | Mapping[str, Any]) -> tuple[int, Sequence[int], Sequence[int], int]:

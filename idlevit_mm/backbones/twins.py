@@ -13,10 +13,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..blocks import IdleBlock
-from ..layers import ConditionalPositionEncoding, EmbedPatches, FeedForward, LocallyGroupedAttention
-from ..policies import KeepRatios, Plan
+from ..layers import ConditionalPositionEncoding, EmbedPatches, LocallyGroupedAttention
+from ..policies import KeepRatios
 from .base import GELU
 from .names import twins as names
+from .normed import NormedBlock
 from .pvt import IdlePVTBlock
 from .pyramid import IdlePyramid
 from .swin import LAYER_NORM, IdleSwinBlock
@@ -33,12 +34,8 @@ class IdleGSABlock(IdlePVTBlock):
         super().__init__(embed_dims, **kwargs)
         self.holds_summaries = holds_summaries
 
-    def feed_forward(self, drop_path_rate: float, feedforward: dict[str, Any]) -> nn.Module:
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
-        return FeedForward(self.embed_dims, dropout_layer=drop_path, **feedforward)
-
-    def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
-        return self.by_tokens(lambda x: self.ffn(self.norm2(x), x), now, self.norm2, self.ffn)
+    feed_forward = NormedBlock.feed_forward
+    transform = NormedBlock.transform
 
 
 class IdleLSABlock(IdleSwinBlock):
@@ -50,21 +47,9 @@ class IdleLSABlock(IdleSwinBlock):
 
 
 class _Twins(IdlePyramid):
-    """What both have in common.
+    """What both have in common; ``windows`` are those of the stages, None for PCPVT's.
 
-    Args:
-        windows: Side of the windows of each stage in tokens; None for PCPVT.
-        in_channels: Channels of the image.
-        embed_dims: Channels of each stage.
-        patch_sizes: Kernel size of the patch embedding of each stage; there may be more of them.
-        strides: Stride of the patch embedding of each stage; there may be more of them.
-        depths: Number of blocks of each stage.
-        sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
-        out_indices: Stages whose maps are returned, all by default.
-        norm_cfg: Norm layers of patch embeddings and of outputs; others are LayerNorm.
-        norm_after_stage: Whether a norm follows each stage.
-
-    Further arguments, and errors, are those of ``IdleBackbone``.
+    Further arguments are those of ``IdlePCPVT``.
     """
 
     family = 'twins'
@@ -90,18 +75,14 @@ class _Twins(IdlePyramid):
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         norm_after_stage: bool = False,
         act_cfg: dict = GELU,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
         with_cp: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         out_indices = out_indices or range(len(depths))
-        super().__init__(depths, out_indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(depths, out_indices, **kwargs)
         per_stage = dict(
             embed_dims=embed_dims,
             patch_sizes=patch_sizes,
@@ -119,7 +100,6 @@ class _Twins(IdlePyramid):
         if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f'num_heads={num_heads} must divide embed_dims={embed_dims}')
         self.strides = tuple(strides[: len(depths)])
-        self.padded_images = padded_images
 
         self.patch_embeds = ModuleList()
         self.position_encoding_drops = ModuleList()
@@ -138,7 +118,7 @@ class _Twins(IdlePyramid):
             in_channels = channels
             attention = dict(num_heads=num_heads[index], qkv_bias=qkv_bias)
             drops = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate)
-            globally = dict(attention, sr_ratio=sr_ratios[index], **drops)
+            globally = dict(attention, sr_ratio=sr_ratios[index], norm_cfg=LAYER_NORM, **drops)
             locally = attention | {f'{name}_rate': rate for name, rate in drops.items()}
             hidden = int(mlp_ratios[index] * channels)
             settings: dict[str, Any] = dict(
@@ -187,10 +167,15 @@ class IdlePCPVT(_Twins):
     The convolution that encodes positions after the first block of a stage sees all tokens.
 
     Args:
-        **kwargs: Those of ``_Twins``: ``embed_dims``, ``patch_sizes``, ``strides``, ``num_heads``,
-            ``mlp_ratios``, ``depths`` and ``sr_ratios`` of each stage (side of the cells, in
-            tokens, that give one key), ``out_indices``, ``norm_cfg`` of patch embeddings and
-            outputs, ``norm_after_stage``, and those of ``IdleBackbone``.
+        embed_dims: Channels of each stage.
+        patch_sizes: Kernel size of the patch embedding of each stage; there may be more of them.
+        strides: Stride of the patch embedding of each stage; there may be more of them.
+        depths: Number of blocks of each stage.
+        sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
+        out_indices: Stages whose maps are returned, all by default.
+        norm_cfg: Norm layers of patch embeddings and of outputs; others are LayerNorm.
+        norm_after_stage: Whether a norm follows each stage.
+        **kwargs: Further arguments of ``IdleBackbone``.
     """
 
     DENSE = (('mmseg', 'PCPVT'),)

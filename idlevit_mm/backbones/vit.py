@@ -6,7 +6,7 @@ rows of both and of what a policy has appended, T computed rows, C channels.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -16,46 +16,36 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..blocks import IdleBlock, Tokens, Work, layers, moves, without_cells
+from ..blocks import Tokens, Work, block_work, without_cells
 from ..checkpoints import StateDict
 from ..converters import Fitted, Size, fit_tables, in_tokens
 from ..kernels import backend_at
-from ..layers import ConvStemEmbed, EmbedPatches, FeedForward, SelfAttention, resize_position_table
-from ..ops import Extent
+from ..layers import ConvStemEmbed, EmbedPatches, SelfAttention, resize_position_table
 from ..policies import KeepRatios, Plan
 from ..registry import arguments_of
 from .arguments import table_size
 from .base import GELU
 from .names import dinov2, vit
-from .plain import PlainBackbone, blocks_of
+from .normed import NormedBlock
+from .plain import PlainBackbone
 from .vit_shapes import ARCHS, SCALE, check_dense, check_kind, shape_of
 
 
-class IdleViTBlock(IdleBlock):
-    """One block of a plain ViT on the active tokens of a map, the class token and registers."""
+class IdleViTBlock(NormedBlock):
+    """One block of a plain ViT on the active tokens of a map, the class token and registers.
 
-    ATTENTION: type[nn.Module] = SelfAttention
+    Args:
+        *args: Those of ``NormedBlock``, as are further keyword arguments.
+        residual_scale: Factor of both branches.
+    """
+
+    NORMS = ('ln1', 'ln2')
+    ATTENTION: ClassVar[type[nn.Module]] = SelfAttention
     has_cells = True
 
-    def __init__(
-        self,
-        embed_dims: int,
-        norm_cfg: dict,
-        drop_path_rate: float,
-        residual_scale: float,
-        attention: dict[str, Any],
-        feedforward: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(embed_dims, **kwargs)
-        drop_path = dict(type='DropPath', drop_prob=drop_path_rate)
+    def __init__(self, *args: Any, residual_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.residual_scale = residual_scale
-        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = self.ATTENTION(embed_dims, drop_path_rate=drop_path_rate, **attention)
-        self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(
-            embed_dims, dropout_layer=drop_path, add_identity=False, **feedforward
-        )
 
     def attend(
         self, tokens: Tokens, plan: Plan, keys: Tensor | None
@@ -79,22 +69,13 @@ class IdleViTBlock(IdleBlock):
 
         return self.by_tokens(function, now, self.ln2, self.ffn)
 
-    def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
-        return self.attn.mean_query_attention(self.ln1(x), hw_shape, extent)
-
     def class_query(
         self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool
     ) -> tuple[Tensor, Tensor | None]:
         return self.attn.class_query(self.ln1(x), hw_shape[0] * hw_shape[1], with_keys)
 
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.ln1(x), mask)
-
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        width, hidden = self.embed_dims, self.ffn.feedforward_channels
-        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
-        pairs = 2 * width * rows * rows / batch
-        return linear + Work(pairs=pairs) + moves(rows * (9 * width + 2 * hidden), 8)
+        return block_work(self.embed_dims, self.ffn.feedforward_channels, rows, rows / batch)
 
 
 @MODELS.register_module()
@@ -113,7 +94,6 @@ class IdleVisionTransformer(PlainBackbone):
         residual_scale: Factor of both branches of a block (LV-ViT, arXiv 2104.10858: 1 / 2).
         layer_scale: What the learned factors of each channel of both branches (arXiv 2103.17239)
             begin with; 0 for none.
-        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
         with_cls_token: Whether there is a class token.
         num_registers: Tokens beside the class token (arXiv 2309.16588), always active and never
             counted. Where there are some, the class token has no place in the position table.
@@ -124,10 +104,7 @@ class IdleVisionTransformer(PlainBackbone):
         interpolate_mode: How the position table is resized: a mode of torch's, or one with ``-aa``
             behind it, which smooths where the table shrinks.
 
-    Further arguments, and errors, are those of ``IdleBackbone``.
-
-    Attributes:
-        shape: What ``arch`` and the arguments that override it come to, by argument.
+    Further arguments, and errors, are those of ``PlainBackbone``.
     """
 
     family = 'vit'
@@ -164,14 +141,10 @@ class IdleVisionTransformer(PlainBackbone):
         final_norm: bool = True,
         interpolate_mode: str | None = None,
         with_cp: bool = False,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         shape = shape_of(
             arch,
@@ -191,14 +164,11 @@ class IdleVisionTransformer(PlainBackbone):
         )
         norm_cfg, patch_size = shape['norm_cfg'], shape['patch_size']
         channels, depth = shape['embed_dims'], shape['num_layers']
-        indices = blocks_of(out_indices, depth)
-        super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
+        super().__init__(shape, out_indices, **kwargs)
         besides = dict(output_cls_token=output_cls_token, num_registers=num_registers)
         for name, value in besides.items():
             if value and not with_cls_token:
                 raise ValueError(f'{name}={value} needs with_cls_token=True')
-        self.shape = shape
-        self.strides, self.padded_images = (patch_size,), padded_images
         self.num_class = int(with_cls_token) + num_registers
         # Class tokens with a place in the position table.
         self.num_placed = int(with_cls_token and not num_registers)
@@ -222,7 +192,7 @@ class IdleVisionTransformer(PlainBackbone):
         attention |= dict(num_heads=shape['num_heads'], layer_scale=shape['layer_scale'])
         hidden = int(shape['mlp_ratio'] * channels)
         feedforward = dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg)
-        feedforward['layer_scale_init_value'] = shape['layer_scale']
+        feedforward |= dict(layer_scale_init_value=shape['layer_scale'], add_identity=False)
         self.layers = ModuleList(
             IdleViTBlock(
                 channels,

@@ -62,21 +62,18 @@ def check_kind(state: StateDict, own: StateDict) -> None:
 
     Without them features would be others, though no weight has another shape.
     """
-    theirs, ours = (
-        dict(
-            layer_scale=SCALE in weights,
-            num_registers=weights['register_tokens'].shape[1]
-            if 'register_tokens' in weights
-            else 0,
-        )
-        for weights in (state, own)
-    )
+    theirs, ours = _kind_of(state), _kind_of(own)
     for name, value in ours.items():
         if 'cls_token' in state and value != theirs[name]:
             raise SettingError(
                 f'{name}={value} of IdleVisionTransformer; allowed: {name}={theirs[name]}, as the '
                 'checkpoint has it (arch sets layer_scale)'
             )
+
+
+def _kind_of(state: StateDict) -> dict[str, Any]:
+    registers = state['register_tokens'].shape[1] if 'register_tokens' in state else 0
+    return dict(layer_scale=SCALE in state, num_registers=registers)
 
 
 def check_dense(shape: dict[str, Any]) -> None:

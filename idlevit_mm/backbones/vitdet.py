@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.model import ModuleList
-from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
+from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -25,10 +25,10 @@ from ..layers import (
 )
 from ..policies import KeepRatios
 from .arguments import table_size
-from .base import GELU
+from .base import GELU, init_layer
 from .extents import ImgShapes
 from .names import vitdet
-from .plain import PlainBackbone, blocks_of
+from .plain import PlainBackbone
 from .vit import IdleViTBlock
 from .vit_shapes import shape_of
 
@@ -48,7 +48,6 @@ _KEYS = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels', 'globa
 class IdleViTDetBlock(WindowBlock, IdleViTBlock):
     """One block of ViTDet, within windows or among all active tokens of a map."""
 
-    FIRST_NORM = 'ln1'
     ATTENTION = RelativeAttention
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
@@ -86,16 +85,12 @@ class IdleViTDet(PlainBackbone):
         pretrain_use_cls_token: Taken as mmdet's class has it, and without effect: the place of a
             class token is left out where weights are read.
         out_channels: Channels of SAM's reduction behind the blocks; 0 for none.
-        out_indices: Blocks whose maps are returned; one number or several, -1 for the last.
         single_output: Whether the first of the maps is returned alone, as by mmdet's class, and not
             a list.
         interpolate_mode: How the absolute position table is resized: a mode of torch's.
         policy: Its scope is ``map``.
 
-    Further arguments, and errors, are those of ``IdleBackbone``.
-
-    Attributes:
-        shape: What ``arch`` and the arguments that override it come to, by argument.
+    Further arguments, and errors, are those of ``PlainBackbone``.
     """
 
     family = 'vitdet'
@@ -130,14 +125,10 @@ class IdleViTDet(PlainBackbone):
         norm_cfg: dict = LAYER_NORM,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
-        pretrained: str | None = None,
-        convert_weights: bool = False,
-        frozen_stages: int = -1,
         keep_ratios: KeepRatios = 1.0,
         policy: dict[str, Any] | None = None,
         idle_where: str = 'always',
-        padded_images: bool = True,
-        init_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         shape = shape_of(
             arch if isinstance(arch, str) else _shape_by_keys(arch),
@@ -155,11 +146,7 @@ class IdleViTDet(PlainBackbone):
         windowed = shape.setdefault('window_block_indexes', _in_quarters(depth))
         if not all(0 <= index < depth for index in windowed):
             raise ValueError(f'window_block_indexes={tuple(windowed)} must lie in 0 to {depth - 1}')
-        indices = blocks_of(out_indices, depth)
-        super().__init__((depth,), indices, frozen_stages, convert_weights, pretrained, init_cfg)
-        self.shape = shape
-        self.strides = (patch_size,)
-        self.padded_images = padded_images
+        super().__init__(shape, out_indices, **kwargs)
         self.interpolate_mode = interpolate_mode
         self.single_output = single_output
         patch = dict(kernel_size=patch_size, stride=patch_size)
@@ -175,13 +162,14 @@ class IdleViTDet(PlainBackbone):
             attn_drop_rate=attn_drop_rate,
         )
         hidden = int(shape['mlp_ratio'] * channels)
-        feedforward = dict(feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg)
+        feedforward = dict(
+            feedforward_channels=hidden, ffn_drop=drop_rate, act_cfg=act_cfg, add_identity=False
+        )
         self.layers = ModuleList(
             IdleViTDetBlock(
                 channels,
                 norm_cfg=norm_cfg,
                 drop_path_rate=rate,
-                residual_scale=1.0,
                 attention=attention | dict(window_size=shape['window_size'] * (index in windowed)),
                 feedforward=feedforward,
                 policy=policy,
@@ -200,7 +188,7 @@ class IdleViTDet(PlainBackbone):
         self.built(keep_ratios, idle_where)
 
     def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> Any:
-        """As ``PlainBackbone.forward``; the first map alone with ``single_output``."""
+        """As ``IdleBackbone.forward``; the first map alone with ``single_output``."""
         outs = super().forward(x, img_shapes)
         return outs[0] if self.single_output else outs
 
@@ -225,10 +213,7 @@ class IdleViTDet(PlainBackbone):
     def _init_from_scratch(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=0.02, bias=0.0)
-            elif isinstance(module, nn.LayerNorm):
-                constant_init(module, 1.0)
+            init_layer(module)
 
     def _frozen_modules(self) -> Iterable[nn.Module | nn.Parameter]:
         yield from super()._frozen_modules()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import IdleBlock, Relay, StageRecord, run_blocks
 from ..checkpoints import StateDict
-from ..converters import Size, in_tokens
+from ..converters import Fitted, Size, in_tokens
 from ..kernels import backend_at, is_plain
 from ..layers import EmbedPatches, MergePatches, makes_anew, resize_position_table, to_map
 from .base import IdleBackbone
@@ -39,6 +39,8 @@ class SwinBackbone(IdleBackbone):
     """What both versions of Swin have in common."""
 
     interpolate_mode = 'bicubic'
+    # Side of the windows whose position biases are tables; None without such tables.
+    window_size: int | None = None
 
     def put_embedding(
         self,
@@ -92,10 +94,6 @@ class SwinBackbone(IdleBackbone):
             self.add_module(f'norm{index}', norm)
 
     def forward(self, x: Tensor, img_shapes: ImgShapes = None) -> tuple[Tensor, ...]:
-        """Maps (B, C, H, W) of images (B, 3, height, width), one for each of ``out_indices``.
-
-        ``img_shapes`` are heights and widths in pixels of images that are padded, if known.
-        """
         extents = Extents.of(self, x, img_shapes)
         x, hw_shape = self.patch_embed(x)
         if self.use_abs_pos_embed:
@@ -143,3 +141,7 @@ class SwinBackbone(IdleBackbone):
             return {}
         stride = state['patch_embed.projection.weight'].shape[-1]
         return {'absolute_pos_embed': in_tokens(img_size, stride)}
+
+    def _fit_tables(self, state: StateDict, is_foreign: bool) -> Fitted:
+        shapes = {'absolute_pos_embed': self.pos_shape} if self.use_abs_pos_embed else {}
+        return self.fit_tables(state, shapes, self.window_size, is_foreign)

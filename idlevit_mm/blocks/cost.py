@@ -57,6 +57,13 @@ def moves(numbers: float, launches: float) -> Work:
     return Work(0.0, 0.0, numbers, launches)
 
 
+def block_work(width: int, hidden: int, rows: float, keys: float) -> Work:
+    """A block of so many channels on some rows, each of which attends to so many keys."""
+    linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    pairs = Work(pairs=2 * width * rows * keys)
+    return linear + pairs + moves(rows * (9 * width + 2 * hidden), 8)
+
+
 def seconds(work: Work, pace: Pace, dtype: torch.dtype) -> float:
     """Predicted time of some work in a precision: one thing after another."""
     is_half = dtype.itemsize == 2

@@ -36,8 +36,8 @@ START = Carried()
 class IdleBlock(BaseModule, ABC):
     """A transformer block that computes only the active tokens of a map.
 
-    A family implements ``attend``, ``transform`` and ``mean_query``, and extends ``SCOPES``,
-    ``units``, ``summarize`` and ``spread`` where it knows more than the whole map.
+    A family names its attention ``attn``, implements ``attend`` and ``transform``, and extends
+    ``SCOPES``, ``units``, ``summarize`` and ``spread`` where it knows more than the whole map.
 
     Args:
         embed_dims: Channels of the tokens.
@@ -49,6 +49,7 @@ class IdleBlock(BaseModule, ABC):
     """
 
     SCOPES: tuple[str, ...] = ('map',)
+    NORMS: tuple[str, str] = ('norm1', 'norm2')  # names of those before attention and network
     # Whether summaries of idle tokens change active ones, and mean the same in the next block.
     uses_summaries: bool = True
     holds_summaries: bool = True
@@ -121,9 +122,13 @@ class IdleBlock(BaseModule, ABC):
     def transform(self, now: Tensor, hw_shape: tuple[int, int], plan: Plan) -> Tensor:
         """Norm, MLP and identity of the computed rows (B, T + P + R, C)."""
 
-    @abstractmethod
+    def entering(self, x: Tensor) -> Tensor:
+        """What attention sees of tokens (..., C)."""
+        return getattr(self, self.NORMS[0])(x)
+
     def mean_query(self, x: Tensor, hw_shape: tuple[int, int], extent: Extent | None) -> Tensor:
         """Attention of the mean token's query to every token of the map x (B, N, C): (B, A, N)."""
+        return self.attn.mean_query_attention(self.entering(x), hw_shape, extent)
 
     def class_query(self, x: Tensor, hw_shape: tuple[int, int], with_keys: bool) -> Any:
         """Mean over heads of the class token's query times every key of x (B, S, C): (B, S).
@@ -139,7 +144,7 @@ class IdleBlock(BaseModule, ABC):
         once, 1 for active tokens. Of the shape of the mask: sum over keys j of W_ij * mask_j, with
         W the softmax over j of the head mean of the scaled logits.
         """
-        raise NotImplementedError(f'{type(self).__name__} does not implement kept_share')
+        return self.attn.kept_share(self.entering(x), hw_shape, mask)
 
     def units(self, hw_shape: tuple[int, int], scope: str, device: torch.device) -> Units:
         """Units among which the policy chooses."""

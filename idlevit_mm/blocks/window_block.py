@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import WindowLayout
 from ..policies import Plan
-from .cost import Work, layers, moves
+from .cost import Work, block_work
 from .functions import without_cells
 from .idle_block import IdleBlock
 from .tokens import Tokens
@@ -19,14 +19,8 @@ from .tokens import Tokens
 class WindowBlock(IdleBlock):
     """A block whose ``attn`` is within windows, or among the map where its ``window_size`` is 0."""
 
-    # Name of the norm before the attention.
-    FIRST_NORM: str
     # Windows of the next block hold other tokens.
     holds_summaries = False
-
-    def entering(self, x: Tensor) -> Tensor:
-        """What attention sees of tokens (..., C)."""
-        return getattr(self, self.FIRST_NORM)(x)
 
     def attend(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> tuple[Tensor, None]:
         idle = plan.keys == 'all' and plan.rows is not None
@@ -37,20 +31,13 @@ class WindowBlock(IdleBlock):
             context = without_cells(now, plan, self.summary_size)
         return self.attn(now, tokens.hw_shape, plan.rows, context, padding), None
 
-    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
-        return self.attn.kept_share(self.entering(x), hw_shape, mask)
-
     def groups(self, hw_shape: tuple[int, int], device: torch.device) -> WindowLayout | None:
         if not self.attn.window_size:
             return super().groups(hw_shape, device)
         return self.attn.windows(hw_shape, device)
 
     def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        width, hidden = self.embed_dims, self.ffn.feedforward_channels
         # Keys of a query: what is active of its window, or of the map.
         tokens = math.prod(hw_shape)
         keys = (self.attn.window_size**2 or tokens) * rows / (batch * tokens)
-        linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
-        return (
-            linear + Work(pairs=2 * width * rows * keys) + moves(rows * (9 * width + 2 * hidden), 8)
-        )
+        return block_work(self.embed_dims, self.ffn.feedforward_channels, rows, keys)

@@ -23,15 +23,9 @@ from .tables import TABLE_OF_BIAS, Fitted, Size
 TARGETS = {
     'mmdet': OPENMMLAB,
     'mmseg': OPENMMLAB,
-    'timm': 'timm',
-    'official': 'official',
-    'evovit': 'evovit',
-    'mmpretrain': 'mmpretrain',
-    'dinov2': 'dinov2',
-    'huggingface': 'huggingface',
-    'detectron2': 'detectron2',
+    **{name: name for name in ('timm', 'official', 'evovit', 'mmpretrain', 'dinov2')},
+    **{name: name for name in ('huggingface', 'detectron2')},
 }
-
 
 # Classifiers of a plain ViT's release: of the class token, and LV-ViT's of every token.
 _HEADS = r'(head|aux_head)\.(weight|bias)'

@@ -5,13 +5,21 @@ OpenMMLab's names are in the middle: each other format is a pair of functions to
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..checkpoints import StateDict
 from ..errors import SettingError, shortened
 from ..registry import idle_backbones
-from .renaming import Conversion
+from .renaming import Conversion, KeyMap
 
 OPENMMLAB = 'openmmlab'
+
+
+class Names(NamedTuple):
+    """The way to OpenMMLab's names and the one from them, where they are no ``KeyMap``."""
+
+    decode: Callable[[StateDict], Conversion]
+    encode: Callable[[StateDict], Conversion]
 
 
 def _unchanged(state: StateDict) -> Conversion:
@@ -33,8 +41,7 @@ class Format:
             ``dinov2``, ``huggingface`` or ``detectron2``.
         title: In words, for messages.
         matches: Whether weights have these names.
-        decode: These names to OpenMMLab's.
-        encode: OpenMMLab's names to these.
+        names: The names, read and written.
         place: Key under which files of this format have their weights; '' for none.
         prefixed_for: Library whose class reads a backbone's weights with their prefix only.
     """
@@ -43,8 +50,7 @@ class Format:
     name: str
     title: str
     matches: Callable[[StateDict], bool]
-    decode: Callable[[StateDict], Conversion] = _unchanged
-    encode: Callable[[StateDict], Conversion] = _unchanged
+    names: KeyMap | Names = Names(_unchanged, _unchanged)
     place: str = ''
     prefixed_for: str = ''
 
@@ -52,6 +58,14 @@ class Format:
     def is_foreign(self) -> bool:
         """Whether names are others than OpenMMLab's."""
         return self.name != OPENMMLAB
+
+    def decode(self, state: StateDict) -> Conversion:
+        """These names to OpenMMLab's; a SettingError tells which weights have no counterpart."""
+        return self.names.decode(state)
+
+    def encode(self, state: StateDict) -> Conversion:
+        """OpenMMLab's names to these; a SettingError tells which weights have no counterpart."""
+        return self.names.encode(state)
 
 
 def all_formats() -> tuple[Format, ...]:

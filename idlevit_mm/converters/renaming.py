@@ -1,8 +1,8 @@
 """Tables of names that are read in both directions.
 
 A pattern is a name in which ``{stage}`` stands for a number, ``{stage+1}`` for the same number
-plus one, and ``{leaf}`` for a last part such as ``weight``. Our names are OpenMMLab's, their names
-those of another project.
+plus one, ``{leaf}`` for a last part such as ``weight``, and ``{path}`` for anything. Our names are
+OpenMMLab's, their names those of another project.
 """
 
 import re
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..checkpoints import StateDict, of_policy
@@ -20,6 +21,8 @@ _T = TypeVar('_T')
 Transform = Callable[[Tensor], Tensor]
 
 _FIELD = re.compile(r'\{(\w+(?:\+1)?)\}')
+# What stands for other fields than numbers.
+_TEXTS = {'leaf': '[a-z_]+', 'path': '.+'}
 _NOTHING = re.compile(r'(?!)')
 
 
@@ -47,6 +50,47 @@ class Conversion(NamedTuple):
     state: StateDict
     dropped: list[str]
     added: list[str]
+
+
+class Joint(NamedTuple):
+    """A weight that they have in parts, one after another in its first dimension.
+
+    Attributes:
+        whole: Pattern of a name for all parts together.
+        parts: Patterns of the names of the parts.
+        shares: How many of as many equal pieces each part has.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    shares: tuple[int, ...]
+
+    def joined(self, state: StateDict) -> StateDict:
+        """Put parts together wherever all of them are there, in the place of the first."""
+        first = self.parts[0]
+        joined: StateDict = {}
+        used: set[str] = set()
+        for key, value in state.items():
+            names = [_translated(key, first, part) for part in self.parts]
+            if all(name in state for name in names):
+                joined[_translated(key, first, self.whole)] = torch.cat([state[n] for n in names])
+                used.update(names)
+            else:
+                joined[key] = value
+        return {key: value for key, value in joined.items() if key not in used}
+
+    def parted(self, conversion: Conversion) -> Conversion:
+        """The inverse of ``joined``, on weights that have their names already."""
+        state: StateDict = {}
+        for key, value in conversion.state.items():
+            names = [_translated(key, self.whole, part) for part in self.parts]
+            if not all(names):
+                state[key] = value
+                continue
+            piece = len(value) // sum(self.shares)
+            parts = value.split([piece * share for share in self.shares])
+            state |= zip(names, parts, strict=True)
+        return conversion._replace(state=state)
 
 
 @dataclass(frozen=True)
@@ -125,7 +169,7 @@ def _renamed(
     unknown: list[str] = []
     for key, value in state.items():
         for old, new, transform in table:
-            if (name := _translated(key, old, new)) is not None:
+            if name := _translated(key, old, new):
                 renamed[name] = transform(value)
                 break
         else:
@@ -139,14 +183,14 @@ def _renamed(
     return Conversion(renamed, dropped, [])
 
 
-def _translated(key: str, old: str, new: str) -> str | None:
-    """The name under the pattern ``new`` of a key that fits ``old``; None for one that does not."""
+def _translated(key: str, old: str, new: str) -> str:
+    """The name under the pattern ``new`` of a key that fits ``old``; '' for one that does not."""
     match = _compiled(old).fullmatch(key)
     if match is None:
-        return None
+        return ''
     values: dict[str, object] = {}
     for field, text in zip(_FIELD.findall(old), match.groups(), strict=True):
-        if field == 'leaf':
+        if field in _TEXTS:
             values[field] = text
         else:
             name = field.removesuffix('+1')
@@ -161,5 +205,5 @@ def _compiled(pattern: str) -> re.Pattern:
     expression = re.escape(first)
     for field, text in zip(rest[::2], rest[1::2], strict=True):
         number = '[1-9][0-9]*' if field.endswith('+1') else '[0-9]+'
-        expression += f'({"[a-z_]+" if field == "leaf" else number}){re.escape(text)}'
+        expression += f'({_TEXTS.get(field, number)}){re.escape(text)}'
     return re.compile(expression)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import StateDict
 from ..errors import SettingError
-from ..layers import relative_position_index, resize_position_table, resize_relative_position_table
+from ..layers import relative_position_index, resize_position_table
 
 Size = tuple[int, int]
 
@@ -69,9 +69,10 @@ def fit_tables(
     fitted = dict(state)
     for key, table in state.items():
         if key.endswith(TABLE_OF_BIAS) and window_size is not None:
-            if window_of_table(table) != window_size:
-                places = (2 * window_size - 1) ** 2
-                fitted[key] = resize_relative_position_table(table, places)
+            own = window_of_table(table)
+            if own != window_size:
+                old, new = ((2 * side - 1, 2 * side - 1) for side in (own, window_size))
+                fitted[key] = resize_position_table(table[None], old, new, 'bicubic')[0]
             fitted |= index_of_table(key, window_size)
         elif key in shapes and table.dim() == 3:
             fitted[key] = _fit_absolute(table, shapes[key], mode, num_prefix, is_square)

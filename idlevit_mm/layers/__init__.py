@@ -9,7 +9,6 @@ from .position import (
     AbsolutePositionEmbedding,
     ConditionalPositionEncoding,
     resize_position_table,
-    resize_relative_position_table,
 )
 from .reduction_attention import SpatialReductionAttention
 from .relative_attention import RelativeAttention, resize_axis_table

@@ -13,6 +13,9 @@ from ..kernels import backend_at, is_plain
 from ..ops import to_map, to_tokens
 from .position import AbsolutePositionEmbedding
 
+# Channels of the convolutions before LV-ViT's patches.
+_STEM = 64
+
 
 class EmbedPatches(PatchEmbed):
     """mmcv's patch embedding, its norm by the backend's way."""
@@ -115,15 +118,12 @@ class ConvStemEmbed(BaseModule):
         in_channels: Channels of the image.
         embed_dims: Channels of the tokens.
         patch_size: Side of a token in pixels; even.
-        stem_channels: Channels of the stem.
 
     Raises:
         ValueError: ``patch_size`` is odd.
     """
 
-    def __init__(
-        self, in_channels: int, embed_dims: int, patch_size: int, stem_channels: int = 64
-    ) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, patch_size: int) -> None:
         super().__init__()
         if patch_size % 2:
             raise ValueError(f"patch_size={patch_size} must be even with stem='conv'")
@@ -131,12 +131,12 @@ class ConvStemEmbed(BaseModule):
         layers: list[nn.Module] = []
         for index in range(3):
             size, stride = (7, 2) if index == 0 else (3, 1)
-            conv = nn.Conv2d(in_channels, stem_channels, size, stride, size // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(stem_channels), nn.ReLU(inplace=True)]
-            in_channels = stem_channels
+            conv = nn.Conv2d(in_channels, _STEM, size, stride, size // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(_STEM), nn.ReLU(inplace=True)]
+            in_channels = _STEM
         self.stem = nn.Sequential(*layers)
         half = patch_size // 2
-        self.projection = nn.Conv2d(stem_channels, embed_dims, half, half)
+        self.projection = nn.Conv2d(_STEM, embed_dims, half, half)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed images (B, 3, height, width): tokens (B, N, C) and (H, W)."""

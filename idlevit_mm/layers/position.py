@@ -30,12 +30,6 @@ def resize_position_table(
     return to_tokens(resized).to(table.dtype)
 
 
-def resize_relative_position_table(table: Tensor, num_places: int) -> Tensor:
-    """Interpolate Swin's bias table of shape ((2 * window - 1) ** 2, A) to (num_places, A)."""
-    old, new = round(table.shape[0] ** 0.5), round(num_places**0.5)
-    return resize_position_table(table[None], (old, old), (new, new), mode='bicubic')[0]
-
-
 class AbsolutePositionEmbedding(BaseModule):
     """PVT's learned position table, resized to each map (arXiv 2102.12122).
 

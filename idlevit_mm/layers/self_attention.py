@@ -32,7 +32,7 @@ class SelfAttention(PackedAttention):
         branch, row = self.branch(*args, **kwargs)
         return self.gamma1(branch), row
 
-    def kept_share(self, x: Tensor, mask: Tensor) -> Tensor:
+    def kept_share(self, x: Tensor, hw_shape: tuple[int, int], mask: Tensor) -> Tensor:
         """Share of attention as in ``IdleBlock.kept_share``, of normalised tokens."""
         query, key = self.project(x, 0, 2).chunk(2, dim=-1)
         return kept_share(query, key, mask, self.scale / self.num_heads)

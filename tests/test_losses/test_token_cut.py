@@ -323,7 +323,11 @@ def assert_shares(variant, policy):
 def test_what_is_frozen_dense_or_not_on_record(variant):
     model = run(variant, frozen_stages=variant.frozen_first)
     TokenCutLoss().of_backbones([model]).backward()
-    frozen = {id(p) for p in model._frozen_parameters()}
+    frozen = {
+        id(parameter)
+        for part in model._frozen_modules()
+        for parameter in ([part] if isinstance(part, torch.nn.Parameter) else part.parameters())
+    }
     assert frozen
     assert all(p.grad is None for p in model.parameters() if id(p) in frozen)
     assert any(p.grad is not None for p in model.parameters())

@@ -10,12 +10,16 @@ from functools import partial
 
 import torch
 
-from ...checkpoints import StateDict
 from ...converters.formats import Format, with_keys
-from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...converters.renaming import Conversion, Joint, KeyMap, Rule, with_leaves, with_qkv_biases
 from .vit import SCALE_RULES, TIMM_RULES, is_dinov2
 
-_PARTS = ('query', 'key', 'value')
+# Queries, keys and values of each block; ``qkv`` is our word for all of them.
+_QKV = Joint(
+    '{path}.qkv.{leaf}',
+    ('{path}.query.{leaf}', '{path}.key.{leaf}', '{path}.value.{leaf}'),
+    (1, 1, 1),
+)
 _BLOCK = (
     ('ln1', 'norm1'),
     ('attn.attn.out_proj', 'attention.output.dense'),
@@ -48,24 +52,9 @@ def _completed(conversion: Conversion, prefix: str, table: str) -> Conversion:
     return conversion._replace(state=state, added=added)
 
 
-def _joined(state: StateDict) -> StateDict:
-    """Queries, keys and values of each block in one; ``qkv`` is our word for it."""
-    joined = dict(state)
-    for key in state:
-        names = [key.replace('.query.', f'.{part}.') for part in _PARTS]
-        if '.query.' in key and all(name in state for name in names):
-            whole = torch.cat([joined.pop(name) for name in names])
-            joined[key.replace('.query.', '.qkv.')] = whole
-    return joined
-
-
 def _parted(conversion: Conversion) -> Conversion:
-    """The inverse of ``_joined``, and what else they have."""
-    state: StateDict = {}
-    for key, value in conversion.state.items():
-        names = [key.replace('.qkv.', f'.{part}.') for part in _PARTS] if '.qkv.' in key else [key]
-        state |= zip(names, value.chunk(len(names)), strict=True)
-    return _completed(conversion._replace(state=state), 'embeddings.', 'position_embeddings')
+    """Queries, keys and values apart, and what else they have."""
+    return _completed(_QKV.parted(conversion), 'embeddings.', 'position_embeddings')
 
 
 _names = partial(
@@ -100,17 +89,11 @@ _HUGGING_FACE = _names(
             )
         ),
     ),
-    before=_joined,
+    before=_QKV.joined,
     encoded=_parted,
 )
+_is_hugging_face = with_keys('embeddings.position_embeddings', 'encoder.layer.0.norm1.weight')
 FORMATS = (
-    Format('vit', 'dinov2', 'DINOv2 release', is_dinov2, _DINOV2.decode, _DINOV2.encode),
-    Format(
-        'vit',
-        'huggingface',
-        'Hugging Face Dinov2Model',
-        with_keys('embeddings.position_embeddings', 'encoder.layer.0.norm1.weight'),
-        _HUGGING_FACE.decode,
-        _HUGGING_FACE.encode,
-    ),
+    Format('vit', 'dinov2', 'DINOv2 release', is_dinov2, _DINOV2),
+    Format('vit', 'huggingface', 'Hugging Face Dinov2Model', _is_hugging_face, _HUGGING_FACE),
 )

@@ -10,12 +10,14 @@ from functools import partial
 import torch
 
 from ...checkpoints import StateDict
-from ...converters.formats import OPENMMLAB, Format, with_keys
-from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...converters.formats import OPENMMLAB, Format, Names, with_keys
+from ...converters.renaming import Conversion, Joint, KeyMap, Rule, with_leaves, with_qkv_biases
 from ...errors import SettingError
 
-_QUERY = re.compile(r'(.+\.attn\.)q\.(weight|bias)')
-_QUERY_KEY_VALUE = re.compile(r'(.+\.attn\.)q_kv\.(weight|bias)')
+# Query (C, C) and key-value (2C, C) projections.
+QUERY_KEY_VALUE = Joint(
+    '{path}.attn.q_kv.{leaf}', ('{path}.attn.q.{leaf}', '{path}.attn.kv.{leaf}'), shares=(1, 2)
+)
 # The position table of PVT that has a row for the class token, and its places then.
 _CLASS_TABLE = 'pos_embed4'
 _CLASS_PLACES = 50
@@ -44,35 +46,14 @@ def _block_rules(ours: str, theirs: str, conv: str) -> tuple[Rule, ...]:
 
 
 def joined(state: StateDict) -> StateDict:
-    """Join query (C, C) and key-value (2C, C) projections to one (3C, C)."""
+    """Join projections to one (3C, C); a SettingError tells of one without the other."""
     queries = {key for key in state if '.attn.q.' in key}
     others = {key.replace('.attn.kv.', '.attn.q.') for key in state if '.attn.kv.' in key}
     if alone := sorted(queries ^ others):
         raise SettingError(
             f'{len(alone)} weights of query or key-value are without the other, such as {alone[0]}'
         )
-    joined = {}
-    for key, value in state.items():
-        if key.replace('.attn.kv.', '.attn.q.') != key:
-            continue  # comes with its query
-        if match := _QUERY.fullmatch(key):
-            key = f'{match[1]}q_kv.{match[2]}'
-            value = torch.cat([value, state[f'{match[1]}kv.{match[2]}']])
-        joined[key] = value
-    return joined
-
-
-def split(conversion: Conversion) -> Conversion:
-    """The inverse of ``joined``, on weights that have their names already."""
-    split = {}
-    for key, value in conversion.state.items():
-        if match := _QUERY_KEY_VALUE.fullmatch(key):
-            query, key_value = value.split([value.shape[0] // 3, value.shape[0] // 3 * 2])
-            split[f'{match[1]}q.{match[2]}'] = query
-            split[f'{match[1]}kv.{match[2]}'] = key_value
-        else:
-            split[key] = value
-    return conversion._replace(state=split)
+    return QUERY_KEY_VALUE.joined(state)
 
 
 _names = partial(
@@ -80,7 +61,7 @@ _names = partial(
     theirs_only=re.compile(r'^head\.|^norm\.|^cls_token$'),  # the classifier
     before=joined,
     decoded=with_qkv_biases,
-    encoded=split,
+    encoded=QUERY_KEY_VALUE.parted,
 )
 
 
@@ -156,10 +137,11 @@ def to_official(state: StateDict) -> Conversion:
     return Conversion(converted, dropped, ['cls_token', f'{_CLASS_TABLE}[:, 0]'])
 
 
+_OFFICIAL = Names(from_official, to_official)
 _is_timm = with_keys('stages.0.blocks.0.attn.q.weight')
 _is_official = with_keys('block1.0.attn.q.weight')
 FORMATS = (
     Format('pvt', OPENMMLAB, 'mmdet and mmseg PVT and MiT', is_ours, place='state_dict'),
-    Format('pvt', 'timm', 'timm pvt_v2_*', _is_timm, _TIMM.decode, _TIMM.encode),
-    Format('pvt', 'official', 'PVT or SegFormer release', _is_official, from_official, to_official),
+    Format('pvt', 'timm', 'timm pvt_v2_*', _is_timm, _TIMM),
+    Format('pvt', 'official', 'PVT or SegFormer release', _is_official, _OFFICIAL),
 )

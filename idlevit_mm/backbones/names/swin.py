@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ...checkpoints import StateDict
+from ...checkpoints import FOLLOWING, StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
 from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves
 from ...converters.tables import INDEX_OF_BIAS, TABLE_OF_BIAS, index_of_table, window_of_table
 
-BLOCK = (
+_BLOCK = (
     ('norm1', 'norm1'),
     ('attn.w_msa.qkv', 'attn.qkv'),
     ('attn.w_msa.proj', 'attn.proj'),
@@ -42,13 +42,23 @@ def to_release_order(value: Tensor) -> Tensor:
     return patches[..., [0, 2, 1, 3], :].flatten(-2)
 
 
+OURS, THEIRS = 'stages.{stage}.blocks.{block}.', 'layers.{stage}.blocks.{block}.'
+# What release and timm share in both versions of Swin, and what the releases have besides.
+SHARED = (
+    *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
+    *with_leaves(_BLOCK, OURS, THEIRS),
+)
+OF_RELEASE = (
+    *with_leaves([('norm{stage}', 'norm{stage}')]),
+    Rule('absolute_pos_embed', 'absolute_pos_embed'),
+)
+
+
 def _rules(merge: str) -> tuple[Rule, ...]:
     """What release and timm share; ``merge`` is the number of the stage that has the merge."""
-    ours, theirs = 'stages.{stage}.blocks.{block}.', 'layers.{stage}.blocks.{block}.'
     return (
-        *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
-        *with_leaves(BLOCK, ours, theirs),
-        Rule(f'{ours}attn.w_msa.{TABLE_OF_BIAS}', f'{theirs}attn.{TABLE_OF_BIAS}'),
+        *SHARED,
+        Rule(f'{OURS}attn.w_msa.{TABLE_OF_BIAS}', f'{THEIRS}attn.{TABLE_OF_BIAS}'),
         *with_leaves(
             (('norm', 'norm'), ('reduction', 'reduction')),
             'stages.{stage}.downsample.',
@@ -82,12 +92,12 @@ def _with_indices(conversion: Conversion) -> Conversion:
         state[key] = value
         if key.endswith(TABLE_OF_BIAS):
             state |= index_of_table(key, window_of_table(value))
-    return _without_indices(conversion._replace(state=state))
+    return without_following(conversion._replace(state=state))
 
 
-def _without_indices(conversion: Conversion) -> Conversion:
-    """Indices are no loss, and not worth telling."""
-    dropped = [key for key in conversion.dropped if not key.endswith(INDEX_OF_BIAS)]
+def without_following(conversion: Conversion) -> Conversion:
+    """What follows from the window is no loss, and not worth telling."""
+    dropped = [key for key in conversion.dropped if not key.endswith(FOLLOWING)]
     return conversion._replace(dropped=dropped)
 
 
@@ -97,11 +107,7 @@ _LEFTOVERS = rf'^head\.|^norm\.|\.attn_mask$|{INDEX_OF_BIAS}$'
 _names = partial(KeyMap, theirs_only=re.compile(_LEFTOVERS), decoded=_with_indices)
 _OFFICIAL = _names(
     "the Swin release's",
-    (
-        *_rules('{stage}'),
-        *with_leaves([('norm{stage}', 'norm{stage}')]),
-        Rule('absolute_pos_embed', 'absolute_pos_embed'),
-    ),
+    (*_rules('{stage}'), *OF_RELEASE),
     ours_only=re.compile(_LEFTOVERS),
     encoded=_with_indices,
 )
@@ -110,7 +116,7 @@ _TIMM = _names(
     "timm's swin_*",
     _rules('{stage+1}'),
     ours_only=re.compile(rf'{_LEFTOVERS}|^norm\d+\.'),
-    encoded=_without_indices,
+    encoded=without_following,
 )
 _is_ours = with_keys(f'stages.0.blocks.0.attn.w_msa.{TABLE_OF_BIAS}')
 FORMATS = (
@@ -122,8 +128,6 @@ FORMATS = (
         place='state_dict',
         prefixed_for='mmdet',
     ),
-    Format('swin', 'timm', 'timm swin_*', is_timm, _TIMM.decode, _TIMM.encode),
-    Format(
-        'swin', 'official', 'Swin release', is_official, _OFFICIAL.decode, _OFFICIAL.encode, 'model'
-    ),
+    Format('swin', 'timm', 'timm swin_*', is_timm, _TIMM),
+    Format('swin', 'official', 'Swin release', is_official, _OFFICIAL, 'model'),
 )

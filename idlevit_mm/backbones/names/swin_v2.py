@@ -10,10 +10,17 @@ from functools import partial
 
 from ...checkpoints import FOLLOWING, StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
-from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves
-from .swin import BLOCK, from_release_order, to_release_order
+from ...converters.renaming import KeyMap, Rule, with_leaves
+from .swin import (
+    OF_RELEASE,
+    OURS,
+    SHARED,
+    THEIRS,
+    from_release_order,
+    to_release_order,
+    without_following,
+)
 
-_OURS, _THEIRS = 'stages.{stage}.blocks.{block}.', 'layers.{stage}.blocks.{block}.'
 _ATTENTION = ('logit_scale', 'q_bias', 'v_bias', 'cpb_mlp.0.{leaf}', 'cpb_mlp.2.weight')
 
 
@@ -21,9 +28,8 @@ def _rules(ours: str, theirs: str) -> tuple[Rule, ...]:
     """What release and timm share; a merge has these two numbers of a stage."""
     ours, theirs = f'stages.{ours}.downsample.', f'layers.{theirs}.downsample.'
     return (
-        *with_leaves((('patch_embed.projection', 'patch_embed.proj'), ('patch_embed.norm',) * 2)),
-        *with_leaves(BLOCK, _OURS, _THEIRS),
-        *(Rule(f'{_OURS}attn.w_msa.{name}', f'{_THEIRS}attn.{name}') for name in _ATTENTION),
+        *SHARED,
+        *(Rule(f'{OURS}attn.w_msa.{name}', f'{THEIRS}attn.{name}') for name in _ATTENTION),
         *with_leaves(
             [('reduction', 'reduction')], ours, theirs, from_release_order, to_release_order
         ),
@@ -44,22 +50,17 @@ def is_timm(state: StateDict) -> bool:
     return _has_blocks(state) and not is_official(state)
 
 
-def _told(conversion: Conversion) -> Conversion:
-    """What follows from the window is no loss, and not worth telling."""
-    dropped = [key for key in conversion.dropped if not key.endswith(FOLLOWING)]
-    return conversion._replace(dropped=dropped)
-
-
 # Classifiers, masks that depend on the image size, and what follows from the window.
 _LEFTOVERS = '|'.join([r'^head\.|^norm\.|\.attn_mask$', *(f'{name}$' for name in FOLLOWING)])
-_names = partial(KeyMap, theirs_only=re.compile(_LEFTOVERS), decoded=_told, encoded=_told)
+_names = partial(
+    KeyMap,
+    theirs_only=re.compile(_LEFTOVERS),
+    decoded=without_following,
+    encoded=without_following,
+)
 _OFFICIAL = _names(
     "the Swin V2 release's",
-    (
-        *_rules('{stage+1}', '{stage}'),
-        *with_leaves([('norm{stage}', 'norm{stage}')]),
-        Rule('absolute_pos_embed', 'absolute_pos_embed'),
-    ),
+    (*_rules('{stage+1}', '{stage}'), *OF_RELEASE),
     ours_only=re.compile(_LEFTOVERS),
 )
 # timm's Swin V2 has neither norms of the outputs, which are dropped, nor a position table.
@@ -71,14 +72,6 @@ _TIMM = _names(
 _is_ours = with_keys('stages.0.blocks.0.attn.w_msa.logit_scale')
 FORMATS = (
     Format('swinv2', OPENMMLAB, 'mmpretrain Swin V2', _is_ours, place='state_dict'),
-    Format('swinv2', 'timm', 'timm swinv2_*', is_timm, _TIMM.decode, _TIMM.encode),
-    Format(
-        'swinv2',
-        'official',
-        'Swin V2 release',
-        is_official,
-        _OFFICIAL.decode,
-        _OFFICIAL.encode,
-        'model',
-    ),
+    Format('swinv2', 'timm', 'timm swinv2_*', is_timm, _TIMM),
+    Format('swinv2', 'official', 'Swin V2 release', is_official, _OFFICIAL, 'model'),
 )

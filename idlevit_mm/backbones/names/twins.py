@@ -11,7 +11,7 @@ from functools import partial
 from ...checkpoints import StateDict
 from ...converters.formats import OPENMMLAB, Format, with_keys
 from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
-from .pvt import joined, split
+from .pvt import QUERY_KEY_VALUE, joined
 
 _OURS, _THEIRS = 'layers.{stage}.{block}.', 'blocks.{stage}.{block}.'
 _RULES = (
@@ -53,7 +53,7 @@ def _told_apart(state: StateDict) -> StateDict:
 
 def _alike(conversion: Conversion) -> Conversion:
     """The inverse of ``_told_apart``."""
-    found = split(conversion)
+    found = QUERY_KEY_VALUE.parted(conversion)
     state = {key.replace('.attn.out_proj.', '.attn.proj.'): v for key, v in found.state.items()}
     return found._replace(state=state)
 
@@ -83,6 +83,6 @@ def _is_timm(state: StateDict) -> bool:
 
 FORMATS = (
     Format('twins', OPENMMLAB, 'mmseg PCPVT and SVT', _is_ours, place='state_dict'),
-    Format('twins', 'timm', 'timm twins_* or Twins', _is_timm, _TIMM.decode, _TIMM.encode),
-    Format('twins', 'official', 'Twins release', _is_official, _OFFICIAL.decode, _OFFICIAL.encode),
+    Format('twins', 'timm', 'timm twins_* or Twins', _is_timm, _TIMM),
+    Format('twins', 'official', 'Twins release', _is_official, _OFFICIAL),
 )

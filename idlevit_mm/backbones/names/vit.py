@@ -18,33 +18,35 @@ from functools import partial
 import torch
 
 from ...checkpoints import StateDict
-from ...converters.formats import OPENMMLAB, Format, with_keys
-from ...converters.renaming import Conversion, KeyMap, Rule, with_leaves, with_qkv_biases
+from ...converters.formats import OPENMMLAB, Format, Names, with_keys
+from ...converters.renaming import Conversion, Joint, KeyMap, Rule, with_leaves, with_qkv_biases
 
 _OURS = 'layers.{block}.'
-# Parts of a block here, in timm and in mmpretrain.
+# Parts of a block here, in timm, in mmpretrain and in Evo-ViT, which has lists of layers.
 _BLOCK = (
-    ('ln1', 'norm1', 'ln1'),
-    ('attn.attn.out_proj', 'attn.proj', 'attn.proj'),
-    ('ln2', 'norm2', 'ln2'),
-    ('ffn.layers.0.0', 'mlp.fc1', 'ffn.layers.0.0'),
-    ('ffn.layers.1', 'mlp.fc2', 'ffn.layers.1'),
+    ('ln1', 'norm1', 'ln1', 'norms.{block}'),
+    ('attn.attn.out_proj', 'attn.proj', 'attn.proj', 'projs.{block}'),
+    ('ln2', 'norm2', 'ln2', 'blocks.{block}.norm2'),
+    ('ffn.layers.0.0', 'mlp.fc1', 'ffn.layers.0.0', 'blocks.{block}.mlp.fc1'),
+    ('ffn.layers.1', 'mlp.fc2', 'ffn.layers.1', 'blocks.{block}.mlp.fc2'),
 )
 
 
-def rules(column: int, projection: str, norm: str, block: str) -> tuple[Rule, ...]:
-    """What all have, by their column of ``_BLOCK`` and names of embedding, last norm and block."""
+def _rules(
+    column: int, projection: str, norm: str, block: str, qkv: str = 'attn.qkv'
+) -> tuple[Rule, ...]:
+    """What all have: by their column of ``_BLOCK``, and names of what is not in it."""
     outer = (('patch_embed.projection', f'patch_embed.{projection}'), ('ln1', norm))
     return (
         Rule('cls_token', 'cls_token'),
         Rule('pos_embed', 'pos_embed'),
         *with_leaves((('patch_embed.norm', 'patch_embed.norm'), *outer)),
         *with_leaves(((names[0], names[column]) for names in _BLOCK), _OURS, block),
-        Rule(f'{_OURS}attn.attn.in_proj_{{leaf}}', f'{block}attn.qkv.{{leaf}}'),
+        Rule(f'{_OURS}attn.attn.in_proj_{{leaf}}', f'{block}{qkv}.{{leaf}}'),
     )
 
 
-TIMM_RULES = rules(1, 'proj', 'norm', 'blocks.{block}.')
+TIMM_RULES = _rules(1, 'proj', 'norm', 'blocks.{block}.')
 # Factors of the channels of both branches.
 SCALE_RULES = (
     Rule('layers.{block}.attn.gamma1.weight', 'blocks.{block}.ls1.gamma'),
@@ -90,67 +92,30 @@ _TIMM = _names(
 )
 _DEIT = _names("DeiT's", TIMM_RULES)
 _LVVIT = _names("LV-ViT's", (*TIMM_RULES, *_STEM_RULES), encoded=_without_zero_biases)
-_EVO_RULES = (
-    Rule('cls_token', 'cls_token'),
-    Rule('pos_embed', 'pos_embed'),
-    Rule('layers.{block}.attn.attn.in_proj_{leaf}', 'qkvs.{block}.{leaf}'),
-    *with_leaves((('patch_embed.norm',) * 2, ('patch_embed.projection', 'patch_embed.proj'))),
-    *with_leaves((('ln1', 'norm'),)),
-    *with_leaves(
-        (
-            ('ln1', 'norms.{block}'),
-            ('attn.attn.out_proj', 'projs.{block}'),
-            ('ln2', 'blocks.{block}.norm2'),
-            ('ffn.layers.0.0', 'blocks.{block}.mlp.fc1'),
-            ('ffn.layers.1', 'blocks.{block}.mlp.fc2'),
-        ),
-        'layers.{block}.',
-    ),
+
+
+# Queries and keys of each block, and its values; ``qkvs`` is our word for all of them.
+_EVO_QKV = Joint(
+    'qkvs.{block}.{leaf}', ('qks.{block}.qk.{leaf}', 'vs.{block}.v.{leaf}'), shares=(2, 1)
 )
-
-
-def _joined(state: StateDict) -> StateDict:
-    """Queries and keys of each block, and its values, in one; ``qkvs`` is our word for it."""
-    joined = dict(state)
-    for key in state:
-        values = key.replace('qks.', 'vs.').replace('.qk.', '.v.')
-        if '.qk.' in key and values in state:
-            whole = torch.cat([joined.pop(key), joined.pop(values)])
-            joined[key.replace('qks.', 'qkvs.').replace('.qk.', '.')] = whole
-    return joined
-
-
-def _parted(conversion: Conversion) -> Conversion:
-    """The inverse of ``_joined``."""
-    state: StateDict = {}
-    for key, value in conversion.state.items():
-        if not key.startswith('qkvs.'):
-            state[key] = value
-            continue
-        _, block, leaf = key.split('.')
-        channels = len(value) // 3
-        state[f'qks.{block}.qk.{leaf}'] = value[: 2 * channels]
-        state[f'vs.{block}.v.{leaf}'] = value[2 * channels :]
-    return conversion._replace(state=state)
-
-
 _EVO = KeyMap(
     "Evo-ViT's",
-    _EVO_RULES,
+    _rules(3, 'proj', 'norm', block='', qkv='qkvs.{block}'),
     theirs_only=re.compile(r'^(head|head_cls|norm_cls|pre_logits)\.'),
-    before=_joined,
-    encoded=_parted,
+    before=_EVO_QKV.joined,
+    encoded=_EVO_QKV.parted,
 )
 _MMPRETRAIN = _names(
     "mmpretrain's VisionTransformer",
     (
-        *rules(2, 'projection', 'ln1', _OURS),
+        *_rules(2, 'projection', 'ln1', _OURS),
         *with_leaves(((name, name) for name in ('attn.gamma1', 'ffn.gamma2')), _OURS, _OURS),
     ),
     theirs_only=re.compile(r'^head\.'),
 )
 _has_blocks = with_keys('patch_embed.proj.weight', 'blocks.0.attn.qkv.weight')
 _has_stem = with_keys('patch_embed.conv1.weight')
+_is_evo = with_keys('qks.0.qk.weight', 'vs.0.v.weight')
 _is_mmpretrain = with_keys('layers.0.attn.qkv.weight', 'layers.0.ln1.weight')
 
 
@@ -165,6 +130,10 @@ def has_windows(state: StateDict) -> bool:
     return any('.0.attn.rel_pos_h' in key for key in state) or (
         table is not None and table.dim() == 4
     )
+
+
+def _is_plain(state: StateDict) -> bool:
+    return _is_mmpretrain(state) and not has_windows(state)
 
 
 def is_vitdet(state: StateDict) -> bool:
@@ -188,27 +157,12 @@ def to_official(state: StateDict) -> Conversion:
     return (_LVVIT if 'patch_embed.stem.0.weight' in state else _DEIT).encode(state)
 
 
+_OFFICIAL = Names(_LVVIT.decode, to_official)
 _is_ours = with_keys('layers.0.attn.attn.in_proj_weight')
 FORMATS = (
     Format('vit', OPENMMLAB, 'mmseg ViT', _is_ours, place='state_dict'),
-    Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM.decode, _TIMM.encode),
-    Format('vit', 'official', 'LV-ViT release', is_lvvit, _LVVIT.decode, to_official, 'model'),
-    Format(
-        'vit',
-        'evovit',
-        'Evo-ViT release',
-        with_keys('qks.0.qk.weight', 'vs.0.v.weight'),
-        _EVO.decode,
-        _EVO.encode,
-        'model',
-    ),
-    Format(
-        'vit',
-        'mmpretrain',
-        'mmpretrain ViT',
-        lambda state: _is_mmpretrain(state) and not has_windows(state),
-        _MMPRETRAIN.decode,
-        _MMPRETRAIN.encode,
-        'state_dict',
-    ),
+    Format('vit', 'timm', 'timm vit_*, deit_* or DeiT', is_timm, _TIMM),
+    Format('vit', 'official', 'LV-ViT release', is_lvvit, _OFFICIAL, 'model'),
+    Format('vit', 'evovit', 'Evo-ViT release', _is_evo, _EVO, 'model'),
+    Format('vit', 'mmpretrain', 'mmpretrain ViT', _is_plain, _MMPRETRAIN, 'state_dict'),
 )

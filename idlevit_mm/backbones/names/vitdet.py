@@ -10,6 +10,7 @@ a reduction of channels behind the blocks, which a detector has not.
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -101,7 +102,7 @@ def _has_map(state: StateDict) -> bool:
     return 'pos_embed' in state and state['pos_embed'].dim() == 4
 
 
-def _matches(*keys: str, has_map: bool | None = None):  # type: ignore[no-untyped-def]
+def _matches(*keys: str, has_map: bool | None = None) -> Callable[[StateDict], bool]:
     has_keys = with_keys('blocks.0.attn.qkv.weight', *keys)
 
     def matches(state: StateDict) -> bool:
@@ -111,6 +112,7 @@ def _matches(*keys: str, has_map: bool | None = None):  # type: ignore[no-untype
     return matches
 
 
+_is_timm = _matches('blocks.0.mlp.fc1.weight', has_map=True)
 FORMATS = (
     Format('vitdet', OPENMMLAB, 'mmpretrain ViTSAM', is_vitdet, place='state_dict'),
     Format(
@@ -118,24 +120,9 @@ FORMATS = (
         'detectron2',
         'detectron2 or mmdet ViTDet, or MAE',
         _matches('blocks.0.mlp.fc1.weight', has_map=False),
-        _DETECTRON2.decode,
-        _DETECTRON2.encode,
+        _DETECTRON2,
         'model',
     ),
-    Format(
-        'vitdet',
-        'timm',
-        'timm samvit_*',
-        _matches('blocks.0.mlp.fc1.weight', has_map=True),
-        _TIMM.decode,
-        _TIMM.encode,
-    ),
-    Format(
-        'vitdet',
-        'official',
-        'SAM release',
-        _matches('blocks.0.mlp.lin1.weight'),
-        _SAM.decode,
-        _SAM.encode,
-    ),
+    Format('vitdet', 'timm', 'timm samvit_*', _is_timm, _TIMM),
+    Format('vitdet', 'official', 'SAM release', _matches('blocks.0.mlp.lin1.weight'), _SAM),
 )

@@ -1,4 +1,4 @@
-"""Classifier of Evo-ViT: the mean of the tokens, taught together with the class token.
+"""Classifiers that look at more than the class token: those of Evo-ViT and of LV-ViT.
 
 Shape letters: B images, C channels, K classes, H and W rows and columns of the map.
 """
@@ -35,3 +35,21 @@ class EvoViTClsHead(VisionTransformerClsHead):
         scores = self.layers.head_cls(self.layers.norm_cls(feats[-1][1]))  # (B, K)
         of_class = self._get_loss(scores, data_samples, **kwargs)['loss']
         return {**losses, 'loss': 0.5 * losses['loss'], 'loss_class_token': 0.5 * of_class}
+
+
+@MODELS.register_module()
+class LVViTClsHead(VisionTransformerClsHead):
+    """LV-ViT (arXiv 2104.10858) adds half of the best score of any token, idle ones too.
+
+    The backbone is to have ``output_cls_token=True``. Arguments are those of mmpretrain's
+    ``VisionTransformerClsHead``.
+    """
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        self.layers.add_module('aux_head', nn.Linear(self.in_channels, self.num_classes))
+
+    def forward(self, feats: Any) -> Tensor:
+        """Scores (B, K) of the last output, a map (B, C, H, W) and class tokens (B, C)."""
+        tokens = feats[-1][0].flatten(2).transpose(1, 2)
+        return super().forward(feats) + 0.5 * self.layers.aux_head(tokens).amax(dim=1)
