@@ -79,9 +79,8 @@ def test_scoring_with_the_layers_of_the_block_is_scoring(blocks, monkeypatch):
             block, 'mean_query', lambda *args, query=query: (time.sleep(0.05), query(*args))[1]
         )
     found = blocks.profile_blocks(model, image((1, 3, 64, 64)), rounds=1, warmup=1)
-    dense, idle = found['seconds_of_stages']
-    assert idle['scoring'] > 0.05 * len(model.idle_blocks[1])
-    assert dense['scoring'] < 0.01
+    # A sleep is as long on any machine, or longer.
+    assert found['seconds_of_stages'][1]['scoring'] > 0.05 * len(model.idle_blocks[1])
 
 
 def test_what_cannot_be_profiled(blocks):

@@ -15,7 +15,7 @@ from idlevit_mm.blocks.tokens import Pack, Tokens
 from idlevit_mm.kernels import backend_at
 from idlevit_mm.layers import ffn
 from idlevit_mm.ops import Rows, Units
-from idlevit_mm.policies import EvoViT, IdleViT, Plan
+from idlevit_mm.policies import EvoViT, IdleViT, Plan, Policy
 from idlevit_mm.policies.scorers import MeanQuery, Seen
 from idlevit_mm.registry import POLICIES, SCORERS
 
@@ -107,7 +107,7 @@ class RememberingIdleViT(IdleViT):
         setattr(ffn, '_convolve', _LastHidden())  # noqa: B010
 
 
-class _Giving:
+class _Giving(Policy):
     """A policy that says itself what idle tokens receive, once a block has run."""
 
     instead = False  # whether they receive nothing from their representatives then
