@@ -73,7 +73,8 @@ class IdleBackbone(BaseModule, ABC):
             first pass, whose pace is saved with the weights (``blocks.cost``).
 
     Raises:
-        TypeError: ``pretrained`` or an argument of ``keep_ratios`` or ``policy`` has a wrong type.
+        TypeError: An argument is unknown; ``pretrained`` or an argument of ``keep_ratios`` or
+            ``policy`` has a wrong type.
         ValueError: A value is not allowed, or lists have different lengths.
 
     Attributes:
@@ -110,7 +111,12 @@ class IdleBackbone(BaseModule, ABC):
         pretrained: str | None = None,
         padded_images: bool = True,
         init_cfg: dict[str, Any] | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            # Python would name this base, which no config does.
+            name, family = next(iter(unknown)), type(self).__name__
+            raise TypeError(f'{family}.__init__() got an unexpected keyword argument {name!r}')
         if pretrained is not None:
             init_cfg = pretrained_cfg(pretrained, init_cfg)
         super().__init__(init_cfg=init_cfg)
