@@ -17,6 +17,7 @@ import run  # noqa: E402
 import variants  # noqa: E402
 
 from idlevit_mm.errors import UsageError  # noqa: E402
+from idlevit_mm.policies import normalize_keep_ratios  # noqa: E402
 
 
 @pytest.fixture
@@ -126,6 +127,11 @@ def test_ratios_that_were_found_save_what_they_are_for(task):
         assert 0.95 - level < share < 1.005 - level  # never dearer than what it stands beside
     with pytest.raises(UsageError, match=r'level=0\.2 .* allowed for .*: 0\.33, 0\.45'):
         variants.level_ratios(task, method, 0.2)
+    with pytest.raises(UsageError, match='evovit-found.* has ratios of its own'):
+        list(variants.planned_runs((0,), (), (0.5,), (task,), (method,)))
+    recipe = f'policies/{variants.TASKS[task].model}_recipe_digits.py'
+    shipped = Config.fromfile(variants.CONFIGS / recipe).model.backbone.keep_ratios
+    assert normalize_keep_ratios(shipped, (2, 2, 2, 2)) == variants.FOUND[task][0.33]
 
 
 def test_bisection_stops_at_the_nearest_step():

@@ -93,7 +93,8 @@ def assert_settings(name: str, cfg: Config) -> None:
     assert type(backbone).__name__ == cfg.model.backbone.type
     assert type(backbone).__name__.startswith('Idle')
     if name in POLICIES:
-        assert 0.4 < np.mean(backbone.keep_ratios) < 0.8
+        # Those of recipes were found; test_studies.py compares each of them.
+        assert '_recipe_' in name or 0.5 < np.mean(backbone.keep_ratios) < 0.8
     else:
         assert backbone.keep_ratios == [
             pytest.approx(stage) for stage in expected_ratios(name, backbone.depths)

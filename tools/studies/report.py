@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
         cells = [
             row.method,
             f'-{100 * row.level:g} %' if row.level else '–',
-            '1' if dense else keep_of(row.ratios),
+            keep_of(row.ratios),
             f'{row.share:.3f}',
             f'{row.score:.2f}',
             '–' if dense else f'{row.gain:+.2f}{half}',
@@ -85,11 +84,11 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
 def keep_of(ratios: float | list[list[float]]) -> str:
     """Keep ratios as a table has them: the one of all idle blocks, or those of each stage."""
     stages = ratios if isinstance(ratios, list) else [[ratios]]
-    first, *rest = chain(*stages)
-    late = ' from block 1' * (first == 1.0)
-    if len(idle := {ratio for ratio in (first, *rest) if ratio < 1.0} or {1.0}) == 1:
-        return f'{idle.pop():g}{late}'
-    return ', '.join('/'.join(f'{ratio:g}' for ratio in unique(stage)) for stage in stages)
+    idle = {ratio for stage in stages for ratio in stage if ratio < 1.0}
+    if len(idle) > 1:
+        return ', '.join('/'.join(f'{ratio:g}' for ratio in unique(stage)) for stage in stages)
+    late = ' from block 1' if idle and stages[0][0] == 1.0 else ''
+    return f'{min(idle, default=1.0):g}{late}'
 
 
 def unique(stage: list[float]) -> list[float]:

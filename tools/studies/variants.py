@@ -78,8 +78,13 @@ _EVOVIT = dict(type='EvoViT')
 _SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
 # Of rules.py.
 TRIED = (
-    *('AgedIdleViT', 'BlendedIdleViT', 'RememberingIdleViT', 'query_logits'),
-    *('MixingEvoViT', 'FastIdleViT', 'FastEvoViT'),
+    'AgedIdleViT',
+    'BlendedIdleViT',
+    'RememberingIdleViT',
+    'MixingEvoViT',
+    'FastIdleViT',
+    'FastEvoViT',
+    'query_logits',
 )
 _ENTRY, _ODD, _FOUND = 'stage entry', 'stages 1 and 3', 'found'
 # Ratios that do the dense checkpoints the least damage: by tools/search.py, with Evo-ViT, on
@@ -237,6 +242,8 @@ def _ratios(task: str, name: str, level: float | None, ratio: float | None) -> l
     if level:
         return level_ratios(task, name, level)
     assert ratio is not None
+    if METHODS[name].idles == _FOUND:
+        raise UsageError(f'--keep-ratios: {name} has ratios of its own; allowed for it: --levels')
     return spread(ratio, _backbone(task, 'null').depths, METHODS[name].idles)
 
 
