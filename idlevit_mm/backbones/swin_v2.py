@@ -124,6 +124,7 @@ class IdleSwinTransformerV2(SwinBackbone):
         use_abs_pos_embed: bool = False,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
+        frozen_stages: int = -1,
         pad_small_map: bool = True,
         norm_cfg: dict | None = LAYER_NORM,
         pretrained_window_sizes: Sequence[int] = (0, 0, 0, 0),
@@ -133,7 +134,7 @@ class IdleSwinTransformerV2(SwinBackbone):
         **kwargs: Any,
     ) -> None:
         embed_dims, depths, num_heads, every = _numbers_of(arch)
-        super().__init__(depths, out_indices, **kwargs)
+        super().__init__(depths, out_indices, frozen_stages=frozen_stages, **kwargs)
         windows = [window_size] * len(depths) if isinstance(window_size, int) else window_size
         if len(windows) != len(depths) or len(pretrained_window_sizes) < len(depths):
             raise ValueError(

@@ -47,9 +47,21 @@ class IdleLSABlock(IdleSwinBlock):
 
 
 class _Twins(IdlePyramid):
-    """What both have in common; ``windows`` are those of the stages, None for PCPVT's.
+    """What both have in common.
 
-    Further arguments are those of ``IdlePCPVT``.
+    Args:
+        windows: Side of the windows of each stage in tokens; None for PCPVT.
+        in_channels: Channels of the image.
+        embed_dims: Channels of each stage.
+        patch_sizes: Kernel size of the patch embedding of each stage; there may be more of them.
+        strides: Stride of the patch embedding of each stage; there may be more of them.
+        depths: Number of blocks of each stage.
+        sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
+        out_indices: Stages whose maps are returned, all by default.
+        norm_cfg: Norm layers of patch embeddings and of outputs; others are LayerNorm.
+        norm_after_stage: Whether a norm follows each stage.
+
+    Further arguments, and errors, are those of ``IdleBackbone``.
     """
 
     family = 'twins'
@@ -167,15 +179,10 @@ class IdlePCPVT(_Twins):
     The convolution that encodes positions after the first block of a stage sees all tokens.
 
     Args:
-        embed_dims: Channels of each stage.
-        patch_sizes: Kernel size of the patch embedding of each stage; there may be more of them.
-        strides: Stride of the patch embedding of each stage; there may be more of them.
-        depths: Number of blocks of each stage.
-        sr_ratios: Spatial reduction of each stage: side of the cells, in tokens, that give one key.
-        out_indices: Stages whose maps are returned, all by default.
-        norm_cfg: Norm layers of patch embeddings and of outputs; others are LayerNorm.
-        norm_after_stage: Whether a norm follows each stage.
-        **kwargs: Further arguments of ``IdleBackbone``.
+        **kwargs: Those of ``_Twins``: ``embed_dims``, ``patch_sizes``, ``strides``, ``num_heads``,
+            ``mlp_ratios``, ``depths`` and ``sr_ratios`` of each stage (side of the cells, in
+            tokens, that give one key), ``out_indices``, ``norm_cfg`` of patch embeddings and
+            outputs, ``norm_after_stage``, and those of ``IdleBackbone``.
     """
 
     DENSE = (('mmseg', 'PCPVT'),)
