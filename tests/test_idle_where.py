@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
 from idlevit_mm.blocks import Work, cost, seconds
+from idlevit_mm.checkpoints import compare
 from idlevit_mm.kernels import PACES, Pace, pace_of, use_backend
 
 FAMILIES = ('swin', 'pvt', 'pvtv2', 'mit', 'svt', 'vit', 'vit-no-cls', 'vitdet')
@@ -82,10 +83,19 @@ def test_the_pace_of_the_first_pass_is_kept(monkeypatch):
     assert twin.payer.rates.tolist() == model.payer.rates.tolist()
 
 
-def test_a_dense_checkpoint_loads_strictly():
-    dense = BY_NAME['pvt'].build()
+def test_checkpoints_load_strictly_with_and_without_a_pace():
+    dense, model = BY_NAME['pvt'].build(), build('pvt', DEAR)
     assert not any('payer' in key for key in dense.state_dict())
-    build('pvt').load_state_dict(dense.state_dict(), strict=True)
+    for one, other in ((model, dense), (dense, model)):
+        given = {f'backbone.{key}': value for key, value in other.state_dict().items()}
+        whole = torch.nn.ModuleDict(dict(backbone=one))
+        assert compare(whole.state_dict(), given).misfit() == ''
+        whole.load_state_dict(given, strict=True)
+    assert model.payer.rates.tolist() == list(DEAR)
+    older = dict(model.state_dict(), **{'payer.rates': torch.ones(3, dtype=torch.int64)})
+    assert compare(model.state_dict(), older).misfit() == ''
+    model.load_state_dict(older, strict=True)
+    assert model.payer.rates.tolist() == list(DEAR)
 
 
 def test_what_runs_dense_is_logged_once(monkeypatch):

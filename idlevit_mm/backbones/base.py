@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import IDLE_WHERE, IdleBlock, Payer, StageRecord
 from ..checkpoints import (
+    PACE,
     TIMM,
     StateDict,
     WeightsReport,
@@ -149,6 +150,11 @@ class IdleBackbone(BaseModule, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, a shallow one too, has had no pass of its own.
         super().__setstate__({**state, '_passes': threading.local()})
+
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:
+        if not hasattr(self, 'payer'):
+            state_dict.pop(f'{prefix}{PACE}', None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def idle_blocks(self) -> list[list[IdleBlock]]:

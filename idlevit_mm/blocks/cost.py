@@ -129,7 +129,9 @@ class Payer(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Checkpoints of dense models have none.
-        state_dict.setdefault(f'{prefix}rates', self.rates)
+        # Checkpoints of dense models have none; a pace of other parts is none of ours.
+        given = state_dict.get(f'{prefix}rates')
+        if given is None or given.shape != self.rates.shape:
+            state_dict[f'{prefix}rates'] = self.rates
         self._pace = None
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -171,10 +171,8 @@ class IdleBlock(BaseModule, ABC):
 
     def work(self, batch: int, hw_shape: tuple[int, int], keep_ratio: float) -> Work:
         """What the block costs at a keep ratio: choosing, moving and computing rows."""
-        tokens, width = batch * hw_shape[0] * hw_shape[1], self.embed_dims
-        rows = tokens
-        if keep_ratio < 1.0:
-            rows = batch * self.policy.count(tokens // batch, keep_ratio)
+        area, width = hw_shape[0] * hw_shape[1], self.embed_dims
+        tokens, rows = batch * area, batch * self.policy.count(area, keep_ratio)
         work = self.computing(batch, hw_shape, rows + batch * self.num_class)
         if rows == tokens:
             return work
@@ -205,8 +203,7 @@ class IdleBlock(BaseModule, ABC):
         if not learns and not self.policy.wants_scores(keep_ratio, carried.state):
             return tokens, None, None
         tokens = tokens.settled(self.settled(tokens))
-        # Both depend on autocast, and so are asked for before it is switched off. Under it keys
-        # are not computed in the precision of scores.
+        # Asked for before autocast is switched off, under which keys have another precision.
         x = ranking_precision(tokens.x, scorer.uses_weights)
         with_keys = not site_of(tokens.x).autocast
         with full_precision(tokens.x):
@@ -235,8 +232,7 @@ class IdleBlock(BaseModule, ABC):
 
     def recomputed(self, function: Callable[..., Any], x: Tokens | Tensor, *args: Any) -> Any:
         """Call a function of tokens, to be recomputed in the backward pass if the block is so."""
-        computed = x.now if isinstance(x, Tokens) else x
-        if self.with_cp and computed.requires_grad:
+        if self.with_cp and (x.now if isinstance(x, Tokens) else x).requires_grad:
             return checkpoint(function, x, *args, use_reentrant=False)
         return function(x, *args)
 
@@ -321,9 +317,8 @@ class IdleBlock(BaseModule, ABC):
             ids = torch.cat([ids, torch.full_like(ids[:, :1], x.shape[1])], dim=1)
             kept, classes = staying.split_with_sizes([keep.shape[1], self.num_class], dim=1)
             x, staying = torch.cat([x, fused], dim=1), torch.cat([kept, fused, classes], dim=1)
-        left = Rows(ids)
-        plan = plan.but(rows=left, hold=True)
-        pack = Pack(staying, staying, self.with_class(left, tokens.hw_shape), plan)
+        plan = plan.but(rows=Rows(ids), hold=True)
+        pack = Pack(staying, staying, self.with_class(Rows(ids), tokens.hw_shape), plan)
         return Tokens(x, tokens.hw_shape, pack), plan
 
     def with_class(self, rows: Rows, hw_shape: tuple[int, int]) -> Rows:

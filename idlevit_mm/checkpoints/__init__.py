@@ -5,4 +5,4 @@ from .report import WeightsReport, compare, counted, of_policy, with_shapes
 from .safe_load import load_checkpoint, without_advice
 from .strip import config_text, strip_checkpoint
 from .ways import allow_mmengine_globals, config_as_data
-from .weights import BACKBONE, FOLLOWING, StateDict, split_backbone, unwrapped, weights_of
+from .weights import BACKBONE, FOLLOWING, PACE, StateDict, split_backbone, unwrapped, weights_of

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import shortened
-from .weights import FOLLOWING, StateDict
+from .weights import FOLLOWING, PACE, StateDict
 
 Shape = tuple[int, ...]
 
@@ -88,11 +88,12 @@ def compare(own: StateDict, given: StateDict, policy_too: bool = True) -> Weight
         given: Weights of the checkpoint.
         policy_too: Whether the checkpoint must have weights of idling policies.
 
-    What follows from the window, and is made anew, may be absent or of another shape.
+    What follows from the window or the device, and is made anew, may be absent or of another shape.
     """
-    report = WeightsReport(unexpected=[key for key in given if key not in own])
+    unknown = [key for key in given if key not in own and not key.endswith(PACE)]
+    report = WeightsReport(unexpected=unknown)
     for key, value in own.items():
-        if key.endswith(FOLLOWING):
+        if key.endswith((*FOLLOWING, PACE)):
             report.matched += [key] * (key in given)
         elif key not in given:
             if policy_too or not of_policy(key):

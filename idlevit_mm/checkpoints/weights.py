@@ -12,6 +12,8 @@ WRAPPER = 'module.'
 BACKBONE = 'backbone.'
 # Ends of names of buffers that follow from the window: made anew, whatever a checkpoint has.
 FOLLOWING = '.relative_position_index', '.relative_coords_table'
+# The pace of a device, with idle_where='pays': no checkpoint needs it, any may have it.
+PACE = 'payer.rates'
 # What pre-training (SimMIM, DINO and others) and trainers put before the names of a backbone.
 _AROUND = ('encoder.', 'student.', 'model.', 'dinov2.', 'dinov2_with_registers.')
 # Where Hugging Face's networks have their blocks; their embeddings are no part of `encoder`.

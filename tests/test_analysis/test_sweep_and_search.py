@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmengine.config.config
 import numpy as np
@@ -14,6 +15,7 @@ from mmengine.config import Config
 from idlevit_mm.analysis.flops import MultiplyAddCounter
 from idlevit_mm.analysis.models import load_model
 from idlevit_mm.engine.launch import evaluate_from_config
+from idlevit_mm.errors import UsageError
 from idlevit_mm.policies.schedule import normalize_keep_ratios
 
 pytest.importorskip('mmdet')
@@ -131,6 +133,18 @@ def test_images_that_are_not_shown_are_not_missed(nets, tmp_path, count, want, r
     assert metric.img_ids == [info['img_id'] for info in infos]
     names = [Path(info['img_path']).stem for info in infos]
     assert names == [f'{number:06d}' for number in want]
+
+
+@pytest.mark.usefixtures('run')
+def test_nothing_found_is_a_score_of_nought():
+    score = importlib.import_module('trials').Trials.score
+    trials = SimpleNamespace(args=SimpleNamespace(metric=None), counts='')
+    with pytest.raises(UsageError, match='allowed: none, as the model finds nothing'):
+        score(trials, {})
+    assert score(trials, {'coco/bbox_mAP': 0.5}) == ('coco/bbox_mAP', 0.5)
+    assert score(trials, {}) == ('coco/bbox_mAP', 0.0)
+    with pytest.raises(UsageError, match='allowed: coco/bbox_mAP_50'):
+        score(trials, {'coco/bbox_mAP_50': 0.5})
 
 
 @pytest.fixture

@@ -72,12 +72,14 @@ class Trials:
     Attributes:
         about: All that figures depend on, besides the setting.
         model: The model as configured.
+        counts: Name of the metric that counts, once it has been measured.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.num_images == 0:
             raise UsageError('--num-images 0: allowed are N, the first, or -N, the last')
         self.args, (self.shape,) = args, parse_shapes([args.shape])
+        self.counts = ''
         self.device = measures.started(args.device, args.threads)
         measures.keep_freed_memory()
         self.cfg = load_config(args.config, args.cfg_options)
@@ -160,10 +162,13 @@ class Trials:
         wanted = (self.args.metric,) if self.args.metric else METRICS
         for name, value in metrics.items():
             if name in wanted or name.rpartition('/')[2] in wanted:
+                self.counts = name
                 return name, float(value)
-        raise UsageError(
-            f'--metric {" or ".join(wanted)} is not measured; allowed: {", ".join(metrics)}'
-        )
+        # COCO's measures nothing where nothing was found.
+        if self.counts and not metrics:
+            return self.counts, 0.0
+        measured = ', '.join(metrics) or 'none, as the model finds nothing in these images'
+        raise UsageError(f'--metric {" or ".join(wanted)} is not measured; allowed: {measured}')
 
     def call(self, model: nn.Module) -> Callable[[], Any]:
         """One prediction of the image that is timed, by the model or its backbone."""
