@@ -15,6 +15,8 @@ GPU_ARGS ?=
 # Interpreter of the run on a GPU, taken as it is; empty: that of .venv, which is set up first.
 GPU_PYTHON ?=
 
+# Some machines keep Python from storing what it has compiled: ten seconds for each start of a tool.
+unexport PYTHONDONTWRITEBYTECODE
 VENV_PYTHON := .venv/bin/python
 # What the site is written with.
 MKDOCS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11

@@ -163,6 +163,7 @@ class UniformGrid(Scorer):
 
 
 _LESSONS = ('gain', 'importance')
+_FIRST = (None, 'mean_distance', 'activation_norm', 'local_contrast')
 
 
 class _ByImportance(torch.autograd.Function):
@@ -198,23 +199,32 @@ class Learned(Scorer):
         hidden_dims: Channels of the hidden layer; None for a quarter of ``embed_dims``.
         learns_from: What raises a score: the ``gain``, that gradient with its sign; or the
             ``importance`` of a token, its size above the mean of the active tokens of the image.
+        begins_as: A scorer of tokens alone whose order is the first one: the odds of a score are
+            its scores, relative to their mean, times the exponential of what the head says, which
+            is little at the start. None: the first order is that of random weights.
 
     Raises:
-        ValueError: ``hidden_dims`` is not positive, or ``learns_from`` unknown.
+        ValueError: ``hidden_dims`` is not positive, or ``learns_from`` or ``begins_as`` unknown.
     """
 
     learns = True
 
     def __init__(
-        self, embed_dims: int, hidden_dims: int | None = None, learns_from: str = 'gain'
+        self,
+        embed_dims: int,
+        hidden_dims: int | None = None,
+        learns_from: str = 'gain',
+        begins_as: str | None = None,
     ) -> None:
         super().__init__(embed_dims)
-        if learns_from not in _LESSONS:
-            allowed = ', '.join(_LESSONS)
-            raise ValueError(
-                f'policy.scorer.learns_from={learns_from!r} is unknown; allowed: {allowed}'
-            )
-        self.learns_from = learns_from
+        known = ('learns_from', learns_from, _LESSONS), ('begins_as', begins_as, _FIRST)
+        for name, value, allowed in known:
+            if value not in allowed:
+                listed = ', '.join(map(str, allowed))
+                raise ValueError(f'policy.scorer.{name}={value!r} is unknown; allowed: {listed}')
+        self.learns_from, self.first = learns_from, None
+        if begins_as is not None:
+            self.first = SCORERS.build(dict(type=begins_as, embed_dims=embed_dims))
         if hidden_dims is not None and hidden_dims < 1:
             raise ValueError(f'policy.scorer.hidden_dims={hidden_dims} must be at least 1')
         hidden = hidden_dims or max(embed_dims // 4, 1)
@@ -225,7 +235,13 @@ class Learned(Scorer):
 
     def forward(self, seen: Seen) -> Tensor:
         hidden = self.act(self.hidden(self.norm(seen.tokens.detach())))
-        scores = self.out(hidden).squeeze(-1).sigmoid()
+        logits = self.out(hidden).squeeze(-1)
+        if self.first is not None:
+            with torch.no_grad():
+                first = self.first(seen)
+                first = first.clamp(min=torch.finfo(first.dtype).tiny)
+            logits = logits + (first / first.mean(dim=1, keepdim=True)).log()
+        scores = logits.sigmoid()
         # Without gradient autograd functions are only in the way of who records a graph.
         if self.learns_from == 'gain' or not scores.requires_grad:
             return scores

@@ -10,6 +10,7 @@ from torch import nn
 
 from idlevit_mm.ops import row_mask
 from idlevit_mm.policies import Scorer, Seen
+from idlevit_mm.registry import SCORERS
 
 SCOPES = variant_scopes(FAMILIES)
 
@@ -113,6 +114,24 @@ def test_hidden_channels():
         ValueError, match=r"learns_from='all' is unknown; allowed: gain, importance"
     ):
         variant.build(policy=dict(scorer=dict(type='learned', learns_from='all')))
+    with pytest.raises(ValueError, match=r"begins_as='learned' is unknown; allowed: None, mean_d"):
+        variant.build(policy=dict(scorer=dict(type='learned', begins_as='learned')))
+
+
+@pytest.mark.parametrize('name', ['mean_distance', 'activation_norm', 'local_contrast'])
+def test_it_begins_as_another_scorer(name):
+    """A head that says nothing leaves odds that are the other's scores relative to their mean."""
+    seen = Seen(image((2, 35, 8), dtype=torch.float64), (5, 7))
+    build = SCORERS.build
+    scorer = build(dict(type='learned', embed_dims=8, begins_as=name)).double()
+    nn.init.zeros_(scorer.out.weight)
+    nn.init.zeros_(scorer.out.bias)
+    scores, first = scorer(seen), build(dict(type=name, embed_dims=8))(seen)
+    assert_close(scores / (1 - scores) * first.mean(1, keepdim=True), first, 1e-9)
+    scores.square().sum().backward()
+    assert scorer.out.weight.grad.abs().sum() > 0
+    # Tokens that are all the same stand out nowhere.
+    assert scorer(seen._replace(tokens=torch.ones_like(seen.tokens))).isfinite().all()
 
 
 def test_it_learns_which_tokens_matter():
