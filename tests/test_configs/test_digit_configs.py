@@ -251,8 +251,6 @@ def test_policy_config_trains(name: str, scenes: Path, tmp_path: Path) -> None:
         # Visualisers are global by name.
         'visualizer.name': f'{stem} of {tmp_path.name}',
     }
-    if 'loss_distill_feature' in LOGGED[stem]:
-        changes['custom_hooks.0.losses.0.teacher.checkpoint'] = weights
     cfg.merge_from_dict(changes)
     for part in ('cfg', 'dataloader', 'evaluator'):
         cfg[f'val_{part}'] = cfg[f'test_{part}'] = None

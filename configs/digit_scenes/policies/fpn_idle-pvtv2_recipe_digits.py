@@ -4,14 +4,5 @@ _base_ = '../fpn_idle-pvtv2_finetune_digits.py'
 # dense model (tools/search.py); idle tokens follow their representative, features are distilled.
 model = dict(backbone=dict(keep_ratios=[[1.0, 0.6], 0.6, 0.5, 0.1], policy=dict(type='EvoViT')))
 custom_hooks = [
-    dict(
-        type='AuxiliaryLossHook',
-        losses=[
-            dict(
-                type='FeatureDistillation',
-                teacher=dict(checkpoint={{_base_.load_from}}),
-                loss_weight=5.0,
-            )
-        ],
-    )
+    dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation', loss_weight=5.0)])
 ]

@@ -6,14 +6,5 @@ model = dict(
     backbone=dict(keep_ratios=[[1.0, 0.8], 0.6, [0.5, 0.2], 0.1], policy=dict(type='EvoViT'))
 )
 custom_hooks = [
-    dict(
-        type='AuxiliaryLossHook',
-        losses=[
-            dict(
-                type='FeatureDistillation',
-                teacher=dict(checkpoint={{_base_.load_from}}),
-                loss_weight=5.0,
-            )
-        ],
-    )
+    dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation', loss_weight=5.0)])
 ]
