@@ -73,6 +73,7 @@ _LOGITS = dict(
     type='LogitDistillation', teacher=_DISTILL['teacher'], modules=('decode_head',), loss_weight=1.0
 )
 _IDLEVIT = dict(type='IdleViT', scorer='mean_distance', scope='map')
+_LEARNED = dict(type='learned', learns_from='importance')
 _SUMMARY = dict(_IDLEVIT, context='summary')
 _EVOVIT = dict(type='EvoViT')
 _SWIN, _PVTV2 = ('swin-det',), ('pvtv2-det', 'pvtv2-seg')
@@ -142,9 +143,8 @@ METHODS |= {
     'evovit-fast+distill': Method(dict(type='FastEvoViT'), (_DISTILL,)),
     'evovit-contrast': Method(dict(_EVOVIT, scorer='local_contrast')),
     'learned': Method(dict(_IDLEVIT, scorer='learned')),
-    'learned-importance': Method(
-        dict(_IDLEVIT, scorer=dict(type='learned', learns_from='importance'))
-    ),
+    'learned-importance': Method(dict(_IDLEVIT, scorer=_LEARNED)),
+    'learned-begins': Method(dict(_IDLEVIT, scorer=dict(_LEARNED, begins_as='mean_distance'))),
 }
 METHODS |= {
     name: Method(dict(_IDLEVIT, scorer=name))
