@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import mmengine.config.config
 import numpy as np
 import pytest
 import torch
@@ -48,10 +47,6 @@ def nets(scene_config, tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs a tool: name and arguments to its exit code; what was tested meanwhile is in a list."""
-    # The layout of configs takes most of the time.
-    # mmengine's fork has another one.
-    as_it_is = dict(raising=False, value=lambda text, **_: (text, True))
-    monkeypatch.setattr(mmengine.config.config, 'FormatCode', **as_it_is)
     monkeypatch.syspath_prepend(TOOLS)
     trials, tested = importlib.import_module('trials'), []
     metrics = trials.Trials.metrics

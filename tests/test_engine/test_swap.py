@@ -147,6 +147,7 @@ def only_the_backbone_changes(name, dense, out):
     assert all('/' not in line.replace('tools/', '') for line in text.splitlines() if '#' in line)
 
 
+@pytest.mark.usefixtures('layout')
 def test_shipped_configs_differ_in_nothing_but_their_backbones(tmp_path):
     for package, dense, name in CASES:
         only_the_backbone_changes(f'{package}::{name}', dense, tmp_path / 'idle.py')
@@ -413,6 +414,7 @@ def test_config_in_pure_python_style_is_written_resolved(write, tmp_path, name):
     assert hooks == ['EMAHook', 'RandomKeepRatioHook', 'AuxiliaryLossHook']
 
 
+@pytest.mark.usefixtures('layout')
 def test_config_that_is_no_text(write):
     config = write(f'{NEW_STYLE}\nanything = object()')
     with pytest.raises(UsageError, match=r'mine\.py cannot be written as text'):
