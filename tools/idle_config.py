@@ -28,7 +28,7 @@ def write() -> None:
     add('--load-from', metavar='CHECKPOINT', help=start)
     distill = 'learn the features of the dense model of --load-from as well'
     add('--distill', action='store_true', help=distill)
-    draw = 'draw the keep ratio of each iteration anew; --keep is for validation'
+    draw = 'train for all ratios between (sandwich rule); --keep is for validation'
     add('--random-ratios', nargs=2, type=float, metavar=('LOW', 'HIGH'), help=draw)
     args = parser.parse_args()
     policy = {'type': args.policy, 'scorer': args.scorer, 'scope': args.scope}

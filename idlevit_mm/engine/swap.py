@@ -204,7 +204,7 @@ def _add_hooks(wanted: dict[str, Any], settings: Settings) -> None:
             RandomKeepRatioHook(low, high)
         except (TypeError, ValueError) as error:
             raise UsageError(f'--random-ratios: {error}') from error
-        hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high))
+        hooks.append(dict(type='RandomKeepRatioHook', low=low, high=high, sandwich=True))
     if settings.distill:
         # Its teacher is by default what training starts from.
         hooks.append(dict(type='AuxiliaryLossHook', losses=[dict(type='FeatureDistillation')]))

@@ -539,7 +539,7 @@ def test_what_the_other_modes_change(subtests: pytest.Subtests) -> None:
             }
             random = load(mode_of(dense, 'random'))
             drawing, distilling = random.custom_hooks
-            assert drawing == dict(type='RandomKeepRatioHook', low=0.3, high=1.0, per='model')
+            assert drawing == dict(type='RandomKeepRatioHook', low=0.3, high=1.0, sandwich=True)
             assert [distilling] == base.custom_hooks
             random.custom_hooks = base.custom_hooks
             assert differences(base, random) == {}

@@ -316,7 +316,10 @@ def test_settings_of_the_user_are_extended_not_replaced(write):
         'model.backbone.policy': ('(none)', dict(scorer='mean_query', scope='window_tokens')),
         'model.backbone.idle_where': ('(none)', 'pays'),
         'custom_imports.imports.2': ('(none)', 'idlevit_mm'),
-        'custom_hooks.2': ('(none)', dict(type='RandomKeepRatioHook', low=0.3, high=1.0)),
+        'custom_hooks.2': (
+            '(none)',
+            dict(type='RandomKeepRatioHook', low=0.3, high=1.0, sandwich=True),
+        ),
         'custom_hooks.3': (
             '(none)',
             dict(
