@@ -106,7 +106,7 @@ def steps_of(story: Story, work: str, keep: str, options: str = '') -> list[Step
 
     def bench(part: str) -> str:
         what = f'{idle}.py --checkpoints {idle}/{last} --keep-ratios 1.0 --as-configured'
-        how = f'--part {part} --device cpu --warmup 1 --max-seconds 4 --out {idle}/{part}.jsonl'
+        how = f'--part {part} --device cpu --warmup 1 --max-seconds 3 --out {idle}/{part}.jsonl'
         out = f'--shapes {SIZES} --resume --markdown {idle}/{part}.md'
         return f'python tools/analysis_tools/benchmark.py {what} {how} {out}'
 
