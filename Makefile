@@ -35,7 +35,7 @@ setup: ## Make .venv with everything in it (first time: minutes; afterwards: not
 setup-onedl: ## Make .venv-onedl with the forks onedl-* in place of the official packages
 	@PYTHON='$(PYTHON)' bash tools/setup.sh onedl
 
-demo: setup ## Train a dense detector, make it idle, test, time and draw both (7 minutes)
+demo: setup ## Train a dense detector, make it idle, test, time and draw both (6 minutes)
 	@$(VENV_PYTHON) tools/demo.py detector
 
 demo-segmentation: setup ## The same with a segmentor

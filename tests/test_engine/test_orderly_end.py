@@ -34,6 +34,17 @@ class Signal(Hook):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture(autouse=True)
+def _heeded():
+    """As in a terminal: what a script starts in the background ignores SIGINT, or SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def stopped(work_dir, at, **settings):
     """Losses until a signal, and the exit code."""
     losses = Losses()
