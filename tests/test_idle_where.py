@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from idlevit_mm.analysis.cost import predicted_speedups, stage_seconds
-from idlevit_mm.blocks import Work, cost, seconds
+from idlevit_mm.blocks import Work, cost, idle_work, seconds
 from idlevit_mm.checkpoints import compare
 from idlevit_mm.kernels import PACES, Pace, pace_of, use_backend
 
@@ -145,14 +145,14 @@ def assert_work_is_counted(variant):
         # PyTorch has no formula for its fused attention on the CPU.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), use_backend('reference'), counter:
             block(x, (side, side))
-        work = block.work(1, (side, side), 1.0)
+        work = idle_work(block, 1, (side, side), 1.0)
         assert work.products + work.pairs == pytest.approx(counter.get_total_flops() / 2, rel=0.06)
 
 
 def test_work_falls_with_the_keep_ratio():
     for name in FAMILIES:
         block = BY_NAME[name].build().idle_blocks[0][0]
-        works = [block.work(2, (40, 64), ratio) for ratio in (1.0, 0.7, 0.3)]
+        works = [idle_work(block, 2, (40, 64), ratio) for ratio in (1.0, 0.7, 0.3)]
         assert works[0].products > works[1].products > works[2].products
         assert works[0].choices == 0
         assert works[1].choices == 1

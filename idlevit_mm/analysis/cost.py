@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from ..backbones import IdleBackbone
-from ..blocks import seconds
+from ..blocks import idle_work, seconds
 from ..kernels import PACES, Pace
 
 
@@ -28,7 +28,7 @@ def stage_seconds(
         total = 0.0
         for block, ratio, plan in zip(blocks, ratios, record.plans, strict=True):
             share = keep_ratio or (1.0 if plan.rows is None else ratio)
-            total += seconds(block.work(record.batch, record.hw_shape, share), pace, dtype)
+            total += seconds(idle_work(block, record.batch, record.hw_shape, share), pace, dtype)
         times.append(total)
     return times
 

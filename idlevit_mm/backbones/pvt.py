@@ -69,17 +69,20 @@ class IdlePVTBlock(NormedBlock):
             return function(now)
         return self.by_tokens(function, now, self.norm2, self.ffn)
 
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+    def computing(
+        self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
+    ) -> Work:
         width, hidden, ratio = self.embed_dims, self.ffn.feedforward_channels, self.attn.sr_ratio
         cells = math.prod(max(side // ratio, 1) for side in hw_shape)
-        linear = layers(rows, (width, width), (width, width), (width, hidden), (hidden, width))
+        linear = layers(attending, (width, width), (width, width))
+        linear += layers(rows, (width, hidden), (hidden, width))
         linear += layers(batch * cells, (width, 2 * width))
         if ratio > 1:
             linear += layers(batch * cells, (ratio**2 * width, width))
         taps = 9 if self.uses_summaries else 0
-        pairs = rows * (2 * width * cells + taps * hidden)
+        pairs = attending * 2 * width * cells + rows * taps * hidden
         # The norm before the reduction is that of the whole map.
-        numbers = rows * (9 * width + (5 if taps else 2) * hidden)
+        numbers = attending * 6 * width + rows * (3 * width + (5 if taps else 2) * hidden)
         numbers += 2 * batch * math.prod(hw_shape) * width
         return linear + Work(pairs=pairs) + moves(numbers, 10)
 

@@ -74,8 +74,11 @@ class IdleViTBlock(NormedBlock):
     ) -> tuple[Tensor, Tensor | None]:
         return self.attn.class_query(self.ln1(x), hw_shape[0] * hw_shape[1], with_keys)
 
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        return block_work(self.embed_dims, self.ffn.feedforward_channels, rows, rows / batch)
+    def computing(
+        self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
+    ) -> Work:
+        hidden = self.ffn.feedforward_channels
+        return block_work(self.embed_dims, hidden, rows, attending, attending / batch)
 
 
 @MODELS.register_module()

@@ -50,10 +50,12 @@ class IdleViTDetBlock(WindowBlock, IdleViTBlock):
 
     ATTENTION = RelativeAttention
 
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
-        work, attn = super().computing(batch, hw_shape, rows), self.attn
+    def computing(
+        self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
+    ) -> Work:
+        work, attn = super().computing(batch, hw_shape, rows, attending), self.attn
         # Windows are filled up, whoever is idle.
-        queries, keys, sides = rows, rows / batch, sum(hw_shape)
+        queries, keys, sides = attending, attending / batch, sum(hw_shape)
         if side := attn.window_size:
             queries, keys, sides = batch * math.prod(hw_shape), side**2, 2 * side
         products = self.embed_dims * queries * (2 * keys + sides * attn.use_rel_pos)

@@ -57,11 +57,26 @@ def moves(numbers: float, launches: float) -> Work:
     return Work(0.0, 0.0, numbers, launches)
 
 
-def block_work(width: int, hidden: int, rows: float, keys: float) -> Work:
-    """A block of so many channels on some rows, each of which attends to so many keys."""
-    linear = layers(rows, (width, 3 * width), (width, width), (width, hidden), (hidden, width))
-    pairs = Work(pairs=2 * width * rows * keys)
-    return linear + pairs + moves(rows * (9 * width + 2 * hidden), 8)
+def block_work(width: int, hidden: int, rows: float, attending: float, keys: float) -> Work:
+    """A block of so many channels on some rows; some attend, each of them to so many keys."""
+    linear = layers(attending, (width, 3 * width), (width, width))
+    linear += layers(rows, (width, hidden), (hidden, width))
+    pairs = Work(pairs=2 * width * attending * keys)
+    return linear + pairs + moves(attending * 6 * width + rows * (3 * width + 2 * hidden), 8)
+
+
+def idle_work(block: Any, batch: int, hw_shape: tuple[int, int], keep_ratio: float) -> Work:
+    """What an ``IdleBlock`` costs at a keep ratio: choosing, moving and computing rows."""
+    area, width, policy = math.prod(hw_shape), block.embed_dims, block.policy
+    shares = keep_ratio, policy.attending(keep_ratio)
+    counts = [batch * policy.count(area, share) for share in shares]
+    work = block.computing(batch, hw_shape, *(n + batch * block.num_class for n in counts))
+    if counts[1] == batch * area:
+        return work
+    # Read twice to be scored, then ranked; rows are taken and put back, by each half if it must.
+    different = set(counts)
+    moved = (2 * width + 8) * batch * area + 4 * width * sum(different)
+    return work + moves(moved, 0) + Work(choices=len(different))
 
 
 def seconds(work: Work, pace: Pace, dtype: torch.dtype) -> float:
@@ -101,7 +116,8 @@ class Payer(nn.Module):
         pace, dtype = self._pace or self._paced(x.device, site), site.computing
         # An exported graph is for any number of images.
         batch = x.shape[0] if isinstance(x.shape[0], int) else 1
-        times = [seconds(block.work(batch, hw_shape, r), pace, dtype) for r in (1.0, keep_ratio)]
+        works = [idle_work(block, batch, hw_shape, ratio) for ratio in (1.0, keep_ratio)]
+        times = [seconds(work, pace, dtype) for work in works]
         pays = times[1] < _SURE * times[0]
         if site.eager and not pays:
             self._log(block, (batch, *hw_shape), keep_ratio, times)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import all_plain, backend_at, full_precision, ranking_precision, site_of
 from ..ops import Extent, Rows, Units, WindowLayout, map_units, units_inside, window_layout
 from ..policies import Plan, Regroup, Seen, build_policy
-from .cost import Payer, Work, moves
+from .cost import Payer, Work
 from .functions import (
     counted,
     gated,
@@ -53,8 +53,7 @@ class IdleBlock(BaseModule, ABC):
     # Whether summaries of idle tokens change active ones, and mean the same in the next block.
     uses_summaries: bool = True
     holds_summaries: bool = True
-    # Whether the attention looks at the whole map, whatever is computed.
-    reads_map: bool = False
+    reads_map: bool = False  # whether the attention looks at the whole map, whatever is computed
     has_cells: bool = False  # whether each cell of the map may have a summary, which is no key
     payer: Payer | None = None  # says where idling pays; None where it always idles
 
@@ -163,21 +162,13 @@ class IdleBlock(BaseModule, ABC):
         """Give the summary of a group to all its tokens: (B, R, C) to (B, S, C) or alike."""
         return to_groups(summaries, self.groups(hw_shape, summaries.device), self.num_class)
 
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+    def computing(
+        self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
+    ) -> Work:
         """What the two halves cost for a batch of maps of which so many rows are computed."""
         raise NotImplementedError(f'{type(self).__name__} does not say what it costs')
 
     # The walk
-
-    def work(self, batch: int, hw_shape: tuple[int, int], keep_ratio: float) -> Work:
-        """What the block costs at a keep ratio: choosing, moving and computing rows."""
-        area, width = hw_shape[0] * hw_shape[1], self.embed_dims
-        tokens, rows = batch * area, batch * self.policy.count(area, keep_ratio)
-        work = self.computing(batch, hw_shape, rows + batch * self.num_class)
-        if rows == tokens:
-            return work
-        # Read twice to be scored, then ranked; rows are taken and put back.
-        return work + moves((2 * width + 8) * tokens + 4 * width * rows, 0) + Work(choices=1)
 
     def chosen(
         self, tokens: Tokens, keep_ratio: float, carried: Carried
@@ -223,12 +214,20 @@ class IdleBlock(BaseModule, ABC):
         wanted = self.policy.wants_scores(keep_ratio, carried.state)
         numbers = None if scores is None or not wanted else scores.detach()
         plan, state = self.policy.plan(numbers, units, keep_ratio, carried.plan, carried.state)
+        plan, fewer = self.fitted(plan, scores), self.policy.attending(keep_ratio)
+        if fewer < keep_ratio:
+            best, _ = self.policy.plan(numbers, units, fewer, carried.plan, carried.state)
+            plan = plan.but(attends=self.fitted(best, scores))
+        return plan, state
+
+    def fitted(self, plan: Plan, scores: Tensor | None) -> Plan:
+        """A plan as this block can follow it, with a gate where its scorer learns."""
         if plan.summary is not None:
             used = plan.summary if plan.spread or self.uses_summaries else None
             plan = plan.but(summary=used, hold=plan.hold and self.holds_summaries)
         if self.policy.scorer.learns and self.training:
             plan = plan.but(gate=straight_through(scores, plan.rows))
-        return plan, state
+        return plan
 
     def recomputed(self, function: Callable[..., Any], x: Tokens | Tensor, *args: Any) -> Any:
         """Call a function of tokens, to be recomputed in the backward pass if the block is so."""
@@ -238,7 +237,9 @@ class IdleBlock(BaseModule, ABC):
 
     def both_halves(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> Tokens:
         """``attention_half``, then ``mlp_half``."""
-        tokens, _ = self.attention_half(tokens, plan, keys)
+        tokens, _ = self.attention_half(tokens, plan.attends or plan, keys)
+        if plan.attends is not None:
+            tokens = self.opened(self.closed(tokens, plan.attends), plan)
         return self.mlp_half(tokens, plan)
 
     def attention_half(
@@ -275,8 +276,7 @@ class IdleBlock(BaseModule, ABC):
         if plan.summary is not None:
             summaries = self.summarize(x, plan.summary, tokens.hw_shape)
             now = torch.cat([now, summaries], dim=1)
-        pack = Pack(now, now, rows, plan)
-        return Tokens(x, tokens.hw_shape, pack, owned=tokens.owned)
+        return Tokens(x, tokens.hw_shape, Pack(now, now, rows, plan), owned=tokens.owned)
 
     def closed(self, tokens: Tokens, plan: Plan) -> Tokens:
         """Tokens with what was computed in its place, unless the plan holds it."""

@@ -25,7 +25,7 @@ class StageRecord(NamedTuple):
         batch: Number of images.
         hw_shape: Height and width of the map in tokens.
         device: Where the map lies.
-        plans: For each block what it did, less the weights of summaries and gates.
+        plans: For each block what it did, less who attended, weights of summaries and gates.
         num_class: P.
         inputs: For each block its input (B, S, C), in the autograd graph; None where the block was
             dense; empty unless asked for.
@@ -108,7 +108,7 @@ def run_blocks(
             keep_ratio = block.payer.keep_ratio(block, x, numbers(hw_shape), keep_ratio)
         x, carried = block(x, hw_shape, keep_ratio, carried)
         # Gates and weights of summaries may hold the graph of the pass.
-        plans.append(carried.plan.but(summary=None, gate=None))
+        plans.append(carried.plan.but(summary=None, gate=None, attends=None))
         if record_inputs:
             inputs.append(None if carried.plan.rows is None else before)
         if encode is not None and index == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..ops import Extent, Rows
@@ -85,7 +86,8 @@ class Tokens(NamedTuple):
 
     def made(self, x: Tensor) -> Tokens:
         """All tokens (B, S, C), made by this block."""
-        return Tokens(x, self.hw_shape, owned=True)
+        # Of what is recorded for a backward pass, the graph may hold it.
+        return Tokens(x, self.hw_shape, owned=not torch.is_grad_enabled())
 
 
 class Carried(NamedTuple):

@@ -36,8 +36,11 @@ class WindowBlock(IdleBlock):
             return super().groups(hw_shape, device)
         return self.attn.windows(hw_shape, device)
 
-    def computing(self, batch: int, hw_shape: tuple[int, int], rows: float) -> Work:
+    def computing(
+        self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
+    ) -> Work:
         # Keys of a query: what is active of its window, or of the map.
         tokens = math.prod(hw_shape)
-        keys = (self.attn.window_size**2 or tokens) * rows / (batch * tokens)
-        return block_work(self.embed_dims, self.ffn.feedforward_channels, rows, keys)
+        keys = (self.attn.window_size**2 or tokens) * attending / (batch * tokens)
+        hidden = self.ffn.feedforward_channels
+        return block_work(self.embed_dims, hidden, rows, attending, keys)

@@ -154,6 +154,10 @@ class EvoViT(Policy):
                 before = ratio
 
     @property
+    def halves_differ(self) -> bool:
+        return not self._asks and not self.stage_wise
+
+    @property
     def alpha(self) -> float | Tensor:
         """Weight of the new attention in this block."""
         if self.mixing is not None:

@@ -50,6 +50,10 @@ class IdleViT(Policy):
             )
         self.context = context
 
+    @property
+    def halves_differ(self) -> bool:
+        return True
+
     def plan(
         self, scores: Tensor | None, units: Units, keep_ratio: float, last: Plan, state: Any
     ) -> tuple[Plan, None]:

@@ -8,6 +8,7 @@ Shape letters: B images, N tokens of the map (H * W), T rows in play.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..ops import Units
 from ..registry import POLICIES, SCORERS, build_from
 from .plan import Plan, Regroup
+from .schedule import KeepRatios, normalize_keep_ratios
 from .scorers import Scorer
 from .select import ROUNDINGS, num_active
 
@@ -36,11 +38,17 @@ class Policy(nn.Module, ABC):
         rounding: How the number of active units is rounded: ``nearest``, ``floor`` or ``ceil``.
         summary_size: Side in tokens of the cells whose idle tokens have a summary each, where the
             policy makes some; None for one summary of the map. Windows have their own.
+        attention_ratios: Share of the units that attend in idle blocks, written like keep ratios:
+            the best of the active ones, where it is smaller than the keep ratio. The others go
+            through the MLP alone. None: all that are active.
 
     Raises:
         ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use;
-            or ``summary_size`` is no side.
+            or ``summary_size`` is no side, or ``attention_ratios`` are not for this policy.
         TypeError: The scorer does not take an argument given to it.
+
+    Attributes:
+        attention_ratio: That of its own block.
     """
 
     # Scopes that the policy can rank in, the default first.
@@ -54,6 +62,7 @@ class Policy(nn.Module, ABC):
     RANKS_BY_ATTENTION: ClassVar[bool] = False
     # Number of its block, counted over the whole network.
     place: int = 0
+    attention_ratio: float = 1.0
 
     def __init__(
         self,
@@ -65,6 +74,7 @@ class Policy(nn.Module, ABC):
         scope: str | None = None,
         rounding: str = 'nearest',
         summary_size: int | None = None,
+        attention_ratios: KeepRatios | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -94,7 +104,7 @@ class Policy(nn.Module, ABC):
                 f'policy.summary_size={summary_size}: each window of this backbone has a summary '
                 'already; allowed: None'
             )
-        self.summary_size = summary_size
+        self.summary_size, self.attention_ratios = summary_size, attention_ratios
         if scorer is None:
             scorer = self.CLASS_TOKEN_SCORER if class_token else self.SCORER
         self.scorer: Scorer = build_from(SCORERS, 'policy.scorer', scorer, embed_dims=embed_dims)
@@ -120,6 +130,17 @@ class Policy(nn.Module, ABC):
             ValueError: Settings do not fit the number of blocks.
         """
         self.place = place
+        if self.attention_ratios is None:
+            return
+        name = 'policy.attention_ratios'
+        table = normalize_keep_ratios(self.attention_ratios, depths, name)
+        if not self.halves_differ:
+            raise ValueError(
+                f'{name}={self.attention_ratios!r} is for policies that rank in each block, before '
+                'its attention: IdleViT, and EvoViT with a scorer other than class_attention and '
+                f'rank_at=None; {type(self).__name__} has None'
+            )
+        self.attention_ratio = list(chain(*table))[place]
 
     def entering(self, state: Any, before: tuple[int, int], hw_shape: tuple[int, int]) -> Any:
         """State with which a stage begins: of that at the end of the stage before, and both maps.
@@ -131,6 +152,15 @@ class Policy(nn.Module, ABC):
     def wants_scores(self, keep_ratio: float, state: Any) -> bool:
         """Whether ``plan`` needs scores of the tokens as they enter the block."""
         return keep_ratio < 1.0 and self.scorer.NEEDS != 'class_attention'
+
+    @property
+    def halves_differ(self) -> bool:
+        """Whether fewer units may attend than are active."""
+        return False
+
+    def attending(self, keep_ratio: float) -> float:
+        """Share of the units that attend; the keep ratio where all active ones do."""
+        return min(keep_ratio, self.attention_ratio) if keep_ratio < 1.0 else keep_ratio
 
     def count(self, num_units: int, keep_ratio: float) -> int:
         """How many of a group of units are active."""

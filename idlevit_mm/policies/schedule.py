@@ -27,7 +27,9 @@ _SPARSEVIT = {
 }
 
 
-def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> list[list[float]]:
+def normalize_keep_ratios(
+    keep_ratios: KeepRatios, depths: Sequence[int], name: str = 'keep_ratios'
+) -> list[list[float]]:
     """Spread keep ratios over stages and blocks; what it returns it leaves as it is.
 
     Args:
@@ -43,6 +45,7 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
             type='sparsevit-35ms')`` is SparseViT's for Swin-T (arXiv 2303.17605), also ``-42ms``
             and ``-33ms``.
         depths: Number of blocks of each stage.
+        name: What errors call the ratios.
 
     Returns:
         One list per stage with one ratio in (0, 1] per block.
@@ -65,7 +68,7 @@ def normalize_keep_ratios(keep_ratios: KeepRatios, depths: Sequence[int]) -> lis
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         allowed = _ALLOWED.format(depths=tuple(depths))
-        raise kind(f'keep_ratios={keep_ratios!r} {error}; allowed: {allowed}') from None
+        raise kind(f'{name}={keep_ratios!r} {error}; allowed: {allowed}') from None
 
 
 def checked_ratio(value: Any, subject: str) -> float:

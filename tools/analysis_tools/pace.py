@@ -22,7 +22,7 @@ from tables import spent
 
 from idlevit_mm.analysis.models import noise_image, parse_shapes
 from idlevit_mm.analysis.results import exit_code
-from idlevit_mm.blocks import Work, seconds
+from idlevit_mm.blocks import Work, idle_work, seconds
 from idlevit_mm.kernels import Pace, pace_of
 
 
@@ -61,7 +61,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> pd.DataFrame:
                 own = np.median(times[1:], axis=0)
                 for block, hw_shape, second in zip(blocks, maps, own, strict=True):
                     about = dict(model=name, shape=f'{shape[0]}x{shape[1]}', keep=keep)
-                    work = block.work(1, hw_shape, keep)._asdict()
+                    work = idle_work(block, 1, hw_shape, keep)._asdict()
                     rows.append(dict(about, **work, seconds=second))
     return pd.DataFrame(rows)
 

@@ -28,7 +28,8 @@ def choose(
     policy, kind, hw_shape = block.policy, kind_of(block), tokens.hw_shape
     scorer = kind_of(policy.scorer)
     if (
-        keep_ratio == 1.0
+        policy.attending(keep_ratio) < keep_ratio
+        or keep_ratio == 1.0
         or kind not in _BRANCHES
         or kind_of(policy) != 'IdleViT'
         or policy.context != 'active'
