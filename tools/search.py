@@ -44,6 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--per', default='stage', choices=search.PER, help='what gets a ratio of its own')
     nine = [tenths / 10 for tenths in range(2, 11)]
     add('--ratios', nargs='+', type=float, default=nine, help='to choose from, beside 1.0')
+    attention = 'let blocks attend with this share of the tokens: each ratio with and without it'
+    add('--attention', type=float, metavar='RATIO', help=attention)
     order = 'falling: within a stage ratios must not rise, as in SparseViT'
     add('--order', default='falling', choices=('falling', 'free'), help=order)
     proxy = 'distance: of features to those at 1.0; loss, metric: what is lost of it'
@@ -142,7 +144,7 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        units, top = len(self.space.units), len(self.space.ratios) - 1
+        units, top = len(self.space.units), len(self.space.options) - 1
 
         def choice_of(trial: Any) -> list[int]:
             return self.space.legal([trial.params[f'unit {u}'] for u in range(units)])
@@ -172,6 +174,8 @@ def plain(keep: Any) -> Any:
     """Ratios of blocks as short as a config can have them."""
     if isinstance(keep, float):
         return keep
+    if isinstance(keep, dict):
+        return {name: plain(table) for name, table in keep.items()}
     return [own[0] if len(set(own)) == 1 else own for own in keep]
 
 
@@ -226,7 +230,13 @@ def write_config(args: argparse.Namespace, keep: Any, out: Path, trials: Trials)
     """Write the config with the ratios that were found."""
     config, budget = Path(args.config).absolute(), args.latency or args.multiply_adds
     before, wanted = load_config(args.config).to_dict(), trials.cfg.to_dict()
-    wanted['model']['backbone']['keep_ratios'] = plain(keep)
+    own = wanted['model']['backbone']
+    own['keep_ratios'] = plain(keep)
+    if isinstance(keep, dict):
+        policy = own.get('policy') or {}
+        own |= plain(keep)
+        own['policy'] = dict(type=policy) if isinstance(policy, str) else policy
+        own['policy']['attention_ratios'] = own.pop('attention_ratios')
     # The images that a search looks at are not those that the model is tested on ever after.
     wanted |= {key: before[key] for key in ('test_dataloader', 'test_evaluator') if key in before}
     # Lists are replaced as a whole.
@@ -251,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(args.config).absolute(), args.out or str(trials.work_dir / 'found.py'), args.force
     )
     depths = idle_backbone(trials.model).depths
-    space = search.space_of(depths, args.per, args.ratios, args.order == 'falling')
-    for index in range(len(space.ratios)):
+    falling = args.order == 'falling'
+    space = search.space_of(depths, args.per, args.ratios, falling, args.attention)
+    for index in range(len(space.options)):
         trials.variant(space.keep_ratios([index] * len(space.units)))
     trials.runner  # noqa: B018 (what it finds missing is said before anything is timed)
     tables = Tables(trials, space, args, out.with_suffix('.jsonl'))
@@ -268,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     first = own.front.choices[1 + own.front.cost <= cap][::-1][: args.candidates]
     explored = map(own.point, own.explored(first) if args.trials else ())
-    top = own.point([len(space.ratios) - 1] * len(space.units))
+    top = own.point([len(space.options) - 1] * len(space.units))
     dense = own.checked('keep 1', top, tables.measured(top.keep))
     met, missed = own.within('found', chain(explored, affordable), args.candidates)
     uniform, _ = own.within('uniform', own.uniform(), 1)

@@ -90,14 +90,16 @@ def load_model(
     return model.to(device).eval()
 
 
-def with_keep_ratios(model: nn.Module, keep_ratios: KeepRatios) -> nn.Module:
+def with_keep_ratios(
+    model: nn.Module, keep_ratios: KeepRatios, attention_ratios: KeepRatios | None = None
+) -> nn.Module:
     """A copy of a detector, segmentor or backbone with other keep ratios, weights shared.
 
     Raises:
         TypeError: the model has no idle backbone.
     """
     clone = shared_copy(model)
-    idle_backbone(clone).set_keep_ratios(keep_ratios)
+    idle_backbone(clone).set_keep_ratios(keep_ratios, attention_ratios)
     return clone
 
 

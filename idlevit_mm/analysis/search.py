@@ -1,9 +1,10 @@
 """Keep ratios under a budget: what can be chosen, and the best of it by tables that add up.
 
-A *unit* is one or more blocks of a stage that have one ratio. What a schedule costs and the damage
-that it does are taken to be sums over units; under these sums the answer is exact.
+A *unit* is one or more blocks of a stage that have one *option*: a keep ratio, and whether all
+active tokens attend or few. What a schedule costs and the damage that it does are taken to be sums
+over units; under these sums the answer is exact.
 
-Shape letters: U units, R ratios, P points of a front.
+Shape letters: U units, R options, P points of a front.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,30 +29,43 @@ class Space(NamedTuple):
     Attributes:
         units: The stage of each unit, and the numbers of its blocks in the stage.
         ratios: Ratios of a unit, ascending; the last is 1.
-        falling: Whether ratios must not rise within a stage.
+        falling: Whether options must not rise within a stage.
+        attention: Share of the tokens that attend where few do; None where all active ones always.
     """
 
     units: tuple[tuple[int, range], ...]
     ratios: tuple[float, ...]
     falling: bool
+    attention: float | None = None
+
+    @property
+    def options(self) -> list[tuple[float, float]]:
+        """Keep ratio and attention ratio of each option, ascending; the last is 1 and 1."""
+        few = [] if self.attention is None else [self.attention]
+        return [(r, a) for r in self.ratios for a in [*few, 1.0] if a == 1.0 or a < r < 1.0]
 
     @property
     def size(self) -> int:
         """How many schedules there are."""
-        count = len(self.ratios)
+        count = len(self.options)
         lengths = [len(list(own)) for _, own in groupby(self.units, key=lambda unit: unit[0])]
         return math.prod(math.comb(n + count - 1, n) if self.falling else count**n for n in lengths)
 
-    def keep_ratios(self, choice: Sequence[int]) -> list[list[float]]:
-        """Ratios of the blocks of each stage, of the number (U,) of a ratio for each unit."""
-        found: list[list[float]] = []
+    def keep_ratios(self, choice: Sequence[int]) -> Any:
+        """Ratios of the blocks of each stage, of the number (U,) of an option for each unit.
+
+        A list per stage; where few may attend, arguments of ``set_keep_ratios``, two such lists.
+        """
+        tables: list[list[list[float]]] = [[], []]
         for (stage, blocks), index in zip(self.units, choice, strict=True):
-            found += [[] for _ in range(stage + 1 - len(found))]
-            found[stage] += [self.ratios[index]] * len(blocks)
-        return found
+            for table, ratio in zip(tables, self.options[index], strict=True):
+                table += [[] for _ in range(stage + 1 - len(table))]
+                table[stage] += [ratio] * len(blocks)
+        names = 'keep_ratios', 'attention_ratios'
+        return tables[0] if self.attention is None else dict(zip(names, tables, strict=True))
 
     def legal(self, choice: Sequence[int]) -> list[int]:
-        """A choice with ratios lowered where they must not rise."""
+        """A choice with options lowered where they must not rise."""
         found: list[int] = []
         for number, index in enumerate(choice):
             first = number == 0 or self.units[number - 1][0] != self.units[number][0]
@@ -65,7 +79,7 @@ class Front(NamedTuple):
     Attributes:
         cost: (P,).
         damage: (P,).
-        choices: Number of the ratio of each unit, (P, U).
+        choices: Number of the option of each unit, (P, U).
     """
 
     cost: np.ndarray
@@ -73,14 +87,20 @@ class Front(NamedTuple):
     choices: np.ndarray
 
 
-def space_of(depths: Sequence[int], per: str, ratios: Sequence[float], falling: bool) -> Space:
+def space_of(
+    depths: Sequence[int],
+    per: str,
+    ratios: Sequence[float],
+    falling: bool,
+    attention: float | None = None,
+) -> Space:
     """The space of a backbone, a unit per ``stage``, ``pair`` of its blocks, or ``block``."""
     units = tuple(
         (stage, range(first, min(first + (PER[per] or depth), depth)))
         for stage, depth in enumerate(depths)
         for first in range(0, depth, PER[per] or depth)
     )
-    return Space(units, tuple(sorted({*ratios, 1.0})), falling)
+    return Space(units, tuple(sorted({*ratios, 1.0})), falling, attention)
 
 
 def undominated(cost: np.ndarray, damage: np.ndarray) -> np.ndarray:
@@ -96,8 +116,8 @@ def best_schedules(space: Space, cost: np.ndarray, damage: np.ndarray) -> Front:
     It goes from unit to unit and drops what is beaten by a schedule that can go on in all the same
     ways, so that nothing of the front of all schedules is lost.
     """
-    last = len(space.ratios) - 1
-    # By the ratio that the unit before has.
+    last = len(space.options) - 1
+    # By the option that the unit before has.
     states = {last: Front(np.zeros(1), np.zeros(1), np.zeros((1, 0), np.uint8))}
     for unit, (stage, _) in enumerate(space.units):
         bound = space.falling and unit > 0 and space.units[unit - 1][0] == stage
@@ -118,7 +138,8 @@ def uniform_schedules(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One ratio for all blocks, falling by ``step``, and what it costs by a table (U, R)."""
     ratios = np.arange(1.0, space.ratios[0] - step / 2, -step).round(6)
-    return ratios, sum(np.interp(ratios, space.ratios, own) for own in cost)
+    whole = [index for index, (_, attention) in enumerate(space.options) if attention == 1.0]
+    return ratios, sum(np.interp(ratios, space.ratios, own[whole]) for own in cost)
 
 
 def parse_budget(option: str, text: str, units: Sequence[str]) -> tuple[float, bool]:

@@ -175,7 +175,7 @@ class IdleBackbone(BaseModule, ABC):
             raise ValueError(f'idle_where={idle_where!r} is unknown; allowed: {allowed}')
         for place, block in enumerate(chain(*self.idle_blocks)):
             block.policy.put(place, self.depths)
-        self.set_keep_ratios(keep_ratios)
+        self.set_keep_ratios(keep_ratios, self.idle_blocks[0][0].policy.attention_ratios)
         if idle_where == 'pays':
             self.payer = Payer()
             for block in chain(*self.idle_blocks):
@@ -183,20 +183,32 @@ class IdleBackbone(BaseModule, ABC):
                 block.__dict__['payer'] = self.payer
         self._freeze()
 
-    def set_keep_ratios(self, keep_ratios: KeepRatios) -> None:
+    def set_keep_ratios(
+        self, keep_ratios: KeepRatios, attention_ratios: KeepRatios | None = None
+    ) -> None:
         """Change the share of active tokens from the next forward pass on.
 
         Args:
             keep_ratios: One ratio in (0, 1] for all blocks, one per stage, or one list per stage
                 with one per block; or a schedule by name, see ``normalize_keep_ratios``.
+            attention_ratios: Shares that attend, as ``policy.attention_ratios``; None leaves them.
 
         Raises:
             TypeError: An entry is no number.
             ValueError: A ratio lies outside (0, 1], a list has the wrong length, or the policy
                 cannot follow; the old ratios then stay in place.
         """
-        ratios = normalize_keep_ratios(keep_ratios, self.depths)
-        self.idle_blocks[0][0].policy.check_keep_ratios(ratios)
+        ratios, policy = (
+            normalize_keep_ratios(keep_ratios, self.depths),
+            self.idle_blocks[0][0].policy,
+        )
+        policy.check_keep_ratios(ratios)
+        if attention_ratios is not None:
+            name = 'policy.attention_ratios'
+            table = normalize_keep_ratios(attention_ratios, self.depths, name)
+            policy.check_attention_ratios(table)
+            for block, ratio in zip(chain(*self.idle_blocks), chain(*table), strict=True):
+                block.policy.attention_ratio = ratio
         self.keep_ratios = ratios
 
     @property

@@ -8,7 +8,6 @@ Shape letters: B images, N tokens of the map (H * W), T rows in play.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import Units
 from ..registry import POLICIES, SCORERS, build_from
 from .plan import Plan, Regroup
-from .schedule import KeepRatios, normalize_keep_ratios
+from .schedule import KeepRatios
 from .scorers import Scorer
 from .select import ROUNDINGS, num_active
 
@@ -44,11 +43,11 @@ class Policy(nn.Module, ABC):
 
     Raises:
         ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use;
-            or ``summary_size`` is no side, or ``attention_ratios`` are not for this policy.
+            or ``summary_size`` is no side.
         TypeError: The scorer does not take an argument given to it.
 
     Attributes:
-        attention_ratio: That of its own block.
+        attention_ratio: That of its own block, set by the backbone.
     """
 
     # Scopes that the policy can rank in, the default first.
@@ -130,17 +129,6 @@ class Policy(nn.Module, ABC):
             ValueError: Settings do not fit the number of blocks.
         """
         self.place = place
-        if self.attention_ratios is None:
-            return
-        name = 'policy.attention_ratios'
-        table = normalize_keep_ratios(self.attention_ratios, depths, name)
-        if not self.halves_differ:
-            raise ValueError(
-                f'{name}={self.attention_ratios!r} is for policies that rank in each block, before '
-                'its attention: IdleViT, and EvoViT with a scorer other than class_attention and '
-                f'rank_at=None; {type(self).__name__} has None'
-            )
-        self.attention_ratio = list(chain(*table))[place]
 
     def entering(self, state: Any, before: tuple[int, int], hw_shape: tuple[int, int]) -> Any:
         """State with which a stage begins: of that at the end of the stage before, and both maps.
@@ -192,6 +180,20 @@ class Policy(nn.Module, ABC):
         each computed row, mean over heads.
         """
         raise NotImplementedError(f'{type(self).__name__} chooses before attention')
+
+    def check_attention_ratios(self, attention_ratios: Sequence[Sequence[float]]) -> None:
+        """Refuse ratios, as those of ``check_keep_ratios``, that this policy cannot follow.
+
+        Raises:
+            ValueError: Fewer units are to attend than are active, which only policies can that rank
+                in each block, before its attention.
+        """
+        if not self.halves_differ and any(min(stage) < 1.0 for stage in attention_ratios):
+            raise ValueError(
+                f'policy.attention_ratios={list(attention_ratios)} are for policies that rank in '
+                'each block, before its attention: IdleViT, and EvoViT with rank_at=None and a '
+                f'scorer other than class_attention; {type(self).__name__} can have None here'
+            )
 
     def check_keep_ratios(self, keep_ratios: Sequence[Sequence[float]]) -> None:
         """Refuse ratios, a list per stage with one per block, that this policy cannot follow.

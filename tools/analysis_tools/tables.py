@@ -30,7 +30,7 @@ class Tables:
 
     Attributes:
         whole: Seconds and multiply-adds of keep 1.0.
-        cost: What units save at each ratio, as shares of ``whole``: (U, R), negative.
+        cost: What units save with each option, as shares of ``whole``: (U, R), negative.
         damage: What they do, by the proxy: (U, R).
     """
 
@@ -40,7 +40,7 @@ class Tables:
         self.trials, self.space, self.args, self.path = trials, space, args, path
         self.lines = trials.read(path)
         self.dense = trials.variant(1.0)
-        space_of = dict(per=args.per, ratios=list(space.ratios))
+        space_of = dict(per=args.per, ratios=list(space.ratios), attention=space.attention)
         costs = self.once(self.costs, kind='costs', **space_of)
         self.whole, table = costs['whole'], np.array(costs['units'])
         index = 1 if args.latency is None else 0
@@ -68,27 +68,27 @@ class Tables:
 
     @torch.no_grad()
     def costs(self) -> Line:
-        """Seconds and multiply-adds of keep 1.0, and of each unit at each ratio, where it is.
+        """Seconds and multiply-adds of keep 1.0, and of each unit with each option, where it is.
 
-        In a pass all units have the same ratio, so that one ratio everywhere is predicted as it is
+        In a pass all units have the same one, so that one ratio everywhere is predicted as it is
         measured.
         """
         model = self.trials.variant(1.0)
         backbone, call = idle_backbone(model), self.trials.call(model)
         units = [[backbone.idle_blocks[stage][at] for at in own] for stage, own in self.space.units]
 
-        def at(ratio: float) -> None:
-            backbone.set_keep_ratios(ratio)
+        def at(option: tuple[float, float]) -> None:
+            backbone.set_keep_ratios(*option)
             call()
 
-        calls = {str(ratio): partial(at, ratio) for ratio in self.space.ratios}
+        calls = {str(option): partial(at, option) for option in self.space.options}
         rows = {one: list[list[float]]() for one in calls.values()}
 
         def timer(one: partial[None]) -> float:
             rows[one].append(spent(one, units, measures.moment, measures.seconds_between))
             return rows[one][-1][-1]
 
-        print(f'timing {len(units)} units at {len(calls)} ratios')
+        print(f'timing {len(units)} units with {len(calls)} options')
         self.trials.seconds(calls, timer)
         taken = np.array([*rows.values()])  # (R, rounds, U + 1)
         whole = np.median(taken[-1, :, -1])
@@ -101,8 +101,8 @@ class Tables:
         return dict(whole=[whole, self.trials.multiply_adds(self.dense)], units=tables)
 
     def damage_of_unit(self, unit: int) -> Line:
-        """What a unit does at each ratio."""
-        top = len(self.space.ratios) - 1
+        """What a unit does with each option."""
+        top = len(self.space.options) - 1
         choices = np.full((top, len(self.space.units)), top)
         choices[:, unit] = range(top)
         return dict(damage=[*self.damages(map(self.space.keep_ratios, choices.tolist())), 0.0])

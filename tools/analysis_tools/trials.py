@@ -140,10 +140,15 @@ class Trials:
     def variant(
         self, keep: KeepRatios | None, model: nn.Module | None = None, int8: bool = False
     ) -> nn.Module:
-        """A model with other keep ratios, or those that it has; weights are shared."""
+        """A model with other keep ratios, or those that it has; weights are shared.
+
+        What a search finds may have ratios of attention as well.
+        """
         model = self.model if model is None else model
-        ratios = idle_backbone(model).keep_ratios if keep is None else keep
-        model = with_keep_ratios(model, ratios)
+        ratios: Any = idle_backbone(model).keep_ratios if keep is None else keep
+        if not (isinstance(ratios, Mapping) and 'attention_ratios' in ratios):
+            ratios = dict(keep_ratios=ratios)
+        model = with_keep_ratios(model, **ratios)
         return in_int8(model) if int8 else model
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
