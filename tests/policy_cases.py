@@ -62,6 +62,9 @@ def _cases() -> list[Case]:
                 )
         policies['idlevit-context'] = dict(type='IdleViT', context='all')
         policies['idlevit-summary'] = dict(type='IdleViT', context='summary')
+        if name in ('swin', 'pvtv2', 'vit'):
+            own = dict(type='IdleViT') if name == 'vit' else dict(type='EvoViT')
+            policies[f'{own["type"].lower()}-attention'] = dict(own, attention_ratios=0.3)
         policies['evit'] = dict(type='EViT', fuse=True)
         policies['evovit'] = dict(type='EvoViT', representative=True)
         if name in ('pvtv2', 'svt', 'vit'):

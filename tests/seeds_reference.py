@@ -190,7 +190,13 @@ def idlevit_counts(patches: int, keep_ratio: float) -> list[int]:
     ]
 
 
-def idlevit(tokens: Tensor, weights: Weights, num_heads: int, keep_counts: Sequence[int]) -> Result:
+def idlevit(
+    tokens: Tensor,
+    weights: Weights,
+    num_heads: int,
+    keep_counts: Sequence[int],
+    most_attending: int | None = None,
+) -> Result:
     """IdleViT: layer l computes keep_counts[l] patches and the class token, the rest idles.
 
     Args:
@@ -198,20 +204,22 @@ def idlevit(tokens: Tensor, weights: Weights, num_heads: int, keep_counts: Seque
         weights: Parameters by mmseg's names.
         num_heads: Heads of every attention.
         keep_counts: Number of active patches of each layer.
+        most_attending: Of how many of them, the best, an idle layer computes the attention; of all
+            by default. The paper has no such thing.
     """
     patches = tokens.shape[1] - len(before_map(weights))
     images = []
     for image in tokens:
         x, kept = split(image, weights), []
         for layer, count in enumerate(keep_counts):
-            x, chosen = _idle_layer(x, weights, layer, num_heads, count)
+            x, chosen = _idle_layer(x, weights, layer, num_heads, count, most_attending or count)
             kept.append(chosen)
         images.append((x, kept))
     return collect(images, patches, weights)
 
 
 def _idle_layer(
-    x: Tokens, weights: Weights, layer: int, num_heads: int, count: int
+    x: Tokens, weights: Weights, layer: int, num_heads: int, count: int, most_attending: int
 ) -> tuple[Tokens, list[int]]:
     first = before_map(weights)
     patches = len(x) - len(first)
@@ -220,21 +228,21 @@ def _idle_layer(
     # Keys of all tokens serve the choice, those of the chosen ones the attention as well.
     keys = project(y, weights, layer, 'k')
     cls_query = project(y[:1], weights, layer, 'q')
-    chosen = list(range(patches))
+    chosen = attending = list(range(patches))
     if count < len(chosen):
         scores: Tokens = dict.fromkeys(chosen, torch.zeros(()))
         for number in range(num_heads):
             products = head(cls_query, number, num_heads) @ head(keys, number, num_heads).T
             for patch in scores:
                 scores[patch] = scores[patch] + products[0, len(first) + patch] / num_heads
-        chosen = best(scores, count)
-    rows = [*range(len(first)), *(len(first) + patch for patch in chosen)]
+        chosen, attending = (best(scores, number) for number in (count, min(count, most_attending)))
+    rows = [*range(len(first)), *(len(first) + patch for patch in attending)]
     q = torch.cat([cls_query, project(y[rows[1:]], weights, layer, 'q')])
     v = project(y[rows], weights, layer, 'v')
     output, _ = attend(q, keys[rows], v, weights, layer, num_heads)
-    active = added(x, dict(zip([*first, *chosen], output, strict=True)))
-    active = added(active, mlp_update(active, weights, layer))
-    return {**x, **active}, chosen
+    x = {**x, **added(x, dict(zip([*first, *attending], output, strict=True)))}
+    active = {name: x[name] for name in [*first, *chosen]}
+    return {**x, **added(active, mlp_update(active, weights, layer))}, chosen
 
 
 # --- EViT -------------------------------------------------------------------------------------

@@ -45,6 +45,18 @@ def test_the_front_is_that_of_all_schedules(per, falling):
         assert space.legal(list(c)) == list(c)
 
 
+def test_ratios_of_few_that_attend():
+    """Where they are as many as the active ones, they are no option of their own."""
+    space = search.space_of((1, 2), 'stage', (0.2, 0.6), True, attention=0.2)
+    assert space.options == [(0.2, 1.0), (0.6, 0.2), (0.6, 1.0), (1.0, 1.0)]
+    assert space.size == 16
+    assert space.keep_ratios([3, 1]) == dict(
+        keep_ratios=[[1.0], [0.6, 0.6]], attention_ratios=[[1.0], [0.2, 0.2]]
+    )
+    cost = np.array([[0, 9, 4, 8], [1, 9, 1, 3]])
+    assert search.uniform_schedules(space, cost, 0.2)[1] == pytest.approx([11, 8, 5, 3, 1])
+
+
 def test_uniform_ratios():
     space = search.space_of((1, 2), 'stage', (0.2, 0.6), True)
     ratios, cost = search.uniform_schedules(space, np.array([[0, 4, 8], [1, 1, 3]]), 0.2)

@@ -87,6 +87,20 @@ def test_idlevit(grid, batch, keep_ratio):
     )
 
 
+@pytest.mark.parametrize(('grid', 'batch'), CASES)
+def test_fewer_patches_attend(grid, batch):
+    patches = grid[0] * grid[1]
+    counts = [patches] * 4 + [round(0.6 * patches)] * 8
+    few = round(0.2 * patches)
+    assert_as_published(
+        grid,
+        batch,
+        lambda x, weights: seeds.idlevit(x, weights, HEADS, counts, few),
+        policy=dict(type='IdleViT', scorer='class_query', attention_ratios=0.2),
+        keep_ratios=[[1.0] * 4 + [0.6] * 8],
+    )
+
+
 @cases(['keep_ratio', 'fuse'], [0.7, False], [0.5, True], [0.7, True], [0.5, False])
 def test_evit(grid, batch, fuse, keep_ratio):
     assert_as_published(

@@ -90,7 +90,7 @@ def test_ratio_of_one_is_the_dense_backbone_bit_for_bit(case):
 @each([*SCOPES, *OWN])
 def test_all_tokens_active_equals_the_dense_backbone(case):
     """A ratio just below 1 is no jump: a summary of no token changes nothing; nor do gradients."""
-    model = case.build(case.ratios(0.9999)).double()
+    model = case.build(case.ratios(0.9999), policy=dict(attention_ratios=None)).double()
     x = image((2, 3, 45, 58), dtype=torch.float64)
     outs, grads = gradients(model, x)
     assert all(mask.all() for stage in model.keep_masks for mask in stage)
