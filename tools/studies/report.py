@@ -70,7 +70,7 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
         cells = [
             row.method,
             f'-{100 * row.level:g} %' if row.level else '–',
-            keep_of(row.ratios),
+            keep_of(row.ratios, row.policy),
             f'{row.share:.3f}',
             f'{row.score:.2f}',
             '–' if dense else f'{row.gain:+.2f}{half}',
@@ -81,8 +81,13 @@ def variant_table(table: pd.DataFrame, task: str) -> str:
     return tabulate(rows, [*columns, 'each seed'], 'pipe', disable_numparse=True)
 
 
-def keep_of(ratios: float | list[list[float]]) -> str:
-    """Keep ratios as a table has them: the one of all idle blocks, or those of each stage."""
+def keep_of(ratios: float | list[list[float]], policy: Any = None) -> str:
+    """Keep ratios as a table has them: the one of all idle blocks, or those of each stage.
+
+    And those of attention, where they are others.
+    """
+    if attending := (policy or {}).get('attention_ratios'):
+        return f'{keep_of(ratios)}; attention {keep_of(attending)}'
     stages = ratios if isinstance(ratios, list) else [[ratios]]
     idle = {ratio for stage in stages for ratio in stage if ratio < 1.0}
     if len(idle) > 1:

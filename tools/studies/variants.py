@@ -87,7 +87,7 @@ TRIED = (
     'FastEvoViT',
     'query_logits',
 )
-_ENTRY, _ODD, _FOUND = 'stage entry', 'stages 1 and 3', 'found'
+_ENTRY, _ODD, _FOUND, _HALVES = 'stage entry', 'stages 1 and 3', 'found', 'found halves'
 # Ratios that do the dense checkpoints the least damage: by tools/search.py, with Evo-ViT, on
 # training images. Commands: docs/studies/one_frame.md.
 FOUND = {
@@ -102,6 +102,16 @@ FOUND = {
     'pvtv2-seg': {
         0.33: [[1.0, 0.6], [0.6, 0.6], [0.5, 0.5], [0.1, 0.1]],
         0.45: [[0.6, 0.4], [0.4, 0.5], [0.4, 0.4], [0.1, 0.1]],
+    },
+}
+# The same where each block may let 0.05 of the tokens attend (tools/search.py --attention 0.05):
+# keep ratios, and those of attention.
+FOUND_HALVES: dict[str, dict[float, tuple[list[list[float]], list[list[float]]]]] = {
+    'pvtv2-seg': {
+        0.45: (
+            [[1.0, 0.6], [0.4, 0.4], [0.4, 0.4], [0.1, 0.1]],
+            [[1.0, 0.05], [0.05, 0.05], [0.05, 0.05], [0.05, 0.05]],
+        ),
     },
 }
 METHODS = {
@@ -136,6 +146,8 @@ METHODS |= {
     'idlevit-odd-stages': Method(_IDLEVIT, idles=_ODD, tasks=_SWIN),
     'evovit-found+distill': Method(_EVOVIT, (_DISTILL,), idles=_FOUND),
     'idlevit-found+distill': Method(_IDLEVIT, (_DISTILL,), idles=_FOUND),
+    'evovit-halves+distill': Method(_EVOVIT, (_DISTILL,), idles=_HALVES),
+    'idlevit-halves+distill': Method(_IDLEVIT, (_DISTILL,), idles=_HALVES),
     'evovit-mixing+distill': Method(
         dict(type='MixingEvoViT', summary_size=8), (_DISTILL,), tasks=_PVTV2
     ),
@@ -222,7 +234,8 @@ def planned_runs(
             method = METHODS[name]
             if task in method.tasks and method.ratios is None and method.scale == 1.0:
                 variant = dict(task=task, method=name, level=level, keep_ratio=ratio)
-                yield Run(variant, seed, method.policy, _ratios(task, name, level, ratio), method)
+                own = _ratios(task, name, level, ratio)
+                yield Run(variant, seed, policy_of(task, name, level), own, method)
         for task, name in product(tasks, methods):
             method, variant = METHODS[name], dict(task=task, method=name, level=None)
             variant['keep_ratio'] = None
@@ -242,7 +255,7 @@ def _ratios(task: str, name: str, level: float | None, ratio: float | None) -> l
     if level:
         return level_ratios(task, name, level)
     assert ratio is not None
-    if METHODS[name].idles == _FOUND:
+    if METHODS[name].idles in (_FOUND, _HALVES):
         raise UsageError(f'--keep-ratios: {name} has ratios of its own; allowed for it: --levels')
     return spread(ratio, _backbone(task, 'null').depths, METHODS[name].idles)
 
@@ -273,13 +286,14 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
         UsageError: it cannot come near to the level, or none was searched for it.
     """
     policy, idles = METHODS[method].policy, METHODS[method].idles
-    if idles == _FOUND:
-        if level not in FOUND[task]:
+    if idles in (_FOUND, _HALVES):
+        found = (FOUND if idles == _FOUND else FOUND_HALVES).get(task, {})
+        if level not in found:
             raise UsageError(
                 f'level={level:g} was not searched for {task}; allowed for {method}: '
-                f'{", ".join(map(str, FOUND[task]))}'
+                f'{", ".join(map(str, found)) or "none"}'
             )
-        return FOUND[task][level]
+        return FOUND[task][level] if idles == _FOUND else FOUND_HALVES[task][level][0]
     depths = _backbone(task, 'null').depths
     ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, idles)), 1 - level)
     saved = 1 - operations(task, policy, spread(ratio, depths, idles))
@@ -290,6 +304,14 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
             f'within {_TOLERANCE:g}'
         )
     return spread(ratio, depths, idles)
+
+
+def policy_of(task: str, method: str, level: float | None) -> Mapping[str, Any]:
+    """The policy of a method, with the ratios of attention that were found for a level."""
+    policy, idles = METHODS[method].policy, METHODS[method].idles
+    if idles != _HALVES or level not in FOUND_HALVES[task]:
+        return policy
+    return dict(policy, attention_ratios=FOUND_HALVES[task][level][1])
 
 
 def is_tried(policy: Mapping[str, Any]) -> bool:
