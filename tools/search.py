@@ -44,8 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--per', default='stage', choices=search.PER, help='what gets a ratio of its own')
     nine = [tenths / 10 for tenths in range(2, 11)]
     add('--ratios', nargs='+', type=float, default=nine, help='to choose from, beside 1.0')
-    attention = 'let blocks attend with this share of the tokens: each ratio with and without it'
-    add('--attention', type=float, metavar='RATIO', help=attention)
+    few = 'shares of the tokens that may attend, 0 for none: each ratio with all and with these'
+    add('--attention', nargs='+', type=float, default=[], metavar='RATIO', help=few)
     order = 'falling: within a stage ratios must not rise, as in SparseViT'
     add('--order', default='falling', choices=('falling', 'free'), help=order)
     proxy = 'distance: of features to those at 1.0; loss, metric: what is lost of it'

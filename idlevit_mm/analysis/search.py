@@ -30,19 +30,19 @@ class Space(NamedTuple):
         units: The stage of each unit, and the numbers of its blocks in the stage.
         ratios: Ratios of a unit, ascending; the last is 1.
         falling: Whether options must not rise within a stage.
-        attention: Share of the tokens that attend where few do; None where all active ones always.
+        attention: Shares of the tokens that may attend, instead of all active ones.
     """
 
     units: tuple[tuple[int, range], ...]
     ratios: tuple[float, ...]
     falling: bool
-    attention: float | None = None
+    attention: tuple[float, ...] = ()
 
     @property
     def options(self) -> list[tuple[float, float]]:
         """Keep ratio and attention ratio of each option, ascending; the last is 1 and 1."""
-        few = [] if self.attention is None else [self.attention]
-        return [(r, a) for r in self.ratios for a in [*few, 1.0] if a == 1.0 or a < r < 1.0]
+        shares = [*sorted(self.attention), 1.0]
+        return [(r, a) for r in self.ratios for a in shares if a == 1.0 or a < r < 1.0]
 
     @property
     def size(self) -> int:
@@ -62,7 +62,7 @@ class Space(NamedTuple):
                 table += [[] for _ in range(stage + 1 - len(table))]
                 table[stage] += [ratio] * len(blocks)
         names = 'keep_ratios', 'attention_ratios'
-        return tables[0] if self.attention is None else dict(zip(names, tables, strict=True))
+        return dict(zip(names, tables, strict=True)) if self.attention else tables[0]
 
     def legal(self, choice: Sequence[int]) -> list[int]:
         """A choice with options lowered where they must not rise."""
@@ -92,7 +92,7 @@ def space_of(
     per: str,
     ratios: Sequence[float],
     falling: bool,
-    attention: float | None = None,
+    attention: Sequence[float] = (),
 ) -> Space:
     """The space of a backbone, a unit per ``stage``, ``pair`` of its blocks, or ``block``."""
     units = tuple(
@@ -100,7 +100,7 @@ def space_of(
         for stage, depth in enumerate(depths)
         for first in range(0, depth, PER[per] or depth)
     )
-    return Space(units, tuple(sorted({*ratios, 1.0})), falling, attention)
+    return Space(units, tuple(sorted({*ratios, 1.0})), falling, tuple(attention))
 
 
 def undominated(cost: np.ndarray, damage: np.ndarray) -> np.ndarray:

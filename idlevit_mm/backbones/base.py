@@ -205,7 +205,7 @@ class IdleBackbone(BaseModule, ABC):
         policy.check_keep_ratios(ratios)
         if attention_ratios is not None:
             name = 'policy.attention_ratios'
-            table = normalize_keep_ratios(attention_ratios, self.depths, name)
+            table = normalize_keep_ratios(attention_ratios, self.depths, name, nothing=True)
             policy.check_attention_ratios(table)
             for block, ratio in zip(chain(*self.idle_blocks), chain(*table), strict=True):
                 block.policy.attention_ratio = ratio

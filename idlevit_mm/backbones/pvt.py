@@ -73,7 +73,9 @@ class IdlePVTBlock(NormedBlock):
         self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
     ) -> Work:
         width, hidden, ratio = self.embed_dims, self.ffn.feedforward_channels, self.attn.sr_ratio
-        cells = math.prod(max(side // ratio, 1) for side in hw_shape)
+        # Where nobody attends, the map is not reduced.
+        whole = math.prod(hw_shape) if attending else 0
+        cells = math.prod(max(side // ratio, 1) for side in hw_shape) if attending else 0
         linear = layers(attending, (width, width), (width, width))
         linear += layers(rows, (width, hidden), (hidden, width))
         linear += layers(batch * cells, (width, 2 * width))
@@ -83,7 +85,7 @@ class IdlePVTBlock(NormedBlock):
         pairs = attending * 2 * width * cells + rows * taps * hidden
         # The norm before the reduction is that of the whole map.
         numbers = attending * 6 * width + rows * (3 * width + (5 if taps else 2) * hidden)
-        numbers += 2 * batch * math.prod(hw_shape) * width
+        numbers += 2 * batch * whole * width
         return linear + Work(pairs=pairs) + moves(numbers, 10)
 
 

@@ -47,6 +47,8 @@ class Work(NamedTuple):
 
 def layers(rows: float, *widths: tuple[int, int]) -> Work:
     """Linear layers of some widths in and out, each on so many rows; weights are read, too."""
+    if not rows:
+        return Work()
     weights = sum(math.prod(pair) for pair in widths)
     moved = weights + rows * sum(map(sum, widths))
     return Work(max(rows, _FEW) * weights, 0.0, moved, len(widths))
@@ -69,12 +71,13 @@ def idle_work(block: Any, batch: int, hw_shape: tuple[int, int], keep_ratio: flo
     """What an ``IdleBlock`` costs at a keep ratio: choosing, moving and computing rows."""
     area, width, policy = math.prod(hw_shape), block.embed_dims, block.policy
     shares = keep_ratio, policy.attending(keep_ratio)
-    counts = [batch * policy.count(area, share) for share in shares]
-    work = block.computing(batch, hw_shape, *(n + batch * block.num_class for n in counts))
+    counts = [batch * policy.count(area, share) if share else 0 for share in shares]
+    rows, attending = (n and n + batch * block.num_class for n in counts)
+    work = block.computing(batch, hw_shape, rows, attending)
     if counts[1] == batch * area:
         return work
     # Read twice to be scored, then ranked; rows are taken and put back, by each half if it must.
-    different = set(counts)
+    different = set(counts) - {0}
     moved = (2 * width + 8) * batch * area + 4 * width * sum(different)
     return work + moves(moved, 0) + Work(choices=len(different))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels import backend_at, is_plain, kind_of
 from ..ops import Extent, Rows, WindowLayout
 from ..policies import Plan
+from .tokens import Tokens
 
 
 def weighted_mean(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -95,3 +96,34 @@ def numbers(hw_shape: tuple[int, int]) -> tuple[int, int]:
     """Height and width as plain numbers."""
     # torch.compile traces a second image size with symbolic sides; index tables need numbers.
     return len(range(hw_shape[0])), len(range(hw_shape[1]))
+
+
+def anchored(x: Tensor, *unused: nn.Module) -> Tensor:
+    """X, with a gradient of 0 for layers that it did not go through.
+
+    Distributed training refuses weights without a gradient.
+    """
+    for part in unused:
+        for parameter in part.parameters():
+            x = x + 0.0 * parameter.sum().to(x.dtype)
+    return x
+
+
+def fitted(block: Any, plan: Plan, scores: Tensor | None) -> Plan:
+    """A plan as a block can follow it, with a gate where its scorer learns."""
+    if plan.summary is not None:
+        used = plan.summary if plan.spread or block.uses_summaries else None
+        plan = plan.but(summary=used, hold=plan.hold and block.holds_summaries)
+    if block.policy.scorer.learns and block.training:
+        plan = plan.but(gate=straight_through(scores, plan.rows))
+    return plan
+
+
+def attended_by_few(block: Any, tokens: Tokens, plan: Plan, keys: Tensor | None) -> Tokens:
+    """The attention half as the plan has it for this half alone; packed are the rows of the MLP."""
+    if plan.attends == 'nothing':
+        tokens = block.opened(tokens, plan)
+        unused = (block.attn, getattr(block, block.NORMS[0])) if block.training else ()
+        return tokens.become(anchored(tokens.now, *unused))
+    tokens, _ = block.attention_half(tokens, plan.attends, keys)
+    return block.opened(block.closed(tokens, plan.attends), plan)

@@ -19,12 +19,13 @@ from ..ops import Extent, Rows, Units, WindowLayout, map_units, units_inside, wi
 from ..policies import Plan, Regroup, Seen, build_policy
 from .cost import Payer, Work
 from .functions import (
+    attended_by_few,
     counted,
+    fitted,
     gated,
     group_means,
     is_alone,
     numbers,
-    straight_through,
     to_groups,
     with_rows,
 )
@@ -214,20 +215,13 @@ class IdleBlock(BaseModule, ABC):
         wanted = self.policy.wants_scores(keep_ratio, carried.state)
         numbers = None if scores is None or not wanted else scores.detach()
         plan, state = self.policy.plan(numbers, units, keep_ratio, carried.plan, carried.state)
-        plan, fewer = self.fitted(plan, scores), self.policy.attending(keep_ratio)
-        if fewer < keep_ratio:
+        plan, fewer = fitted(self, plan, scores), self.policy.attending(keep_ratio)
+        if fewer == 0.0:
+            plan = plan.but(attends='nothing')
+        elif fewer < keep_ratio:
             best, _ = self.policy.plan(numbers, units, fewer, carried.plan, carried.state)
-            plan = plan.but(attends=self.fitted(best, scores))
+            plan = plan.but(attends=fitted(self, best, scores))
         return plan, state
-
-    def fitted(self, plan: Plan, scores: Tensor | None) -> Plan:
-        """A plan as this block can follow it, with a gate where its scorer learns."""
-        if plan.summary is not None:
-            used = plan.summary if plan.spread or self.uses_summaries else None
-            plan = plan.but(summary=used, hold=plan.hold and self.holds_summaries)
-        if self.policy.scorer.learns and self.training:
-            plan = plan.but(gate=straight_through(scores, plan.rows))
-        return plan
 
     def recomputed(self, function: Callable[..., Any], x: Tokens | Tensor, *args: Any) -> Any:
         """Call a function of tokens, to be recomputed in the backward pass if the block is so."""
@@ -237,9 +231,10 @@ class IdleBlock(BaseModule, ABC):
 
     def both_halves(self, tokens: Tokens, plan: Plan, keys: Tensor | None) -> Tokens:
         """``attention_half``, then ``mlp_half``."""
-        tokens, _ = self.attention_half(tokens, plan.attends or plan, keys)
-        if plan.attends is not None:
-            tokens = self.opened(self.closed(tokens, plan.attends), plan)
+        if plan.attends is None:
+            tokens, _ = self.attention_half(tokens, plan, keys)
+        else:
+            tokens = attended_by_few(self, tokens, plan, keys)
         return self.mlp_half(tokens, plan)
 
     def attention_half(

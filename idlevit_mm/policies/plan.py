@@ -25,7 +25,8 @@ class Plan(NamedTuple):
         ask: Whether the policy wants the class token's attention between the halves.
         hold: Whether rows may stay packed for a next block that computes the same ones.
         pads_first: Whether padding of windows is zero before the norm, and not after it.
-        attends: What the attention half does, where fewer rows attend; None where it is the same.
+        attends: What the attention half does, where fewer rows attend; None where it is the same,
+            ``nothing`` where no row does.
     """
 
     rows: Rows | None = None
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     ask: bool = False
     hold: bool = False
     pads_first: bool = False
-    attends: Plan | None = None
+    attends: Plan | Literal['nothing'] | None = None
 
     def but(self, **changes: object) -> Plan:
         """The same with some changes."""

@@ -39,7 +39,7 @@ class Policy(nn.Module, ABC):
             policy makes some; None for one summary of the map. Windows have their own.
         attention_ratios: Share of the units that attend in idle blocks, written like keep ratios:
             the best of the active ones, where it is smaller than the keep ratio. The others go
-            through the MLP alone. None: all that are active.
+            through the MLP alone. None: all that are active; 0: an idle block is its MLP alone.
 
     Raises:
         ValueError: Unknown scope, scorer or rounding, or one that this policy or block cannot use;

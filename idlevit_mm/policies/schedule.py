@@ -11,11 +11,12 @@ from typing import Any
 KeepRatios = float | Sequence[float | Sequence[float]] | Mapping[str, Any]
 
 _ALLOWED = (
-    'a number in (0, 1], or a list with one entry per stage (depths {depths}), each entry a number '
-    'or a list with one number per block of that stage; for a backbone of one stage also a list '
-    "with one number per block; or dict(type='powers', keep_ratio=..., first_idle=0, groups=3), "
-    "dict(type='evit', keep_ratio=..., blocks=[3, 6, 9]), dict(type='3+3+2', keep_ratio=...) "
-    "(or 3+3+3, 4+4+4, 5+5+5) or dict(type='sparsevit-35ms') (or -42ms, -33ms)"
+    'a number in {least}0, 1], or a list with one entry per stage (depths {depths}), each entry a '
+    'number or a list with one number per block of that stage; for a backbone of one stage also a '
+    "list with one number per block; or dict(type='powers', keep_ratio=..., first_idle=0, "
+    "groups=3), dict(type='evit', keep_ratio=..., blocks=[3, 6, 9]), "
+    "dict(type='3+3+2', keep_ratio=...) (or 3+3+3, 4+4+4, 5+5+5) or dict(type='sparsevit-35ms') "
+    '(or -42ms, -33ms)'
 )
 # IdleViT's groups of idle blocks: DeiT in training, DeiT in evaluation, LV-ViT-S, LV-ViT-M.
 _GROUPS = {'3+3+2': (3, 3, 2), '3+3+3': (3, 3, 3), '4+4+4': (4, 4, 4), '5+5+5': (5, 5, 5)}
@@ -28,7 +29,10 @@ _SPARSEVIT = {
 
 
 def normalize_keep_ratios(
-    keep_ratios: KeepRatios, depths: Sequence[int], name: str = 'keep_ratios'
+    keep_ratios: KeepRatios,
+    depths: Sequence[int],
+    name: str = 'keep_ratios',
+    nothing: bool = False,
 ) -> list[list[float]]:
     """Spread keep ratios over stages and blocks; what it returns it leaves as it is.
 
@@ -46,6 +50,7 @@ def normalize_keep_ratios(
             and ``-33ms``.
         depths: Number of blocks of each stage.
         name: What errors call the ratios.
+        nothing: Whether 0 is allowed.
 
     Returns:
         One list per stage with one ratio in (0, 1] per block.
@@ -62,27 +67,27 @@ def normalize_keep_ratios(
         else:
             stages = _stages(keep_ratios, depths)
         return [
-            _stage_ratios(stage, index, depth)
+            _stage_ratios(stage, index, depth, nothing)
             for index, (stage, depth) in enumerate(zip(stages, depths, strict=True))
         ]
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        allowed = _ALLOWED.format(depths=tuple(depths))
+        allowed = _ALLOWED.format(depths=tuple(depths), least='[' if nothing else '(')
         raise kind(f'{name}={keep_ratios!r} {error}; allowed: {allowed}') from None
 
 
-def checked_ratio(value: Any, subject: str) -> float:
+def checked_ratio(value: Any, subject: str, nothing: bool = False) -> float:
     """Return a keep ratio as a float; errors begin with ``subject``, such as ``'low is'``.
 
     Raises:
         TypeError: The value is no number.
-        ValueError: The value lies outside (0, 1] or is not finite.
+        ValueError: The value lies outside (0, 1] or is not finite; 0 is allowed with ``nothing``.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{subject} {value!r}, which is not a number')
     ratio = float(value)
-    if not math.isfinite(ratio) or not 0.0 < ratio <= 1.0:
-        raise ValueError(f'{subject} {value!r}, which is not in (0, 1]')
+    if not math.isfinite(ratio) or not 0.0 <= ratio <= 1.0 or not (nothing or ratio):
+        raise ValueError(f'{subject} {value!r}, which is not in {"[" if nothing else "("}0, 1]')
     return ratio
 
 
@@ -99,12 +104,12 @@ def _stages(keep_ratios: Any, depths: Sequence[int]) -> list[Any]:
     raise ValueError(f'has {len(stages)} entries for {wanted}')
 
 
-def _stage_ratios(stage: Any, index: int, depth: int) -> list[float]:
+def _stage_ratios(stage: Any, index: int, depth: int, nothing: bool) -> list[float]:
     if not _is_list(stage):
-        return [checked_ratio(stage, 'holds')] * depth
+        return [checked_ratio(stage, 'holds', nothing)] * depth
     if len(stage) != depth:
         raise ValueError(f'has {len(stage)} entries for the {depth} blocks of stage {index}')
-    return [checked_ratio(value, 'holds') for value in stage]
+    return [checked_ratio(value, 'holds', nothing) for value in stage]
 
 
 def _schedule(config: Mapping[str, Any], depths: Sequence[int]) -> list[float]:

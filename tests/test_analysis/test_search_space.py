@@ -47,13 +47,14 @@ def test_the_front_is_that_of_all_schedules(per, falling):
 
 def test_ratios_of_few_that_attend():
     """Where they are as many as the active ones, they are no option of their own."""
-    space = search.space_of((1, 2), 'stage', (0.2, 0.6), True, attention=0.2)
-    assert space.options == [(0.2, 1.0), (0.6, 0.2), (0.6, 1.0), (1.0, 1.0)]
-    assert space.size == 16
-    assert space.keep_ratios([3, 1]) == dict(
+    space = search.space_of((1, 2), 'stage', (0.2, 0.6), True, attention=[0.2, 0.0])
+    assert space.options[:2] == [(0.2, 0.0), (0.2, 1.0)]
+    assert space.options[2:] == [(0.6, 0.0), (0.6, 0.2), (0.6, 1.0), (1.0, 1.0)]
+    assert space.size == 36
+    assert space.keep_ratios([5, 3]) == dict(
         keep_ratios=[[1.0], [0.6, 0.6]], attention_ratios=[[1.0], [0.2, 0.2]]
     )
-    cost = np.array([[0, 9, 4, 8], [1, 9, 1, 3]])
+    cost = np.array([[9, 0, 9, 9, 4, 8], [9, 1, 9, 9, 1, 3]])
     assert search.uniform_schedules(space, cost, 0.2)[1] == pytest.approx([11, 8, 5, 3, 1])
 
 

@@ -1,5 +1,7 @@
 """Fewer tokens attend than go through the MLP."""
 
+import re
+
 import pytest
 import torch
 from backbone_zoo import BY_NAME, all_equal, assert_all_close, image, parametrize, randomize
@@ -19,17 +21,16 @@ def last_of_a_stage(variant, keep):
 
 
 def silenced(model, part):
-    """The model with blocks whose ``attn`` or ``ffn`` adds nothing."""
+    """The model with idle blocks whose ``attn`` or ``ffn`` adds nothing."""
     layer = torch.nn.Linear | torch.nn.Conv2d
-    for stage in model.idle_blocks:
-        for block in stage:
-            named = {n: m for n, m in getattr(block, part).named_modules() if isinstance(m, layer)}
-            if part == 'attn':  # where what reduces the map comes after the projection
-                named = {n: m for n, m in named.items() if n.endswith('proj')}
-            last = list(named.values())[-1]
-            torch.nn.init.zeros_(last.weight)
-            if last.bias is not None:
-                torch.nn.init.zeros_(last.bias)
+    for *_, block in model.idle_blocks:
+        named = {n: m for n, m in getattr(block, part).named_modules() if isinstance(m, layer)}
+        if part == 'attn':  # where what reduces the map comes after the projection
+            named = {n: m for n, m in named.items() if n.endswith('proj')}
+        last = list(named.values())[-1]
+        torch.nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            torch.nn.init.zeros_(last.bias)
     return model
 
 
@@ -40,15 +41,18 @@ def test_each_half_is_that_of_its_own_ratio(name, policy, part):
     """Without MLPs few tokens are active, without attention as many as the keep ratio says."""
     variant, outs = BY_NAME[name], []
     x = image((2, 3, 97, 131), dtype=torch.float64)
-    alike = FEW if part == 'ffn' else KEEP
-    for keep, more in ((KEEP, dict(attention_ratios=FEW)), (alike, {})):
-        own = dict(type=policy, **SCORER, **more)
+    cases = [(KEEP, FEW, True), (FEW if part == 'ffn' else KEEP, None, True)]
+    # Where no token attends nothing need be silent.
+    cases += [(KEEP, 0.0, False)] * (part == 'attn')
+    for keep, attention, silent in cases:
+        own = dict(type=policy, attention_ratios=attention, **SCORER)
         model = variant.build(keep_ratios=last_of_a_stage(variant, keep), policy=own)
-        silenced(randomize(model).double().eval(), part)
-        outs.append(model(x))
+        randomize(model).double().eval()
+        outs.append((silenced(model, part) if silent else model)(x))
         shares = [masks[-1].double().mean().item() for masks in model.keep_masks]
         assert shares == pytest.approx([keep] * len(shares), abs=0.06)
-    assert_all_close(*outs, tol=1e-12)
+    for others in outs[1:]:
+        assert_all_close(others, outs[0], tol=1e-12)
 
 
 @parametrize(tuple(BY_NAME[name] for name in ('swin', 'pvtv2', 'vit-no-cls')))
@@ -78,18 +82,18 @@ def test_a_block_of_few_that_attend_is_cheaper(variant):
     model = variant.build(keep_ratios=KEEP, policy=SCORER)
     block = model.idle_blocks[0][0]
     works = []
-    for ratio in (1.0, FEW):
+    for ratio in (1.0, FEW, 0.0):
         model.set_keep_ratios(KEEP, ratio)
         works.append(idle_work(block, 2, (40, 64), KEEP))
-    assert works[1].products < works[0].products
-    assert works[1].choices == works[0].choices + 1
+    assert works[0].products > works[1].products > works[2].products
+    assert [work.choices for work in works] == [1, 2, 1]
     assert idle_work(block, 2, (40, 64), 1.0).choices == 0
 
 
 WRONG = {
-    'large': (1.2, {}, ['policy.attention_ratios=1.2', '1.2', '(0, 1]']),
-    'nothing': (0, {}, ['policy.attention_ratios=0', '(0, 1]']),
-    'nan': (float('nan'), {}, ['policy.attention_ratios=nan', '(0, 1]']),
+    'large': (1.2, {}, ['policy.attention_ratios=1.2', '1.2', '[0, 1]']),
+    'negative': (-0.1, {}, ['policy.attention_ratios=-0.1', '-0.1', '[0, 1]']),
+    'nan': (float('nan'), {}, ['policy.attention_ratios=nan', '[0, 1]']),
     'length': ([0.5], {}, ['policy.attention_ratios=[0.5]', '1 entries for 2 stages']),
     'EViT': (0.5, dict(type='EViT'), ['policy.attention_ratios', 'EViT', 'IdleViT', 'EvoViT']),
     'stages': (0.5, dict(type='EvoViT', rank_at='stage'), ['policy.attention_ratios', 'rank_at']),
@@ -110,15 +114,21 @@ def test_class_attention_is_refused():
         BY_NAME['vit'].build(policy=dict(type='EvoViT', attention_ratios=0.5))
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize(('few', 'with_cp'), [(FEW, False), (FEW, True), (0.0, True)])
 @parametrize(tuple(BY_NAME[name] for name in ('swin', 'pvtv2', 'vit-no-cls')))
-def test_a_learned_scorer_learns_from_both_halves(variant, with_cp):
-    """With and without recomputation."""
-    policy = dict(scorer=dict(type='learned', begins_as='mean_distance'), attention_ratios=FEW)
+def test_all_weights_have_a_gradient(variant, few, with_cp):
+    """Distributed training wants one of each; a learned scorer learns from both halves."""
+    policy = dict(scorer=dict(type='learned', begins_as='mean_distance'), attention_ratios=few)
     model = randomize(variant.build(keep_ratios=KEEP, policy=policy, with_cp=with_cp)).double()
     x = image((2, 3, 40, 64), dtype=torch.float64).requires_grad_()
     with use_backend('reference'):
         sum(out.square().sum() for out in model.train()(x)).backward()
-    learnt = [p.grad for n, p in model.named_parameters() if 'scorer' in n]
-    assert learnt
-    assert all(grad is not None and grad.abs().max() > 0 for grad in learnt)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values())
+    still = {name for name, grad in grads.items() if not grad.abs().max() > 0}
+    assert still == ({name for name in grads if is_attention(name)} if few == 0.0 else set())
+
+
+def is_attention(name):
+    """Whether a weight is of a block's attention, or of the norm before it."""
+    return re.search(r'(\.attn|\.norm1|\.ln1)\.', name) is not None

@@ -40,7 +40,7 @@ class Tables:
         self.trials, self.space, self.args, self.path = trials, space, args, path
         self.lines = trials.read(path)
         self.dense = trials.variant(1.0)
-        space_of = dict(per=args.per, ratios=list(space.ratios), attention=space.attention)
+        space_of = dict(per=args.per, ratios=list(space.ratios), attention=list(space.attention))
         costs = self.once(self.costs, kind='costs', **space_of)
         self.whole, table = costs['whole'], np.array(costs['units'])
         index = 1 if args.latency is None else 0
