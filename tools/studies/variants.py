@@ -104,13 +104,18 @@ FOUND = {
         0.45: [[0.6, 0.4], [0.4, 0.5], [0.4, 0.4], [0.1, 0.1]],
     },
 }
-# The same where each block may let 0.05 of the tokens attend (tools/search.py --attention 0.05):
-# keep ratios, and those of attention.
-FOUND_HALVES: dict[str, dict[float, tuple[list[list[float]], list[list[float]]]]] = {
+# The same where fewer tokens may attend (--attention 0 0.05): keep ratios, and those of attention.
+FOUND_HALVES = {
     'pvtv2-seg': {
         0.45: (
-            [[1.0, 0.6], [0.4, 0.4], [0.4, 0.4], [0.1, 0.1]],
-            [[1.0, 0.05], [0.05, 0.05], [0.05, 0.05], [0.05, 0.05]],
+            [[1.0, 0.8], [0.6, 0.6], [0.6, 0.6], [0.1, 0.1]],
+            [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]],
+        ),
+    },
+    'pvtv2-det': {
+        0.45: (
+            [[1.0, 0.8], [0.8, 0.8], [0.6, 0.6], [0.1, 0.1]],
+            [[1.0, 0.05], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]],
         ),
     },
 }
