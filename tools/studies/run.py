@@ -70,8 +70,8 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
         UsageError: a run failed; no other is started.
     """
     runs = list(planned)
-    starts = {task: start_of(task, args) for task in {run.variant['task']: None for run in runs}}
-    configs = {run.name: run_config(run, *starts[run.variant['task']], args.epochs) for run in runs}
+    starts = {key: start_of(*key, args) for key in dict.fromkeys(map(begins, runs))}
+    configs = {run.name: run_config(run, *starts[begins(run)], args.epochs) for run in runs}
     plan = {run.name: lines_of(run, configs[run.name]) for run in runs}
     file = args.out_dir / 'runs.jsonl'
     found = {_key(line): line for line in report.lines_of(file)}
@@ -94,12 +94,18 @@ def do_runs(planned: Iterable[Run], args: argparse.Namespace) -> list[Line]:
     return [found[_key(line)] for run in runs for line in plan[run.name]]
 
 
-def start_of(task: str, args: argparse.Namespace) -> tuple[Config, Path]:
+def begins(run: Run) -> tuple[str, float]:
+    """The task and the scale of images of the dense model that a run begins with."""
+    return run.variant['task'], run.method.scale if run.method.grown else 1.0
+
+
+def start_of(task: str, scale: float, args: argparse.Namespace) -> tuple[Config, Path]:
     """The fine-tune config of a task and its dense checkpoint, trained first if it is not there."""
     config, epochs = TASKS[task].config('dense'), variants.DENSE_EPOCHS
     cfg = load_config(config, args.cfg_options)
     set_epochs(cfg, epochs)
-    folder = args.dense_dir.resolve() / config.stem
+    enlarge(cfg, scale)
+    folder = args.dense_dir.resolve() / (config.stem if scale == 1.0 else f'{config.stem}-{scale}x')
     checkpoint = folder / f'epoch_{epochs}.pth'
     if not checkpoint.is_file():
         print(f'training {config.stem} first ({epochs} epochs)', flush=True)

@@ -62,6 +62,7 @@ class Method(NamedTuple):
     tasks: tuple[str, ...] = tuple(TASKS)
     idles: str = ''  # the blocks that do, all but the first by default
     scale: float = 1.0  # of the images
+    grown: bool = False  # whether the dense model that it begins with was trained on such images
 
 
 TEACHER = 'DENSE'  # stands for the path of the dense checkpoint
@@ -106,6 +107,16 @@ FOUND = {
 }
 # The same where fewer tokens may attend (--attention 0 0.05): keep ratios, and those of attention.
 FOUND_HALVES = {
+    'swin-det': {
+        0.45: (
+            [[0.8, 1.0], [0.4, 0.6], [0.4, 0.1], [0.1, 0.1]],
+            [[1.0, 1.0], [1.0, 1.0], [1.0, 0.05], [0.0, 0.0]],
+        ),
+        0.556: (  # what images of 1.5 times the side leave
+            [[0.8, 0.4], [0.4, 0.4], [0.4, 0.1], [0.1, 0.1]],
+            [[1.0, 1.0], [1.0, 1.0], [1.0, 0.05], [0.0, 0.0]],
+        ),
+    },
     'pvtv2-seg': {
         0.45: (
             [[1.0, 0.8], [0.6, 0.6], [0.6, 0.6], [0.1, 0.1]],
@@ -179,7 +190,14 @@ METHODS |= {
     for more, losses in (('', ()), ('+distill', (_DISTILL,)), ('+in-place', (_IN_PLACE,)))
     for way, hook in (('random', _RANDOM), ('sandwich', _SANDWICH))
 }
-# More image for the same multiply-adds; and what that image gives a dense backbone.
+# More image for the same multiply-adds; and what that image gives a dense backbone. From the dense
+# model of small images, and from one that was trained on large ones.
+METHODS |= {
+    'evovit-halves-1.5x+distill': Method(
+        _EVOVIT, (_DISTILL,), None, _SWIN, _HALVES, scale=1.5, grown=True
+    ),
+    'dense-1.5x-grown': Method(_IDLEVIT, tasks=_SWIN, scale=1.5, grown=True),
+}
 METHODS |= {
     f'{name}-{scale:g}x': Method(policy, scale=scale, tasks=_SWIN)
     for name, policy in (('evovit', _EVOVIT), ('dense', _IDLEVIT))
@@ -252,8 +270,9 @@ def planned_runs(
             elif name.startswith('dense'):
                 yield Run(variant, seed, method.policy, 1.0, method)
             elif method.scale != 1.0:
-                level = 1 - 1 / method.scale**2
-                yield Run(variant, seed, method.policy, level_ratios(task, name, level), method)
+                level = round(1 - 1 / method.scale**2, 3)
+                own = level_ratios(task, name, level)
+                yield Run(variant, seed, policy_of(task, name, level), own, method)
 
 
 def _ratios(task: str, name: str, level: float | None, ratio: float | None) -> list[list[float]]:
