@@ -120,18 +120,32 @@ def test_a_level_out_of_reach_is_named(shares):
 
 @pytest.mark.parametrize('task', variants.TASKS)
 def test_ratios_that_were_found_save_what_they_are_for(task):
-    method = 'evovit-found+distill'
-    for level in (0.33, 0.45):
-        ratios = variants.level_ratios(task, method, level)
-        share = variants.operations(task, variants.METHODS[method].policy, ratios)
+    method, halves = 'evovit-found+distill', 'evovit-halves+distill'
+    levels = [(method, level) for level in (0.33, 0.45)]
+    levels += [(halves, level) for level in variants.FOUND_HALVES[task]]
+    for name, level in levels:
+        ratios = variants.level_ratios(task, name, level)
+        share = variants.operations(task, variants.policy_of(task, name, level), ratios)
         assert 0.95 - level < share < 1.005 - level  # never dearer than what it stands beside
     with pytest.raises(UsageError, match=r'level=0\.2 .* allowed for .*: 0\.33, 0\.45'):
         variants.level_ratios(task, method, 0.2)
-    with pytest.raises(UsageError, match='evovit-found.* has ratios of its own'):
-        list(variants.planned_runs((0,), (), (0.5,), (task,), (method,)))
-    recipe = f'policies/{variants.TASKS[task].model}_recipe_digits.py'
-    shipped = Config.fromfile(variants.CONFIGS / recipe).model.backbone.keep_ratios
-    assert normalize_keep_ratios(shipped, (2, 2, 2, 2)) == variants.FOUND[task][0.33]
+    for name in (method, halves):
+        with pytest.raises(UsageError, match=f'{re.escape(name)} has ratios of its own'):
+            list(variants.planned_runs((0,), (), (0.5,), (task,), (name,)))
+    shipped, larger = f'{variants.TASKS[task].model}_recipe', 'retinanet_idle-swin_larger-images'
+    if task == 'swin-det':
+        assert ratios_of(larger) == variants.FOUND_HALVES[task][0.556]
+        assert ratios_of(shipped) == (variants.FOUND[task][0.33], [[1.0, 1.0]] * 4)
+    else:
+        assert ratios_of(shipped) == variants.FOUND_HALVES[task][0.45]
+
+
+def ratios_of(name):
+    """Keep ratios and those of attention of a config."""
+    cfg = Config.fromfile(variants.CONFIGS / 'policies' / f'{name}_digits.py').model.backbone
+    own = cfg.keep_ratios, cfg.policy.get('attention_ratios') or 1.0
+    kept, attending = (normalize_keep_ratios(r, (2, 2, 2, 2), nothing=True) for r in own)
+    return kept, attending
 
 
 def test_bisection_stops_at_the_nearest_step():
