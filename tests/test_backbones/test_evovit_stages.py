@@ -117,6 +117,9 @@ class Fixed(torch.nn.Module):
     def wants_scores(self, keep_ratio, state):
         return False
 
+    def attending(self, keep_ratio):
+        return keep_ratio
+
     def plan(self, scores, units, keep_ratio, last, state):
         return self.plans.pop(0), None
 
