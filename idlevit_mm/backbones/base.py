@@ -196,12 +196,10 @@ class IdleBackbone(BaseModule, ABC):
         Raises:
             TypeError: An entry is no number.
             ValueError: A ratio lies outside (0, 1], a list has the wrong length, or the policy
-                cannot follow; the old ratios then stay in place.
+                cannot follow; all old ratios then stay in place.
         """
-        ratios, policy = (
-            normalize_keep_ratios(keep_ratios, self.depths),
-            self.idle_blocks[0][0].policy,
-        )
+        ratios = normalize_keep_ratios(keep_ratios, self.depths)
+        policy = self.idle_blocks[0][0].policy
         policy.check_keep_ratios(ratios)
         if attention_ratios is not None:
             name = 'policy.attention_ratios'
