@@ -96,7 +96,11 @@ class Search:
         """One ratio for all blocks, falling."""
         tables = self.tables.cost, self.tables.damage
         (ratios, costs), (_, damages) = (search.uniform_schedules(self.space, t) for t in tables)
-        return [Point(*map(float, own)) for own in zip(ratios, 1 + costs, damages, strict=True)]
+        keeps: Any = map(float, ratios)
+        if self.space.attention:
+            keeps = [dict(keep_ratios=ratio, attention_ratios=1.0) for ratio in keeps]
+        figures = map(float, 1 + costs), map(float, damages)
+        return [Point(*own) for own in zip(keeps, *figures, strict=True)]
 
     def checked(self, name: str, point: Point, figures: Line) -> Line:
         """A line of what was predicted of a schedule, and what is so."""
@@ -233,10 +237,10 @@ def write_config(args: argparse.Namespace, keep: Any, out: Path, trials: Trials)
     own = wanted['model']['backbone']
     own['keep_ratios'] = plain(keep)
     if isinstance(keep, dict):
-        policy = own.get('policy') or {}
         own |= plain(keep)
-        own['policy'] = dict(type=policy) if isinstance(policy, str) else policy
-        own['policy']['attention_ratios'] = own.pop('attention_ratios')
+        own['policy'] = dict(own.get('policy') or {}, attention_ratios=own.pop('attention_ratios'))
+        if policy := before['model']['backbone'].get('policy'):
+            policy['attention_ratios'] = None
     # The images that a search looks at are not those that the model is tested on ever after.
     wanted |= {key: before[key] for key in ('test_dataloader', 'test_evaluator') if key in before}
     # Lists are replaced as a whole.
@@ -261,6 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(args.config).absolute(), args.out or str(trials.work_dir / 'found.py'), args.force
     )
     depths = idle_backbone(trials.model).depths
+    policy = trials.cfg.model.backbone.get('policy')
+    if args.attention and isinstance(policy, str):
+        raise UsageError(
+            f'--attention: policy={policy!r} of the backbone gets an argument; allowed is '
+            f'policy=dict(type={policy!r})'
+        )
     falling = args.order == 'falling'
     space = search.space_of(depths, args.per, args.ratios, falling, args.attention)
     for index in range(len(space.options)):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UsageError
+from ..policies import checked_ratio
 
 PER = dict(stage=None, pair=2, block=1)
 _UNITS = dict(k=1e3, M=1e6, G=1e9, T=1e12, ms=1e-3, s=1.0)
@@ -30,7 +31,7 @@ class Space(NamedTuple):
         units: The stage of each unit, and the numbers of its blocks in the stage.
         ratios: Ratios of a unit, ascending; the last is 1.
         falling: Whether options must not rise within a stage.
-        attention: Shares of the tokens that may attend, instead of all active ones.
+        attention: Shares of the tokens that may attend, ascending, instead of all active ones.
     """
 
     units: tuple[tuple[int, range], ...]
@@ -41,7 +42,7 @@ class Space(NamedTuple):
     @property
     def options(self) -> list[tuple[float, float]]:
         """Keep ratio and attention ratio of each option, ascending; the last is 1 and 1."""
-        shares = [*sorted(self.attention), 1.0]
+        shares = *self.attention, 1.0
         return [(r, a) for r in self.ratios for a in shares if a == 1.0 or a < r < 1.0]
 
     @property
@@ -100,7 +101,8 @@ def space_of(
         for stage, depth in enumerate(depths)
         for first in range(0, depth, PER[per] or depth)
     )
-    return Space(units, tuple(sorted({*ratios, 1.0})), falling, tuple(attention))
+    shares = {checked_ratio(share, '--attention holds', nothing=True) for share in attention}
+    return Space(units, tuple(sorted({*ratios, 1.0})), falling, tuple(sorted(shares - {1.0})))
 
 
 def undominated(cost: np.ndarray, damage: np.ndarray) -> np.ndarray:

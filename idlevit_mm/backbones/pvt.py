@@ -86,7 +86,7 @@ class IdlePVTBlock(NormedBlock):
         # The norm before the reduction is that of the whole map.
         numbers = attending * 6 * width + rows * (3 * width + (5 if taps else 2) * hidden)
         numbers += 2 * batch * whole * width
-        return linear + Work(pairs=pairs) + moves(numbers, 10)
+        return linear + Work(pairs=pairs) + moves(numbers, 10 if attending else 5)
 
 
 @MODELS.register_module()

@@ -67,11 +67,14 @@ class IdleSwinBlockV2(IdleSwinBlock):
     def computing(
         self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
     ) -> Work:
+        work = super().computing(batch, hw_shape, rows, attending)
+        if not attending:
+            return work
         steps, heads = (2 * self.attn.window_size - 1) ** 2, self.attn.w_msa.num_heads
         bias = Work(products=steps * HIDDEN * (2 + heads))
         # Lengths of queries and keys, and what is divided by them.
         lengths = moves(8 * self.embed_dims * attending, 14)
-        return super().computing(batch, hw_shape, rows, attending) + bias + lengths
+        return work + bias + lengths
 
 
 class SwinStageV2(SwinStage):

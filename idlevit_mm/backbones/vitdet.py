@@ -54,6 +54,8 @@ class IdleViTDetBlock(WindowBlock, IdleViTBlock):
         self, batch: int, hw_shape: tuple[int, int], rows: float, attending: float
     ) -> Work:
         work, attn = super().computing(batch, hw_shape, rows, attending), self.attn
+        if not attending:
+            return work
         # Windows are filled up, whoever is idle.
         queries, keys, sides = attending, attending / batch, sum(hw_shape)
         if side := attn.window_size:

@@ -64,7 +64,8 @@ def block_work(width: int, hidden: int, rows: float, attending: float, keys: flo
     linear = layers(attending, (width, 3 * width), (width, width))
     linear += layers(rows, (width, hidden), (hidden, width))
     pairs = Work(pairs=2 * width * attending * keys)
-    return linear + pairs + moves(attending * 6 * width + rows * (3 * width + 2 * hidden), 8)
+    moved = attending * 6 * width + rows * (3 * width + 2 * hidden)
+    return linear + pairs + moves(moved, 8 if attending else 4)
 
 
 def idle_work(block: Any, batch: int, hw_shape: tuple[int, int], keep_ratio: float) -> Work:

@@ -63,7 +63,13 @@ class TokenCutLoss(AuxiliaryLoss):
 
     def prepare(self, model: nn.Module, backbones: Mapping[str, Any], teachers: Teachers) -> None:
         for name, backbone in backbones.items():
-            if any(block.policy.scope == 'windows' for block in chain(*backbone.idle_blocks)):
+            blocks = [*chain(*backbone.idle_blocks)]
+            if any(block.policy.attention_ratio < 1.0 for block in blocks):
+                raise SettingError(
+                    f'{name} has policy.attention_ratios, so that not all active tokens attend; '
+                    'TokenCutLoss is about their attention: leave these out, or drop the loss'
+                )
+            if any(block.policy.scope == 'windows' for block in blocks):
                 raise SettingError(
                     f"{name} has policy.scope='windows': whole windows idle, so no attention "
                     'crosses from active to idle tokens and TokenCutLoss is 0 by definition; '

@@ -47,7 +47,7 @@ def test_the_front_is_that_of_all_schedules(per, falling):
 
 def test_ratios_of_few_that_attend():
     """Where they are as many as the active ones, they are no option of their own."""
-    space = search.space_of((1, 2), 'stage', (0.2, 0.6), True, attention=[0.2, 0.0])
+    space = search.space_of((1, 2), 'stage', (0.2, 0.6), True, attention=[0.2, 0.0, 0.2, 1.0])
     assert space.options[:2] == [(0.2, 0.0), (0.2, 1.0)]
     assert space.options[2:] == [(0.6, 0.0), (0.6, 0.2), (0.6, 1.0), (1.0, 1.0)]
     assert space.size == 36

@@ -214,7 +214,9 @@ def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, few, capsys, pace
     what = ('--proxy', proxy, '--shape', '64x64', '--ratios', '0.5', '--spread', '0')
     what += ('--part', 'backbone', '--candidates', '1')
     what += ('--attention', *map(str, few)) if few else ()
-    other = ('--cfg-options', 'test_dataloader.batch_size=3', 'model.backbone.drop_rate=0.1')
+    other = ['--cfg-options', 'test_dataloader.batch_size=3', 'model.backbone.drop_rate=0.1']
+    # Ratios of attention that a config has stay, where none are searched.
+    other += [] if few else ['model.backbone.policy.attention_ratios=0.1']
     assert run('search', *nets[DETECTOR], *what, '--multiply-adds', '0.97x', *other) == 0
     lines = lines_of(tmp_path / 'work' / 'found.jsonl')
     # Which images a search looks at, and how, is not handed on; all else is.
@@ -224,7 +226,10 @@ def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, few, capsys, pace
     damage = np.array([line['damage'] for line in lines if line['kind'] == 'damage'])
     assert damage.shape == (4, 2 + len(few))
     assert (damage[:, -1] == 0).all()
-    best = [line for line in lines if line['kind'] == 'checked'][1]['keep_ratios']
+    checked = [line for line in lines if line['kind'] == 'checked']
+    for line in checked[:2]:  # what lies between two ratios is another matter
+        assert line['predicted_cost'] == pytest.approx(line['operations'], rel=0.05)
+    best = checked[1]['keep_ratios']
     if few:
         model = load_model(cfg, nets[DETECTOR][1])
         own = [block.policy.attention_ratio for block in sum(model.backbone.idle_blocks, [])]
@@ -232,6 +237,19 @@ def test_other_proxies_and_budgets(run, nets, tmp_path, proxy, few, capsys, pace
         assert set(own) <= {*few, 1.0}
     assert proxy == 'metric' or damage.all(axis=0)[0]
     assert 'keep_ratios=' in capsys.readouterr().out
+
+
+def test_ratios_of_attention_that_a_config_has_are_replaced(tmp_path):
+    search = importlib.import_module('search')
+    config = TOOLS.parent / 'configs/digit_scenes/policies/retinanet_idle-pvtv2_recipe_digits.py'
+    keep = dict(keep_ratios=[[1.0, 0.5]] * 4, attention_ratios=[[1.0, 0.0], *[[0.0, 0.2]] * 3])
+    args = SimpleNamespace(config=str(config), latency=None, multiply_adds='0.5x')
+    out = tmp_path / 'found.py'
+    search.write_config(args, keep, out, SimpleNamespace(cfg=Config.fromfile(config)))
+    found = Config.fromfile(out).model.backbone
+    assert found.keep_ratios == keep['keep_ratios']
+    assert found.policy.type == 'EvoViT'
+    assert found.policy.attention_ratios == keep['attention_ratios']
 
 
 SWEEP, SEARCH = ('sweep', '--keep', '0.5'), ('search', '--multiply-adds', '0.9x')
@@ -259,6 +277,7 @@ SIZED = ('--shape', '64x64')
             'root no does',
         ),
         (DETECTOR, ('search', '--latency', '0.9'), '--latency 0.9: allowed are a share'),
+        (DETECTOR, (*SEARCH, *SIZED, '--attention', '1.2'), '--attention holds 1.2, which is not'),
         (DETECTOR, (*SEARCH, '--ratios', '1.5', *SIZED), '1.5, which is not in (0, 1]'),
         (DETECTOR, (*SEARCH, '--candidates', '0'), '--candidates must be at least 1'),
         (

@@ -279,6 +279,9 @@ def test_reaches_queries_and_keys_only_of_attention(variant, scope):
     if scope == 'windows':
         with pytest.raises(ValueError, match="policy.scope='windows'.*0 by definition"):
             TokenCutLoss().prepare(model, dict(backbone=model), None)
+        model = variant.build(keep_ratios=0.5, policy=dict(attention_ratios=0.2))
+        with pytest.raises(ValueError, match='has policy.attention_ratios, so that not all'):
+            TokenCutLoss().prepare(model, dict(backbone=model), None)
         return
     for kind in KINDS:
         loss = TokenCutLoss(kind).of_backbones([model])

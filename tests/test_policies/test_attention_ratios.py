@@ -86,6 +86,8 @@ def test_a_block_of_few_that_attend_is_cheaper(variant):
         model.set_keep_ratios(KEEP, ratio)
         works.append(idle_work(block, 2, (40, 64), KEEP))
     assert works[0].products > works[1].products > works[2].products
+    assert works[0].pairs > works[2].pairs
+    assert works[0].launches > works[2].launches
     assert [work.choices for work in works] == [1, 2, 1]
     assert idle_work(block, 2, (40, 64), 1.0).choices == 0
 

@@ -78,7 +78,8 @@ class Tables:
         units = [[backbone.idle_blocks[stage][at] for at in own] for stage, own in self.space.units]
 
         def at(option: tuple[float, float]) -> None:
-            backbone.set_keep_ratios(*option)
+            # A space without attention leaves that of the config.
+            backbone.set_keep_ratios(option[0], option[1] if self.space.attention else None)
             call()
 
         calls = {str(option): partial(at, option) for option in self.space.options}
