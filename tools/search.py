@@ -234,13 +234,13 @@ def write_config(args: argparse.Namespace, keep: Any, out: Path, trials: Trials)
     """Write the config with the ratios that were found."""
     config, budget = Path(args.config).absolute(), args.latency or args.multiply_adds
     before, wanted = load_config(args.config).to_dict(), trials.cfg.to_dict()
-    own = wanted['model']['backbone']
-    own['keep_ratios'] = plain(keep)
-    if isinstance(keep, dict):
-        own |= plain(keep)
-        own['policy'] = dict(own.get('policy') or {}, attention_ratios=own.pop('attention_ratios'))
+    own, ratios = wanted['model']['backbone'], plain(keep)
+    if isinstance(ratios, dict):
+        attending, ratios = ratios['attention_ratios'], ratios['keep_ratios']
+        own['policy'] = dict(own.get('policy') or {}, attention_ratios=attending)
         if policy := before['model']['backbone'].get('policy'):
             policy['attention_ratios'] = None
+    own['keep_ratios'] = ratios
     # The images that a search looks at are not those that the model is tested on ever after.
     wanted |= {key: before[key] for key in ('test_dataloader', 'test_evaluator') if key in before}
     # Lists are replaced as a whole.

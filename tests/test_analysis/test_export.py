@@ -62,11 +62,8 @@ def test_onnx_keeps_the_same_tokens(name, tmp_path):
     pytest.importorskip('onnxruntime')
     # Of MiT, which is the cheapest, with fewer tokens that attend.
     policy = dict(attention_ratios=0.2) if name == 'mit' else None
-    model, path, dynamic = (
-        build(name, policy=policy),
-        tmp_path / 'graph.onnx',
-        name in ('swin', 'vit'),
-    )
+    model = build(name, policy=policy)
+    path, dynamic = tmp_path / 'graph.onnx', name in ('swin', 'vit')
     exported(model, path, dynamic=dynamic)
     # Tables are folded: nothing is resized.
     assert b'Resize' not in path.read_bytes()

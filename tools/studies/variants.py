@@ -311,13 +311,13 @@ def level_ratios(task: str, method: str, level: float) -> list[list[float]]:
     """
     policy, idles = METHODS[method].policy, METHODS[method].idles
     if idles in (_FOUND, _HALVES):
-        found = (FOUND if idles == _FOUND else FOUND_HALVES).get(task, {})
+        found: Mapping[float, Any] = (FOUND if idles == _FOUND else FOUND_HALVES)[task]
         if level not in found:
             raise UsageError(
                 f'level={level:g} was not searched for {task}; allowed for {method}: '
-                f'{", ".join(map(str, found)) or "none"}'
+                f'{", ".join(map(str, found))}'
             )
-        return FOUND[task][level] if idles == _FOUND else FOUND_HALVES[task][level][0]
+        return found[level] if idles == _FOUND else found[level][0]
     depths = _backbone(task, 'null').depths
     ratio = nearest_ratio(lambda r: operations(task, policy, spread(r, depths, idles)), 1 - level)
     saved = 1 - operations(task, policy, spread(ratio, depths, idles))
